@@ -1,0 +1,31 @@
+"""One LLM checkpoint in many sizes: nested submodels for hybrid Mamba / attention / MoE models.
+
+Importing this package registers `model_type: "elastic"` with the transformers AutoClasses.
+"""
+
+from __future__ import annotations
+
+from ._version import __version__
+from .configuration_elastic import ElasticConfig
+from .errors import (
+    CheckpointError,
+    ElasticConfigError,
+    ExportError,
+    HFElasticError,
+    UnknownBudgetError,
+    UnsupportedArchitectureError,
+)
+from .modeling_elastic import ElasticForCausalLM, ElasticModel
+
+__all__ = [
+    "CheckpointError",
+    "ElasticConfig",
+    "ElasticConfigError",
+    "ElasticForCausalLM",
+    "ElasticModel",
+    "ExportError",
+    "HFElasticError",
+    "UnknownBudgetError",
+    "UnsupportedArchitectureError",
+    "__version__",
+]

@@ -1,0 +1,26 @@
+"""The registry of architectures: one table per stock `model_type`."""
+
+from __future__ import annotations
+
+from ..errors import UnsupportedArchitectureError, did_you_mean
+from .base import Architecture, Axis, CacheElements, uniform
+from .granitemoehybrid import GraniteMoeHybrid
+from .nemotron_h import NemotronH
+
+__all__ = ["ARCHITECTURES", "Architecture", "Axis", "CacheElements", "get_architecture", "uniform"]
+
+ARCHITECTURES: dict[str, Architecture] = {a.model_type: a for a in (NemotronH(), GraniteMoeHybrid())}
+
+
+def get_architecture(model_type: str) -> Architecture:
+    """The table of a stock `model_type`.
+
+    Raises:
+        `UnsupportedArchitectureError`: no table for it; the message lists the supported ones.
+    """
+    if model_type not in ARCHITECTURES:
+        raise UnsupportedArchitectureError(
+            f"no elastic axes are known for model_type {model_type!r}; supported: {', '.join(ARCHITECTURES)}."
+            f"{did_you_mean(model_type, ARCHITECTURES)} CONTRIBUTING.md says how to add an architecture."
+        )
+    return ARCHITECTURES[model_type]

@@ -1,0 +1,308 @@
+"""What an architecture has to say for itself: its axes, its tensors, and the names of its size fields."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..axes import Sizes, TensorRule
+from ..errors import ElasticConfigError, did_you_mean
+from ..submodel import LAYERS, Submodel
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One dimension of the parent that can shrink.
+
+    Args:
+        name (`str`): Name users call it by, the same for all architectures.
+        field (`str`): Field of the stock config that holds its size.
+        part (`str`, *optional*): Part of a layer it belongs to (`Architecture.parts`); `None` if it is global.
+        groups (`str`, *optional*):
+            Field with the number of groups its size counts over; every group keeps the same share, and a prefix of its own.
+    """
+
+    name: str
+    field: str
+    part: str | None = None
+    groups: str | None = None
+
+    @property
+    def policy(self) -> str:
+        """How a smaller size is taken out; written into the config so that no reader has to guess."""
+        return f"prefix per group of {self.groups}" if self.groups else "prefix"
+
+
+@dataclass(frozen=True)
+class CacheElements:
+    """Elements that generation keeps for one layer: `kv` per token, `conv` and `ssm` (float32) per sequence."""
+
+    kv: int = 0
+    conv: int = 0
+    ssm: int = 0
+
+
+class Architecture(ABC):
+    """Table of one `model_type`. Subclasses declare; the methods here only read what they declare."""
+
+    model_type: ClassVar[str]
+    causal_class: ClassVar[type[PreTrainedModel]]
+    base_class: ClassVar[type[PreTrainedModel]]
+    axes: ClassVar[tuple[Axis, ...]]
+    disk_prefix: ClassVar[str] = "model."  # of the base model's tensors in the Hub repository
+    layers_path: ClassVar[str] = "model.layers"
+
+    # -- to be declared ------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def parts(self, config: PreTrainedConfig, layer: int) -> frozenset[str]:
+        """The parts that a layer has; an axis exists in a layer that has its part."""
+
+    @abstractmethod
+    def rules(self, config: PreTrainedConfig) -> list[TensorRule]:
+        """One rule per tensor of the causal model with this config, per-layer sizes resolved by `Submodel.at`."""
+
+    @abstractmethod
+    def layer_fields(self, config: PreTrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
+        """The config fields that list the layers, for the layers that are kept."""
+
+    @abstractmethod
+    def build_layer(self, config: PreTrainedConfig, layer: int) -> nn.Module:
+        """A stock layer from the config of that layer."""
+
+    @abstractmethod
+    def cache_elements(self, config: PreTrainedConfig, layer: int, sizes: Sizes) -> CacheElements:
+        """What generation keeps for this layer at these sizes."""
+
+    @abstractmethod
+    def mask_router(self, router: nn.Module, kept: Sequence[tuple[int, int]], top_k: int) -> None:
+        """Let a router of the full size choose `top_k` among the experts in the ranges `kept` only, in place."""
+
+    def tied_fields(self, config: PreTrainedConfig, part: str, sizes: Sizes) -> dict[str, Any]:
+        """Fields that follow from the sizes of a part of a layer because the stock config computes one from another."""
+        return {}
+
+    def export_fields(self, config: PreTrainedConfig) -> dict[str, Any]:
+        """Entries that other readers of an exported `config.json` want beside the stock class's own."""
+        return {}
+
+    def check_layer(self, config: PreTrainedConfig, sizes: Sizes, where: str) -> None:
+        """Raise [`ElasticConfigError`] if the stock model could not be built with these sizes."""
+
+    # -- what follows --------------------------------------------------------------------------------------------------
+
+    def axis(self, name: str) -> Axis:
+        for axis in self.axes:
+            if axis.name == name:
+                return axis
+        known = [axis.name for axis in self.axes] + [LAYERS]
+        raise ElasticConfigError(
+            f"unknown axis {name!r} for {self.model_type}: it has {', '.join(known)}.{did_you_mean(name, known)}"
+        )
+
+    def depth(self, config: PreTrainedConfig) -> int:
+        return int(config.num_hidden_layers)
+
+    def layers_with(self, config: PreTrainedConfig, axis: Axis) -> list[int]:
+        """Indices of the layers that have an axis."""
+        return [i for i in range(self.depth(config)) if axis.part in self.parts(config, i)]
+
+    def available_axes(self, config: PreTrainedConfig) -> list[Axis]:
+        """The axes that at least one layer of this config has."""
+        return [axis for axis in self.axes if axis.part is None or self.layers_with(config, axis)]
+
+    def full(self, config: PreTrainedConfig) -> Submodel:
+        """The whole parent as a submodel of itself."""
+        depth = self.depth(config)
+        layer_configs = [config.per_layer_config[i] for i in range(depth)]
+        items: list[tuple[str, int | tuple[int | None, ...]]] = []
+        for axis in self.available_axes(config):
+            if axis.part is None:
+                items.append((axis.name, int(getattr(config, axis.field))))
+            else:
+                there = set(self.layers_with(config, axis))
+                items.append(
+                    (
+                        axis.name,
+                        tuple(
+                            int(getattr(layer_configs[i], axis.field)) if i in there else None for i in range(depth)
+                        ),
+                    )
+                )
+        return Submodel(tuple(items), tuple(range(depth)), depth)
+
+    def submodel(self, config: PreTrainedConfig, sizes: Mapping[str, Any], name: str = "the submodel") -> Submodel:
+        """Check sizes as users write them and complete them from the parent.
+
+        Args:
+            config (`PreTrainedConfig`): The parent's config.
+            sizes (`dict[str, Any]`):
+                Per axis an `int`, or per layer a list with one entry per parent layer (`None` where it does not apply) or a dict
+                from layer index to size. `layers` takes the list of kept layers. Axes that are not named keep the parent's size.
+            name (`str`, *optional*): How to call it in errors.
+
+        Raises:
+            `ElasticConfigError`: unknown axis, a size below 1 or above the parent's, a size its groups do not divide, more experts
+                per token than experts, or sizes that the stock config cannot express together.
+        """
+        full = self.full(config)
+        for axis_name in sizes:
+            if axis_name != LAYERS:
+                self.axis(axis_name)  # raises for an unknown one
+                if axis_name not in full:
+                    raise ElasticConfigError(
+                        f"{name}: no layer of this {self.model_type} parent has axis {axis_name!r}."
+                    )
+        kept = _kept_layers(sizes.get(LAYERS), full.depth, name)
+        items: list[tuple[str, int | tuple[int | None, ...]]] = []
+        for axis_name, parent in full.items:
+            value = sizes.get(axis_name, parent)
+            if isinstance(parent, int):
+                items.append((axis_name, _checked_size(value, parent, f"{name}: {axis_name}")))
+            else:
+                items.append((axis_name, _per_layer(value, parent, kept, f"{name}: {axis_name}")))
+        result = Submodel(tuple(items), kept, full.depth)
+        self.check(config, result, name)
+        return result
+
+    def check(self, config: PreTrainedConfig, submodel: Submodel, name: str = "the submodel") -> None:
+        """Raise [`ElasticConfigError`] for sizes that groups do not divide or the stock model cannot have."""
+        for layer in submodel.layers:
+            sizes = submodel.at(layer)
+            where = f"{name}, layer {layer}"
+            layer_config = config.per_layer_config[layer]
+            for axis in self.axes:
+                groups = int(getattr(layer_config, axis.groups)) if axis.groups and axis.name in sizes else 1
+                if axis.name in sizes and sizes[axis.name] % groups:
+                    raise ElasticConfigError(
+                        f"{where}: {axis.name}={sizes[axis.name]} does not divide into the {groups} {axis.groups} of the parent; "
+                        f"every group keeps the same share, so give a multiple of {groups}."
+                    )
+            if "experts" in sizes and sizes["experts_per_token"] > sizes["experts"]:
+                raise ElasticConfigError(
+                    f"{where}: experts_per_token={sizes['experts_per_token']} is more than the {sizes['experts']} experts kept; "
+                    "lower experts_per_token or keep more experts."
+                )
+            self.check_layer(layer_config, sizes, where)
+
+    def config_for(self, config: PreTrainedConfig, submodel: Submodel) -> PreTrainedConfig:
+        """The stock config of a submodel. Global fields hold the sizes of the first layer of each kind, `per_layer_config` the rest.
+
+        The result keeps everything else of the parent's config, its attention and experts implementations included.
+        """
+        fields = config.to_dict()
+        fields.pop("per_layer_config", None)
+        fields.update(self.layer_fields(config, submodel.layers))
+        overrides: dict[int, dict[str, Any]] = {}
+        sizes = {new: submodel.at(layer) for new, layer in enumerate(submodel.layers)}
+        fields.update({axis.field: submodel.at(None)[axis.name] for axis in self.axes if axis.part is None})
+        first: dict[str | None, int] = {}  # the layer whose sizes become the global fields, per part
+        for new, layer in enumerate(submodel.layers):
+            layer_config = config.per_layer_config[layer]
+            here = {axis.field: sizes[new][axis.name] for axis in self.axes if axis.part and axis.name in sizes[new]}
+            for part in self.parts(config, layer):
+                if part not in first:
+                    first[part] = new
+                    own = {axis.field for axis in self.axes if axis.part == part}
+                    fields.update({field: size for field, size in here.items() if field in own})
+                    fields.update(self.tied_fields(layer_config, part, sizes[new]))
+            here |= {
+                k: v
+                for part in self.parts(config, layer)
+                for k, v in self.tied_fields(layer_config, part, sizes[new]).items()
+            }
+            different = {field: value for field, value in here.items() if value != fields[field]}
+            if different:
+                overrides[new] = different
+        result = type(config)(**fields)
+        if overrides:
+            result.per_layer_config = overrides
+        result._attn_implementation = config._attn_implementation
+        result._experts_implementation = config._experts_implementation
+        result.dtype = config.dtype
+        result.architectures = copy.copy(config.architectures)
+        return result
+
+    def layers_of(self, model: nn.Module) -> nn.ModuleList:
+        """The stock model's list of layers, of a causal or a base model."""
+        try:
+            return model.get_submodule(self.layers_path)  # type: ignore[return-value]
+        except AttributeError:
+            return model.get_submodule(self.layers_path.partition(".")[2])  # type: ignore[return-value]
+
+
+@contextmanager
+def uniform(config: PreTrainedConfig) -> Iterator[None]:
+    """Hide that sizes differ per layer: stock code that only knows global fields would raise on reading one that does."""
+    differences = config.__dict__.pop("_heterogeneity_spec", None)
+    try:
+        yield
+    finally:
+        if differences is not None:
+            config._heterogeneity_spec = differences
+
+
+def _kept_layers(value: Any, depth: int, name: str) -> tuple[int, ...]:
+    if value is None:
+        return tuple(range(depth))
+    if isinstance(value, (str, int)) or not isinstance(value, Iterable):
+        raise ElasticConfigError(
+            f"{name}: layers={value!r} must list the indices of the kept layers, each in 0..{depth - 1}."
+        )
+    layers = tuple(value)
+    bad = [i for i in layers if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < depth]
+    if bad or len(set(layers)) != len(layers) or not layers:
+        raise ElasticConfigError(
+            f"{name}: layers={list(layers)!r} must be different layer indices in 0..{depth - 1}, at least one"
+            + (f"; {bad!r} is not." if bad else ".")
+        )
+    return tuple(sorted(layers))
+
+
+def _checked_size(value: Any, parent: int, where: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ElasticConfigError(f"{where}={value!r} must be a whole number in 1..{parent}.")
+    if not 1 <= value <= parent:
+        raise ElasticConfigError(f"{where}={value} is out of range: the parent has {parent}, give 1..{parent}.")
+    return value
+
+
+def _per_layer(
+    value: Any, parent: tuple[int | None, ...], kept: tuple[int, ...], where: str
+) -> tuple[int | None, ...]:
+    depth = len(parent)
+    if isinstance(value, Mapping):
+        stray = [
+            i
+            for i in value
+            if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < depth or parent[i] is None
+        ]
+        if stray:
+            having = [i for i, size in enumerate(parent) if size is not None]
+            raise ElasticConfigError(
+                f"{where} names layers {stray} that do not have the axis; layers {having} have it."
+            )
+        value = [value.get(i, parent[i]) for i in range(depth)]
+    if isinstance(value, (list, tuple)):
+        if len(value) != depth:
+            raise ElasticConfigError(
+                f"{where} has {len(value)} entries; give one per layer of the parent, that is {depth}."
+            )
+        for i, (size, full) in enumerate(zip(value, parent, strict=True)):
+            if full is None and size is not None:
+                raise ElasticConfigError(f"{where}[{i}]={size!r}: layer {i} does not have the axis, give None there.")
+            if full is not None and size is None and i in kept:
+                raise ElasticConfigError(f"{where}[{i}] is missing: layer {i} has the axis, give 1..{full}.")
+    else:
+        value = [None if full is None else value for full in parent]
+    return tuple(
+        None if full is None or i not in kept else _checked_size(size, full, f"{where}[{i}]")
+        for i, (size, full) in enumerate(zip(value, parent, strict=True))
+    )

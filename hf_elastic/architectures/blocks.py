@@ -1,0 +1,57 @@
+"""Rules of the blocks that hybrid architectures share: Mamba-2 mixers, attention and gateless MLPs.
+
+Prefixes hold `{layer}`; rules come with their layer set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..axes import Cut, Dim, Sizes, TensorRule, dim
+from .base import CacheElements
+
+HIDDEN = dim(Cut("hidden"))
+
+
+def linear(prefix: str, layer: int | None, out: Dim, inp: Dim, *, bias: bool = False) -> Iterator[TensorRule]:
+    """`nn.Linear`: weight `[out, in]` and, if there is one, bias `[out]`."""
+    yield TensorRule(f"{prefix}.weight", (out, inp), layer)
+    if bias:
+        yield TensorRule(f"{prefix}.bias", (out,), layer)
+
+
+def mamba2(
+    prefix: str, layer: int, *, groups: int, state: int, kernel: int, conv_bias: bool, proj_bias: bool
+) -> Iterator[TensorRule]:
+    """Mamba-2 mixer. B, C and the gated norm are per group, so a head is kept with its group (arXiv 2504.11409)."""
+    heads, head_dim = Cut("mamba_heads", groups=groups), Cut("mamba_head_dim")
+    inner, shared, per_head = (groups, heads, head_dim), (groups, state), (groups, heads)
+    conv = dim(x=inner, B=shared, C=shared)
+    in_proj = dim(z=inner, x=inner, B=shared, C=shared, dt=per_head)
+    yield from linear(f"{prefix}.in_proj", layer, in_proj, HIDDEN, bias=proj_bias)
+    yield TensorRule(f"{prefix}.conv1d.weight", (conv, dim(1), dim(kernel)), layer)
+    if conv_bias:
+        yield TensorRule(f"{prefix}.conv1d.bias", (conv,), layer)
+    for name in ("dt_bias", "A_log", "D"):
+        yield TensorRule(f"{prefix}.{name}", (dim(*per_head),), layer)
+    yield TensorRule(f"{prefix}.norm.weight", (dim(*inner),), layer, norm=True)
+    yield from linear(f"{prefix}.out_proj", layer, HIDDEN, dim(*inner), bias=proj_bias)
+
+
+def mamba2_cache(sizes: Sizes, *, groups: int, state: int, kernel: int) -> CacheElements:
+    """Convolution window over x, B and C, and one `head_dim x state` matrix per head."""
+    inner = sizes["mamba_heads"] * sizes["mamba_head_dim"]
+    return CacheElements(conv=(inner + 2 * groups * state) * kernel, ssm=inner * state)
+
+
+def attention(prefix: str, layer: int, *, kv_heads: int, head_dim: int, bias: bool) -> Iterator[TensorRule]:
+    """Grouped-query attention: query heads are cut inside their KV group, KV heads stay."""
+    query = dim(kv_heads, Cut("attention_heads", groups=kv_heads), head_dim)
+    key = dim(kv_heads, head_dim)
+    for name, out in (("q_proj", query), ("k_proj", key), ("v_proj", key)):
+        yield from linear(f"{prefix}.{name}", layer, out, HIDDEN, bias=bias)
+    yield from linear(f"{prefix}.o_proj", layer, HIDDEN, query, bias=bias)
+
+
+def rms_norm(prefix: str, layer: int | None) -> TensorRule:
+    return TensorRule(f"{prefix}.weight", (HIDDEN,), layer, norm=True)

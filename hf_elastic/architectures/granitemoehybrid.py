@@ -1,0 +1,136 @@
+"""IBM Granite 4 hybrids: every layer has a mixer (Mamba-2 or attention), routed experts with fused gate/up, and a shared MLP."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GraniteMoeHybridForCausalLM, GraniteMoeHybridModel, PreTrainedConfig
+from transformers.models.granitemoehybrid.modeling_granitemoehybrid import GraniteMoeHybridDecoderLayer
+
+from ..axes import Cut, Sizes, TensorRule, dim
+from ..errors import ElasticConfigError
+from .base import Architecture, Axis, CacheElements
+from .blocks import HIDDEN, attention, linear, mamba2, mamba2_cache, rms_norm
+
+
+class GraniteMoeHybrid(Architecture):
+    model_type = "granitemoehybrid"
+    causal_class = GraniteMoeHybridForCausalLM
+    base_class = GraniteMoeHybridModel
+    axes = (
+        Axis("hidden", "hidden_size"),
+        Axis("attention_heads", "num_attention_heads", "attention", groups="num_key_value_heads"),
+        Axis("mamba_heads", "mamba_n_heads", "mamba", groups="mamba_n_groups"),
+        Axis("mamba_head_dim", "mamba_d_head", "mamba"),
+        Axis("experts", "num_local_experts", "moe"),
+        Axis("experts_per_token", "num_experts_per_tok", "moe"),
+        Axis("expert_ffn", "intermediate_size", "moe"),
+        Axis("shared_expert_ffn", "shared_intermediate_size", "shared"),
+    )
+
+    def parts(self, config: PreTrainedConfig, layer: int) -> frozenset[str]:
+        mixer = "mamba" if config.layer_types[layer] == "linear_attention" else "attention"
+        moe = {"moe"} if config.per_layer_config[layer].num_local_experts else set()
+        return frozenset({mixer, "shared"} | moe)
+
+    def rules(self, config: PreTrainedConfig) -> list[TensorRule]:
+        vocab = dim(config.vocab_size)
+        rules = [TensorRule("model.embed_tokens.weight", (vocab, HIDDEN))]
+        for layer in range(self.depth(config)):
+            rules.extend(self._layer(config.per_layer_config[layer], layer))
+        tied = "model.embed_tokens.weight" if config.tie_word_embeddings else None
+        return [*rules, rms_norm("model.norm", None), TensorRule("lm_head.weight", (vocab, HIDDEN), tied=tied)]
+
+    def _layer(self, c: PreTrainedConfig, layer: int) -> Iterator[TensorRule]:
+        prefix = "model.layers.{layer}"
+        parts = self.parts(c, layer)
+        yield rms_norm(f"{prefix}.input_layernorm", layer)
+        yield rms_norm(f"{prefix}.post_attention_layernorm", layer)
+        if "mamba" in parts:
+            yield from mamba2(
+                f"{prefix}.mamba",
+                layer,
+                groups=c.mamba_n_groups,
+                state=c.mamba_d_state,
+                kernel=c.mamba_d_conv,
+                conv_bias=c.mamba_conv_bias,
+                proj_bias=c.mamba_proj_bias,
+            )
+        else:
+            head_dim = _attention_head_dim(c)
+            yield from attention(
+                f"{prefix}.self_attn", layer, kv_heads=c.num_key_value_heads, head_dim=head_dim, bias=c.attention_bias
+            )
+        if "moe" in parts:
+            yield from _moe(f"{prefix}.block_sparse_moe", layer)
+        shared = (Cut("shared_expert_ffn"),)
+        yield from linear(f"{prefix}.shared_mlp.input_linear", layer, dim(gate=shared, up=shared), HIDDEN)
+        yield from linear(f"{prefix}.shared_mlp.output_linear", layer, HIDDEN, dim(*shared))
+
+    def layer_fields(self, config: PreTrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
+        return {"layer_types": [config.layer_types[i] for i in kept], "num_hidden_layers": len(kept)}
+
+    def build_layer(self, config: PreTrainedConfig, layer: int) -> nn.Module:
+        return GraniteMoeHybridDecoderLayer(config, layer)
+
+    def cache_elements(self, config: PreTrainedConfig, layer: int, sizes: Sizes) -> CacheElements:
+        if "mamba_heads" in sizes:
+            return mamba2_cache(
+                sizes, groups=config.mamba_n_groups, state=config.mamba_d_state, kernel=config.mamba_d_conv
+            )
+        return CacheElements(kv=2 * config.num_key_value_heads * _attention_head_dim(config))
+
+    def tied_fields(self, config: PreTrainedConfig, part: str, sizes: Sizes) -> dict[str, Any]:
+        # The stock classes take attention's head_dim from hidden_size, and Mamba's inner width as mamba_expand * hidden_size.
+        if part == "mamba":
+            return {"mamba_expand": sizes["mamba_heads"] * sizes["mamba_head_dim"] // sizes["hidden"]}
+        return {"head_dim": _attention_head_dim(config)} if part == "attention" else {}
+
+    def check_layer(self, config: PreTrainedConfig, sizes: Sizes, where: str) -> None:
+        if "mamba_heads" not in sizes:
+            return
+        inner, hidden = sizes["mamba_heads"] * sizes["mamba_head_dim"], sizes["hidden"]
+        if inner % hidden:
+            raise ElasticConfigError(
+                f"{where}: {self.model_type} needs Mamba's inner width to be a whole multiple of hidden (mamba_expand), but "
+                f"mamba_heads={sizes['mamba_heads']} * mamba_head_dim={sizes['mamba_head_dim']} = {inner} and hidden={hidden}; cut "
+                "them together so that hidden divides the product."
+            )
+
+    def mask_router(self, router: nn.Module, kept: Sequence[tuple[int, int]], top_k: int) -> None:
+        dropped = torch.ones(router.num_experts, dtype=torch.bool)
+        for start, stop in kept:
+            dropped[start:stop] = False
+
+        def forward(hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            logits = nn.functional.linear(hidden_states, router.weight).float().masked_fill(dropped, -torch.inf)
+            top_logits, index = logits.topk(top_k, dim=-1)
+            return logits, torch.softmax(top_logits, dim=-1).type_as(hidden_states), index
+
+        router.forward = forward
+
+
+def _moe(prefix: str, layer: int) -> Iterator[TensorRule]:
+    experts, ffn = dim(Cut("experts")), (Cut("expert_ffn", within="experts"),)
+    yield TensorRule(
+        f"{prefix}.experts.gate_up_proj",
+        (experts, dim(gate=ffn, up=ffn), HIDDEN),
+        layer,
+        disk=f"{prefix}.input_linear.weight",
+        routed=True,
+    )
+    yield TensorRule(
+        f"{prefix}.experts.down_proj",
+        (experts, HIDDEN, dim(*ffn)),
+        layer,
+        disk=f"{prefix}.output_linear.weight",
+        routed=True,
+    )
+    yield TensorRule(f"{prefix}.router.weight", (experts, HIDDEN), layer, disk=f"{prefix}.router.layer.weight")
+
+
+def _attention_head_dim(config: PreTrainedConfig) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

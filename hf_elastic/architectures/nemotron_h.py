@@ -1,0 +1,143 @@
+"""NVIDIA Nemotron-H, Nemotron Nano v2 (dense MLP) and v3 (MoE): one mixer per layer, chosen by the pattern."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import NemotronHConfig, NemotronHForCausalLM, NemotronHModel, PreTrainedConfig
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHBlock
+
+from ..axes import Cut, Sizes, TensorRule, dim
+from ..errors import ElasticConfigError
+from .base import Architecture, Axis, CacheElements
+from .blocks import HIDDEN, attention, linear, mamba2, mamba2_cache, rms_norm
+
+_PARTS = {"linear_attention": "mamba", "full_attention": "attention", "moe": "moe", "mlp": "mlp"}
+
+
+class NemotronH(Architecture):
+    model_type = "nemotron_h"
+    causal_class = NemotronHForCausalLM
+    base_class = NemotronHModel
+    disk_prefix = "backbone."
+    axes = (
+        Axis("hidden", "hidden_size"),
+        Axis("ffn", "intermediate_size", "mlp"),
+        Axis("attention_heads", "num_attention_heads", "attention", groups="num_key_value_heads"),
+        Axis("mamba_heads", "mamba_num_heads", "mamba", groups="n_groups"),
+        Axis("mamba_head_dim", "mamba_head_dim", "mamba"),
+        Axis("experts", "n_routed_experts", "moe", groups="n_group"),
+        Axis("experts_per_token", "num_experts_per_tok", "moe"),
+        Axis("expert_ffn", "moe_intermediate_size", "moe"),
+        Axis("shared_expert_ffn", "moe_shared_expert_intermediate_size", "moe"),
+    )
+
+    def parts(self, config: PreTrainedConfig, layer: int) -> frozenset[str]:
+        return frozenset({_PARTS[config.layers_block_type[layer]]})
+
+    def rules(self, config: PreTrainedConfig) -> list[TensorRule]:
+        vocab = dim(config.vocab_size)
+        rules = [TensorRule("model.embeddings.weight", (vocab, HIDDEN))]
+        for layer in range(self.depth(config)):
+            layer_config = config.per_layer_config[layer]
+            rules.append(rms_norm("model.layers.{layer}.norm", layer))
+            rules.extend(_MIXERS[config.layers_block_type[layer]](layer_config, layer))
+        rules += [rms_norm("model.norm_f", None), TensorRule("lm_head.weight", (vocab, HIDDEN))]
+        return [_with_disk_name(rule) for rule in rules]
+
+    def layer_fields(self, config: PreTrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
+        # The stock class does not load the multi-token-prediction block, so no slice can carry it.
+        return {"layers_block_type": [config.layers_block_type[i] for i in kept], "num_nextn_predict_layers": 0}
+
+    def export_fields(self, config: PreTrainedConfig) -> dict[str, Any]:
+        # transformers writes only `layers_block_type`, under new names; serving engines read the pattern.
+        return {
+            "hybrid_override_pattern": config.hybrid_override_pattern,
+            "num_hidden_layers": config.num_hidden_layers,
+        }
+
+    def build_layer(self, config: PreTrainedConfig, layer: int) -> nn.Module:
+        return NemotronHBlock(config, layer)
+
+    def cache_elements(self, config: PreTrainedConfig, layer: int, sizes: Sizes) -> CacheElements:
+        part = _PARTS[config.layers_block_type[layer]]
+        if part == "mamba":
+            return mamba2_cache(sizes, groups=config.n_groups, state=config.ssm_state_size, kernel=config.conv_kernel)
+        return CacheElements(kv=2 * config.num_key_value_heads * config.head_dim if part == "attention" else 0)
+
+    def check_layer(self, config: PreTrainedConfig, sizes: Sizes, where: str) -> None:
+        if "experts" not in sizes:
+            return
+        per_group = sizes["experts"] // config.n_group
+        if per_group < 2:
+            raise ElasticConfigError(
+                f"{where}: experts={sizes['experts']} leaves {per_group} expert in each of {config.n_group} router groups; the "
+                f"router adds the two best of a group, so keep at least {2 * config.n_group}."
+            )
+        if sizes["experts_per_token"] > config.topk_group * per_group:
+            raise ElasticConfigError(
+                f"{where}: experts_per_token={sizes['experts_per_token']} is more than the {config.topk_group * per_group} experts "
+                f"in the {config.topk_group} router groups a token may use; lower it or keep more experts."
+            )
+
+    def mask_router(self, router: nn.Module, kept: Sequence[tuple[int, int]], top_k: int) -> None:
+        bias = torch.full_like(router.e_score_correction_bias, -torch.inf)
+        for start, stop in kept:
+            bias[start:stop] = router.e_score_correction_bias[start:stop]
+        router.e_score_correction_bias = bias
+        router.top_k = top_k
+
+
+def _mamba(c: PreTrainedConfig, layer: int) -> Iterator[TensorRule]:
+    return mamba2(
+        "model.layers.{layer}.mixer",
+        layer,
+        groups=c.n_groups,
+        state=c.ssm_state_size,
+        kernel=c.conv_kernel,
+        conv_bias=c.use_conv_bias,
+        proj_bias=c.use_bias,
+    )
+
+
+def _attention(c: PreTrainedConfig, layer: int) -> Iterator[TensorRule]:
+    return attention(
+        "model.layers.{layer}.mixer", layer, kv_heads=c.num_key_value_heads, head_dim=c.head_dim, bias=False
+    )
+
+
+def _mlp(
+    c: PreTrainedConfig, layer: int, prefix: str = "model.layers.{layer}.mixer", axis: str = "ffn"
+) -> Iterator[TensorRule]:
+    ffn = dim(Cut(axis))
+    yield from linear(f"{prefix}.up_proj", layer, ffn, HIDDEN, bias=c.mlp_bias)
+    yield from linear(f"{prefix}.down_proj", layer, HIDDEN, ffn, bias=c.mlp_bias)
+
+
+def _moe(c: PreTrainedConfig, layer: int) -> Iterator[TensorRule]:
+    prefix = "model.layers.{layer}.mixer"
+    experts = dim(c.n_group, Cut("experts", groups=c.n_group))
+    ffn = dim(Cut("expert_ffn", within="experts"))
+    token = HIDDEN if c.moe_latent_size is None else dim(c.moe_latent_size)
+    for name, dims in (("up_proj", (experts, ffn, token)), ("down_proj", (experts, token, ffn))):
+        disk = f"{prefix}.experts.{{expert}}.{name}.weight"
+        yield TensorRule(f"{prefix}.experts.{name}", dims, layer, disk=disk, routed=True)
+    yield TensorRule(f"{prefix}.gate.weight", (experts, HIDDEN), layer)
+    yield TensorRule(f"{prefix}.gate.e_score_correction_bias", (experts,), layer, buffer=True, fp32=True)
+    yield from _mlp(c, layer, f"{prefix}.shared_experts", "shared_expert_ffn")
+    if c.moe_latent_size is not None:
+        yield from linear(f"{prefix}.fc1_latent_proj", layer, token, HIDDEN, bias=c.mlp_bias)
+        yield from linear(f"{prefix}.fc2_latent_proj", layer, HIDDEN, token, bias=c.mlp_bias)
+
+
+_MIXERS = {"linear_attention": _mamba, "full_attention": _attention, "mlp": _mlp, "moe": _moe}
+
+
+def _with_disk_name(rule: TensorRule) -> TensorRule:
+    """The Hub repository calls the base model `backbone`."""
+    name = rule.disk or rule.template
+    return replace(rule, disk="backbone." + name.removeprefix("model.") if name.startswith("model.") else name)

@@ -1,0 +1,265 @@
+"""The algebra of elastic tensors: what runs along each dimension of a tensor, and what follows from it.
+
+A *dimension* is a concatenation of named *segments*, a segment is a product of *factors*, a factor is a constant or a
+[`Cut`] by an axis:
+
+```
+in_proj.weight   [ z | x | B | C | dt ,  hidden ]     z = x = groups * heads per group * head_dim     B = C = groups * state
+```
+
+From that one description follow all verbs: `shape` and `count` for a choice of sizes, the `runs` of rows and columns that a
+smaller choice keeps, `narrow` (cut a tensor, without a copy where every dimension is one run), `mask` and `permute` (sort by
+importance). Nothing in here knows of modules, files or training.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+Sizes = Mapping[str, int]
+"""Size of every axis in one layer, as users count it: `mamba_heads` counts the heads of all groups together."""
+
+Run = tuple[int, int]
+"""A half-open range `(start, stop)` of indices along one dimension."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A factor that an axis cuts: the smaller submodel keeps its first entries.
+
+    Args:
+        axis (`str`): Name of the axis.
+        groups (`int`, *optional*, defaults to 1):
+            The axis counts over this many groups and this factor is the share of one group. It has to follow a constant
+            factor of that size, so that every group keeps a prefix of its own (the Mamba and KV grouping).
+        within (`str`, *optional*):
+            The entries are sorted separately for every index of this axis, which runs along dimension 0 (the neurons of one
+            expert). Cutting is not affected.
+    """
+
+    axis: str
+    groups: int = 1
+    within: str | None = None
+
+    def size(self, sizes: Sizes) -> int:
+        return sizes[self.axis] // self.groups
+
+
+Factor = int | Cut
+Segment = tuple[Factor, ...]
+
+
+def _factor_size(factor: Factor, sizes: Sizes) -> int:
+    return factor if isinstance(factor, int) else factor.size(sizes)
+
+
+def _segment_size(segment: Segment, sizes: Sizes) -> int:
+    return math.prod(_factor_size(factor, sizes) for factor in segment)
+
+
+def _segment_runs(segment: Segment, full: Sizes, kept: Sizes) -> list[Run]:
+    """Runs of a row-major product of prefixes, relative to the start of the segment."""
+    runs: list[Run] = [(0, 1)]
+    inner = 1
+    for factor in reversed(segment):
+        size, keep = _factor_size(factor, full), _factor_size(factor, kept)
+        if runs == [(0, inner)]:
+            runs = [(0, keep * inner)]
+        else:
+            runs = [(i * inner + start, i * inner + stop) for i in range(keep) for start, stop in runs]
+        inner *= size
+    return runs
+
+
+@dataclass(frozen=True)
+class Dim:
+    """One dimension of a tensor: named segments, in the order in which they are stored."""
+
+    segments: tuple[tuple[str, Segment], ...]
+
+    @property
+    def cuts(self) -> tuple[Cut, ...]:
+        return tuple(factor for _, segment in self.segments for factor in segment if isinstance(factor, Cut))
+
+    def size(self, sizes: Sizes) -> int:
+        """Length of the dimension for these sizes."""
+        return sum(_segment_size(segment, sizes) for _, segment in self.segments)
+
+    def runs(self, full: Sizes, kept: Sizes) -> list[Run]:
+        """The ranges that `kept` takes out of a dimension of `full` sizes, in order, adjacent ones merged."""
+        runs: list[Run] = []
+        offset = 0
+        for _, segment in self.segments:
+            for start, stop in _segment_runs(segment, full, kept):
+                if runs and runs[-1][1] == offset + start:
+                    runs[-1] = (runs[-1][0], offset + stop)
+                else:
+                    runs.append((offset + start, offset + stop))
+            offset += _segment_size(segment, full)
+        return runs
+
+    def span(self, name: str, sizes: Sizes) -> Run:
+        """Where the segment called `name` lies."""
+        offset = 0
+        for segment_name, segment in self.segments:
+            size = _segment_size(segment, sizes)
+            if segment_name == name:
+                return offset, offset + size
+            offset += size
+        raise KeyError(f"no segment {name!r} among {[name for name, _ in self.segments]}")
+
+    def order(self, full: Sizes, orders: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+        """The index that sorts this dimension, or `None` if nothing along it is sorted.
+
+        Args:
+            full (`Sizes`): Sizes of the tensor.
+            orders (`dict[str, torch.Tensor]`):
+                Per axis the old index of every new position, of shape `(groups, size per group)`.
+
+        Returns:
+            `torch.Tensor`: int64 of shape `(size,)`, the old index of every new position.
+        """
+        if not any(cut.axis in orders and cut.within is None for cut in self.cuts):
+            return None
+        parts, offset = [], 0
+        for _, segment in self.segments:
+            parts.append(_segment_order(segment, full, orders) + offset)
+            offset += _segment_size(segment, full)
+        return torch.cat(parts)
+
+
+def _segment_order(segment: Segment, full: Sizes, orders: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    index = torch.zeros(1, dtype=torch.int64)
+    group = torch.zeros(1, dtype=torch.int64)  # group each entry of `index` lies in: the last constant factor
+    for factor in segment:
+        size = _factor_size(factor, full)
+        if isinstance(factor, Cut) and factor.axis in orders and factor.within is None:
+            order = orders[factor.axis]
+            step = order[group] if factor.groups > 1 else order[:1].expand(len(index), -1)
+        else:
+            step = torch.arange(size).expand(len(index), -1)
+        if isinstance(factor, int):
+            group = step.reshape(-1)
+        else:
+            group = group.repeat_interleave(size)
+        index = (index[:, None] * size + step).reshape(-1)
+    return index
+
+
+@dataclass(frozen=True)
+class TensorRule:
+    """What runs along the dimensions of one tensor of the parent.
+
+    Args:
+        template (`str`): Name in the live model, with `{layer}` where the tensor belongs to a layer.
+        dims (`tuple[Dim, ...]`): One entry per dimension.
+        layer (`int`, *optional*): Index of the layer it belongs to; `None` for embeddings, head and final norm.
+        disk (`str`, *optional*):
+            Name in the parent's Hub repository, if different. With `{expert}` in it, dimension 0 is stored as one tensor per index.
+        norm (`bool`, *optional*, defaults to `False`): The weight of an RMSNorm; masking has to correct it.
+        buffer (`bool`, *optional*, defaults to `False`): A persistent buffer: stored, but not counted as a parameter.
+        fp32 (`bool`, *optional*, defaults to `False`): Kept in float32 whatever the load dtype.
+        routed (`bool`, *optional*, defaults to `False`): Only `experts_per_token` of the `experts` are used for a token.
+        tied (`str`, *optional*): Name of the tensor it shares its storage with; it is neither stored nor counted.
+    """
+
+    template: str
+    dims: tuple[Dim, ...]
+    layer: int | None = None
+    disk: str | None = None
+    norm: bool = False
+    buffer: bool = False
+    fp32: bool = False
+    routed: bool = False
+    tied: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Name in the live model."""
+        return self.template.format(layer=self.layer)
+
+    @property
+    def module(self) -> str:
+        """Name of the module that owns the tensor."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def stacked(self) -> bool:
+        """Whether dimension 0 is one tensor per index on disk."""
+        return self.disk is not None and "{expert}" in self.disk
+
+    def disk_name(self, expert: int | None = None) -> str:
+        """Name in the parent's Hub layout."""
+        return (self.disk or self.template).format(layer=self.layer, expert=expert)
+
+    def at_layer(self, layer: int | None) -> TensorRule:
+        """The same rule for the layer's position in a submodel with fewer layers."""
+        return replace(self, layer=layer)
+
+    def shape(self, sizes: Sizes) -> tuple[int, ...]:
+        return tuple(dim.size(sizes) for dim in self.dims)
+
+    def count(self, sizes: Sizes) -> int:
+        """Number of elements for these sizes."""
+        return math.prod(self.shape(sizes))
+
+    def runs(self, full: Sizes, kept: Sizes) -> list[list[Run]]:
+        """Per dimension the ranges that `kept` takes out of a tensor of `full` sizes."""
+        return [dim.runs(full, kept) for dim in self.dims]
+
+    def narrow(self, tensor: torch.Tensor, full: Sizes, kept: Sizes) -> torch.Tensor:
+        """Cut `tensor` of `full` sizes to `kept`: a view where every dimension keeps one run, otherwise a copy."""
+        return take(tensor, self.runs(full, kept))
+
+    def is_view(self, full: Sizes, kept: Sizes) -> bool:
+        """Whether `narrow` copies nothing."""
+        return all(len(runs) == 1 for runs in self.runs(full, kept))
+
+    def mask(self, full: Sizes, kept: Sizes) -> torch.Tensor:
+        """1.0 where `kept` keeps an element and 0.0 elsewhere: the outer product of the dimensions' masks."""
+        mask = torch.ones(())
+        for dim, runs in zip(self.dims, self.runs(full, kept), strict=True):
+            along = torch.zeros(dim.size(full))
+            for start, stop in runs:
+                along[start:stop] = 1.0
+            mask = mask[..., None] * along
+        return mask
+
+    def permute(self, tensor: torch.Tensor, full: Sizes, orders: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Sort `tensor` by the orders of its axes (`Dim.order`); a new tensor if anything moves.
+
+        An axis sorted `within` another one has an order of shape `(size of that axis, size)`: row e belongs to the *old*
+        index e, so it is applied first.
+        """
+        for i, dim in enumerate(self.dims):
+            for cut in dim.cuts:
+                if cut.within is not None and cut.axis in orders:
+                    index = torch.cat([orders[cut.axis] + k * cut.size(full) for k in range(len(dim.segments))], dim=1)
+                    view = [len(index)] + [1] * (tensor.dim() - 1)
+                    view[i] = index.shape[1]
+                    tensor = torch.take_along_dim(tensor, index.view(view).to(tensor.device), dim=i)
+                    break  # all segments of the dimension were sorted at once
+        for i, dim in enumerate(self.dims):
+            order = dim.order(full, orders)
+            if order is not None:
+                tensor = tensor.index_select(i, order.to(tensor.device))
+        return tensor
+
+
+def take(tensor: torch.Tensor, runs: Sequence[Sequence[Run]]) -> torch.Tensor:
+    """Keep the given ranges of every dimension; a view if each dimension has one."""
+    for i, ranges in enumerate(runs):
+        parts = [tensor.narrow(i, start, stop - start) for start, stop in ranges]
+        tensor = parts[0] if len(parts) == 1 else torch.cat(parts, dim=i)
+    return tensor
+
+
+def dim(*segment: Factor, **segments: Segment) -> Dim:
+    """Build a [`Dim`]: `dim(8, Cut("heads"))` for one segment, `dim(gate=(...), up=(...))` for a concatenation."""
+    if bool(segment) == bool(segments):
+        raise TypeError("give either the factors of one segment or named segments")
+    return Dim((("", segment),) if segment else tuple(segments.items()))

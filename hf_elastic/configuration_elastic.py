@@ -1,0 +1,405 @@
+"""`ElasticConfig`: the parent's config, the axes it can be cut along, and the budgets it nests."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig
+
+from .architectures import Architecture, get_architecture
+from .budgets import FULL, Budget, Limit, format_count, parse_limit
+from .cost import Cost, CostModel
+from .errors import ElasticConfigError, UnknownBudgetError, did_you_mean
+from .submodel import LAYERS, Submodel
+
+FORMAT_VERSION = 1
+"""Version of the `elastic` section on disk. A reader refuses newer ones."""
+
+_SECTION_KEYS = {"version", "axes", "budgets"}
+_AXIS_KEYS = {"choices", "policy", "ranking"}
+_BUDGET_KEYS = {"sizes", "total_params", "active_params"}
+
+
+class ElasticConfig(PreTrainedConfig):
+    r"""
+    Configuration of an elastic checkpoint. `config.json` holds the parent's own config under `parent_config` and everything this
+    library adds under `elastic`, where unknown keys are errors.
+
+    Args:
+        parent_config (`PreTrainedConfig` or `dict`):
+            The stock config of the weights. Its `model_type` has to be a supported architecture.
+        elastic (`dict`):
+            - `version` (`int`): format of this section.
+            - `axes` (`dict`): per elastic axis its `choices` (sizes, largest first), its `policy` (how a smaller size is taken out:
+              a prefix, or a prefix per group of a named config field), and for `layers` the `ranking` of all layers, most important first.
+            - `budgets` (`dict`): per name its `sizes`, `total_params` and `active_params`. Budgets are nested: each one keeps a part of
+              the next larger one. Counts may be left out when a config is made; they are always written and always checked.
+
+    Raises:
+        `ElasticConfigError`: says which axis or budget is wrong, what is allowed, and what to do.
+        `UnsupportedArchitectureError`: no table for the parent's `model_type`.
+
+    Example:
+
+    ```python
+    >>> from transformers import NemotronHConfig
+    >>> from hf_elastic import ElasticConfig
+
+    >>> parent = NemotronHConfig(hidden_size=64, layers_block_type=["mlp"], intermediate_size=128, vocab_size=100)
+    >>> config = ElasticConfig.from_parent(parent, {"half": {"ffn": 64}})
+    >>> config.budgets["half"]["total_params"]
+    21120
+    ```
+    """
+
+    model_type = "elastic"
+    has_no_defaults_at_init = True
+
+    parent_config: Any = None
+    elastic: Any = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        parent = self.parent_config
+        if isinstance(parent, Mapping):
+            parent = parent_from_dict(parent)
+        if not isinstance(parent, PreTrainedConfig):
+            raise ElasticConfigError(f"parent_config={parent!r} must be the stock config of the parent, or its dict.")
+        self.parent_config = parent
+        super().__post_init__(**kwargs)
+        self.elastic = _checked_section(parent, self.elastic)
+        if self.dtype is None:
+            self.dtype = parent.dtype
+
+    @classmethod
+    def from_parent(
+        cls,
+        parent_config: PreTrainedConfig,
+        budgets: Mapping[str, Mapping[str, Any]],
+        *,
+        choices: Mapping[str, list[int]] | None = None,
+        layer_ranking: list[int] | None = None,
+    ) -> ElasticConfig:
+        """Describe a parent whose weights are already sorted.
+
+        Args:
+            parent_config (`PreTrainedConfig`): Stock config.
+            budgets (`dict[str, dict[str, Any]]`): Sizes per name, as `Architecture.submodel` takes them.
+            choices (`dict[str, list[int]]`, *optional*): Further sizes per axis, besides those of the budgets and the parent.
+            layer_ranking (`list[int]`, *optional*): All layers, most important first; needed if an entry of `budgets` gives `layers`.
+        """
+        architecture = get_architecture(parent_config.model_type)
+        submodels = {}
+        for name, sizes in budgets.items():
+            if not isinstance(sizes, Mapping):
+                raise ElasticConfigError(f"budget {name!r}={sizes!r} must be a dict from axis to size.")
+            sizes = dict(sizes)
+            if isinstance(sizes.get(LAYERS), int) and layer_ranking is not None:
+                sizes[LAYERS] = sorted(layer_ranking[: sizes[LAYERS]])
+            submodels[name] = architecture.submodel(parent_config, sizes, f"budget {name!r}")
+        axes = _describe_axes(architecture, parent_config, list(submodels.values()), choices or {}, layer_ranking)
+        entries = {name: {"sizes": submodel.to_dict()} for name, submodel in submodels.items()}
+        return cls(parent_config=parent_config, elastic={"axes": axes, "budgets": entries})
+
+    # -- reading -------------------------------------------------------------------------------------------------------
+
+    @property
+    def architecture(self) -> Architecture:
+        """Table of the parent."""
+        return get_architecture(self.parent_config.model_type)
+
+    @property
+    def axes(self) -> dict[str, dict[str, Any]]:
+        """Elastic axes: choices and policies."""
+        return self.elastic["axes"]
+
+    @property
+    def budgets(self) -> dict[str, dict[str, Any]]:
+        """Named budgets, largest first: sizes and exact counts. The whole parent (`"full"`) is always there as well."""
+        return self.elastic["budgets"]
+
+    def submodel(self, name: str) -> Submodel:
+        """The submodel of a named budget, or of `"full"`."""
+        if name == FULL and FULL not in self.budgets:
+            return self.architecture.full(self.parent_config)
+        return self.architecture.submodel(self.parent_config, self.budgets[name]["sizes"], f"budget {name!r}")
+
+    def family(self) -> dict[str, Submodel]:
+        """All submodels by name, the whole parent first. A named budget that is the whole parent stands for it."""
+        named = {name: self.submodel(name) for name in self.budgets}
+        full = self.architecture.full(self.parent_config)
+        return named if full in named.values() else {FULL: full, **named}
+
+    def resolve(self, budget: Budget | Submodel, dtype: torch.dtype | None = None) -> Submodel:
+        """The submodel that a budget asks for.
+
+        Args:
+            budget: See [`hf_elastic.budgets`].
+            dtype (`torch.dtype`, *optional*): Load dtype for budgets given in bytes, defaults to the checkpoint's.
+
+        Raises:
+            `UnknownBudgetError`: no such name, or no member of the family is small enough.
+            `ElasticConfigError`: sizes that are not allowed.
+        """
+        if isinstance(budget, Submodel):
+            self.architecture.check(self.parent_config, budget)
+            return budget
+        if budget is None:
+            return self.architecture.full(self.parent_config)
+        if isinstance(budget, Mapping):
+            return self.architecture.submodel(self.parent_config, budget, "budget")
+        if isinstance(budget, bool) or not isinstance(budget, (str, int, float)):
+            raise ElasticConfigError(
+                f"budget={budget!r} must be a name, a number of parameters, an amount of memory or a dict of sizes."
+            )
+        if isinstance(budget, str):
+            for name in [*self.budgets, FULL]:
+                if name.lower() == budget.strip().lower():
+                    return self.submodel(name)
+        limit = parse_limit(budget)
+        if limit is None:
+            known = self.family()
+            raise UnknownBudgetError(
+                f"unknown budget {budget!r}; this checkpoint has {self._listing()}.{did_you_mean(str(budget), known)} A number "
+                "of parameters ('1.5B', '300M active') or of bytes ('24GB') selects the largest one that fits."
+            )
+        return self._largest(limit, dtype or self._dtype())
+
+    def costs(self) -> dict[str, Cost]:
+        """Exact cost of every member of the family, in the order of `family`."""
+        count = CostModel(self.parent_config)
+        return {name: count(submodel) for name, submodel in self.family().items()}
+
+    def name_of(self, submodel: Submodel) -> str | None:
+        """The name of a submodel, if it has one."""
+        return next((name for name, member in self.family().items() if member == submodel), None)
+
+    # -- deriving ------------------------------------------------------------------------------------------------------
+
+    def stock_config(self, submodel: Submodel) -> PreTrainedConfig:
+        """The stock config of a submodel; `per_layer_config` says where layers differ."""
+        return self.architecture.config_for(self.parent_config, submodel)
+
+    def restrict(self, submodel: Submodel) -> ElasticConfig:
+        """The config of a slice: the submodel is the new parent, and the budgets that nest in it stay."""
+        budgets = {name: member for name, member in self.family().items() if member.nests_in(submodel)}
+        stock = self.stock_config(submodel)
+        kept = set(submodel.layers)
+        axes = copy.deepcopy(self.axes)
+        for name, axis in axes.items():
+            if name == LAYERS:
+                axis["ranking"] = [submodel.layers.index(i) for i in axis["ranking"] if i in kept]
+                largest = len(submodel.layers)
+            else:
+                largest = max(submodel.values(name), default=0)
+            axis["choices"] = sorted({c for c in axis["choices"] if c < largest} | ({largest} - {0}), reverse=True)
+        axes = {name: axis for name, axis in axes.items() if axis["choices"]}
+        entries = {name: {"sizes": member.within(submodel.layers).to_dict()} for name, member in budgets.items()}
+        return type(self)(parent_config=stock, elastic={"axes": axes, "budgets": entries})
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form. The parent's section is what its own `config.json` holds."""
+        output = super().to_dict()
+        parent = self.parent_config.to_diff_dict()
+        parent.pop("transformers_version", None)
+        output["parent_config"] = {**parent, "model_type": self.parent_config.model_type}
+        return output
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        full = self.to_dict()
+        diff = super().to_diff_dict()
+        return {**diff, "parent_config": full["parent_config"], "elastic": full["elastic"]}
+
+    # -- helpers -------------------------------------------------------------------------------------------------------
+
+    def _dtype(self) -> torch.dtype:
+        return self.dtype if isinstance(self.dtype, torch.dtype) else torch.get_default_dtype()
+
+    def _listing(self) -> str:
+        return ", ".join(f"{name!r} ({format_count(cost.total_params)})" for name, cost in self.costs().items())
+
+    def _largest(self, limit: Limit, dtype: torch.dtype) -> Submodel:
+        measured = {name: limit.measure(cost, dtype) for name, cost in self.costs().items()}
+        fitting = {name: value for name, value in measured.items() if value <= limit.value}
+        if not fitting:
+            smallest = min(measured, key=lambda name: measured[name])
+            raise UnknownBudgetError(
+                f"no submodel fits into {limit}: the smallest, {smallest!r}, needs {Limit(limit.quantity, measured[smallest])}."
+            )
+        return self.family()[max(fitting, key=lambda name: fitting[name])]
+
+
+def parent_from_dict(fields: Mapping[str, Any]) -> PreTrainedConfig:
+    """The stock config of a parent from the dict in its `config.json`.
+
+    Sizes that differ per layer are set last: some stock classes check global fields when they are made, which then may not be read.
+    """
+    fields = dict(fields)
+    model_type = fields.pop("model_type", None)
+    get_architecture(str(model_type))
+    differences = fields.pop("per_layer_config", None)
+    config = AutoConfig.for_model(model_type, **fields)
+    if differences:
+        config.per_layer_config = differences
+    return config
+
+
+def _describe_axes(
+    architecture: Architecture,
+    config: PreTrainedConfig,
+    submodels: list[Submodel],
+    choices: Mapping[str, list[int]],
+    ranking: list[int] | None,
+) -> dict[str, dict[str, Any]]:
+    """The `axes` section: every axis that a budget cuts or that choices were given for."""
+    full = architecture.full(config)
+    axes: dict[str, dict[str, Any]] = {}
+    for name in choices:
+        if name != LAYERS:
+            architecture.axis(name)
+    for axis in architecture.available_axes(config):
+        used = {size for submodel in submodels for size in submodel.values(axis.name)} | set(
+            choices.get(axis.name, [])
+        )
+        if used - set(full.values(axis.name)) or axis.name in choices:
+            sizes = used | set(full.values(axis.name))
+            axes[axis.name] = {"choices": sorted(sizes, reverse=True), "policy": axis.policy}
+    depths = {len(submodel.layers) for submodel in submodels} | set(choices.get(LAYERS, []))
+    if depths - {full.depth}:
+        kept = [set(submodel.layers) for submodel in submodels]
+        ranking = ranking or sorted(range(full.depth), key=lambda i: (-sum(i in layers for layers in kept), i))
+        axes[LAYERS] = {
+            "choices": sorted(depths | {full.depth}, reverse=True),
+            "policy": "ranking",
+            "ranking": ranking,
+        }
+    return axes
+
+
+def _checked_section(parent: PreTrainedConfig, section: Any) -> dict[str, Any]:
+    """Validate the `elastic` section, complete its counts, and order the budgets from large to small."""
+    if not isinstance(section, Mapping):
+        raise ElasticConfigError(
+            "config.json has no `elastic` section; elastify() or ElasticConfig.from_parent() writes one."
+        )
+    version = section.get("version", FORMAT_VERSION)
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise ElasticConfigError(f"elastic.version={version!r} must be a whole number of at least 1.")
+    if version > FORMAT_VERSION:
+        raise ElasticConfigError(
+            f"this checkpoint has elastic format {version}, this hf_elastic reads up to {FORMAT_VERSION}; "
+            "pip install --upgrade hf-elastic."
+        )
+    _refuse_unknown(section, _SECTION_KEYS, "elastic")
+    architecture = get_architecture(parent.model_type)
+    axes, budgets = section.get("axes", {}), section.get("budgets", {})
+    _check_axes(architecture, parent, axes)
+    submodels: dict[str, Submodel] = {}
+    for name, entry in budgets.items():
+        submodels[name] = _check_budget(architecture, parent, name, entry, axes)
+    count = CostModel(parent)
+    costs = {name: count(submodel) for name, submodel in submodels.items()}
+    checked: dict[str, Any] = {}
+    for name in sorted(costs, key=lambda n: -costs[n].total_params):
+        checked[name] = {"sizes": submodels[name].to_dict()}
+        for key in ("total_params", "active_params"):
+            checked[name][key] = getattr(costs[name], key)
+            given = budgets[name].get(key, checked[name][key])
+            if given != checked[name][key]:
+                raise ElasticConfigError(
+                    f"budget {name!r} says {key}={given}, its sizes have {checked[name][key]}; config.json was edited or damaged."
+                )
+    _check_nesting(list(checked), submodels)
+    return {"version": version, "axes": copy.deepcopy(dict(axes)), "budgets": checked}
+
+
+def _refuse_unknown(mapping: Mapping[str, Any], known: set[str], where: str) -> None:
+    for key in mapping:
+        if key not in known:
+            raise ElasticConfigError(
+                f"unknown key {key!r} in {where}; it takes {', '.join(sorted(known))}.{did_you_mean(key, known)}"
+            )
+
+
+def _check_axes(architecture: Architecture, parent: PreTrainedConfig, axes: Any) -> None:
+    if not isinstance(axes, Mapping):
+        raise ElasticConfigError(f"elastic.axes={axes!r} must be a dict.")
+    full = architecture.full(parent)
+    for name, entry in axes.items():
+        where = f"elastic.axes[{name!r}]"
+        if name != LAYERS:
+            axis = architecture.axis(name)
+            if name not in full:
+                raise ElasticConfigError(f"{where}: no layer of this parent has that axis.")
+            policy, largest = axis.policy, max(full.values(name))
+        else:
+            policy, largest = "ranking", full.depth
+        if not isinstance(entry, Mapping):
+            raise ElasticConfigError(f"{where}={entry!r} must be a dict.")
+        _refuse_unknown(entry, _AXIS_KEYS if name == LAYERS else _AXIS_KEYS - {"ranking"}, where)
+        if entry.get("policy") != policy:
+            raise ElasticConfigError(
+                f"{where}.policy={entry.get('policy')!r} is not how {parent.model_type} weights are cut; it must be {policy!r}."
+            )
+        choices = entry.get("choices")
+        if not isinstance(choices, list) or any(isinstance(c, bool) or not isinstance(c, int) for c in choices):
+            raise ElasticConfigError(f"{where}.choices={choices!r} must be a list of whole numbers.")
+        if not choices or any(not 1 <= c <= largest for c in choices) or choices != sorted(set(choices), reverse=True):
+            raise ElasticConfigError(
+                f"{where}.choices={choices!r} must go down, without repeats, within 1..{largest}."
+            )
+    if LAYERS in axes and sorted(axes[LAYERS].get("ranking", [])) != list(range(full.depth)):
+        raise ElasticConfigError(
+            f"elastic.axes['layers'].ranking={axes[LAYERS].get('ranking')!r} must list every layer 0..{full.depth - 1} once."
+        )
+
+
+def _check_budget(
+    architecture: Architecture, parent: PreTrainedConfig, name: Any, entry: Any, axes: Mapping[str, Any]
+) -> Submodel:
+    where = f"budget {name!r}"
+    if not isinstance(name, str) or not name.strip() or name != name.strip():
+        raise ElasticConfigError(f"{where}: a name must be a text without spaces around it.")
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("sizes"), Mapping):
+        raise ElasticConfigError(f"{where}={entry!r} must be a dict with `sizes`, a dict from axis to size.")
+    _refuse_unknown(entry, _BUDGET_KEYS, where)
+    submodel = architecture.submodel(parent, entry["sizes"], where)
+    full = architecture.full(parent)
+    if name.lower() == FULL and submodel != full:
+        raise ElasticConfigError(
+            f"{where}: that name stands for the whole parent, choose another for a smaller submodel."
+        )
+    for axis in submodel.cuts(full):
+        if axis not in axes:
+            raise ElasticConfigError(
+                f"{where} cuts {axis!r}, which elastic.axes does not list ({', '.join(axes) or 'none'})."
+            )
+        sizes = {len(submodel.layers)} if axis == LAYERS else set(submodel.values(axis))
+        stray = sorted(sizes - set(axes[axis]["choices"]))
+        if stray:
+            raise ElasticConfigError(
+                f"{where}: {axis}={stray} is not among the axis's choices {axes[axis]['choices']}."
+            )
+    return submodel
+
+
+def _check_nesting(names: list[str], submodels: Mapping[str, Submodel]) -> None:
+    for larger, smaller in zip(names, names[1:], strict=False):
+        if submodels[larger] == submodels[smaller]:
+            raise ElasticConfigError(f"budgets {larger!r} and {smaller!r} are the same submodel.")
+        if not submodels[smaller].nests_in(submodels[larger]):
+            wider = [
+                axis
+                for axis in submodels[smaller]
+                if any(
+                    a > b
+                    for a, b in zip(submodels[smaller].values(axis), submodels[larger].values(axis), strict=False)
+                )
+            ]
+            reason = f"its {', '.join(wider)} is larger" if wider else "it keeps layers that the larger one drops"
+            raise ElasticConfigError(
+                f"budget {smaller!r} does not nest in {larger!r}: {reason}. Every size of a smaller budget must be at most the "
+                "larger one's, in every layer."
+            )

@@ -1,0 +1,36 @@
+"""Errors of the library: one base class, and specific ones that are also the builtin a caller would expect."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class HFElasticError(Exception):
+    """Base class of every error raised on purpose by `hf_elastic`."""
+
+
+class ElasticConfigError(HFElasticError, ValueError):
+    """A configuration, a size or a budget is not allowed; nothing was read, written or changed."""
+
+
+class UnknownBudgetError(ElasticConfigError):
+    """A budget was asked for that the checkpoint does not have or cannot meet."""
+
+
+class UnsupportedArchitectureError(HFElasticError, ValueError):
+    """The parent's `model_type` has no table in `hf_elastic.architectures`."""
+
+
+class CheckpointError(HFElasticError, OSError):
+    """Files on disk are missing, damaged, or disagree with their configuration; no weight was placed."""
+
+
+class ExportError(HFElasticError, ValueError):
+    """The submodel cannot be written in the requested form."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return ` Did you mean 'x'?` for the nearest of `known`, or an empty string."""
+    near = difflib.get_close_matches(str(name).lower(), {str(k).lower(): k for k in known}, n=1, cutoff=0.5)
+    return f" Did you mean {near[0]!r}?" if near else ""

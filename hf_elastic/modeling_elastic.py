@@ -1,0 +1,321 @@
+"""`ElasticModel` and `ElasticForCausalLM`: stock models that know the submodels inside them.
+
+For every architecture there is a class made of the elastic one and the stock one (`ElasticNemotronHForCausalLM`). The elastic
+class adds loading, switching, saving and export; everything else (forward, generation, masks, caches, kernels, expert backends,
+key conversions) is inherited from the stock class. `model.config` is the stock config of what runs, `model.elastic_config` says
+what else is nested in it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.generation import GenerationMixin
+
+from .architectures import ARCHITECTURES, Architecture, get_architecture, uniform
+from .budgets import Budget
+from .checkpoint import Checkpoint, find_files
+from .configuration_elastic import ElasticConfig, parent_from_dict
+from .errors import CheckpointError, ElasticConfigError
+from .export import ExportMixin
+from .saving import SavingMixin
+from .submodel import Submodel
+from .switching import SwitchingMixin
+
+logger = logging.getLogger(__name__)
+
+_HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+class ElasticPreTrainedModel(SwitchingMixin, SavingMixin, ExportMixin, PreTrainedModel):
+    """What both elastic classes share. Use [`ElasticForCausalLM`], [`ElasticModel`] or the AutoClasses."""
+
+    config_class = ElasticConfig
+    _stock_class: ClassVar[type[PreTrainedModel] | None] = None
+
+    def __new__(cls, config: PreTrainedConfig | None = None, *args: Any, **kwargs: Any) -> ElasticPreTrainedModel:
+        if cls._stock_class is None and config is not None:  # unpickling and copying give no config
+            cls = _concrete_class(cls, _parent_of(config))
+        return super().__new__(cls)
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
+        stock = _parent_of(config)
+        with uniform(stock):
+            super().__init__(stock, *args, **kwargs)
+        if stock.is_heterogeneous:
+            self._rebuild_layers()
+        elastic = config if isinstance(config, ElasticConfig) else ElasticConfig.from_parent(stock, {})
+        self._init_switching(elastic)
+
+    def _rebuild_layers(self) -> None:
+        """Replace the layers whose sizes differ; everything else in them keeps reading the model's own config at run time."""
+        architecture = get_architecture(self.config.model_type)
+        layers = architecture.layers_of(self)
+        for i in self.config._heterogeneity_spec.per_layer_overrides:
+            layer_config = self.config.per_layer_config[i]
+            layers[i] = architecture.build_layer(layer_config, i)
+            for module in layers[i].modules():
+                if getattr(module, "config", None) is layer_config:
+                    module.config = self.config
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # Stock initialisation reads sizes from the global config; a layer of another size has to read its own.
+        layer = getattr(module, "layer_idx", None)
+        if layer is None or not self.config.is_heterogeneous:
+            return super()._init_weights(module)
+        whole, self.config = self.config, self.config.per_layer_config[layer]
+        try:
+            return super()._init_weights(module)
+        finally:
+            self.config = whole
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # Upstream looks for a decorator in the source of the class's module, which is the stock class's, not this one.
+        return cls._stock_class is not None and cls._stock_class._can_set_experts_implementation()
+
+    @classmethod
+    def _from_config(cls, config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
+        """A randomly initialised parent; what `AutoModelForCausalLM.from_config` calls."""
+        stock = _parent_of(config)
+        concrete = _concrete_class(cls, stock)
+        model = PreTrainedModel._from_config.__func__(concrete, stock, **kwargs)
+        if isinstance(config, ElasticConfig):
+            model._init_switching(config)
+        return model
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str] | None,
+        *model_args: Any,
+        config: PreTrainedConfig | str | os.PathLike[str] | None = None,
+        budget: Budget | Submodel = None,
+        **kwargs: Any,
+    ) -> Any:
+        r"""
+        Load an elastic checkpoint, or one size of it. Only the rows and columns that the size keeps are read.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`): Folder or Hub repository of an elastic checkpoint.
+            config (`ElasticConfig`, *optional*): Use it instead of the checkpoint's `config.json`.
+            budget (*optional*):
+                Which size: a name, a number of parameters (`1.2e9`, `"1.2B"`), active parameters (`"300M active"`), weight memory
+                (`"24GB"`), or a dict of sizes; see [`hf_elastic.budgets`]. `None` is the whole parent with all budgets switchable.
+            kwargs:
+                As in `PreTrainedModel.from_pretrained` (`dtype`, `device_map`, `attn_implementation`, `output_loading_info`, Hub
+                arguments, ...). Fields of the parent's config override it.
+
+        Returns:
+            [`ElasticPreTrainedModel`]: In evaluation mode. With `output_loading_info=True` a tuple with the loading info.
+
+        Raises:
+            `UnknownBudgetError`: no such budget, or none small enough.
+            `ElasticConfigError`: a plain parent, or a config that does not hold together.
+            `CheckpointError`: files are missing, damaged, or disagree with the config. Nothing is ever initialised at random.
+        """
+        if pretrained_model_name_or_path is None:
+            if budget is not None:
+                raise ElasticConfigError(
+                    "budget= needs a checkpoint to cut from; slice a state dict with slice_model()."
+                )
+            return super().from_pretrained(None, *model_args, config=config, **kwargs)
+        hub = {key: kwargs.pop(key) for key in _HUB_KWARGS if kwargs.get(key) is not None}
+        elastic = _load_config(pretrained_model_name_or_path, config, hub)
+        stock_kwargs = _checked_kwargs(cls, elastic, kwargs)
+        checkpoint = Checkpoint(find_files(pretrained_model_name_or_path, kwargs.pop("variant", None), **hub))
+        dtype = _load_dtype(stock_kwargs, elastic, checkpoint)
+        submodel = elastic.resolve(budget, dtype)
+        concrete = _concrete_class(cls, elastic.parent_config)
+        head = concrete._stock_class is elastic.architecture.causal_class
+        lazy = checkpoint.lazy_slice(elastic.architecture, elastic.parent_config, submodel, head=head)
+        sliced = elastic.restrict(submodel)
+        stock = _configured(sliced.parent_config, elastic, stock_kwargs, concrete)
+        stock_kwargs["dtype"] = dtype
+        stock_kwargs.setdefault("generation_config", _generation_config(concrete, pretrained_model_name_or_path, hub))
+        want_info = stock_kwargs.pop("output_loading_info", False)
+        use_eager_experts_if_misaligned(stock, elastic.architecture, dtype)
+        model, info = PreTrainedModel.from_pretrained.__func__(
+            concrete, None, *model_args, config=stock, state_dict=lazy, output_loading_info=True, **stock_kwargs
+        )
+        _refuse_incomplete(info, pretrained_model_name_or_path)
+        sliced.dtype = model.config.dtype
+        sliced.parent_config = model.config
+        model._init_switching(sliced)
+        model.name_or_path = model.config.name_or_path = sliced.name_or_path = str(pretrained_model_name_or_path)
+        return (model, info) if want_info else model
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Resize the vocabulary of everything that is loaded; budgets and their counts follow."""
+        active = self.budget
+        self.forget_budgets()
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        entries = {name: entry["sizes"] for name, entry in self.budgets.items()}
+        section = {
+            "axes": self.elastic_config.axes,
+            "budgets": {name: {"sizes": sizes} for name, sizes in entries.items()},
+        }
+        self.elastic_config = ElasticConfig(parent_config=self.config, elastic=section)
+        self.set_budget(active)
+        return embeddings
+
+
+class ElasticForCausalLM(ElasticPreTrainedModel, GenerationMixin):
+    """A causal language model with nested sizes.
+
+    Example:
+
+    ```python
+    >>> import hf_elastic
+    >>> from transformers import AutoModelForCausalLM
+
+    >>> model = AutoModelForCausalLM.from_pretrained(repo, budget="small")  # reads only that size
+    >>> family = AutoModelForCausalLM.from_pretrained(repo)  # all sizes on one set of weights
+    >>> with family.at("small"):
+    ...     family.generate(**inputs)
+    ```
+    """
+
+
+class ElasticModel(ElasticPreTrainedModel):
+    """The base model, without a head; what `AutoModel` gives for an elastic checkpoint."""
+
+
+def _make_class(facade: type[ElasticPreTrainedModel], stock: type[PreTrainedModel]) -> type[ElasticPreTrainedModel]:
+    namespace = {
+        "__module__": __name__,  # classes are found here by name, so that instances pickle
+        "__doc__": f"[`{stock.__name__}`] with nested sizes; see [`{facade.__name__}`].",
+        "config_class": stock.config_class,
+        "_stock_class": stock,
+    }
+    made = type(f"Elastic{stock.__name__}", (facade, stock), namespace)
+    # Upstream ignores the key conversions of a model_type for classes that are not its own; claim them by name.
+    conversions = get_checkpoint_conversion_mapping(stock.config_class.model_type)
+    if conversions is not None:
+        register_checkpoint_conversion_mapping(made.__name__, conversions, overwrite=True)
+    return made
+
+
+_CONCRETE: dict[tuple[type, str], type[ElasticPreTrainedModel]] = {}
+for _architecture in ARCHITECTURES.values():
+    _CONCRETE[ElasticForCausalLM, _architecture.model_type] = _make_class(
+        ElasticForCausalLM, _architecture.causal_class
+    )
+    _CONCRETE[ElasticModel, _architecture.model_type] = _make_class(ElasticModel, _architecture.base_class)
+globals().update({_class.__name__: _class for _class in _CONCRETE.values()})
+
+
+def _concrete_class(cls: type[ElasticPreTrainedModel], stock: PreTrainedConfig) -> type[ElasticPreTrainedModel]:
+    get_architecture(stock.model_type)
+    facade = ElasticModel if issubclass(cls, ElasticModel) else ElasticForCausalLM
+    return _CONCRETE[facade, stock.model_type]
+
+
+def _parent_of(config: PreTrainedConfig) -> PreTrainedConfig:
+    return config.parent_config if isinstance(config, ElasticConfig) else config
+
+
+def _load_config(repo: Any, config: Any, hub: dict[str, Any]) -> ElasticConfig:
+    if not isinstance(config, PreTrainedConfig):
+        source = config if config is not None else repo
+        fields, _ = PreTrainedConfig.get_config_dict(source, **hub)
+        if fields.get("model_type") != ElasticConfig.model_type and fields.get("per_layer_config"):
+            return ElasticConfig.from_parent(parent_from_dict(fields), {})  # a heterogeneous export
+        config = AutoConfig.from_pretrained(source, **hub)
+    if not isinstance(config, ElasticConfig):
+        raise ElasticConfigError(
+            f"{repo} is a plain {config.model_type} checkpoint without budgets. Load it with AutoModelForCausalLM and without "
+            "budget=, or make it elastic with hf_elastic.elastify() or `hf-elastic elastify`."
+        )
+    return config
+
+
+def _checked_kwargs(cls: type, elastic: ElasticConfig, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Refuse what cannot be honoured, and what nobody knows."""
+    if kwargs.get("use_safetensors") is False:
+        raise ElasticConfigError("use_safetensors=False: elastic checkpoints are read from safetensors only.")
+    if kwargs.get("state_dict") is not None:
+        raise ElasticConfigError("give either a checkpoint or state_dict=, not both.")
+    if kwargs.get("ignore_mismatched_sizes"):
+        raise ElasticConfigError("ignore_mismatched_sizes would leave weights at random values; it is refused.")
+    return {key: value for key, value in kwargs.items() if key != "variant"}
+
+
+def _load_dtype(kwargs: dict[str, Any], elastic: ElasticConfig, checkpoint: Checkpoint) -> torch.dtype:
+    dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", None) or "auto"
+    kwargs.pop("dtype", None)
+    if dtype == "auto":
+        dtype = elastic.dtype or checkpoint.dtype()
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ElasticConfigError("dtype must be 'auto', a torch.dtype or its name, such as 'bfloat16'.")
+    return dtype
+
+
+def _configured(
+    stock: PreTrainedConfig, elastic: ElasticConfig, kwargs: dict[str, Any], concrete: type[PreTrainedModel]
+) -> PreTrainedConfig:
+    """Move what the user said about the config from the arguments, where the AutoClasses leave it, to the stock config."""
+    stock._attn_implementation = kwargs.pop("attn_implementation", elastic._attn_implementation)
+    stock._experts_implementation = kwargs.pop("experts_implementation", elastic._experts_implementation)
+    known = set(inspect.signature(PreTrainedModel.from_pretrained).parameters)
+    for key in list(kwargs):
+        if key not in known and hasattr(stock, key) and not key.startswith("_"):
+            setattr(stock, key, kwargs.pop(key))
+    return stock
+
+
+def _generation_config(concrete: type[PreTrainedModel], repo: Any, hub: dict[str, Any]) -> GenerationConfig | None:
+    if not concrete.can_generate():
+        return None
+    try:
+        return GenerationConfig.from_pretrained(repo, **hub)
+    except OSError:  # none was saved: the stock class makes one from the config
+        return None
+
+
+def _refuse_incomplete(info: dict[str, Any], repo: Any) -> None:
+    """The table covers every tensor, so any of these means that upstream changed under us; never go on with random weights."""
+    for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs", "conversion_errors"):
+        if info.get(key):
+            raise CheckpointError(f"loading {repo} left {key}: {sorted(map(str, info[key]))[:5]}.")
+
+
+def use_eager_experts_if_misaligned(config: PreTrainedConfig, architecture: Architecture, dtype: torch.dtype) -> None:
+    """`grouped_mm` needs rows of a multiple of 16 bytes; choose the eager experts for widths that are not, and say so."""
+    if config._experts_implementation is not None:
+        return
+    full = architecture.full(config)
+    widths = {n for r in architecture.rules(config) if r.routed for n in r.shape(full.at(r.layer))[1:]}
+    misaligned = sorted(n for n in widths if n * dtype.itemsize % 16)
+    if misaligned:
+        logger.warning(
+            "expert widths %s are not multiples of %d, which grouped_mm needs in %s; using experts_implementation='eager', which is "
+            "slower.",
+            misaligned,
+            16 // dtype.itemsize,
+            dtype,
+        )
+        config._experts_implementation = "eager"
+
+
+AutoConfig.register(ElasticConfig.model_type, ElasticConfig)
+AutoModel.register(ElasticConfig, ElasticModel)
+AutoModelForCausalLM.register(ElasticConfig, ElasticForCausalLM)

@@ -1,0 +1,105 @@
+"""Saving whole or not at all: everything is written beside the target first, then moved over it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .architectures import uniform
+from .budgets import Budget
+from .configuration_elastic import ElasticConfig
+from .errors import CheckpointError
+
+_WEIGHT_FILE = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
+
+
+@contextmanager
+def replacing(directory: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a scratch folder inside `directory`; when the block ends well, its files replace those of the same name.
+
+    If the block fails (a full disk, an error, an interrupt), the scratch folder is removed and `directory` is as it was. Weight files
+    of an older save that the new one does not overwrite are removed at the end, so that no stale shard stays beside the new ones.
+    """
+    target = Path(directory)
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(f"{target} is a file; give a folder to save into.")
+    created = not target.exists()
+    target.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
+    try:
+        yield scratch
+        names = {file.name for file in scratch.iterdir()}
+        # config.json last: until it is there, a reader sees either the old pair or a config that refuses the new weights.
+        for name in sorted(names, key=lambda n: (n == "config.json", n)):
+            os.replace(scratch / name, target / name)
+        if any(_WEIGHT_FILE.fullmatch(name) for name in names):
+            for file in target.iterdir():
+                if _WEIGHT_FILE.fullmatch(file.name) and file.name not in names:
+                    file.unlink()
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        if created and not any(target.iterdir()):
+            target.rmdir()
+        raise
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+class SavingMixin:
+    """`save_pretrained` of an elastic checkpoint."""
+
+    elastic_config: ElasticConfig
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *args: Any,
+        budget: Budget = None,
+        push_to_hub: bool = False,
+        is_main_process: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """Save an elastic checkpoint, in the parent's own Hub key layout, that nests the same budgets.
+
+        Saves everything that is loaded, whichever budget is active, so that no weight is lost by saving while switched.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): Folder to write into. If saving fails, what it held before is untouched.
+            budget (*optional*): Save only this size and the budgets that nest in it.
+            push_to_hub (`bool`, *optional*, defaults to `False`): As in `PreTrainedModel.save_pretrained`.
+            kwargs: As in `PreTrainedModel.save_pretrained` (`max_shard_size`, `variant`, ...).
+        """
+        submodel = self.elastic_config.resolve(budget)
+        elastic = self.elastic_config if budget is None else self.elastic_config.restrict(submodel)
+        hub = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "create_pr", "private") if key in kwargs}
+        with self.at(submodel):  # type: ignore[attr-defined]
+            if not is_main_process:  # the main process writes; the others only take part in gathering
+                self._write_stock(save_directory, *args, is_main_process=False, **kwargs)
+                return
+            with replacing(save_directory) as scratch:
+                self._write_stock(scratch, *args, **kwargs)
+                self._written_config(elastic).save_pretrained(scratch)
+        if push_to_hub:
+            repo_id = hub.pop("repo_id", Path(save_directory).name)
+            super().push_to_hub(repo_id, **hub)  # type: ignore[misc]
+
+    def _write_stock(self, directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """The stock class's save; it writes the class's name into the config, which has to stay the stock one's."""
+        architectures = self.config.architectures  # type: ignore[attr-defined]
+        try:
+            with uniform(self.config):  # type: ignore[attr-defined]
+                super().save_pretrained(directory, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.config.architectures = architectures  # type: ignore[attr-defined]
+
+    def _written_config(self, elastic: ElasticConfig) -> ElasticConfig:
+        elastic.dtype = self.dtype  # type: ignore[attr-defined]
+        elastic.parent_config.dtype = self.dtype  # type: ignore[attr-defined]
+        facade = "ElasticForCausalLM" if self.can_generate() else "ElasticModel"  # type: ignore[attr-defined]
+        elastic.architectures = [facade]
+        return elastic

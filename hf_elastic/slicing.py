@@ -1,0 +1,190 @@
+"""Cutting a submodel out of its parent: the list of pieces, and the three places they can come from or go to.
+
+`pieces` is read by everything that touches weights: slices from disk, slices from memory, live views, masks and counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from .architectures import Architecture
+from .axes import Run, Sizes, TensorRule
+from .errors import ElasticConfigError, HFElasticError
+from .submodel import Submodel
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tensor of a submodel: where it comes from in the parent, and what is kept of it."""
+
+    rule: TensorRule
+    target: TensorRule
+    full: Sizes
+    kept: Sizes
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.rule.shape(self.kept)
+
+    @property
+    def runs(self) -> list[list[Run]]:
+        return self.rule.runs(self.full, self.kept)
+
+    @property
+    def is_view(self) -> bool:
+        return self.rule.is_view(self.full, self.kept)
+
+    def narrow(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self.rule.narrow(tensor, self.full, self.kept)
+
+
+def pieces(architecture: Architecture, config: PreTrainedConfig, submodel: Submodel) -> Iterator[Piece]:
+    """Every tensor of the submodel, in the order of the table.
+
+    Args:
+        architecture (`Architecture`): Table of the parent.
+        config (`PreTrainedConfig`): The parent's stock config.
+        submodel (`Submodel`): Checked sizes.
+    """
+    full = architecture.full(config)
+    position = {layer: new for new, layer in enumerate(submodel.layers)}
+    for rule in architecture.rules(config):
+        if rule.layer is None:
+            yield Piece(rule, rule, full.at(None), submodel.at(None))
+        elif rule.layer in position:
+            target = rule.at_layer(position[rule.layer])
+            yield Piece(rule, target, full.at(rule.layer), submodel.at(rule.layer))
+
+
+def check_table(architecture: Architecture, model: PreTrainedModel) -> None:
+    """Check the table against a live causal model: every tensor has exactly one rule of its shape, every rule a tensor.
+
+    Raises:
+        `HFElasticError`: names what differs.
+    """
+    full = architecture.full(model.config)
+    expected: dict[str, tuple[int, ...]] = {}
+    for rule in architecture.rules(model.config):
+        if rule.name in expected:
+            raise HFElasticError(f"two rules of {architecture.model_type} claim {rule.name}")
+        expected[rule.name] = rule.shape(full.at(rule.layer))
+    found = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    problems = [f"{name} {shape} has no rule" for name, shape in found.items() if name not in expected]
+    problems += [f"{name} {shape} is not in the model" for name, shape in expected.items() if name not in found]
+    problems += [
+        f"{name} is {shape} in the model and {expected[name]} in the table"
+        for name, shape in found.items()
+        if expected.get(name, shape) != shape
+    ]
+    if problems:
+        raise HFElasticError(
+            f"the {architecture.model_type} table does not fit this model ({len(problems)} differences): "
+            + "; ".join(problems[:5])
+            + (" ..." if len(problems) > 5 else "")
+        )
+
+
+def slice_state_dict(
+    architecture: Architecture,
+    config: PreTrainedConfig,
+    state_dict: Mapping[str, torch.Tensor],
+    submodel: Submodel,
+) -> dict[str, torch.Tensor]:
+    """Cut a submodel out of the parent's live state dict; contiguous tensors that share nothing with the parent."""
+    sliced: dict[str, torch.Tensor] = {}
+    for piece in pieces(architecture, config, submodel):
+        source = piece.rule.tied or piece.rule.name
+        sliced[piece.target.name] = piece.narrow(state_dict[source]).clone(memory_format=torch.contiguous_format)
+    return sliced
+
+
+def build_meta(architecture: Architecture, config: PreTrainedConfig, cls: type[PreTrainedModel]) -> PreTrainedModel:
+    """A stock model without storage, its layers rebuilt where the config differs per layer."""
+    with torch.device("meta"), no_init_weights():
+        return cls(config)
+
+
+@dataclass
+class CopiedView:
+    """A tensor that no view can give: a copy, with the version of the parent's tensor it was made from."""
+
+    piece: Piece
+    source: torch.Tensor
+    copy: torch.Tensor
+    version: int
+
+    def refresh(self) -> None:
+        """Copy again if the parent's tensor was changed in place since."""
+        if self.source._version != self.version:
+            self.copy.copy_(self.piece.narrow(self.source.detach()))
+            self.version = self.source._version
+
+
+def bind_views(
+    tree: PreTrainedModel, parent: nn.Module, architecture: Architecture, config: PreTrainedConfig, submodel: Submodel
+) -> list[CopiedView]:
+    """Give a model on `meta` the weights of a submodel, as views of the parent's storage.
+
+    Args:
+        tree (`PreTrainedModel`): Stock model of the submodel's config, without storage.
+        parent (`nn.Module`): The whole parent (causal or base model), with storage.
+        config (`PreTrainedConfig`): The parent's stock config.
+
+    Returns:
+        `list[CopiedView]`: The tensors that had to be copied because more than one run is kept along a dimension (heads cut per
+        group, fused gate and up).
+
+    Raises:
+        `ElasticConfigError`: the parent's weights are offloaded, so there is nothing to view.
+    """
+    copied: list[CopiedView] = []
+    available = dict(tree.named_parameters()) | dict(tree.named_buffers())
+    for piece in pieces(architecture, config, submodel):
+        name, source = _local_names(piece, architecture, available)
+        if name is None or piece.rule.tied:
+            continue
+        owner, _, leaf = source.rpartition(".")
+        tensor: torch.Tensor = getattr(parent.get_submodule(owner), leaf)
+        if tensor.is_meta:
+            raise ElasticConfigError(
+                f"{source} is offloaded, so its submodels cannot share its storage; load the whole parent without offloading to "
+                "switch budgets, or load one budget with from_pretrained(..., budget=...)."
+            )
+        view = piece.narrow(tensor.detach())
+        if not piece.is_view:
+            copied.append(CopiedView(piece, tensor, view, tensor._version))
+        module = tree.get_submodule(name.rpartition(".")[0])
+        if piece.rule.buffer:
+            module._buffers[leaf] = view
+        else:
+            module._parameters[leaf] = nn.Parameter(view, requires_grad=False)
+    _share_constant_buffers(tree, parent)
+    tree.tie_weights()
+    left = [name for name, tensor in [*tree.named_parameters(), *tree.named_buffers()] if tensor.is_meta]
+    if left:
+        raise HFElasticError(f"the {architecture.model_type} table gives no weights for {left[:5]}")
+    return copied
+
+
+def _local_names(piece: Piece, architecture: Architecture, available: Mapping[str, object]) -> tuple[str | None, str]:
+    """Names in the tree and in the parent; a base model has neither the prefix nor the head."""
+    target, source = piece.target.name, piece.rule.name
+    if target in available or piece.rule.tied:
+        return target, source
+    prefix = architecture.layers_path.partition(".")[0] + "."
+    short = target.removeprefix(prefix)
+    return (short, source.removeprefix(prefix)) if short in available else (None, source)
+
+
+def _share_constant_buffers(tree: nn.Module, parent: nn.Module) -> None:
+    """Buffers that are not saved (rotary frequencies) depend on no axis: every budget uses the parent's."""
+    theirs = dict(parent.named_modules())
+    for name, module in tree.named_modules():
+        for leaf in module._non_persistent_buffers_set:
+            module._buffers[leaf] = theirs[name]._buffers[leaf]

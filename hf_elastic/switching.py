@@ -1,0 +1,185 @@
+"""Live switching: every budget of a loaded parent is a stock model whose weights are views of the parent's storage.
+
+Switching exchanges the model's children and config for those of the budget, so what runs afterwards is the stock code of a stock
+model of that size; nothing is copied, and nothing is looked up per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .architectures import Architecture
+from .budgets import Budget
+from .configuration_elastic import ElasticConfig
+from .errors import ElasticConfigError, HFElasticError
+from .slicing import CopiedView, bind_views, build_meta
+from .submodel import Submodel
+
+
+@dataclass
+class Member:
+    """What has to be exchanged to run one submodel.
+
+    Args:
+        modules (`dict[str, nn.Module]`): Children of the model (`model`, `lm_head`, ...).
+        config (`PreTrainedConfig`): Stock config of the submodel.
+        numbers (`dict[str, int]`): Sizes that the stock class keeps beside its config (`num_experts_per_tok`).
+        copied (`list[CopiedView]`): Tensors that are copies rather than views.
+    """
+
+    modules: dict[str, nn.Module]
+    config: PreTrainedConfig
+    numbers: dict[str, int]
+    copied: list[CopiedView] = field(default_factory=list)
+
+
+class SwitchingMixin:
+    """`set_budget`, `at`, `budget`, `budgets` for a stock model class."""
+
+    elastic_config: ElasticConfig
+    config: PreTrainedConfig
+    training: bool
+    _modules: dict[str, nn.Module]
+
+    def _init_switching(self, elastic_config: ElasticConfig) -> None:
+        self.elastic_config = elastic_config
+        self._full = elastic_config.architecture.full(elastic_config.parent_config)
+        self._active = self._full
+        self._members: dict[Submodel, Member] = {}
+
+    @property
+    def architecture(self) -> Architecture:
+        """Table of the parent's `model_type`."""
+        return self.elastic_config.architecture
+
+    @property
+    def budgets(self) -> dict[str, dict[str, Any]]:
+        """Named budgets that this model nests, largest first."""
+        return self.elastic_config.budgets
+
+    @property
+    def budget(self) -> str | None:
+        """Name of the active budget (`"full"` for everything that is loaded); `None` if its sizes have no name."""
+        return self.elastic_config.name_of(self._active)
+
+    @property
+    def submodel(self) -> Submodel:
+        """Sizes of the active budget."""
+        return self._active
+
+    def set_budget(self, budget: Budget | Submodel) -> None:
+        """Run at another budget from now on.
+
+        The first time, a stock model of that size is made whose weights are views of this model's (heads cut per group and fused
+        matrices need a copy, which is kept). After that nothing is copied, unless the loaded weights were changed in place, in which
+        case those copies are refreshed here. While a smaller budget is active, `config`, `state_dict()`, `parameters()` and the
+        module tree are those of the submodel; `save_pretrained` still saves everything that is loaded.
+
+        Args:
+            budget: See [`hf_elastic.budgets`]; `None` is everything that is loaded.
+
+        Raises:
+            `UnknownBudgetError`, `ElasticConfigError`: the budget does not exist here, or the weights are offloaded. The active
+                budget stays as it was.
+        """
+        submodel = self.elastic_config.resolve(budget, self.dtype)  # type: ignore[attr-defined]
+        if submodel == self._active:
+            self._refresh()
+            return
+        if self._active == self._full:
+            self._members[self._full] = self._current()
+        if submodel not in self._members:
+            self._members[submodel] = self._bind(submodel)
+        self._activate(submodel)
+
+    @contextmanager
+    def at(self, budget: Budget | Submodel) -> Iterator[Any]:
+        """Run at another budget inside a `with` block, and go back afterwards whatever happens."""
+        before = self._active
+        self.set_budget(budget)
+        try:
+            yield self
+        finally:
+            self.set_budget(before)
+
+    def forget_budgets(self) -> None:
+        """Drop the views and copies made for budgets, and go back to everything that is loaded."""
+        self.set_budget(None)
+        self._members = {}
+
+    # -- how -----------------------------------------------------------------------------------------------------------
+
+    def _activate(self, submodel: Submodel) -> None:
+        member = self._members[submodel]
+        for name, module in member.modules.items():
+            self._modules[name] = module
+            module.train(self.training)
+        self.config = member.config
+        self.__dict__.update(member.numbers)
+        self._active = submodel
+        self._refresh()
+
+    def _refresh(self) -> None:
+        for view in self._members[self._active].copied if self._active in self._members else ():
+            view.refresh()
+
+    def _current(self) -> Member:
+        numbers = {name: value for name, value in self.__dict__.items() if type(value) is int}
+        return Member(dict(self._modules), self.config, numbers)
+
+    def _bind(self, submodel: Submodel) -> Member:
+        full = self._members[self._full]
+        if getattr(self, "hf_quantizer", None) is not None:
+            raise ElasticConfigError(
+                "a quantised model cannot switch budgets; load the budget you need with budget=...."
+            )
+        if getattr(self, "peft_config", None):
+            raise ElasticConfigError("adapters are attached; merge or unload them before switching budgets.")
+        config = self.elastic_config.stock_config(submodel)
+        config._attn_implementation = full.config._attn_implementation
+        config._experts_implementation = full.config._experts_implementation
+        tree: PreTrainedModel = build_meta(self.architecture, config, type(self))  # type: ignore[arg-type]
+        parent = nn.Module()
+        parent._modules.update(full.modules)  # type: ignore[arg-type]
+        copied = bind_views(tree, parent, self.architecture, self.elastic_config.parent_config, submodel)
+        numbers = {
+            name: value
+            for name, value in tree.__dict__.items()
+            if type(value) is int and full.numbers.get(name, value) != value
+        }
+        for name, value in numbers.items():  # so that switching back restores them
+            full.numbers.setdefault(name, value)
+        modules = {name: module for name, module in tree._modules.items() if module is not None}
+        return Member(modules, tree.config, numbers, copied)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        # Moving or casting the views one by one would tear them off the shared storage: do it to the parent, then view again.
+        active = self._active
+        self.forget_budgets()
+        super()._apply(fn, recurse)  # type: ignore[misc]
+        self.set_budget(active)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        active = self._active
+        self.forget_budgets()
+        state = {**self.__dict__, "_modules": dict(self._modules), "_active_when_saved": active}
+        self.set_budget(active)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        active = state.pop("_active_when_saved", None)
+        super().__setstate__(state)  # type: ignore[misc]
+        if active is not None:
+            self.set_budget(active)
+
+    def _require_full(self, action: str) -> None:
+        if self._active != self._full:
+            raise HFElasticError(f"{action} needs everything that is loaded; call set_budget(None) first.")

@@ -1,0 +1,1 @@
+"""Training of elastic families; import it as `hf_elastic.trainers`."""
