@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from ._version import __version__
 from .configuration_elastic import ElasticConfig
+from .elastify import elastify
 from .errors import (
     CheckpointError,
     ElasticConfigError,
@@ -15,6 +16,8 @@ from .errors import (
     UnknownBudgetError,
     UnsupportedArchitectureError,
 )
+from .importance import Scores, score
+from .masking import masked_model
 from .modeling_elastic import ElasticForCausalLM, ElasticModel
 
 __all__ = [
@@ -25,7 +28,11 @@ __all__ = [
     "ElasticModel",
     "ExportError",
     "HFElasticError",
+    "Scores",
     "UnknownBudgetError",
     "UnsupportedArchitectureError",
     "__version__",
+    "elastify",
+    "masked_model",
+    "score",
 ]

@@ -231,6 +231,34 @@ class ElasticConfig(PreTrainedConfig):
         return self.family()[max(fitting, key=lambda name: fitting[name])]
 
 
+def read_config(repo: Any, plain: bool = False, **hub: Any) -> ElasticConfig:
+    """The elastic config of a folder or Hub repository.
+
+    Args:
+        repo (`str` or `os.PathLike`): Where `config.json` is.
+        plain (`bool`, *optional*, defaults to `False`): Take a plain checkpoint of a supported architecture as a family without budgets.
+        hub: `cache_dir`, `revision`, `token`, ... as `PreTrainedConfig.from_pretrained` takes them.
+
+    Raises:
+        `ElasticConfigError`: a plain checkpoint, and `plain` is not set.
+    """
+    fields, _ = PreTrainedConfig.get_config_dict(repo, **hub)
+    model_type = fields.get("model_type")
+    if model_type == ElasticConfig.model_type:
+        return ElasticConfig.from_pretrained(repo, **hub)
+    if plain or fields.get("per_layer_config"):  # the latter is a heterogeneous export, which only this package loads
+        return ElasticConfig.from_parent(parent_from_dict(fields), {})
+    raise plain_parent_error(repo, model_type)
+
+
+def plain_parent_error(repo: Any, model_type: Any) -> ElasticConfigError:
+    """What to say to a budget for a checkpoint that has none."""
+    return ElasticConfigError(
+        f"{repo} is a plain {model_type} checkpoint without budgets. Load it with AutoModelForCausalLM and without budget=, or make it "
+        "elastic with hf_elastic.elastify() or `hf-elastic elastify`."
+    )
+
+
 def parent_from_dict(fields: Mapping[str, Any]) -> PreTrainedConfig:
     """The stock config of a parent from the dict in its `config.json`.
 

@@ -101,9 +101,9 @@ class CostModel:
 
     def __call__(self, submodel: Submodel) -> Cost:
         """Cost of a submodel."""
-        total = self._part(None, submodel.at(None))
+        total = self.part(None, submodel.at(None))
         for layer in submodel.layers:
-            total += self._part(layer, submodel.at(layer))
+            total += self.part(layer, submodel.at(layer))
         return total
 
     def _cache_key(self, layer: int | None) -> Any:
@@ -112,7 +112,8 @@ class CostModel:
         sizes = self.architecture.full(self.config).at(layer)
         return self.architecture.cache_elements(self.config.per_layer_config[layer], layer, sizes)
 
-    def _part(self, layer: int | None, sizes: dict[str, int]) -> Cost:
+    def part(self, layer: int | None, sizes: dict[str, int]) -> Cost:
+        """Cost of one layer at these sizes, or of what belongs to no layer (`None`)."""
         key = (self._kinds[layer], tuple(sizes.items()))
         if key not in self._known:
             self._known[key] = self._count(layer, sizes)

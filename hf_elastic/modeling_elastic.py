@@ -29,7 +29,7 @@ from transformers.generation import GenerationMixin
 from .architectures import ARCHITECTURES, Architecture, get_architecture, uniform
 from .budgets import Budget
 from .checkpoint import Checkpoint, find_files
-from .configuration_elastic import ElasticConfig, parent_from_dict
+from .configuration_elastic import ElasticConfig, plain_parent_error, read_config
 from .errors import CheckpointError, ElasticConfigError
 from .export import ExportMixin
 from .saving import SavingMixin
@@ -49,7 +49,7 @@ class ElasticPreTrainedModel(SwitchingMixin, SavingMixin, ExportMixin, PreTraine
 
     def __new__(cls, config: PreTrainedConfig | None = None, *args: Any, **kwargs: Any) -> ElasticPreTrainedModel:
         if cls._stock_class is None and config is not None:  # unpickling and copying give no config
-            cls = _concrete_class(cls, _parent_of(config))
+            cls = concrete_class(cls, _parent_of(config))
         return super().__new__(cls)
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
@@ -94,7 +94,7 @@ class ElasticPreTrainedModel(SwitchingMixin, SavingMixin, ExportMixin, PreTraine
     def _from_config(cls, config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
         """A randomly initialised parent; what `AutoModelForCausalLM.from_config` calls."""
         stock = _parent_of(config)
-        concrete = _concrete_class(cls, stock)
+        concrete = concrete_class(cls, stock)
         model = PreTrainedModel._from_config.__func__(concrete, stock, **kwargs)
         if isinstance(config, ElasticConfig):
             model._init_switching(config)
@@ -142,7 +142,7 @@ class ElasticPreTrainedModel(SwitchingMixin, SavingMixin, ExportMixin, PreTraine
         checkpoint = Checkpoint(find_files(pretrained_model_name_or_path, kwargs.pop("variant", None), **hub))
         dtype = _load_dtype(stock_kwargs, elastic, checkpoint)
         submodel = elastic.resolve(budget, dtype)
-        concrete = _concrete_class(cls, elastic.parent_config)
+        concrete = concrete_class(cls, elastic.parent_config)
         head = concrete._stock_class is elastic.architecture.causal_class
         lazy = checkpoint.lazy_slice(elastic.architecture, elastic.parent_config, submodel, head=head)
         sliced = elastic.restrict(submodel)
@@ -221,7 +221,8 @@ for _architecture in ARCHITECTURES.values():
 globals().update({_class.__name__: _class for _class in _CONCRETE.values()})
 
 
-def _concrete_class(cls: type[ElasticPreTrainedModel], stock: PreTrainedConfig) -> type[ElasticPreTrainedModel]:
+def concrete_class(cls: type[ElasticPreTrainedModel], stock: PreTrainedConfig) -> type[ElasticPreTrainedModel]:
+    """The class made of `ElasticForCausalLM` or `ElasticModel` (whichever `cls` is one of) and the stock class of a parent."""
     get_architecture(stock.model_type)
     facade = ElasticModel if issubclass(cls, ElasticModel) else ElasticForCausalLM
     return _CONCRETE[facade, stock.model_type]
@@ -232,18 +233,11 @@ def _parent_of(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _load_config(repo: Any, config: Any, hub: dict[str, Any]) -> ElasticConfig:
-    if not isinstance(config, PreTrainedConfig):
-        source = config if config is not None else repo
-        fields, _ = PreTrainedConfig.get_config_dict(source, **hub)
-        if fields.get("model_type") != ElasticConfig.model_type and fields.get("per_layer_config"):
-            return ElasticConfig.from_parent(parent_from_dict(fields), {})  # a heterogeneous export
-        config = AutoConfig.from_pretrained(source, **hub)
-    if not isinstance(config, ElasticConfig):
-        raise ElasticConfigError(
-            f"{repo} is a plain {config.model_type} checkpoint without budgets. Load it with AutoModelForCausalLM and without "
-            "budget=, or make it elastic with hf_elastic.elastify() or `hf-elastic elastify`."
-        )
-    return config
+    if isinstance(config, ElasticConfig):
+        return config
+    if isinstance(config, PreTrainedConfig):
+        raise plain_parent_error(repo, config.model_type)
+    return read_config(config if config is not None else repo, **hub)
 
 
 def _checked_kwargs(cls: type, elastic: ElasticConfig, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -164,7 +164,7 @@ def bind_views(
             module._buffers[leaf] = view
         else:
             module._parameters[leaf] = nn.Parameter(view, requires_grad=False)
-    _share_constant_buffers(tree, parent)
+    share_constant_buffers(tree, parent)
     tree.tie_weights()
     left = [name for name, tensor in [*tree.named_parameters(), *tree.named_buffers()] if tensor.is_meta]
     if left:
@@ -182,7 +182,7 @@ def _local_names(piece: Piece, architecture: Architecture, available: Mapping[st
     return (short, source.removeprefix(prefix)) if short in available else (None, source)
 
 
-def _share_constant_buffers(tree: nn.Module, parent: nn.Module) -> None:
+def share_constant_buffers(tree: nn.Module, parent: nn.Module) -> None:
     """Buffers that are not saved (rotary frequencies) depend on no axis: every budget uses the parent's."""
     theirs = dict(parent.named_modules())
     for name, module in tree.named_modules():

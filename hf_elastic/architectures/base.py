@@ -174,6 +174,12 @@ class Architecture(ABC):
 
     def check(self, config: PreTrainedConfig, submodel: Submodel, name: str = "the submodel") -> None:
         """Raise [`ElasticConfigError`] for sizes that groups do not divide or the stock model cannot have."""
+        attention = [i for i in range(submodel.depth) if "attention" in self.parts(config, i)]
+        if attention and not set(attention) & set(submodel.layers):
+            raise ElasticConfigError(
+                f"{name}: layers={list(submodel.layers)} drops every attention layer; the stock cache counts positions in one of them, "
+                f"so keep at least one of {attention}."
+            )
         for layer in submodel.layers:
             sizes = submodel.at(layer)
             where = f"{name}, layer {layer}"

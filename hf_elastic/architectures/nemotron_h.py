@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import NemotronHConfig, NemotronHForCausalLM, NemotronHModel, PreTrainedConfig
+from transformers import NemotronHForCausalLM, NemotronHModel, PreTrainedConfig
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHBlock
 
 from ..axes import Cut, Sizes, TensorRule, dim

@@ -1,0 +1,1 @@
+"""Subcommands of `hf-elastic`: each module has a docstring (its help), `add_arguments` and `run`."""

@@ -1,0 +1,73 @@
+"""What several commands need: sizes from the command line, tables, tokenizers that come along."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import ElasticConfigError
+
+BUDGET_HELP = (
+    "which size: a name, a number of parameters ('1.2B'), active parameters ('300M active') or weight memory ('24GB'), for which the "
+    "largest size that fits is taken; everything if not given"
+)
+
+
+def parse_value(text: str) -> int | float | list[int]:
+    """`960` is a size, `0.5` a share of the parent's, `0,1,3` a list (layers)."""
+    try:
+        if "," in text:
+            return [int(part) for part in text.split(",") if part.strip()]
+        return float(text) if any(c in text for c in ".eE") else int(text)
+    except ValueError:
+        raise ElasticConfigError(f"{text!r} must be a size (960), a share (0.5) or a list (0,1,3).") from None
+
+
+def parse_sizes(pairs: Sequence[str]) -> dict[str, Any]:
+    """`["hidden=1920", "expert_ffn=0.5"]` as a dict."""
+    sizes: dict[str, Any] = {}
+    for pair in pairs:
+        axis, equals, value = pair.partition("=")
+        if not equals or not axis.strip():
+            raise ElasticConfigError(f"{pair!r} must be AXIS=SIZE, for example hidden=1920.")
+        if axis.strip() in sizes:
+            raise ElasticConfigError(f"axis {axis.strip()!r} is given twice.")
+        sizes[axis.strip()] = parse_value(value)
+    return sizes
+
+
+def table(rows: Sequence[Sequence[str]], right: frozenset[int] = frozenset()) -> str:
+    """Rows as aligned text; the first is the header, columns in `right` are set to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def save_tokenizer(source: str, target: str | Path) -> None:
+    """Save the tokenizer of `source` beside a checkpoint, if it has one."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError):
+        return
+    tokenizer.save_pretrained(target)
+
+
+def add_source(parser: argparse.ArgumentParser, output: str | None = None) -> None:
+    """`REPO [OUTPUT] --budget --dtype`: which size of which checkpoint."""
+    parser.add_argument("repo", metavar="REPO", help="Hub repository or folder of an elastic checkpoint")
+    if output:
+        parser.add_argument("output", metavar="OUTPUT", help=output)
+    parser.add_argument("--budget", help=BUDGET_HELP)
+    parser.add_argument("--dtype", default="auto", help="type of the weights (default: the checkpoint's)")
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON for machines instead of text")

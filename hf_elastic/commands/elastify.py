@@ -1,0 +1,122 @@
+"""Make a plain checkpoint elastic: score it, sort it, and save it with its budgets.
+
+  hf-elastic elastify org/plain out --calibration text.jsonl --budget small:hidden=0.75,ffn=0.5
+  hf-elastic elastify org/plain out --calibration org/dataset --axis hidden --axis ffn=1.0,0.75,0.5 --budget half=6B --budget gpu=24GB
+
+A budget is NAME:AXIS=SIZE,... with sizes or shares of the parent's (layers takes a number), or NAME=TARGET, which is searched over the
+choices of the axes. --spec takes both as JSON, with sizes per layer: {"axes": ..., "budgets": ...}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from ..errors import ElasticConfigError
+from .common import parse_sizes, parse_value, save_tokenizer
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("parent", metavar="PARENT", help="Hub repository or folder of the plain checkpoint")
+    parser.add_argument("output", metavar="OUTPUT", help="folder to save the elastic checkpoint to")
+    parser.add_argument(
+        "--calibration",
+        metavar="DATA",
+        help="file (.jsonl, .json, .parquet, .csv, .txt) or Hub dataset with text, messages or input_ids",
+    )
+    parser.add_argument("--split", default="train", help="split of a Hub dataset (default: train)")
+    parser.add_argument(
+        "--axis",
+        action="append",
+        default=[],
+        metavar="AXIS[=CHOICES]",
+        help="elastic axis, with its sizes or shares: ffn=1.0,0.75,0.5",
+    )
+    parser.add_argument(
+        "--budget",
+        action="append",
+        default=[],
+        metavar="BUDGET",
+        help="NAME:AXIS=SIZE,... or NAME=TARGET; may be given several times",
+    )
+    parser.add_argument("--spec", metavar="FILE", help="JSON file with axes and budgets")
+    parser.add_argument("--scores", metavar="FILE", help="reuse scores instead of scoring")
+    parser.add_argument("--save-scores", metavar="FILE", help="keep the scores for another run")
+    parser.add_argument("--no-sort", action="store_true", help="the weights are sorted already")
+    parser.add_argument("--samples", type=int, default=1024, help="calibration rows (default: 1024)")
+    parser.add_argument("--batch-size", type=int, default=8, help="rows per forward pass (default: 8)")
+    parser.add_argument("--max-length", type=int, help="cut rows to this many tokens")
+    parser.add_argument("--dtype", default="auto", help="load the parent in this type (default: the checkpoint's)")
+    parser.add_argument("--device", default="cpu", help="where to score (default: cpu)")
+
+
+def run(args: argparse.Namespace) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from ..elastify import elastify
+    from .plan import plan, render
+
+    axes, budgets = _spec(args)
+    if args.save_scores and (args.scores or not args.calibration):
+        raise ElasticConfigError("--save-scores needs --calibration, and no --scores.")
+    options: dict[str, Any] = {}
+    data = None
+    if args.calibration and not args.scores:
+        data = load_calibration(args.calibration, args.split)
+        options = {"samples": args.samples, "batch_size": args.batch_size, "max_length": args.max_length}
+        if not {"input_ids"} & set(data.column_names or ["input_ids"]):
+            options["tokenizer"] = AutoTokenizer.from_pretrained(args.parent)
+    parent = AutoModelForCausalLM.from_pretrained(args.parent, dtype=args.dtype).to(args.device)
+    model = elastify(parent, data, axes, budgets, scores=args.scores, sort=not args.no_sort, **options)
+    if args.save_scores:
+        model.importance_scores.save(args.save_scores)
+    model.save_pretrained(args.output)
+    save_tokenizer(args.parent, args.output)
+    print(render(plan(args.output)))
+    print(f"saved to {args.output}")
+
+
+def _spec(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    spec = json.loads(Path(args.spec).read_text(encoding="utf-8")) if args.spec else {}
+    if not isinstance(spec, dict) or set(spec) - {"axes", "budgets"}:
+        raise ElasticConfigError(f"{args.spec} must hold an object with `axes` and `budgets`.")
+    axes: dict[str, Any] = {}
+    for text in args.axis:
+        name, equals, values = text.partition("=")
+        axes[name] = [parse_value(value) for value in values.split(",")] if equals else None
+    budgets = dict(spec.get("budgets", {}))
+    for text in args.budget:
+        name, budget = parse_budget(text)
+        if name in budgets:
+            raise ElasticConfigError(f"budget {name!r} is given twice.")
+        budgets[name] = budget
+    return axes or spec.get("axes"), budgets
+
+
+def parse_budget(text: str) -> tuple[str, Any]:
+    """`small:hidden=0.75,ffn=0.5` or `half=6B`."""
+    head, _, _ = text.partition("=")
+    if ":" in head:
+        name, _, sizes = text.partition(":")
+        return name, parse_sizes(sizes.split(","))
+    name, equals, target = text.partition("=")
+    if not equals or not name:
+        raise ElasticConfigError(f"budget {text!r} must be NAME:AXIS=SIZE,... or NAME=TARGET.")
+    return name, target
+
+
+def load_calibration(name: str, split: str) -> Any:
+    """A dataset from a file, by its ending, or from the Hub."""
+    import datasets
+
+    kinds = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
+    path = Path(name)
+    if path.suffix in kinds:
+        if not path.exists():
+            raise ElasticConfigError(f"calibration file {name} does not exist.")
+        return datasets.load_dataset(kinds[path.suffix], data_files=str(path), split="train")
+    if path.is_dir():
+        return datasets.load_from_disk(name)
+    return datasets.load_dataset(name, split=split, streaming=True)

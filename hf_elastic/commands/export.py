@@ -1,0 +1,28 @@
+"""Write one size as a plain checkpoint that transformers loads without this package.
+
+hf-elastic export org/elastic-30b 12b --budget 12b
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from .common import add_source, save_tokenizer
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_source(parser, output="folder to write the plain checkpoint to")
+    parser.add_argument(
+        "--heterogeneous",
+        action="store_true",
+        help="allow sizes that differ per layer; loading the result needs hf_elastic",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..modeling_elastic import ElasticForCausalLM
+
+    model = ElasticForCausalLM.from_pretrained(args.repo, budget=args.budget, dtype=args.dtype)
+    model.export(args.output, heterogeneous=args.heterogeneous)
+    save_tokenizer(args.repo, args.output)
+    print(f"exported {model.num_parameters():,} parameters to {args.output}")

@@ -1,0 +1,74 @@
+"""Generate text with one size of an elastic checkpoint.
+
+  hf-elastic generate org/elastic-30b "Why is the sky blue?" --budget 12b
+
+A prompt of - is read from standard input. With a chat template the prompt is a user's message, unless --raw is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+
+from .common import add_json, add_source
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_source(parser)
+    parser.add_argument("prompt", metavar="PROMPT", help="text to continue, or - for standard input")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="at most this many tokens (default: 256)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token (default)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling (default: 1.0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of sampling (default: 0)")
+    parser.add_argument("--raw", action="store_true", help="do not apply the chat template")
+    parser.add_argument("--device", help="for example cuda or cpu (default: cuda if there is one)")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    import torch
+    from transformers import AutoTokenizer, TextStreamer, set_seed
+
+    from ..errors import ElasticConfigError
+    from ..modeling_elastic import ElasticForCausalLM
+
+    if args.max_new_tokens < 1:
+        raise ElasticConfigError(f"--max-new-tokens={args.max_new_tokens} must be at least 1.")
+    if args.temperature < 0 or not 0 < args.top_p <= 1:
+        raise ElasticConfigError("--temperature must be at least 0 and --top-p in (0, 1].")
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    tokenizer = AutoTokenizer.from_pretrained(args.repo)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = ElasticForCausalLM.from_pretrained(args.repo, budget=args.budget, dtype=args.dtype).to(device)
+    if tokenizer.chat_template and not args.raw:
+        message = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(
+            message, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    if not inputs["input_ids"].shape[1]:
+        raise ElasticConfigError("the prompt is empty.")
+    set_seed(args.seed)
+    sampling = (
+        {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p}
+        if args.temperature
+        else {"do_sample": False}
+    )
+    streamer = None if args.json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    start = time.perf_counter()
+    output = model.generate(**inputs.to(device), max_new_tokens=args.max_new_tokens, streamer=streamer, **sampling)
+    seconds = time.perf_counter() - start
+    new = output[0, inputs["input_ids"].shape[1] :]
+    if args.json:
+        text = tokenizer.decode(new, skip_special_tokens=True)
+        result = {
+            "text": text,
+            "tokens": len(new),
+            "seconds": seconds,
+            "budget": args.budget,
+            "parameters": model.num_parameters(),
+        }
+        print(json.dumps(result, indent=2))

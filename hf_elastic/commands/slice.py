@@ -1,0 +1,25 @@
+"""Save one size of an elastic checkpoint as an elastic checkpoint that still nests the smaller sizes.
+
+hf-elastic slice org/elastic-30b 12b-elastic --budget 12b
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from .common import add_source, save_tokenizer
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_source(parser, output="folder to save the slice to")
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..modeling_elastic import ElasticForCausalLM
+    from .plan import plan, render
+
+    model = ElasticForCausalLM.from_pretrained(args.repo, budget=args.budget, dtype=args.dtype)
+    model.save_pretrained(args.output)
+    save_tokenizer(args.repo, args.output)
+    print(render(plan(args.output)))
+    print(f"saved to {args.output}")

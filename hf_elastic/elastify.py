@@ -1,0 +1,233 @@
+"""`elastify`: make a stock model elastic - score it, sort it, and describe the budgets it nests."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from .architectures import Architecture, get_architecture
+from .budgets import parse_limit
+from .configuration_elastic import ElasticConfig
+from .cost import CostModel
+from .errors import ElasticConfigError
+from .importance import Scores, score
+from .modeling_elastic import ElasticForCausalLM, concrete_class
+from .search import BudgetSearch, default_choices, sizes_from_spec
+from .slicing import build_meta, check_table, share_constant_buffers
+from .sorting import Orders, orders_from_scores, sort_state_dict
+from .submodel import LAYERS, Submodel
+
+logger = logging.getLogger(__name__)
+
+Axes = Sequence[str] | Mapping[str, Sequence[int | float] | None]
+
+
+def elastify(
+    parent: PreTrainedModel | str | os.PathLike[str],
+    calibration: Iterable[Mapping[str, Any]] | None = None,
+    axes: Axes | None = None,
+    budgets: Mapping[str, Mapping[str, Any] | str | float] | None = None,
+    *,
+    scores: Scores | str | os.PathLike[str] | None = None,
+    sort: bool = True,
+    multiple_of: int = 8,
+    **score_options: Any,
+) -> ElasticForCausalLM:
+    r"""
+    Make a stock hybrid model elastic. The result computes exactly what the parent computes, and every budget of it is a prefix of the
+    most important entries.
+
+    Args:
+        parent (`PreTrainedModel` or `str`): Stock causal model, or where to load it from. It is not changed.
+        calibration (`datasets.Dataset` or iterable of dicts, *optional*):
+            Text to score on, see [`hf_elastic.importance.score`]. Not needed with `scores`, or with `sort=False`.
+        axes (`list[str]` or `dict[str, list]`, *optional*):
+            Elastic axes, or per axis its choices: sizes (`int`) or shares of the parent's (`float`); `None` for default choices. Defaults to
+            the axes that the budgets cut.
+        budgets (`dict`): Per name one of
+
+            - sizes: `{"hidden": 1920, "ffn": [...], "layers": 40}`; an `int` is a size, a `float` a share of the parent's, a list or dict
+              one per layer; `layers` takes a number (the most important ones stay) or a list of layers;
+            - a target: `"12B"`, `"2.1B active"`, `"24GB"` (weights at the parent's dtype). Sizes are searched over the axes' choices:
+              the ones that keep most importance within the target, by the exact count. Needs `axes`.
+
+            Budgets are nested. Targets are searched from large to small, each inside the budget before it.
+        scores ([`Scores`] or path, *optional*): Reuse these instead of scoring.
+        sort (`bool`, *optional*, defaults to `True`): `False` for a parent whose weights are sorted already.
+        multiple_of (`int`, *optional*, defaults to 8): Widths given as shares are rounded to this.
+        score_options: Passed to [`hf_elastic.importance.score`] (`samples`, `batch_size`, `max_length`, `tokenizer`, `progress`, ...).
+
+    Returns:
+        [`ElasticForCausalLM`]: With all budgets live, on the parent's device and dtype. `model.importance_scores` holds the scores.
+
+    Raises:
+        `ElasticConfigError`: axes, budgets or scores that do not fit the parent, or a target that no choice meets.
+        `UnsupportedArchitectureError`: no table for the parent.
+    """
+    model = parent if isinstance(parent, PreTrainedModel) else AutoModelForCausalLM.from_pretrained(parent)
+    _refuse_elastic(model)
+    architecture = get_architecture(model.config.model_type)
+    check_table(architecture, model)
+    if not budgets:
+        raise ElasticConfigError(
+            "budgets is empty; give at least one, such as {'half': {'hidden': 0.5}} or {'half': '6B'}."
+        )
+    if scores is not None and (calibration is not None or score_options):
+        raise ElasticConfigError("scores= are given, so nothing is scored: leave out calibration and its options.")
+    choices = _choices(architecture, model.config, axes, multiple_of)
+    wanted = sorted(_axes_used(architecture, budgets, choices))
+    if scores is None and calibration is not None:
+        scores = score(model, calibration, axes=[a for a in wanted if a != "experts_per_token"], **score_options)
+    elif isinstance(scores, (str, os.PathLike)):
+        scores = Scores.load(scores)
+    if scores is None and sort:
+        raise ElasticConfigError(
+            "give calibration= or scores= to sort by, or sort=False for a parent that is sorted already."
+        )
+    submodels = _resolve(architecture, model, budgets, choices, scores, multiple_of)
+    config = _elastic_config(model.config, submodels, choices, scores)
+    orders: Orders = {}
+    if sort and scores is not None:
+        smallest = _smallest_head_dim(submodels)
+        orders = orders_from_scores(architecture, model.config, scores, wanted, smallest)
+    elastic = _sorted_model(model, architecture, config, orders)
+    elastic.importance_scores = scores
+    return elastic
+
+
+def _refuse_elastic(model: PreTrainedModel) -> None:
+    if isinstance(getattr(model, "elastic_config", None), ElasticConfig):
+        raise ElasticConfigError(
+            "this model is elastic already; add budgets to its sorted weights with ElasticConfig.from_parent(), or elastify the parent."
+        )
+
+
+def _choices(
+    architecture: Architecture, config: PreTrainedConfig, axes: Axes | None, multiple_of: int
+) -> dict[str, list[int]]:
+    """Sizes to choose from per axis the user named, the parent's own included."""
+    if axes is None:
+        return {}
+    if isinstance(axes, str):
+        raise ElasticConfigError(f"axes={axes!r} must be a list of axes, or a dict from axis to choices.")
+    given = axes if isinstance(axes, Mapping) else dict.fromkeys(axes)
+    full = architecture.full(config)
+    choices: dict[str, list[int]] = {}
+    for axis, sizes in given.items():
+        if axis != LAYERS:
+            architecture.axis(axis)
+            if axis not in full:
+                raise ElasticConfigError(f"axes: no layer of this {config.model_type} parent has axis {axis!r}.")
+        if sizes is None:
+            choices[axis] = default_choices(architecture, config, axis, multiple_of)
+            continue
+        largest = full.depth if axis == LAYERS else max(full.values(axis))
+        resolved = {largest}
+        for size in sizes:
+            if axis == LAYERS:
+                resolved.add(max(1, round(full.depth * size)) if isinstance(size, float) else size)
+            else:
+                resolved |= set(sizes_from_spec(architecture, config, {axis: size}, None, multiple_of).values())
+        choices[axis] = sorted(resolved, reverse=True)
+    return choices
+
+
+def _axes_used(
+    architecture: Architecture, budgets: Mapping[str, Any], choices: Mapping[str, Sequence[int]]
+) -> set[str]:
+    used = set(choices)
+    for name, spec in budgets.items():
+        if isinstance(spec, Mapping):
+            for axis in spec:
+                if axis != LAYERS:
+                    architecture.axis(axis)
+            # Layers listed one by one need no ranking.
+            used |= {axis for axis in spec if axis != LAYERS or isinstance(spec[axis], (int, float))}
+        elif not choices:
+            raise ElasticConfigError(
+                f"budget {name!r}={spec!r} is a target: say with axes= which axes may be cut to meet it."
+            )
+    return used
+
+
+def _resolve(
+    architecture: Architecture,
+    model: PreTrainedModel,
+    budgets: Mapping[str, Any],
+    choices: dict[str, list[int]],
+    scores: Scores | None,
+    multiple_of: int,
+) -> dict[str, Submodel]:
+    """Submodels of all budgets; targets from large to small, so that each nests in the one before."""
+    ranking = scores.layer_ranking if scores is not None and scores.layers else None
+    submodels: dict[str, Submodel] = {}
+    targets = {}
+    for name, spec in budgets.items():
+        if isinstance(spec, Mapping):
+            sizes = sizes_from_spec(architecture, model.config, spec, ranking, multiple_of)
+            submodels[name] = architecture.submodel(model.config, sizes, f"budget {name!r}")
+        else:
+            limit = parse_limit(spec) if isinstance(spec, (str, int, float)) and not isinstance(spec, bool) else None
+            if limit is None:
+                raise ElasticConfigError(
+                    f"budget {name!r}={spec!r} must be a dict of sizes, or a target such as '12B', '2.1B active' or '24GB'."
+                )
+            targets[name] = limit
+    if targets:
+        search = BudgetSearch(architecture, model.config, choices, scores)
+        count = CostModel(model.config, architecture)
+        for name, limit in sorted(targets.items(), key=lambda item: -item[1].value):
+            larger = [s for s in submodels.values() if limit.measure(count(s), model.dtype) > limit.value]
+            within = min(larger, key=lambda s: count(s).total_params, default=None)
+            submodels[name] = search.find(limit, model.dtype, within)
+    return submodels
+
+
+def _elastic_config(
+    parent: PreTrainedConfig,
+    submodels: Mapping[str, Submodel],
+    choices: Mapping[str, list[int]],
+    scores: Scores | None,
+) -> ElasticConfig:
+    architecture = get_architecture(parent.model_type)
+    # Written as a submodel's config, so that nothing the stock class does not load (MTP) is promised on disk.
+    stock = architecture.config_for(parent, architecture.full(parent))
+    ranking = scores.layer_ranking if scores is not None and scores.layers else None
+    sizes = {name: submodel.to_dict() for name, submodel in submodels.items()}
+    return ElasticConfig.from_parent(stock, sizes, choices=choices, layer_ranking=ranking)
+
+
+def _smallest_head_dim(submodels: Mapping[str, Submodel]) -> dict[int, int]:
+    smallest: dict[int, int] = {}
+    for submodel in submodels.values():
+        for layer in submodel.layers:
+            size = submodel.at(layer).get("mamba_head_dim")
+            if size is not None:
+                smallest[layer] = min(size, smallest.get(layer, size))
+    return smallest
+
+
+def _sorted_model(
+    parent: PreTrainedModel, architecture: Architecture, config: ElasticConfig, orders: Orders
+) -> ElasticForCausalLM:
+    """The elastic model with sorted copies of the parent's tensors."""
+    stock = config.parent_config
+    stock._attn_implementation = parent.config._attn_implementation
+    stock._experts_implementation = parent.config._experts_implementation
+    model = build_meta(architecture, stock, concrete_class(ElasticForCausalLM, stock))
+    state = sort_state_dict(architecture, parent.config, parent.state_dict(), orders)
+    model.load_state_dict(state, assign=True)
+    share_constant_buffers(model, parent)
+    model.tie_weights()
+    model.generation_config = copy.deepcopy(parent.generation_config)
+    model.name_or_path = parent.name_or_path
+    for parameter, original in zip(model.parameters(), parent.parameters(), strict=True):
+        parameter.requires_grad_(original.requires_grad)
+    config.dtype = parent.dtype
+    model._init_switching(config)
+    return model.train(parent.training)
