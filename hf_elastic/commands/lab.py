@@ -1,0 +1,106 @@
+"""See the whole method on this machine, in a minute or two: no Hub, no GPU.
+
+Takes a small hybrid that has learned to reason (it ships with the package; --from-scratch trains it again, about 4 minutes), makes it
+elastic, cuts it to several sizes, solves held-out problems with each, switches sizes live, exports one, loads the export in a process
+without this package, and prints a table. OUTPUT gets the elastic checkpoint, the export, results.json and a chart.
+
+  hf-elastic lab
+  hf-elastic lab --from-scratch --seed 1 --output run1
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from .common import add_json, table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--output", default="hf-elastic-lab", help="folder for everything that is made (default: hf-elastic-lab)"
+    )
+    parser.add_argument(
+        "--from-scratch", action="store_true", help="train the parent first, instead of taking the one in the package"
+    )
+    parser.add_argument("--problems", type=int, default=100, help="held-out problems per size (default: 100)")
+    parser.add_argument("--letters", type=int, default=12, help="lines per problem, 4 to 12 (default: 12)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of training and of the problems (default: 0)")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("the lab draws a chart with matplotlib: pip install 'hf-elastic[lab]'")
+    if args.problems < 1 or not 4 <= args.letters <= 12:
+        raise ValueError(f"--problems={args.problems} must be at least 1 and --letters={args.letters} in 4..12.")
+    from transformers.utils import logging
+
+    from ..lab.chart import accuracy_chart
+    from ..lab.zero_shot import run_zero_shot
+
+    logging.set_verbosity_error()  # the notes about optional CUDA kernels would bury the results
+    logging.disable_progress_bar()
+    quiet = args.json
+    say = (lambda text: None) if quiet else print
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    parent, tokenizer = _parent(args.from_scratch, args.seed, progress=not quiet)
+    say(f"parent: {parent.num_parameters():,} parameters, pattern {parent.config.hybrid_override_pattern}")
+    results = run_zero_shot(
+        parent,
+        tokenizer,
+        output,
+        count=args.problems,
+        letters=args.letters,
+        seed=args.seed,
+        progress=not quiet,
+        say=say,
+    )
+    accuracy_chart(results, output / "accuracy.png")
+    print(json.dumps(results, indent=2) if quiet else render(results, output))
+
+
+def _parent(from_scratch: bool, seed: int, progress: bool) -> tuple[Any, Any]:
+    from ..lab.book import build_tokenizer
+    from ..lab.parent import load_parent, train_parent
+
+    if not from_scratch:
+        return load_parent()
+    model, _ = train_parent(seed=seed, progress=progress)
+    return model.eval(), build_tokenizer()
+
+
+def render(results: dict[str, Any], output: Path) -> str:
+    """The results as text."""
+    whole = results["budgets"][0]
+    rows = [["budget", "params", "active", "share", "exact", "thinking", "codes", "sizes"]]
+    for entry in results["budgets"]:
+        changed = {k: v for k, v in entry["sizes"].items() if whole["sizes"].get(k) != v}
+        rows.append(
+            [
+                entry["name"],
+                f"{entry['total_params']:,}",
+                f"{entry['active_params']:,}",
+                f"{entry['active_params'] / whole['active_params']:.0%}",
+                *(f"{entry[key]:.2f}" for key in ("exact", "trace", "code")),
+                " ".join(f"{axis}={size}" for axis, size in changed.items()) or "the whole parent",
+            ]
+        )
+    task, export = results["task"], results["export"]
+    live = max(entry["live_difference"] for entry in results["budgets"])
+    return "\n".join(
+        [
+            "",
+            table(rows, right=frozenset(range(1, 7))),
+            "",
+            f"{task['problems']} held-out problems of {task['letters']} lines each, solved by generation; no submodel was trained.",
+            f"sorted parent against parent: logits differ by {results['sorted_parent_difference']:.1e}",
+            f"live submodels against slices from disk: same weights and answers, logits differ by {live:.1e}",
+            f"export of {export['budget']} in plain transformers, without hf_elastic: logits differ by {export['difference']:.1e}",
+            f"took {results['seconds']:.0f} s; see {output / 'accuracy.png'} and {output / 'results.json'}",
+        ]
+    )
