@@ -70,7 +70,7 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{file} cannot be read as safetensors, it is damaged or incomplete ({error}); fetch or save it again."
                 ) from error
-            for key in handle.keys():
+            for key in handle.keys():  # noqa: SIM118 - a safetensors file is no dict
                 if key in self._where:
                     raise CheckpointError(f"{key} occurs in two files of the checkpoint, one of them {file}.")
                 self._where[key] = handle
@@ -131,24 +131,19 @@ def _disk_parts(
 ) -> list[tuple[str, str, list[list[tuple[int, int]]], tuple[int, ...]]]:
     """(name in the file, name in the slice, runs, full shape) of the tensors on disk that a piece is made of."""
     runs, shape = piece.runs, piece.rule.shape(piece.full)
-    if not piece.rule.stacked or piece.rule.name in checkpoint:
+    if piece.rule.stacked and piece.rule.name in checkpoint:  # saved with save_original_format=False
+        return [(piece.rule.name, piece.target.name, runs, shape)]
+    # The loader remembers which of the Hub's names it met, and saving writes those again: always give it the Hub's.
+    if not piece.rule.stacked:
         source = _present(piece.rule.name, piece.rule.disk_name(), checkpoint, architecture)
-        return [(source, piece.target.name, runs, shape)]
+        return [(source, piece.target.disk_name(), runs, shape)]
     kept = [expert for start, stop in runs[0] for expert in range(start, stop)]
-    return [
-        (
-            _present(
-                _live_prefix(piece.rule.disk_name(expert), architecture),
-                piece.rule.disk_name(expert),
-                checkpoint,
-                architecture,
-            ),
-            piece.target.disk_name(new),
-            runs[1:],
-            shape[1:],
-        )
-        for new, expert in enumerate(kept)
-    ]
+    parts = []
+    for new, expert in enumerate(kept):
+        disk = piece.rule.disk_name(expert)
+        source = _present(_live_prefix(disk, architecture), disk, checkpoint, architecture)
+        parts.append((source, piece.target.disk_name(new), runs[1:], shape[1:]))
+    return parts
 
 
 def _live_prefix(disk: str, architecture: Architecture) -> str:

@@ -70,8 +70,8 @@ class ElasticConfig(PreTrainedConfig):
         self.parent_config = parent
         super().__post_init__(**kwargs)
         self.elastic = _checked_section(parent, self.elastic)
-        if self.dtype is None:
-            self.dtype = parent.dtype
+        if getattr(self, "dtype", None) is None:
+            self.dtype: Any = parent.dtype
 
     @classmethod
     def from_parent(
@@ -184,7 +184,8 @@ class ElasticConfig(PreTrainedConfig):
 
     def restrict(self, submodel: Submodel) -> ElasticConfig:
         """The config of a slice: the submodel is the new parent, and the budgets that nest in it stay."""
-        budgets = {name: member for name, member in self.family().items() if member.nests_in(submodel)}
+        named = {name: self.submodel(name) for name in self.budgets}
+        budgets = {name: member for name, member in named.items() if member.nests_in(submodel)}
         stock = self.stock_config(submodel)
         kept = set(submodel.layers)
         axes = copy.deepcopy(self.axes)

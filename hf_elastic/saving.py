@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .architectures import uniform
 from .budgets import Budget
 from .configuration_elastic import ElasticConfig
@@ -91,11 +93,19 @@ class SavingMixin:
     def _write_stock(self, directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """The stock class's save; it writes the class's name into the config, which has to stay the stock one's."""
         architectures = self.config.architectures  # type: ignore[attr-defined]
+        if kwargs.get("state_dict") is None and self._active != self._full:  # type: ignore[attr-defined]
+            kwargs["state_dict"] = self._untied_views()
         try:
             with uniform(self.config):  # type: ignore[attr-defined]
                 super().save_pretrained(directory, *args, **kwargs)  # type: ignore[misc]
         finally:
             self.config.architectures = architectures  # type: ignore[attr-defined]
+
+    def _untied_views(self) -> dict[str, torch.Tensor]:
+        """The state dict of a smaller budget without tied names, which upstream only finds among contiguous tensors."""
+        rules = self.elastic_config.architecture.rules(self.elastic_config.parent_config)
+        tied = {rule.name for rule in rules if rule.tied}
+        return {name: tensor for name, tensor in self.state_dict().items() if name not in tied}  # type: ignore[attr-defined]
 
     def _written_config(self, elastic: ElasticConfig) -> ElasticConfig:
         elastic.dtype = self.dtype  # type: ignore[attr-defined]

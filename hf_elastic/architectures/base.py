@@ -82,7 +82,7 @@ class Architecture(ABC):
         """What generation keeps for this layer at these sizes."""
 
     @abstractmethod
-    def mask_router(self, router: nn.Module, kept: Sequence[tuple[int, int]], top_k: int) -> None:
+    def mask_router(self, router: Any, kept: Sequence[tuple[int, int]], top_k: int) -> None:
         """Let a router of the full size choose `top_k` among the experts in the ranges `kept` only, in place."""
 
     def tied_fields(self, config: PreTrainedConfig, part: str, sizes: Sizes) -> dict[str, Any]:
@@ -93,7 +93,7 @@ class Architecture(ABC):
         """Entries that other readers of an exported `config.json` want beside the stock class's own."""
         return {}
 
-    def check_layer(self, config: PreTrainedConfig, sizes: Sizes, where: str) -> None:
+    def check_layer(self, config: PreTrainedConfig, sizes: Sizes, where: str) -> None:  # noqa: B027 - nothing to check by default
         """Raise [`ElasticConfigError`] if the stock model could not be built with these sizes."""
 
     # -- what follows --------------------------------------------------------------------------------------------------

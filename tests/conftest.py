@@ -1,0 +1,131 @@
+"""Parents, their elastic checkpoints on disk, and how the tests compare models."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from cases import VOCAB, build_parent
+from transformers import PreTrainedModel
+
+from hf_elastic import ElasticConfig
+
+transformers.utils.logging.disable_progress_bar()
+torch.set_num_threads(1)  # the models are so small that threads only wait for each other
+
+Parents = Callable[[str], PreTrainedModel]
+Checkpoints = Callable[[str], Path]
+
+
+@pytest.fixture(scope="session")
+def originals() -> dict[str, PreTrainedModel]:
+    return {}
+
+
+@pytest.fixture(scope="session")
+def original(originals) -> Parents:
+    """Stock parents by name, built once. Tests that change one take `parent`."""
+
+    def get(name: str) -> PreTrainedModel:
+        if name not in originals:
+            originals[name] = build_parent(name)
+        return originals[name]
+
+    return get
+
+
+@pytest.fixture
+def parent(original) -> Parents:
+    """A copy of a stock parent of one's own."""
+    return lambda name: copy.deepcopy(original(name))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(original, tmp_path_factory) -> Checkpoints:
+    """Folder of a parent's elastic checkpoint without named budgets, written by the stock class; not to be changed."""
+    folders: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in folders:
+            folder = tmp_path_factory.mktemp(name)
+            original(name).save_pretrained(folder)
+            ElasticConfig.from_parent(original(name).config, {}).save_pretrained(folder)
+            folders[name] = folder
+        return folders[name]
+
+    return get
+
+
+BUDGETS = {
+    "nano3": {
+        "large": {"mamba_heads": 8, "expert_ffn": 12},
+        "medium": {
+            "hidden": 40,
+            "mamba_heads": 8,
+            "experts": {1: 8},
+            "expert_ffn": 12,
+            "layers": [0, 1, 2, 3, 5, 6, 7],
+        },
+        "small": {"hidden": 32, "ffn": 24, "mamba_heads": 6, "experts": 6, "expert_ffn": 8, "layers": [0, 1, 2, 6, 7]},
+    },
+    "granite": {
+        "large": {"mamba_heads": 18, "expert_ffn": 12},
+        "medium": {"mamba_heads": {0: 12, 2: 18}, "experts": 6, "expert_ffn": 12},
+        "small": {
+            "hidden": 24,
+            "mamba_heads": 12,
+            "experts": 4,
+            "expert_ffn": 8,
+            "attention_heads": 4,
+            "layers": [0, 2, 3],
+        },
+    },
+}
+"""Named, nested budgets: `medium` differs per layer, `small` drops layers."""
+
+
+@pytest.fixture(scope="session")
+def family_folder(original, tmp_path_factory) -> Checkpoints:
+    """Folder of an elastic checkpoint with the `BUDGETS` of that parent; not to be changed."""
+    folders: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in folders:
+            folder = tmp_path_factory.mktemp(f"{name}-family")
+            original(name).save_pretrained(folder)
+            ElasticConfig.from_parent(original(name).config, BUDGETS[name]).save_pretrained(folder)
+            folders[name] = folder
+        return folders[name]
+
+    return get
+
+
+@pytest.fixture
+def own_folder(family_folder, tmp_path) -> Checkpoints:
+    """A copy of a family's folder, for tests that damage it."""
+    return lambda name: Path(shutil.copytree(family_folder(name), tmp_path / name))
+
+
+@pytest.fixture(scope="session")
+def ids() -> torch.Tensor:
+    """Two sequences longer than two Mamba chunks, so that states are handed over between chunks."""
+    return torch.randint(0, VOCAB, (2, 19), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def listing() -> Callable[[Path], dict[str, bytes]]:
+    """Everything below a folder, to show that nothing was written."""
+    return lambda folder: {
+        str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()
+    }
