@@ -142,10 +142,7 @@ def _segment_order(segment: Segment, full: Sizes, orders: Mapping[str, torch.Ten
             step = order[group] if factor.groups > 1 else order[:1].expand(len(index), -1)
         else:
             step = torch.arange(size).expand(len(index), -1)
-        if isinstance(factor, int):
-            group = step.reshape(-1)
-        else:
-            group = group.repeat_interleave(size)
+        group = step.reshape(-1) if isinstance(factor, int) else group.repeat_interleave(size)
         index = (index[:, None] * size + step).reshape(-1)
     return index
 

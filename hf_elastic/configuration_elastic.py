@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from .architectures import Architecture, get_architecture
 from .budgets import FULL, Budget, Limit, format_count, parse_limit
 from .cost import Cost, CostModel
-from .errors import ElasticConfigError, UnknownBudgetError, did_you_mean
+from .errors import CheckpointError, ElasticConfigError, UnknownBudgetError, did_you_mean
 from .submodel import LAYERS, Submodel
 
 FORMAT_VERSION = 1
@@ -243,6 +244,8 @@ def read_config(repo: Any, plain: bool = False, **hub: Any) -> ElasticConfig:
     Raises:
         `ElasticConfigError`: a plain checkpoint, and `plain` is not set.
     """
+    if Path(repo).is_absolute() and not Path(repo).exists():
+        raise CheckpointError(f"there is no folder {repo}.")
     fields, _ = PreTrainedConfig.get_config_dict(repo, **hub)
     model_type = fields.get("model_type")
     if model_type == ElasticConfig.model_type:

@@ -332,7 +332,7 @@ class _Listener:
         return hook
 
     def _on_experts(self, layer: int | None, wanted: set[str]) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        def hook(module: Any, args: tuple[torch.Tensor, ...]) -> None:
             x, index, weights = args  # (tokens, d), (tokens, k), (tokens, k)
             real = self.mask.reshape(-1)
             x, index, weights = (
@@ -360,7 +360,7 @@ class _Listener:
         return hook
 
 
-def _expert_neurons(experts: nn.Module, expert: int, x: torch.Tensor) -> torch.Tensor:
+def _expert_neurons(experts: Any, expert: int, x: torch.Tensor) -> torch.Tensor:
     """Input of one expert's second matrix, `(tokens, expert_ffn)`, for gated and plain experts."""
     if hasattr(experts, "gate_up_proj"):
         gate, up = nn.functional.linear(x, experts.gate_up_proj[expert]).chunk(2, dim=-1)

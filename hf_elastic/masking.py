@@ -11,7 +11,6 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from .architectures import get_architecture
@@ -55,7 +54,7 @@ def masked_model(parent: PreTrainedModel, submodel: Submodel) -> PreTrainedModel
     return model
 
 
-def _correct_norm(norm: nn.Module, piece: Piece) -> None:
+def _correct_norm(norm: Any, piece: Piece) -> None:
     alive = math.prod(piece.shape) / piece.rule.count(piece.full)
     norm.weight.mul_(math.sqrt(alive))
     norm.variance_epsilon *= alive

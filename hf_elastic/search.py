@@ -185,7 +185,7 @@ class BudgetSearch:
         """Share of the importance that a size keeps, averaged over layers."""
         scores = self._scores
         if axis == LAYERS:
-            kept = {layer for layer in (scores.layer_ranking if scores else range(size))[:size]}
+            kept = set((scores.layer_ranking if scores else list(range(size)))[:size])
             total = sum(error for _, error in scores.layers) if scores else 0.0
             return (
                 max(1e-9, sum(e for i, e in scores.layers if i in kept) / total)

@@ -100,7 +100,7 @@ class GraniteMoeHybrid(Architecture):
                 "them together so that hidden divides the product."
             )
 
-    def mask_router(self, router: nn.Module, kept: Sequence[tuple[int, int]], top_k: int) -> None:
+    def mask_router(self, router: Any, kept: Sequence[tuple[int, int]], top_k: int) -> None:
         dropped = torch.ones(router.num_experts, dtype=torch.bool)
         for start, stop in kept:
             dropped[start:stop] = False

@@ -84,7 +84,7 @@ class NemotronH(Architecture):
                 f"in the {config.topk_group} router groups a token may use; lower it or keep more experts."
             )
 
-    def mask_router(self, router: nn.Module, kept: Sequence[tuple[int, int]], top_k: int) -> None:
+    def mask_router(self, router: Any, kept: Sequence[tuple[int, int]], top_k: int) -> None:
         bias = torch.full_like(router.e_score_correction_bias, -torch.inf)
         for start, stop in kept:
             bias[start:stop] = router.e_score_correction_bias[start:stop]

@@ -93,7 +93,7 @@ def _labels(input_ids: list[int], think_start: int, think_end: int, forced: bool
 
 def _collate(examples: list[tuple[list[int], list[int]]], pad_id: int) -> dict[str, torch.Tensor]:
     width = max(len(input_ids) for input_ids, _ in examples)
-    rows = {"input_ids": [], "attention_mask": [], "labels": []}
+    rows: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
     for input_ids, labels in examples:
         padding = width - len(input_ids)
         rows["input_ids"].append(input_ids + [pad_id] * padding)

@@ -1,6 +1,7 @@
 """Muon, the optimizer that orthogonalises the momentum of a matrix before it steps."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ class Muon(torch.optim.Optimizer):
             )
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Takes one step; parameters without a gradient stay as they are."""
         loss = None
         if closure is not None:
@@ -73,14 +74,18 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._step_parameter(parameter, group["lr"], group["momentum"], group["weight_decay"])
+                    self._step_parameter(
+                        parameter, parameter.grad, group["lr"], group["momentum"], group["weight_decay"]
+                    )
         return loss
 
-    def _step_parameter(self, parameter: Tensor, lr: float, momentum: float, weight_decay: float) -> None:
+    def _step_parameter(
+        self, parameter: Tensor, gradient: Tensor, lr: float, momentum: float, weight_decay: float
+    ) -> None:
         state = self.state[parameter]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
-        mean = state["momentum_buffer"].lerp_(parameter.grad, 1 - momentum)
-        update = orthogonalize(parameter.grad.lerp(mean, momentum))
+        mean = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
+        update = orthogonalize(gradient.lerp(mean, momentum))
         parameter.mul_(1 - lr * weight_decay)
         parameter.add_(update, alpha=-lr * 0.2 * max(parameter.shape[-2:]) ** 0.5)

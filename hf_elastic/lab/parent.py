@@ -91,7 +91,8 @@ def parent_config(**overrides: Any) -> NemotronHConfig:
 
 def _optimizers(model: NemotronHForCausalLM) -> list[torch.optim.Optimizer]:
     """Muon for the weight matrices, those of the experts batched, and AdamW for everything else."""
-    matrices, others = [], []
+    matrices: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         is_matrix = parameter.ndim >= 2 and not name.endswith(_NOT_MUON)
         (matrices if is_matrix else others).append(parameter)

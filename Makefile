@@ -1,0 +1,33 @@
+# Two commands do all the set-up: `make demo` and `make test`. They make a virtual environment with the versions CI uses.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test quality style benchmarks clean
+
+demo: $(VENV)/installed  ## The main job: a reasoning hybrid made elastic, cut, switched, exported and checked
+	$(BIN)/hf-elastic lab --output demo
+
+test: $(VENV)/installed  ## All tests
+	$(BIN)/python -m pytest
+
+quality: $(VENV)/installed  ## What CI checks besides the tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+style: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+benchmarks: $(VENV)/installed  ## Rewrites benchmarks/results
+	for script in loading switching; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info
