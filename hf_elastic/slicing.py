@@ -73,7 +73,11 @@ def check_table(architecture: Architecture, model: PreTrainedModel) -> None:
     for rule in architecture.rules(model.config):
         if rule.name in expected:
             raise HFElasticError(f"two rules of {architecture.model_type} claim {rule.name}")
-        expected[rule.name] = rule.shape(full.at(rule.layer))
+        sizes = full.at(rule.layer)
+        unknown = sorted({cut.axis for dim in rule.dims for cut in dim.cuts} - sizes.keys())
+        if unknown:
+            raise HFElasticError(f"the rule of {rule.name} is cut by {unknown}, which its layer does not have")
+        expected[rule.name] = rule.shape(sizes)
     found = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     problems = [f"{name} {shape} has no rule" for name, shape in found.items() if name not in expected]
     problems += [f"{name} {shape} is not in the model" for name, shape in expected.items() if name not in found]
