@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,14 @@ from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
 from .architectures import Architecture
-from .axes import take
+from .axes import Run, take
 from .errors import CheckpointError
 from .slicing import Piece, pieces
 from .submodel import Submodel
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+_ROTARY = r"rotary_emb\.inv_freq$"  # computed, but saved by old versions
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Block:
 
     handle: Any
     key: str
-    runs: list[list[tuple[int, int]]]
+    runs: list[list[Run]]
     compact: bool
 
     def __getitem__(self, index: Any) -> torch.Tensor:
@@ -83,82 +85,118 @@ class Checkpoint:
 
     def dtype(self) -> torch.dtype:
         """Type of the first floating-point tensor."""
-        for key, handle in self._where.items():
-            name = handle.get_slice(key).get_dtype()
-            if name in _DTYPES:
-                return _DTYPES[name]
+        for key in self._where:
+            if (dtype := self._stored_dtype(key)) in _DTYPES:
+                return _DTYPES[dtype]
         raise CheckpointError("the checkpoint holds no floating-point tensor.")
 
-    def lazy_slice(
-        self, architecture: Architecture, config: PreTrainedConfig, submodel: Submodel, *, head: bool = True
-    ) -> dict[str, Block]:
-        """The submodel as a state dict of unread blocks under the names of the parent's Hub layout.
+    def _stored_dtype(self, key: str) -> str:
+        return str(self._where[key].get_slice(key).get_dtype())
+
+    def check(
+        self,
+        architecture: Architecture,
+        config: PreTrainedConfig,
+        *,
+        head: bool = True,
+        ignored: Iterable[str] = (),
+    ) -> None:
+        """Compare the headers of the files with what the config says: every tensor there, of its shape, and no other.
 
         Args:
             architecture (`Architecture`): Table of the parent.
-            config (`PreTrainedConfig`): The parent's stock config; what the files must agree with.
-            submodel (`Submodel`): What to keep.
-            head (`bool`, *optional*, defaults to `True`): `False` leaves out what only the causal model has.
+            config (`PreTrainedConfig`): The parent's stock config.
+            head (`bool`, *optional*, defaults to `True`): `False` if what only the causal model has may be missing.
+            ignored (`Iterable[str]`, *optional*):
+                Patterns of further names that may be there, as the stock class's `_keys_to_ignore_on_load_unexpected`.
 
         Raises:
-            `CheckpointError`: a tensor is missing or has another shape than the config says; all are checked before any is read.
+            `CheckpointError`: names the first tensors that are missing, unknown, of another shape or not floating point.
         """
-        lazy: dict[str, Block] = {}
         problems: list[str] = []
-        base = architecture.layers_path.partition(".")[0] + "."
-        for piece in pieces(architecture, config, submodel):
-            if piece.rule.tied or not (head or piece.rule.name.startswith(base)):
+        known: set[str] = set()
+        for piece in pieces(architecture, config, architecture.full(config)):
+            sources = self._sources(piece, architecture)
+            known.update(sources)
+            if piece.rule.tied or not (head or piece.rule.name.startswith(_base(architecture))):
                 continue
-            for source, target, runs, shape in _disk_parts(piece, self, architecture):
+            shape = piece.shape[1:] if _is_split(sources, piece) else piece.shape
+            for source in sources:
                 if source not in self:
                     problems.append(f"{source} is missing")
                 elif self.shape(source) != shape:
                     problems.append(f"{source} is {self.shape(source)} in the file, the config says {shape}")
-                else:
-                    compact = not (piece.rule.stacked and len(runs) < len(piece.rule.dims))
-                    lazy[target] = Block(self._where[source], source, runs, compact)
+                elif self._stored_dtype(source) not in _DTYPES:
+                    problems.append(f"{source} is stored as {self._stored_dtype(source)}, not as {', '.join(_DTYPES)}")
+        patterns = [re.compile(pattern) for pattern in (*ignored, _ROTARY)]
+        unknown = sorted(key for key in self._where.keys() - known if not any(p.search(key) for p in patterns))
+        problems += [f"{key} belongs to no part of this {architecture.model_type}" for key in unknown]
         if problems:
             raise CheckpointError(
                 f"the weights do not fit the config ({len(problems)} of the tensors): {'; '.join(problems[:5])}"
                 + (" ..." if len(problems) > 5 else "")
                 + ". Nothing was loaded; the checkpoint is incomplete or its config.json belongs to other weights."
             )
+
+    def lazy_slice(
+        self, architecture: Architecture, config: PreTrainedConfig, submodel: Submodel, *, head: bool = True
+    ) -> dict[str, Block]:
+        """The submodel as a state dict of unread blocks under the names of the parent's Hub layout. Call `check` first.
+
+        Args:
+            architecture (`Architecture`): Table of the parent.
+            config (`PreTrainedConfig`): The parent's stock config.
+            submodel (`Submodel`): What to keep.
+            head (`bool`, *optional*, defaults to `True`): `False` leaves out what only the causal model has.
+        """
+        lazy: dict[str, Block] = {}
+        for piece in pieces(architecture, config, submodel):
+            if piece.rule.tied or not (head or piece.rule.name.startswith(_base(architecture))):
+                continue
+            sources, runs = self._sources(piece, architecture), piece.runs
+            if _is_split(sources, piece):
+                kept = [expert for start, stop in runs[0] for expert in range(start, stop)]
+                for new, expert in enumerate(kept):
+                    lazy[piece.target.disk_name(new)] = self._block(sources[expert], runs[1:], compact=False)
+            else:
+                # The loader remembers which of the Hub's names it met, and saving writes those again: give it the Hub's.
+                name = piece.target.name if piece.rule.stacked else piece.target.disk_name()
+                lazy[name] = self._block(sources[0], runs, compact=True)
         return lazy
 
+    def _block(self, key: str, runs: list[list[Run]], *, compact: bool) -> Block:
+        return Block(self._where[key], key, runs, compact)
 
-def _disk_parts(
-    piece: Piece, checkpoint: Checkpoint, architecture: Architecture
-) -> list[tuple[str, str, list[list[tuple[int, int]]], tuple[int, ...]]]:
-    """(name in the file, name in the slice, runs, full shape) of the tensors on disk that a piece is made of."""
-    runs, shape = piece.runs, piece.rule.shape(piece.full)
-    if piece.rule.stacked and piece.rule.name in checkpoint:  # saved with save_original_format=False
-        return [(piece.rule.name, piece.target.name, runs, shape)]
-    # The loader remembers which of the Hub's names it met, and saving writes those again: always give it the Hub's.
-    if not piece.rule.stacked:
-        source = _present(piece.rule.name, piece.rule.disk_name(), checkpoint, architecture)
-        return [(source, piece.target.disk_name(), runs, shape)]
-    kept = [expert for start, stop in runs[0] for expert in range(start, stop)]
-    parts = []
-    for new, expert in enumerate(kept):
-        disk = piece.rule.disk_name(expert)
-        source = _present(_live_prefix(disk, architecture), disk, checkpoint, architecture)
-        parts.append((source, piece.target.disk_name(new), runs[1:], shape[1:]))
-    return parts
+    def _sources(self, piece: Piece, architecture: Architecture) -> list[str]:
+        """Names under which a tensor of the parent is stored, whichever experts are kept: one, or one per expert."""
+        rule = piece.rule
+        if not rule.stacked or rule.name in self:  # stacked experts were saved with save_original_format=False
+            return [self._present(rule.name, rule.disk_name() if not rule.stacked else rule.name, architecture)]
+        names = [rule.disk_name(expert) for expert in range(rule.shape(piece.full)[0])]
+        return [self._present(_live_prefix(name, architecture), name, architecture) for name in names]
+
+    def _present(self, live: str, disk: str, architecture: Architecture) -> str:
+        """The name under which a tensor is stored: Hub layout, live layout, or a base model's without the prefix."""
+        for name in (disk, live, disk.removeprefix(architecture.disk_prefix), live.removeprefix(_base(architecture))):
+            if name in self:
+                return name
+        return disk
+
+
+def _base(architecture: Architecture) -> str:
+    """Prefix of the base model's tensors in the live causal model."""
+    return architecture.layers_path.partition(".")[0] + "."
+
+
+def _is_split(sources: list[str], piece: Piece) -> bool:
+    """Whether the tensor is stored as one per expert."""
+    return piece.rule.stacked and sources != [piece.rule.name]
 
 
 def _live_prefix(disk: str, architecture: Architecture) -> str:
-    """A name of the Hub layout under the live model's prefix, which stock models made from a config save."""
-    base = architecture.layers_path.partition(".")[0] + "."
-    return base + disk.removeprefix(architecture.disk_prefix) if disk.startswith(architecture.disk_prefix) else disk
-
-
-def _present(live: str, disk: str, checkpoint: Checkpoint, architecture: Architecture) -> str:
-    """The name under which a tensor is stored: Hub layout, live layout, or a base model's without the prefix."""
-    base = architecture.layers_path.partition(".")[0] + "."
-    for name in (disk, live, disk.removeprefix(architecture.disk_prefix), live.removeprefix(base)):
-        if name in checkpoint:
-            return name
-    return disk
+    """A name of the Hub layout under the live model's prefix."""
+    prefix = architecture.disk_prefix
+    return _base(architecture) + disk.removeprefix(prefix) if disk.startswith(prefix) else disk
 
 
 def find_files(repo: str | os.PathLike[str], variant: str | None = None, **hub: Any) -> list[Path]:
@@ -180,17 +218,16 @@ def find_files(repo: str | os.PathLike[str], variant: str | None = None, **hub: 
         path = cached_file(repo, name, _raise_exceptions_for_missing_entries=False, **hub)
         return Path(path) if path else None
 
+    single = get(SINGLE_NAME)  # first, as upstream does where a folder holds both
+    if single is not None:
+        return [single]
     index = get(INDEX_NAME)
-    if index is not None:
-        names = _shard_names(index)
-        return [_shard(repo, index, name, hub) for name in names]
-    single = get(SINGLE_NAME)
-    if single is None:
+    if index is None:
         raise CheckpointError(
             f"{repo} holds neither {SINGLE_NAME} nor {INDEX_NAME}. Elastic checkpoints are read from safetensors only; pickled "
             "weights (.bin) are not loaded, convert them with the stock model's save_pretrained."
         )
-    return [single]
+    return [_shard(repo, index, name, hub) for name in _shard_names(index)]
 
 
 def _shard_names(index: Path) -> list[str]:

@@ -89,8 +89,9 @@ def elastify(
         raise ElasticConfigError(
             "give calibration= or scores= to sort by, or sort=False for a parent that is sorted already."
         )
-    submodels = _resolve(architecture, model, budgets, choices, scores, multiple_of)
-    config = _elastic_config(model.config, submodels, choices, scores)
+    ranking = architecture.keepable_ranking(model.config, scores.layer_ranking) if scores and scores.layers else None
+    submodels = _resolve(architecture, model, budgets, choices, scores, ranking, multiple_of)
+    config = _elastic_config(model.config, submodels, choices, ranking)
     orders: Orders = {}
     if sort and scores is not None:
         smallest = _smallest_head_dim(submodels)
@@ -161,10 +162,10 @@ def _resolve(
     budgets: Mapping[str, Any],
     choices: dict[str, list[int]],
     scores: Scores | None,
+    ranking: list[int] | None,
     multiple_of: int,
 ) -> dict[str, Submodel]:
     """Submodels of all budgets; targets from large to small, so that each nests in the one before."""
-    ranking = scores.layer_ranking if scores is not None and scores.layers else None
     submodels: dict[str, Submodel] = {}
     targets = {}
     for name, spec in budgets.items():
@@ -179,12 +180,15 @@ def _resolve(
                 )
             targets[name] = limit
     if targets:
-        search = BudgetSearch(architecture, model.config, choices, scores)
+        search = BudgetSearch(architecture, model.config, choices, scores, ranking)
         count = CostModel(model.config, architecture)
-        for name, limit in sorted(targets.items(), key=lambda item: -item[1].value):
-            larger = [s for s in submodels.values() if limit.measure(count(s), model.dtype) > limit.value]
+        searched: list[Submodel] = []
+        for name, limit in sorted(targets.items(), key=lambda t: -t[1].value / t[1].measure(count.full, model.dtype)):
+            given = [s for n, s in submodels.items() if n not in targets]
+            larger = searched + [s for s in given if limit.measure(count(s), model.dtype) > limit.value]
             within = min(larger, key=lambda s: count(s).total_params, default=None)
             submodels[name] = search.find(limit, model.dtype, within)
+            searched.append(submodels[name])
     return submodels
 
 
@@ -192,12 +196,11 @@ def _elastic_config(
     parent: PreTrainedConfig,
     submodels: Mapping[str, Submodel],
     choices: Mapping[str, list[int]],
-    scores: Scores | None,
+    ranking: list[int] | None,
 ) -> ElasticConfig:
     architecture = get_architecture(parent.model_type)
     # Written as a submodel's config, so that nothing the stock class does not load (MTP) is promised on disk.
     stock = architecture.config_for(parent, architecture.full(parent))
-    ranking = scores.layer_ranking if scores is not None and scores.layers else None
     sizes = {name: submodel.to_dict() for name, submodel in submodels.items()}
     return ElasticConfig.from_parent(stock, sizes, choices=choices, layer_ranking=ranking)
 

@@ -16,6 +16,7 @@ the `x` segment of Mamba's input projection.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -219,9 +220,7 @@ def _batches(
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Right-padded batches with a mask, of rows in the order they come."""
     rows: list[torch.Tensor] = []
-    for i, row in enumerate(calibration):
-        if i >= samples:
-            break
+    for row in itertools.islice(calibration, samples):
         rows.append(_token_ids(row, tokenizer)[:max_length])
         if len(rows) == batch_size:
             yield _padded(rows)

@@ -144,6 +144,12 @@ class ElasticPreTrainedModel(SwitchingMixin, SavingMixin, ExportMixin, PreTraine
         submodel = elastic.resolve(budget, dtype)
         concrete = concrete_class(cls, elastic.parent_config)
         head = concrete._stock_class is elastic.architecture.causal_class
+        checkpoint.check(
+            elastic.architecture,
+            elastic.parent_config,
+            head=head,
+            ignored=concrete._keys_to_ignore_on_load_unexpected or (),
+        )
         lazy = checkpoint.lazy_slice(elastic.architecture, elastic.parent_config, submodel, head=head)
         sliced = elastic.restrict(submodel)
         stock = _configured(sliced.parent_config, elastic, stock_kwargs, concrete)

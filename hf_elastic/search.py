@@ -92,6 +92,7 @@ class BudgetSearch:
     Args:
         choices (`dict[str, list[int]]`): Per axis the sizes to choose from.
         scores (`Scores`, *optional*): Without scores an axis is worth the share of its size.
+        ranking (`list[int]`, *optional*): All layers, the ones to keep first; in the parent's order if not given.
     """
 
     def __init__(
@@ -100,7 +101,9 @@ class BudgetSearch:
         config: PreTrainedConfig,
         choices: Mapping[str, Sequence[int]],
         scores: Scores | None = None,
+        ranking: Sequence[int] | None = None,
     ):
+        self._ranking = list(ranking or range(architecture.depth(config)))
         self._architecture, self._config, self._scores = architecture, config, scores
         self._count = CostModel(config, architecture)
         self._full = architecture.full(config)
@@ -154,10 +157,9 @@ class BudgetSearch:
         return len(within.layers) if axis == LAYERS else max(within.values(axis), default=0)
 
     def _layers(self, sizes: Mapping[str, int], within: Submodel) -> tuple[int, ...]:
-        if LAYERS not in sizes or self._scores is None:
+        if LAYERS not in sizes:
             return within.layers
-        ranking = [layer for layer in self._scores.layer_ranking if layer in within.layers]
-        return tuple(sorted(ranking[: sizes[LAYERS]]))
+        return tuple(sorted([layer for layer in self._ranking if layer in within.layers][: sizes[LAYERS]]))
 
     def _merged(self, sizes: Mapping[str, int], within: Submodel) -> dict[str, Any]:
         merged: dict[str, Any] = dict(within.to_dict())
@@ -185,7 +187,7 @@ class BudgetSearch:
         """Share of the importance that a size keeps, averaged over layers."""
         scores = self._scores
         if axis == LAYERS:
-            kept = set((scores.layer_ranking if scores else list(range(size)))[:size])
+            kept = set(self._ranking[:size])
             total = sum(error for _, error in scores.layers) if scores else 0.0
             return (
                 max(1e-9, sum(e for i, e in scores.layers if i in kept) / total)

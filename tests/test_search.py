@@ -24,8 +24,9 @@ def _worth(scores, config, sizes) -> float:
     worth = 1.0
     for axis, size in sizes.items():
         if axis == "layers":
-            errors = [error for _, error in scores.layers]
-            worth *= sum(sorted(errors, reverse=True)[:size]) / sum(errors)
+            ranking = get_architecture(config.model_type).keepable_ranking(config, scores.layer_ranking)
+            errors = dict(scores.layers)
+            worth *= sum(errors[layer] for layer in ranking[:size]) / sum(errors.values())
             continue
         shares = []
         values = scores.values[MAMBA if axis == "mamba_heads" else axis]
@@ -45,18 +46,19 @@ def test_it_finds_what_trying_everything_finds(quantity, share, original):
     config = original("nano3").config
     architecture = get_architecture("nemotron_h")
     scores, count = random_scores(config), CostModel(config)
+    ranking = architecture.keepable_ranking(config, scores.layer_ranking)
     limit = Limit(quantity, share * Limit(quantity, 1).measure(count.full, torch.bfloat16))
     best, best_worth = None, -math.inf
     for sizes in itertools.product(*CHOICES.values()):
         spec = dict(zip(CHOICES, sizes, strict=True))
-        layers = sorted(scores.layer_ranking[: spec["layers"]])
+        layers = sorted(ranking[: spec["layers"]])
         candidate = architecture.submodel(config, {**spec, "layers": layers})
         if (
             limit.measure(count(candidate), torch.bfloat16) <= limit.value
             and _worth(scores, config, spec) > best_worth
         ):
             best, best_worth = candidate, _worth(scores, config, spec)
-    found = BudgetSearch(architecture, config, CHOICES, scores).find(limit, torch.bfloat16)
+    found = BudgetSearch(architecture, config, CHOICES, scores, ranking).find(limit, torch.bfloat16)
     assert found == best
     assert found != architecture.full(config)
 
@@ -134,3 +136,9 @@ def test_layers_as_a_number_follow_the_ranking(original):
         sizes_from_spec(architecture, config, {"layers": 3}, None, 8)
     with pytest.raises(ElasticConfigError, match="the parent has 8, give 1..8"):
         sizes_from_spec(architecture, config, {"layers": 9}, ranking, 8)
+
+
+def test_the_best_attention_layer_is_always_kept(original):
+    config = original("nano3").config  # ME*EM-*E
+    ranking = get_architecture("nemotron_h").keepable_ranking(config, [0, 7, 6, 2, 1, 3, 4, 5])
+    assert ranking == [6, 0, 7, 2, 1, 3, 4, 5]

@@ -154,7 +154,7 @@ def test_scores_of_another_model_are_refused(original):
     with pytest.raises(ElasticConfigError, match="'ffn' was not scored"):
         orders_from_scores(architecture, config, Scores(), ["ffn"])
     other = random_scores(original("nano2").config)
-    with pytest.raises(ElasticConfigError, match="scores of 'ffn' are not of this model: layer 6"):
+    with pytest.raises(ElasticConfigError, match="scores of 'ffn' are not of this model: layer 5"):
         orders_from_scores(architecture, config, other, ["ffn"])
     wider = Scores({"hidden": {-1: torch.ones(64, dtype=torch.float64)}})
     with pytest.raises(ElasticConfigError, match=r"layer None has \(1, 64\), its size is 48"):

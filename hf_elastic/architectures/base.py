@@ -172,6 +172,11 @@ class Architecture(ABC):
         self.check(config, result, name)
         return result
 
+    def keepable_ranking(self, config: PreTrainedConfig, ranking: Sequence[int]) -> list[int]:
+        """A ranking of layers of which every prefix can be built: the best attention layer comes first, see `check`."""
+        first = [layer for layer in ranking if "attention" in self.parts(config, layer)][:1]
+        return first + [layer for layer in ranking if layer not in first]
+
     def check(self, config: PreTrainedConfig, submodel: Submodel, name: str = "the submodel") -> None:
         """Raise [`ElasticConfigError`] for sizes that groups do not divide or the stock model cannot have."""
         attention = [i for i in range(submodel.depth) if "attention" in self.parts(config, i)]
