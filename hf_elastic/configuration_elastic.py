@@ -248,6 +248,8 @@ def read_config(repo: Any, plain: bool = False, **hub: Any) -> ElasticConfig:
         raise CheckpointError(f"there is no folder {repo}.")
     fields, _ = PreTrainedConfig.get_config_dict(repo, **hub)
     model_type = fields.get("model_type")
+    if model_type is None:
+        raise CheckpointError(f"{repo} has no config.json with a model_type.")
     if model_type == ElasticConfig.model_type:
         return ElasticConfig.from_pretrained(repo, **hub)
     if plain or fields.get("per_layer_config"):  # the latter is a heterogeneous export, which only this package loads

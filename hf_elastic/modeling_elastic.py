@@ -8,6 +8,7 @@ what else is nested in it.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import os
@@ -30,7 +31,7 @@ from .architectures import ARCHITECTURES, Architecture, get_architecture, unifor
 from .budgets import Budget
 from .checkpoint import Checkpoint, find_files
 from .configuration_elastic import ElasticConfig, plain_parent_error, read_config
-from .errors import CheckpointError, ElasticConfigError
+from .errors import CheckpointError, ElasticConfigError, did_you_mean
 from .export import ExportMixin
 from .saving import SavingMixin
 from .submodel import Submodel
@@ -54,11 +55,18 @@ class ElasticPreTrainedModel(SwitchingMixin, SavingMixin, ExportMixin, PreTraine
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
         stock = _parent_of(config)
+        if kwargs:  # what from_pretrained knows was taken out on the way, so this is what nobody knows
+            raise _unknown_argument(next(iter(kwargs)), stock)
         with uniform(stock):
-            super().__init__(stock, *args, **kwargs)
+            super().__init__(stock, *args)
         if stock.is_heterogeneous:
             self._rebuild_layers()
-        elastic = config if isinstance(config, ElasticConfig) else ElasticConfig.from_parent(stock, {})
+        self._adopt(config if isinstance(config, ElasticConfig) else ElasticConfig.from_parent(stock, {}))
+
+    def _adopt(self, config: ElasticConfig) -> None:
+        """Take over what an elastic config says; the stock config in it is the live one from now on."""
+        elastic = copy.copy(config)
+        elastic.parent_config, elastic.dtype = self.config, self.config.dtype
         self._init_switching(elastic)
 
     def _rebuild_layers(self) -> None:
@@ -97,7 +105,7 @@ class ElasticPreTrainedModel(SwitchingMixin, SavingMixin, ExportMixin, PreTraine
         concrete = concrete_class(cls, stock)
         model = PreTrainedModel._from_config.__func__(concrete, stock, **kwargs)
         if isinstance(config, ElasticConfig):
-            model._init_switching(config)
+            model._adopt(config)
         return model
 
     @classmethod
@@ -131,17 +139,14 @@ class ElasticPreTrainedModel(SwitchingMixin, SavingMixin, ExportMixin, PreTraine
             `CheckpointError`: files are missing, damaged, or disagree with the config. Nothing is ever initialised at random.
         """
         if pretrained_model_name_or_path is None:
-            if budget is not None:
-                raise ElasticConfigError(
-                    "budget= needs a checkpoint to cut from; slice a state dict with slice_model()."
-                )
-            return super().from_pretrained(None, *model_args, config=config, **kwargs)
+            return _from_state_dict(cls, config, budget, *model_args, **kwargs)
         hub = {key: kwargs.pop(key) for key in _HUB_KWARGS if kwargs.get(key) is not None}
         elastic = _load_config(pretrained_model_name_or_path, config, hub)
         stock_kwargs = _checked_kwargs(cls, elastic, kwargs)
-        checkpoint = Checkpoint(find_files(pretrained_model_name_or_path, kwargs.pop("variant", None), **hub))
-        dtype = _load_dtype(stock_kwargs, elastic, checkpoint)
+        dtype = _load_dtype(stock_kwargs, elastic)
         submodel = elastic.resolve(budget, dtype)
+        checkpoint = Checkpoint(find_files(pretrained_model_name_or_path, kwargs.pop("variant", None), **hub))
+        dtype = dtype or checkpoint.dtype()
         concrete = concrete_class(cls, elastic.parent_config)
         head = concrete._stock_class is elastic.architecture.causal_class
         checkpoint.check(
@@ -161,10 +166,8 @@ class ElasticPreTrainedModel(SwitchingMixin, SavingMixin, ExportMixin, PreTraine
             concrete, None, *model_args, config=stock, state_dict=lazy, output_loading_info=True, **stock_kwargs
         )
         _refuse_incomplete(info, pretrained_model_name_or_path)
-        sliced.dtype = model.config.dtype
-        sliced.parent_config = model.config
-        model._init_switching(sliced)
-        model.name_or_path = model.config.name_or_path = sliced.name_or_path = str(pretrained_model_name_or_path)
+        sliced.name_or_path = model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
+        model._adopt(sliced)
         return (model, info) if want_info else model
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
@@ -238,6 +241,27 @@ def _parent_of(config: PreTrainedConfig) -> PreTrainedConfig:
     return config.parent_config if isinstance(config, ElasticConfig) else config
 
 
+def _from_state_dict(cls: type, config: Any, budget: Any, *model_args: Any, **kwargs: Any) -> Any:
+    """The stock loader for weights that are in memory already, under the names of the parent."""
+    if budget is not None:
+        raise ElasticConfigError(
+            "budget= needs a checkpoint to cut from; load the state dict whole, then set_budget()."
+        )
+    if not isinstance(config, PreTrainedConfig):
+        raise ElasticConfigError(
+            f"config={config!r}: state_dict= needs the ElasticConfig or stock config of its weights."
+        )
+    concrete = concrete_class(cls, _parent_of(config))
+    loaded = PreTrainedModel.from_pretrained.__func__(
+        concrete, None, *model_args, config=_parent_of(config), **kwargs | {"output_loading_info": True}
+    )
+    model, info = loaded
+    _refuse_incomplete(info, "the state dict")
+    if isinstance(config, ElasticConfig):
+        model._adopt(config)
+    return (model, info) if kwargs.get("output_loading_info") else model
+
+
 def _load_config(repo: Any, config: Any, hub: dict[str, Any]) -> ElasticConfig:
     if isinstance(config, ElasticConfig):
         return config
@@ -257,29 +281,67 @@ def _checked_kwargs(cls: type, elastic: ElasticConfig, kwargs: dict[str, Any]) -
     return {key: value for key, value in kwargs.items() if key != "variant"}
 
 
-def _load_dtype(kwargs: dict[str, Any], elastic: ElasticConfig, checkpoint: Checkpoint) -> torch.dtype:
+def _load_dtype(kwargs: dict[str, Any], elastic: ElasticConfig) -> torch.dtype | None:
+    """What the user asked for, otherwise what the config says; `None` if neither does."""
     dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", None) or "auto"
     kwargs.pop("dtype", None)
-    if dtype == "auto":
-        dtype = elastic.dtype or checkpoint.dtype()
+    if dtype == "auto" and (dtype := elastic.dtype) is None:
+        return None
+    given = dtype
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype, None)
-    if not isinstance(dtype, torch.dtype):
-        raise ElasticConfigError("dtype must be 'auto', a torch.dtype or its name, such as 'bfloat16'.")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ElasticConfigError(
+            f"dtype={given!r} must be 'auto', a floating-point torch.dtype or its name, such as 'bfloat16'."
+        )
     return dtype
+
+
+_CONSUMED = {"output_attentions": False, "output_hidden_states": False, "return_dict": True}
+"""Arguments that the AutoClasses write into the elastic config because it has such a field, with the value that says nothing."""
 
 
 def _configured(
     stock: PreTrainedConfig, elastic: ElasticConfig, kwargs: dict[str, Any], concrete: type[PreTrainedModel]
 ) -> PreTrainedConfig:
-    """Move what the user said about the config from the arguments, where the AutoClasses leave it, to the stock config."""
+    """Move what the user said about the config from the arguments, where the AutoClasses leave it, to the stock config.
+
+    Raises:
+        `ElasticConfigError`: a field that would change which tensors there are, or their shapes.
+    """
     stock._attn_implementation = kwargs.pop("attn_implementation", elastic._attn_implementation)
     stock._experts_implementation = kwargs.pop("experts_implementation", elastic._experts_implementation)
+    architecture = elastic.architecture
+    for axis in architecture.axes:
+        if axis.field in kwargs:
+            raise ElasticConfigError(
+                f"{axis.field}={kwargs[axis.field]!r} is a size, and the weights have one; choose a smaller one with "
+                f"budget={{{axis.name!r}: ...}}."
+            )
+    given = {key: value for key, value in _CONSUMED.items() if getattr(elastic, key) != value}
+    fields = {key: getattr(elastic, key) for key in given}
     known = set(inspect.signature(PreTrainedModel.from_pretrained).parameters)
-    for key in list(kwargs):
-        if key not in known and hasattr(stock, key) and not key.startswith("_"):
-            setattr(stock, key, kwargs.pop(key))
+    for key in [key for key in kwargs if key not in known and not key.startswith("_") and hasattr(stock, key)]:
+        fields[key] = kwargs.pop(key)
+    before = architecture.rules(stock)
+    for key, value in fields.items():
+        setattr(stock, key, value)
+        if architecture.rules(stock) != before:
+            raise ElasticConfigError(f"{key}={value!r} does not fit the weights: they were saved with another {key}.")
     return stock
+
+
+def _unknown_argument(name: str, stock: PreTrainedConfig) -> TypeError:
+    known = {
+        *inspect.signature(ElasticForCausalLM.from_pretrained).parameters,
+        "dtype",
+        "device_map",
+        *stock.to_dict(),
+    }
+    return TypeError(
+        f"unexpected argument {name!r}: neither an argument of from_pretrained nor a field of {type(stock).__name__}."
+        f"{did_you_mean(name, known)}"
+    )
 
 
 def _generation_config(concrete: type[PreTrainedModel], repo: Any, hub: dict[str, Any]) -> GenerationConfig | None:

@@ -28,14 +28,18 @@ def rows() -> list[dict[str, list[int]]]:
 def _streams(model, rows):
     """Per row the residual stream before every layer, and after the last one, each `(T, hidden)`; nothing is padded here."""
     for row in rows:
-        caught: list[torch.Tensor] = []
-        layers = get_architecture(model.config.model_type).layers_of(model)
-        hooks = [layer.register_forward_pre_hook(lambda m, args: caught.append(args[0][0])) for layer in layers]
-        hooks.append(layers[-1].register_forward_hook(lambda m, args, out: caught.append(out[0])))
-        model(torch.tensor([row["input_ids"]]))
-        for hook in hooks:
-            hook.remove()
-        yield caught
+        yield _stream(model, row["input_ids"])
+
+
+def _stream(model, ids):
+    caught: list[torch.Tensor] = []
+    layers = get_architecture(model.config.model_type).layers_of(model)
+    hooks = [layer.register_forward_pre_hook(lambda m, args: caught.append(args[0][0])) for layer in layers]
+    hooks.append(layers[-1].register_forward_hook(lambda m, args, out: caught.append(out[0])))
+    model(torch.tensor([ids]))
+    for hook in hooks:
+        hook.remove()
+    return caught
 
 
 def _norm(weight: torch.Tensor, eps: float, x: torch.Tensor) -> torch.Tensor:

@@ -86,13 +86,23 @@ def _spec(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     for text in args.axis:
         name, equals, values = text.partition("=")
         axes[name] = [parse_value(value) for value in values.split(",")] if equals else None
-    budgets = dict(spec.get("budgets", {}))
+    budgets = {name: _layer_numbers(budget) for name, budget in spec.get("budgets", {}).items()}
     for text in args.budget:
         name, budget = parse_budget(text)
         if name in budgets:
             raise ElasticConfigError(f"budget {name!r} is given twice.")
         budgets[name] = budget
     return axes or spec.get("axes"), budgets
+
+
+def _layer_numbers(budget: Any) -> Any:
+    """JSON has no number keys: `{"ffn": {"3": 64}}` is size 64 in layer 3."""
+    if not isinstance(budget, dict):
+        return budget
+    return {
+        axis: {int(k) if str(k).isdigit() else k: v for k, v in size.items()} if isinstance(size, dict) else size
+        for axis, size in budget.items()
+    }
 
 
 def parse_budget(text: str) -> tuple[str, Any]:

@@ -1,0 +1,185 @@
+"""The command line, in this process; one test starts it as users do."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_elastic import Scores
+from hf_elastic.cli import COMMANDS, main
+from hf_elastic.commands.common import parse_sizes, table
+from hf_elastic.commands.elastify import parse_budget
+from hf_elastic.errors import ElasticConfigError
+from hf_elastic.lab.parent import PARENT_DIR
+from hf_elastic.lab.task import problems
+
+
+@pytest.fixture(scope="module")
+def elastic(tmp_path_factory):
+    """The lab's parent made elastic from a shell: texts, shares, a target, depth, kept scores."""
+    folder = tmp_path_factory.mktemp("cli")
+    stream = problems("train", 6, 0)
+    lines = [json.dumps({"text": next(stream).text}) for _ in range(12)]
+    (folder / "text.jsonl").write_text("\n".join(lines))
+    arguments = ["elastify", PARENT_DIR, folder / "elastic", "--calibration", folder / "text.jsonl"]
+    arguments += ["--axis", "expert_ffn", "--axis", "shared_expert_ffn=1.0,0.75,0.5", "--axis", "hidden=48,40"]
+    arguments += ["--budget", "wide:expert_ffn=0.75,shared_expert_ffn=48", "--budget", "small=80k"]
+    arguments += ["--save-scores", folder / "scores", "--batch-size", "4"]
+    assert main([str(a) for a in arguments]) == 0
+    return folder
+
+
+def run_json(capsys, *arguments) -> dict:
+    capsys.readouterr()
+    assert main([str(a) for a in arguments]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_elastify_saves_budgets_tokenizer_and_scores(elastic, capsys):
+    plan = run_json(capsys, "plan", elastic / "elastic", "--json")
+    names = [entry["name"] for entry in plan["budgets"]]
+    assert names == ["full", "wide", "small"]
+    assert plan["budgets"][1]["sizes"]["expert_ffn"] == 24
+    assert plan["budgets"][2]["total_params"] <= 80_000
+    tokenizer = AutoTokenizer.from_pretrained(elastic / "elastic")
+    assert tokenizer.decode(tokenizer("^1a+2>")["input_ids"]) == "^1a+2>"
+    assert set(Scores.load(elastic / "scores").values) == {"hidden", "expert_ffn", "shared_expert_ffn"}
+
+
+def test_scores_are_reused_and_a_spec_file_is_read(elastic, tmp_path, capsys):
+    spec = {"budgets": {"per-layer": {"expert_ffn": {"1": 24, "5": 16}}}}
+    (tmp_path / "spec.json").write_text(json.dumps(spec))
+    arguments = ["elastify", str(PARENT_DIR), str(tmp_path / "out"), "--spec", str(tmp_path / "spec.json")]
+    assert main([*arguments, "--scores", str(elastic / "scores")]) == 0
+    sizes = run_json(capsys, "plan", tmp_path / "out", "--json")["budgets"][1]["sizes"]
+    assert sizes["expert_ffn"] == [None, 24, None, 32, None, 16]
+
+
+def test_plan_schema_and_exact_numbers(elastic, capsys):
+    plan = run_json(capsys, "plan", elastic / "elastic", "--json", "--size", "hidden=40", "--size", "mamba_heads=0.5")
+    assert [entry["name"] for entry in plan["budgets"]][-1] == "custom"
+    for entry in plan["budgets"]:
+        keys = ["name", "total_params", "active_params", "weight_bytes", "kv_bytes_per_token", "state_bytes", "sizes"]
+        assert list(entry) == keys
+        assert set(entry["weight_bytes"]) >= {"bfloat16", "float32"}
+    custom = plan["budgets"][-1]
+    assert (custom["sizes"]["hidden"], custom["sizes"]["mamba_heads"]) == (40, 4)
+    model = AutoModelForCausalLM.from_pretrained(elastic / "elastic", budget={"hidden": 40, "mamba_heads": 4})
+    assert model.num_parameters() == custom["total_params"]
+
+
+def test_plan_takes_a_plain_folder_with_nothing_but_a_config(tmp_path, capsys):
+    (tmp_path / "config.json").write_bytes((PARENT_DIR / "config.json").read_bytes())
+    plan = run_json(capsys, "plan", tmp_path, "--json", "--size", "layers=0,1,2")
+    assert [entry["total_params"] for entry in plan["budgets"]][0] == 141_856
+    assert plan["budgets"][1]["sizes"]["layers"] == [0, 1, 2]
+    assert main(["plan", str(tmp_path)]) == 0
+    assert "141.86k" in capsys.readouterr().out
+
+
+def test_slice_and_export(elastic, tmp_path, capsys):
+    assert main(["slice", str(elastic / "elastic"), str(tmp_path / "slice"), "--budget", "wide"]) == 0
+    assert main(["export", str(tmp_path / "slice"), str(tmp_path / "plain"), "--budget", "small"]) == 0
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert type(plain).__name__ == "NemotronHForCausalLM"
+    direct = AutoModelForCausalLM.from_pretrained(elastic / "elastic", budget="small")
+    assert all(torch.equal(direct.state_dict()[key], tensor) for key, tensor in plain.state_dict().items())
+    names = [entry["name"] for entry in run_json(capsys, "plan", tmp_path / "slice", "--json")["budgets"]]
+    assert names == ["wide", "small"]
+    assert AutoTokenizer.from_pretrained(tmp_path / "plain").eos_token == "<eos>"
+
+
+def test_export_in_another_type(elastic, tmp_path):
+    assert main(["export", str(elastic / "elastic"), str(tmp_path / "plain"), "--dtype", "bfloat16"]) == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "plain").dtype == torch.bfloat16
+
+
+def test_generate_solves_a_problem(elastic, capsys):
+    problem = next(problems("heldout", 4, 0))
+    result = run_json(capsys, "generate", elastic / "elastic", problem.prompt, "--json")
+    assert result["text"].endswith(problem.answer)
+    assert (result["budget"], result["parameters"]) == (None, 141_856)
+    assert main(["generate", str(elastic / "elastic"), problem.prompt, "--raw", "--max-new-tokens", "3"]) == 0
+    assert capsys.readouterr().out.strip()
+
+
+def test_sampling_follows_the_seed(elastic, capsys):
+    def text(seed: int) -> str:
+        options = ["--temperature", "3.0", "--raw", "--max-new-tokens", "12", "--json", "--seed", seed]
+        return run_json(capsys, "generate", elastic / "elastic", "^1", *options)["text"]
+
+    assert text(1) == text(1) != text(2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan", "{elastic}", "--size", "hiden=40"], "unknown axis 'hiden'.*Did you mean 'hidden'"),
+        (["plan", "{elastic}", "--size", "hidden"], "must be AXIS=SIZE"),
+        (["plan", "{elastic}", "--size", "hidden=many"], "'many' must be a size"),
+        (["plan", "{elastic}", "--size", "hidden=40", "--size", "hidden=32"], "given twice"),
+        (["plan", "{elastic}", "--size", "hidden=49"], "the parent has 48"),
+        (["plan", "{tmp}/nothing"], "there is no folder"),
+        (["plan", "{tmp}"], "config.json"),
+        (["slice", "{elastic}", "{tmp}/out", "--budget", "smal"], "unknown budget 'smal'.*Did you mean 'small'"),
+        (["slice", "{elastic}", "{tmp}/out", "--budget", "1k"], "no submodel fits"),
+        (["slice", "{plain}", "{tmp}/out", "--budget", "small"], "plain nemotron_h checkpoint without budgets"),
+        (["export", "{elastic}", "{tmp}/out", "--dtype", "int3"], "dtype"),
+        (["generate", "{elastic}", "", "--raw"], "prompt is empty"),
+        (["generate", "{elastic}", "^", "--max-new-tokens", "0"], "must be at least 1"),
+        (["generate", "{elastic}", "^", "--temperature", "-1"], "at least 0"),
+        (["elastify", "{plain}", "{tmp}/out"], "budgets is empty"),
+        (["elastify", "{plain}", "{tmp}/out", "--budget", "small:hidden=40"], "give calibration= or scores="),
+        (["elastify", "{plain}", "{tmp}/out", "--budget", "small"], "must be NAME:AXIS=SIZE"),
+        (
+            ["elastify", "{plain}", "{tmp}/out", "--budget", "a:hidden=40", "--calibration", "{tmp}/no.jsonl"],
+            "does not exist",
+        ),
+        (["elastify", "{plain}", "{tmp}/out", "--budget", "a=1k", "--save-scores", "x"], "--save-scores needs"),
+        (["lab", "--output", "{tmp}/out", "--letters", "13"], "--letters=13 in 4..12|must be at least 1 and"),
+    ],
+)
+def test_mistakes_are_explained_without_a_traceback_and_write_nothing(arguments, message, elastic, tmp_path, capsys):
+    places = {"elastic": elastic / "elastic", "tmp": tmp_path, "plain": PARENT_DIR}
+    capsys.readouterr()
+    assert main([a.format(**places) for a in arguments]) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert error.startswith(f"hf-elastic {arguments[0]}: ")
+    assert re.search(message, error)
+    assert not list(tmp_path.iterdir())
+
+
+def test_sizes_and_budgets_from_text():
+    assert parse_sizes(["hidden=40", "ffn=0.5", "layers=0,2"]) == {"hidden": 40, "ffn": 0.5, "layers": [0, 2]}
+    assert parse_budget("a:hidden=40,ffn=0.5") == ("a", {"hidden": 40, "ffn": 0.5})
+    assert parse_budget("a=2.1B active") == ("a", "2.1B active")
+    with pytest.raises(ElasticConfigError):
+        parse_budget("=6B")
+
+
+def test_tables_are_aligned():
+    assert table([["a", "n"], ["long", "1"], ["b", "22"]], right=frozenset({1})).splitlines() == [
+        "a      n",
+        "----  --",
+        "long   1",
+        "b     22",
+    ]
+
+
+@pytest.mark.slow
+def test_help_as_users_call_it():
+    def output(*arguments: str) -> str:
+        done = subprocess.run([sys.executable, "-m", "hf_elastic.cli", *arguments], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    top = output("--help")
+    assert all(command in top for command in COMMANDS)
+    assert "Traceback" not in output("plan", "--help")
