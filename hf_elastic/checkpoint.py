@@ -212,9 +212,9 @@ def find_files(repo: str | os.PathLike[str], variant: str | None = None, **hub: 
     """
 
     def get(name: str) -> Path | None:
-        if variant:
-            stem, _, rest = name.partition(".safetensors")
-            name = f"{stem}.{variant}.safetensors{rest}"
+        if variant:  # before the last ending, as upstream writes it: model.safetensors.index.fp16.json
+            stem, _, ending = name.rpartition(".")
+            name = f"{stem}.{variant}.{ending}"
         path = cached_file(repo, name, _raise_exceptions_for_missing_entries=False, **hub)
         return Path(path) if path else None
 
@@ -234,6 +234,8 @@ def _shard_names(index: Path) -> list[str]:
     try:
         weight_map: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(weight_map.values()))
+        if not names:
+            raise ValueError("no files")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} is no index of safetensors files ({error!r}).") from error
     for name in names:

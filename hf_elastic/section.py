@@ -1,0 +1,200 @@
+"""The `elastic` section of `config.json`: how it is made from submodels, and everything that is checked when it is read."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from .architectures import Architecture, get_architecture
+from .budgets import FULL
+from .cost import CostModel
+from .errors import ElasticConfigError, did_you_mean
+from .submodel import LAYERS, Submodel
+
+FORMAT_VERSION = 1
+"""Version of the section on disk. A reader refuses newer ones."""
+
+_SECTION_KEYS = {"version", "axes", "budgets"}
+_AXIS_KEYS = {"choices", "policy", "ranking"}
+_BUDGET_KEYS = {"sizes", "total_params", "active_params"}
+
+
+def describe_axes(
+    architecture: Architecture,
+    config: PreTrainedConfig,
+    submodels: list[Submodel],
+    choices: Mapping[str, list[int]],
+    ranking: list[int] | None,
+) -> dict[str, dict[str, Any]]:
+    """The `axes` section: every axis that a budget cuts or that choices were given for."""
+    full = architecture.full(config)
+    axes: dict[str, dict[str, Any]] = {}
+    for name, sizes in choices.items():
+        if name != LAYERS:
+            architecture.axis(name)
+        _check_list(sizes, f"choices[{name!r}]")
+    for axis in architecture.available_axes(config):
+        used = {size for submodel in submodels for size in submodel.values(axis.name)} | set(
+            choices.get(axis.name, [])
+        )
+        if used - set(full.values(axis.name)) or axis.name in choices:
+            sizes = used | set(full.values(axis.name))
+            axes[axis.name] = {"choices": sorted(sizes, reverse=True), "policy": axis.policy}
+    depths = {len(submodel.layers) for submodel in submodels} | set(choices.get(LAYERS, []))
+    if depths - {full.depth}:
+        kept = [set(submodel.layers) for submodel in submodels]
+        ranking = ranking or sorted(range(full.depth), key=lambda i: (-sum(i in layers for layers in kept), i))
+        axes[LAYERS] = {
+            "choices": sorted(depths | {full.depth}, reverse=True),
+            "policy": "ranking",
+            "ranking": ranking,
+        }
+    return axes
+
+
+def checked_section(parent: PreTrainedConfig, section: Any) -> dict[str, Any]:
+    """Validate the `elastic` section, complete its counts, and order the budgets from large to small."""
+    if not isinstance(section, Mapping):
+        raise ElasticConfigError(
+            "config.json has no `elastic` section; elastify() or ElasticConfig.from_parent() writes one."
+        )
+    version = section.get("version", FORMAT_VERSION)
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise ElasticConfigError(f"elastic.version={version!r} must be a whole number of at least 1.")
+    if version > FORMAT_VERSION:
+        raise ElasticConfigError(
+            f"this checkpoint has elastic format {version}, this hf_elastic reads up to {FORMAT_VERSION}; "
+            "pip install --upgrade hf-elastic."
+        )
+    _refuse_unknown(section, _SECTION_KEYS, "elastic")
+    architecture = get_architecture(parent.model_type)
+    axes, budgets = section.get("axes", {}), section.get("budgets", {})
+    if not isinstance(budgets, Mapping):
+        raise ElasticConfigError(f"elastic.budgets={budgets!r} must be a dict.")
+    _check_axes(architecture, parent, axes)
+    submodels: dict[str, Submodel] = {}
+    for name, entry in budgets.items():
+        submodels[name] = _check_budget(architecture, parent, name, entry, axes)
+    count = CostModel(parent)
+    costs = {name: count(submodel) for name, submodel in submodels.items()}
+    checked: dict[str, Any] = {}
+    for name in sorted(costs, key=lambda n: -costs[n].total_params):
+        checked[name] = {"sizes": submodels[name].to_dict()}
+        for key in ("total_params", "active_params"):
+            checked[name][key] = getattr(costs[name], key)
+            given = budgets[name].get(key, checked[name][key])
+            if given != checked[name][key]:
+                raise ElasticConfigError(
+                    f"budget {name!r} says {key}={given}, its sizes have {checked[name][key]}; config.json was edited or damaged."
+                )
+    _check_nesting(list(checked), submodels)
+    return {"version": version, "axes": copy.deepcopy(dict(axes)), "budgets": checked}
+
+
+def _refuse_unknown(mapping: Mapping[str, Any], known: set[str], where: str) -> None:
+    for key in mapping:
+        if key not in known:
+            raise ElasticConfigError(
+                f"unknown key {key!r} in {where}; it takes {', '.join(sorted(known))}.{did_you_mean(key, known)}"
+            )
+
+
+def _check_axes(architecture: Architecture, parent: PreTrainedConfig, axes: Any) -> None:
+    if not isinstance(axes, Mapping):
+        raise ElasticConfigError(f"elastic.axes={axes!r} must be a dict.")
+    full = architecture.full(parent)
+    for name, entry in axes.items():
+        where = f"elastic.axes[{name!r}]"
+        if name != LAYERS:
+            axis = architecture.axis(name)
+            if name not in full:
+                raise ElasticConfigError(f"{where}: no layer of this parent has that axis.")
+            policy, largest = axis.policy, max(full.values(name))
+            groups = int(getattr(parent, axis.groups)) if axis.groups else 1
+        else:
+            policy, largest, groups = "ranking", full.depth, 1
+        if not isinstance(entry, Mapping):
+            raise ElasticConfigError(f"{where}={entry!r} must be a dict.")
+        _refuse_unknown(entry, _AXIS_KEYS if name == LAYERS else _AXIS_KEYS - {"ranking"}, where)
+        if entry.get("policy") != policy:
+            raise ElasticConfigError(
+                f"{where}.policy={entry.get('policy')!r} is not how {parent.model_type} weights are cut; it must be {policy!r}."
+            )
+        choices = entry.get("choices")
+        _check_list(choices, f"{where}.choices")
+        if not choices or any(not 1 <= c <= largest for c in choices) or choices != sorted(set(choices), reverse=True):
+            raise ElasticConfigError(
+                f"{where}.choices={choices!r} must go down, without repeats, within 1..{largest}."
+            )
+        if groups > 1 and (odd := [c for c in choices if c % groups]):
+            raise ElasticConfigError(
+                f"{where}.choices={choices!r}: {odd} cannot be shared among the {groups} groups; give multiples of {groups}."
+            )
+    if LAYERS in axes:
+        ranking = axes[LAYERS].get("ranking")
+        if not isinstance(ranking, list) or sorted(ranking, key=repr) != sorted(range(full.depth), key=repr):
+            raise ElasticConfigError(
+                f"elastic.axes['layers'].ranking={ranking!r} must list every layer 0..{full.depth - 1} once."
+            )
+
+
+def _check_list(sizes: Any, where: str) -> None:
+    if not isinstance(sizes, list) or any(isinstance(size, bool) or not isinstance(size, int) for size in sizes):
+        raise ElasticConfigError(f"{where}={sizes!r} must be a list of whole numbers.")
+
+
+def _check_budget(
+    architecture: Architecture, parent: PreTrainedConfig, name: Any, entry: Any, axes: Mapping[str, Any]
+) -> Submodel:
+    where = f"budget {name!r}"
+    if not isinstance(name, str) or not name.strip() or name != name.strip():
+        raise ElasticConfigError(f"{where}: a name must be a text without spaces around it.")
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("sizes"), Mapping):
+        raise ElasticConfigError(f"{where}={entry!r} must be a dict with `sizes`, a dict from axis to size.")
+    _refuse_unknown(entry, _BUDGET_KEYS, where)
+    submodel = architecture.submodel(parent, entry["sizes"], where)
+    full = architecture.full(parent)
+    if name.lower() == FULL and submodel != full:
+        raise ElasticConfigError(
+            f"{where}: that name stands for the whole parent, choose another for a smaller submodel."
+        )
+    for axis in submodel.cuts(full):
+        if axis not in axes:
+            raise ElasticConfigError(
+                f"{where} cuts {axis!r}, which elastic.axes does not list ({', '.join(axes) or 'none'})."
+            )
+        sizes = {len(submodel.layers)} if axis == LAYERS else set(submodel.values(axis))
+        stray = sorted(sizes - set(axes[axis]["choices"]))
+        if stray:
+            raise ElasticConfigError(
+                f"{where}: {axis}={stray} is not among the axis's choices {axes[axis]['choices']}."
+            )
+    return submodel
+
+
+def _check_nesting(names: list[str], submodels: Mapping[str, Submodel]) -> None:
+    for larger, smaller in zip(names, names[1:], strict=False):
+        outer, inner = submodels[larger], submodels[smaller]
+        if outer == inner:
+            raise ElasticConfigError(f"budgets {larger!r} and {smaller!r} are the same submodel.")
+        if not inner.nests_in(outer):
+            raise ElasticConfigError(
+                f"budget {smaller!r} does not nest in {larger!r}: {_why_not_nested(inner, outer)}. Every size of a smaller budget must "
+                "be at most the larger one's, in every layer."
+            )
+
+
+def _why_not_nested(inner: Submodel, outer: Submodel) -> str:
+    stray = sorted(set(inner.layers) - set(outer.layers))
+    if stray:
+        return f"it keeps layers {stray} that the larger one drops"
+    for layer in (None, *inner.layers):
+        mine, theirs = inner.at(layer), outer.at(layer)
+        for axis in mine:
+            if mine[axis] > theirs[axis]:
+                where = "" if layer is None else f" in layer {layer}"
+                return f"its {axis} is larger{where}, {mine[axis]} against {theirs[axis]}"
+    raise AssertionError("the submodels nest")
