@@ -31,12 +31,15 @@ def replacing(directory: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(directory)
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"{target} is a file; give a folder to save into.")
-    created = not target.exists()
+    made = [folder for folder in (target, *target.parents) if not folder.exists()]  # innermost first
     target.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
     try:
         yield scratch
         names = {file.name for file in scratch.iterdir()}
+        for name in names:
+            if (target / name).is_dir():
+                raise CheckpointError(f"{target / name} is a folder, and a file of that name has to be written; move it away.")
         # config.json last: until it is there, a reader sees either the old pair or a config that refuses the new weights.
         for name in sorted(names, key=lambda n: (n == "config.json", n)):
             os.replace(scratch / name, target / name)
@@ -46,8 +49,9 @@ def replacing(directory: str | os.PathLike[str]) -> Iterator[Path]:
                     file.unlink()
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
-        if created and not any(target.iterdir()):
-            target.rmdir()
+        for folder in made:
+            if not any(folder.iterdir()):
+                folder.rmdir()
         raise
     shutil.rmtree(scratch, ignore_errors=True)
 
