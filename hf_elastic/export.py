@@ -68,7 +68,7 @@ class ExportMixin:
                 f"{config.model_type} classes cannot load. Choose a budget with one size per axis, save it with save_pretrained, or "
                 "pass heterogeneous=True to write a checkpoint that needs hf_elastic to load."
             )
-        with self.at(submodel), replacing(save_directory) as scratch:  # type: ignore[attr-defined]
+        with self.exposed(submodel), replacing(save_directory) as scratch:  # type: ignore[attr-defined]
             self._write_stock(scratch, **kwargs)  # type: ignore[attr-defined]
             self._write_stock_config(config, submodel, scratch)
             if tokenizer is not None:

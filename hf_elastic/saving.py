@@ -83,7 +83,7 @@ class SavingMixin:
         submodel = self.elastic_config.resolve(budget)
         elastic = self.elastic_config if budget is None else self.elastic_config.restrict(submodel)
         hub = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "create_pr", "private") if key in kwargs}
-        with self.at(submodel):  # type: ignore[attr-defined]
+        with self.exposed(submodel):  # type: ignore[attr-defined]
             if not is_main_process:  # the main process writes; the others only take part in gathering
                 self._write_stock(save_directory, *args, is_main_process=False, **kwargs)
                 return

@@ -150,7 +150,7 @@ def bind_views(
     copied: list[CopiedView] = []
     available = dict(tree.named_parameters()) | dict(tree.named_buffers())
     for piece in pieces(architecture, config, submodel):
-        name, source = _local_names(piece, architecture, available)
+        name, source = local_names(piece, architecture, available)
         if name is None or piece.rule.tied:
             continue
         owner, _, leaf = source.rpartition(".")
@@ -176,10 +176,15 @@ def bind_views(
     return copied
 
 
-def _local_names(piece: Piece, architecture: Architecture, available: Mapping[str, object]) -> tuple[str | None, str]:
-    """Names in the tree and in the parent; a base model has neither the prefix nor the head."""
+def local_names(piece: Piece, architecture: Architecture, available: Mapping[str, object]) -> tuple[str | None, str]:
+    """Names in a model of the submodel and in one of the parent, both causal or both base models.
+
+    Args:
+        available: Names of the tensors of the submodel's model. A base model has neither the prefix nor the head: the first name is `None`
+            for a tensor that it does not have.
+    """
     target, source = piece.target.name, piece.rule.name
-    if target in available or piece.rule.tied:
+    if target in available:
         return target, source
     prefix = architecture.layers_path.partition(".")[0] + "."
     short = target.removeprefix(prefix)

@@ -20,6 +20,7 @@ from .budgets import Budget
 from .configuration_elastic import ElasticConfig
 from .errors import ElasticConfigError, HFElasticError
 from .slicing import CopiedView, bind_views, build_meta
+from .stencils import Unit, install, make_units, uninstall
 from .submodel import Submodel
 
 
@@ -53,6 +54,7 @@ class SwitchingMixin:
         self._full = elastic_config.architecture.full(elastic_config.parent_config)
         self._active = self._full
         self._members: dict[Submodel, Member] = {}
+        self._stencils: dict[Submodel, list[Unit]] = {}
 
     @property
     def architecture(self) -> Architecture:
@@ -82,6 +84,9 @@ class SwitchingMixin:
         case those copies are refreshed here. While a smaller budget is active, `config`, `state_dict()`, `parameters()` and the
         module tree are those of the submodel; `save_pretrained` still saves everything that is loaded.
 
+        In training mode the parent's own modules stay, with their parameters, hooks and gradients; they compute only what the budget keeps
+        (see [`hf_elastic.stencils`]). Backward has to run before the next switch if gradient checkpointing is on.
+
         Args:
             budget: See [`hf_elastic.budgets`]; `None` is everything that is loaded.
 
@@ -95,9 +100,12 @@ class SwitchingMixin:
             return
         if self._active == self._full:
             self._members[self._full] = self._current()
-        if submodel not in self._members:
-            self._members[submodel] = self._bind(submodel)
-        self._activate(submodel)
+        if self.training:
+            self._train_at(submodel)
+        else:
+            if submodel not in self._members:
+                self._members[submodel] = self._bind(submodel)
+            self._activate(submodel)
 
     @contextmanager
     def at(self, budget: Budget | Submodel) -> Iterator[Any]:
@@ -109,10 +117,38 @@ class SwitchingMixin:
         finally:
             self.set_budget(before)
 
+    @contextmanager
+    def exposed(self, budget: Budget | Submodel) -> Iterator[Any]:
+        """Have the module tree and state dict of a budget inside a `with` block, in training mode too; for saving."""
+        before, submodel = self._active, self.elastic_config.resolve(budget, self.dtype)  # type: ignore[attr-defined]
+        self.set_budget(None)
+        try:
+            if submodel != self._full:
+                self._members[self._full] = self._current()
+                if submodel not in self._members:
+                    self._members[submodel] = self._bind(submodel)
+                self._activate(submodel)
+            yield self
+        finally:
+            if self._active != self._full:
+                self._activate(self._full)
+            self.set_budget(before)
+
     def forget_budgets(self) -> None:
         """Drop the views and copies made for budgets, and go back to everything that is loaded."""
         self.set_budget(None)
         self._members = {}
+        self._stencils = {}
+
+    def train(self, mode: bool = True) -> Any:
+        """As `nn.Module.train`; the active budget stays active, in the other mode's way."""
+        active = self.__dict__.get("_active")
+        if active is None or active == self._full or mode == self.training:
+            return super().train(mode)  # type: ignore[misc]
+        self.set_budget(None)
+        super().train(mode)  # type: ignore[misc]
+        self.set_budget(active)
+        return self
 
     # -- how -----------------------------------------------------------------------------------------------------------
 
@@ -126,15 +162,26 @@ class SwitchingMixin:
         self._active = submodel
         self._refresh()
 
+    def _train_at(self, submodel: Submodel) -> None:
+        if submodel != self._full and submodel not in self._stencils:
+            tree = self._meta_tree(submodel)
+            config = self.elastic_config.parent_config
+            self._stencils[submodel] = make_units(self, self.architecture, config, tree, submodel)  # type: ignore[arg-type]
+        uninstall(self._stencils.get(self._active, []))
+        install(self._stencils.get(submodel, []))
+        self._active = submodel
+
     def _refresh(self) -> None:
-        for view in self._members[self._active].copied if self._active in self._members else ():
-            view.refresh()
+        if not self.training and self._active in self._members:
+            for view in self._members[self._active].copied:
+                view.refresh()
 
     def _current(self) -> Member:
         numbers = {name: value for name, value in self.__dict__.items() if type(value) is int}
         return Member(dict(self._modules), self.config, numbers)
 
-    def _bind(self, submodel: Submodel) -> Member:
+    def _meta_tree(self, submodel: Submodel) -> PreTrainedModel:
+        """A stock model of the submodel without storage, that runs as this one does."""
         full = self._members[self._full]
         if getattr(self, "hf_quantizer", None) is not None:
             raise ElasticConfigError(
@@ -145,7 +192,10 @@ class SwitchingMixin:
         config = self.elastic_config.stock_config(submodel)
         config._attn_implementation = full.config._attn_implementation
         config._experts_implementation = full.config._experts_implementation
-        tree: PreTrainedModel = build_meta(self.architecture, config, type(self))  # type: ignore[arg-type]
+        return build_meta(self.architecture, config, type(self))  # type: ignore[arg-type]
+
+    def _bind(self, submodel: Submodel) -> Member:
+        full, tree = self._members[self._full], self._meta_tree(submodel)
         parent = nn.Module()
         parent._modules.update(full.modules)  # type: ignore[arg-type]
         copied = bind_views(tree, parent, self.architecture, self.elastic_config.parent_config, submodel)
