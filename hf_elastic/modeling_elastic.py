@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import logging
 import os
 from typing import Any, ClassVar
 
@@ -26,18 +25,19 @@ from transformers import (
 )
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.generation import GenerationMixin
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .architectures import ARCHITECTURES, Architecture, get_architecture, uniform
+from .architectures import ARCHITECTURES, get_architecture, uniform
 from .budgets import Budget
 from .checkpoint import Checkpoint, find_files
 from .configuration_elastic import ElasticConfig, plain_parent_error, read_config
 from .errors import CheckpointError, ElasticConfigError, did_you_mean
 from .export import ExportMixin
 from .saving import SavingMixin
+from .slicing import use_eager_experts_if_misaligned
 from .submodel import Submodel
 from .switching import SwitchingMixin
 
-logger = logging.getLogger(__name__)
 
 _HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -172,7 +172,7 @@ class ElasticPreTrainedModel(SwitchingMixin, SavingMixin, ExportMixin, PreTraine
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """Resize the vocabulary of everything that is loaded; budgets and their counts follow."""
-        active = self.budget
+        active = self.submodel
         self.forget_budgets()
         embeddings = super().resize_token_embeddings(*args, **kwargs)
         entries = {name: entry["sizes"] for name, entry in self.budgets.items()}
@@ -360,24 +360,10 @@ def _refuse_incomplete(info: dict[str, Any], repo: Any) -> None:
             raise CheckpointError(f"loading {repo} left {key}: {sorted(map(str, info[key]))[:5]}.")
 
 
-def use_eager_experts_if_misaligned(config: PreTrainedConfig, architecture: Architecture, dtype: torch.dtype) -> None:
-    """`grouped_mm` needs rows of a multiple of 16 bytes; choose the eager experts for widths that are not, and say so."""
-    if config._experts_implementation is not None:
-        return
-    full = architecture.full(config)
-    widths = {n for r in architecture.rules(config) if r.routed for n in r.shape(full.at(r.layer))[1:]}
-    misaligned = sorted(n for n in widths if n * dtype.itemsize % 16)
-    if misaligned:
-        logger.warning(
-            "expert widths %s are not multiples of %d, which grouped_mm needs in %s; using experts_implementation='eager', which is "
-            "slower.",
-            misaligned,
-            16 // dtype.itemsize,
-            dtype,
-        )
-        config._experts_implementation = "eager"
-
-
 AutoConfig.register(ElasticConfig.model_type, ElasticConfig)
 AutoModel.register(ElasticConfig, ElasticModel)
 AutoModelForCausalLM.register(ElasticConfig, ElasticForCausalLM)
+# The text-generation pipeline knows classes by name and calls others unsupported, registered or not.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[ElasticConfig.model_type] = tuple(
+    made.__name__ for (facade, _), made in _CONCRETE.items() if facade is ElasticForCausalLM
+)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -17,6 +18,8 @@ from .architectures import Architecture
 from .axes import Run, Sizes, TensorRule
 from .errors import ElasticConfigError, HFElasticError
 from .submodel import Submodel
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,24 @@ def build_meta(architecture: Architecture, config: PreTrainedConfig, cls: type[P
     """A stock model without storage, its layers rebuilt where the config differs per layer."""
     with torch.device("meta"), no_init_weights():
         return cls(config)
+
+
+def use_eager_experts_if_misaligned(config: PreTrainedConfig, architecture: Architecture, dtype: torch.dtype) -> None:
+    """`grouped_mm` needs rows of a multiple of 16 bytes; choose the eager experts for widths that are not, and say so."""
+    if config._experts_implementation not in (None, "grouped_mm"):
+        return
+    full = architecture.full(config)
+    widths = {n for r in architecture.rules(config) if r.routed for n in r.shape(full.at(r.layer))[1:]}
+    misaligned = sorted(n for n in widths if n * dtype.itemsize % 16)
+    if misaligned:
+        logger.warning(
+            "expert widths %s are not multiples of %d, which grouped_mm needs in %s; using experts_implementation='eager', which is "
+            "slower.",
+            misaligned,
+            16 // dtype.itemsize,
+            dtype,
+        )
+        config._experts_implementation = "eager"
 
 
 @dataclass

@@ -19,7 +19,7 @@ from .architectures import Architecture
 from .budgets import Budget
 from .configuration_elastic import ElasticConfig
 from .errors import ElasticConfigError, HFElasticError
-from .slicing import CopiedView, bind_views, build_meta
+from .slicing import CopiedView, bind_views, build_meta, use_eager_experts_if_misaligned
 from .stencils import Unit, install, make_units, uninstall
 from .submodel import Submodel
 
@@ -192,6 +192,7 @@ class SwitchingMixin:
         config = self.elastic_config.stock_config(submodel)
         config._attn_implementation = full.config._attn_implementation
         config._experts_implementation = full.config._experts_implementation
+        use_eager_experts_if_misaligned(config, self.architecture, self.dtype)  # type: ignore[attr-defined]
         return build_meta(self.architecture, config, type(self))  # type: ignore[arg-type]
 
     def _bind(self, submodel: Submodel) -> Member:
