@@ -38,7 +38,6 @@ from .slicing import use_eager_experts_if_misaligned
 from .submodel import Submodel
 from .switching import SwitchingMixin
 
-
 _HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 

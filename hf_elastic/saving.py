@@ -39,7 +39,9 @@ def replacing(directory: str | os.PathLike[str]) -> Iterator[Path]:
         names = {file.name for file in scratch.iterdir()}
         for name in names:
             if (target / name).is_dir():
-                raise CheckpointError(f"{target / name} is a folder, and a file of that name has to be written; move it away.")
+                raise CheckpointError(
+                    f"{target / name} is a folder, and a file of that name has to be written; move it away."
+                )
         # config.json last: until it is there, a reader sees either the old pair or a config that refuses the new weights.
         for name in sorted(names, key=lambda n: (n == "config.json", n)):
             os.replace(scratch / name, target / name)

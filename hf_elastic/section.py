@@ -41,8 +41,8 @@ def describe_axes(
             choices.get(axis.name, [])
         )
         if used - set(full.values(axis.name)) or axis.name in choices:
-            sizes = used | set(full.values(axis.name))
-            axes[axis.name] = {"choices": sorted(sizes, reverse=True), "policy": axis.policy}
+            within = used | set(full.values(axis.name))
+            axes[axis.name] = {"choices": sorted(within, reverse=True), "policy": axis.policy}
     depths = {len(submodel.layers) for submodel in submodels} | set(choices.get(LAYERS, []))
     if depths - {full.depth}:
         kept = [set(submodel.layers) for submodel in submodels]

@@ -103,9 +103,7 @@ class SwitchingMixin:
         if self.training:
             self._train_at(submodel)
         else:
-            if submodel not in self._members:
-                self._members[submodel] = self._bind(submodel)
-            self._activate(submodel)
+            self._view_at(submodel)
 
     @contextmanager
     def at(self, budget: Budget | Submodel) -> Iterator[Any]:
@@ -120,18 +118,26 @@ class SwitchingMixin:
     @contextmanager
     def exposed(self, budget: Budget | Submodel) -> Iterator[Any]:
         """Have the module tree and state dict of a budget inside a `with` block, in training mode too; for saving."""
+        with self._by(self._view_at, budget):
+            yield self
+
+    @contextmanager
+    def computing(self, budget: Budget | Submodel) -> Iterator[Any]:
+        """Compute at a budget on the parent's own modules inside a `with` block, in evaluation mode too; for trainers, whose wrappers
+        and shards hold on to these modules."""
+        with self._by(self._train_at, budget):
+            yield self
+
+    @contextmanager
+    def _by(self, switch: Callable[[Submodel], None], budget: Budget | Submodel) -> Iterator[None]:
         before, submodel = self._active, self.elastic_config.resolve(budget, self.dtype)  # type: ignore[attr-defined]
         self.set_budget(None)
+        self._members[self._full] = self._current()
         try:
-            if submodel != self._full:
-                self._members[self._full] = self._current()
-                if submodel not in self._members:
-                    self._members[submodel] = self._bind(submodel)
-                self._activate(submodel)
-            yield self
+            switch(submodel)
+            yield
         finally:
-            if self._active != self._full:
-                self._activate(self._full)
+            switch(self._full)
             self.set_budget(before)
 
     def forget_budgets(self) -> None:
@@ -152,7 +158,9 @@ class SwitchingMixin:
 
     # -- how -----------------------------------------------------------------------------------------------------------
 
-    def _activate(self, submodel: Submodel) -> None:
+    def _view_at(self, submodel: Submodel) -> None:
+        if submodel not in self._members:
+            self._members[submodel] = self._bind(submodel)
         member = self._members[submodel]
         for name, module in member.modules.items():
             self._modules[name] = module
