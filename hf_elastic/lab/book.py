@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -37,6 +37,7 @@ __all__ = [
     "problems",
     "split_of",
     "training_batches",
+    "training_dataset",
 ]
 
 TRAINING_LETTERS = (4, 12)
@@ -144,6 +145,27 @@ def _draw_batches(tokenizer: PreTrainedTokenizerFast, seed: int, batch_size: int
         rng.shuffle(starts)
         for start in starts:
             yield _collate(pool[start : start + batch_size], tokenizer.pad_token_id)
+
+
+def training_dataset(tokenizer: PreTrainedTokenizerFast, seed: int, batch_size: int = 32) -> IterableDataset:
+    """The rows of [`training_batches`] without end, unpadded and in the same order, for a trainer that batches by itself.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerFast`): The tokenizer of the task.
+        seed (`int`): The same seed gives the same rows.
+        batch_size (`int`, *optional*, defaults to 32): Rows that are taken together; they have similar lengths.
+
+    Returns:
+        `datasets.IterableDataset`: With the columns `input_ids` and `labels`.
+    """
+
+    def rows() -> Iterator[dict[str, list[int]]]:
+        for batch in training_batches(tokenizer, seed, batch_size):
+            for input_ids, mask, labels in zip(*(batch[key].tolist() for key in batch), strict=True):
+                length = sum(mask)
+                yield {"input_ids": input_ids[:length], "labels": labels[:length]}
+
+    return IterableDataset.from_generator(rows)
 
 
 def calibration_dataset(tokenizer: PreTrainedTokenizerFast, size: int, seed: int) -> Dataset:
