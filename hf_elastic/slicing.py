@@ -136,24 +136,46 @@ def use_eager_experts_if_misaligned(config: PreTrainedConfig, architecture: Arch
 
 
 @dataclass
-class CopiedView:
-    """A tensor that no view can give: a copy, with the version of the parent's tensor it was made from."""
+class Bound:
+    """A tensor of a submodel and where it lies in the parent: a view, or a copy where no view can give it.
+
+    Args:
+        owner (`nn.Module`): Module of the parent that holds the tensor, as `leaf`.
+        source (`torch.Tensor`): The parent's tensor.
+        copy (`torch.Tensor`, *optional*): What is kept of it, if that is no view.
+    """
 
     piece: Piece
+    owner: nn.Module
+    leaf: str
     source: torch.Tensor
-    copy: torch.Tensor
-    version: int
+    copy: torch.Tensor | None
+
+    def __post_init__(self) -> None:
+        self.address = self.source.data_ptr()
+        self.version = _version(self.source)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the parent still holds the same memory, and not another tensor that was put in its place."""
+        return getattr(self.owner, self.leaf) is self.source and self.source.data_ptr() == self.address
 
     def refresh(self) -> None:
         """Copy again if the parent's tensor was changed in place since."""
-        if self.source._version != self.version:
+        version = _version(self.source)
+        if self.copy is not None and (version is None or version != self.version):
             self.copy.copy_(self.piece.narrow(self.source.detach()))
-            self.version = self.source._version
+            self.version = version
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    """How often a tensor was changed in place; tensors made in inference mode do not count it."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def bind_views(
     tree: PreTrainedModel, parent: nn.Module, architecture: Architecture, config: PreTrainedConfig, submodel: Submodel
-) -> list[CopiedView]:
+) -> list[Bound]:
     """Give a model on `meta` the weights of a submodel, as views of the parent's storage.
 
     Args:
@@ -162,28 +184,28 @@ def bind_views(
         config (`PreTrainedConfig`): The parent's stock config.
 
     Returns:
-        `list[CopiedView]`: The tensors that had to be copied because more than one run is kept along a dimension (heads cut per
-        group, fused gate and up).
+        `list[Bound]`: Every tensor of the submodel. Those of which more than one run is kept along a dimension had to be copied (heads
+            cut per group, fused gate and up).
 
     Raises:
         `ElasticConfigError`: the parent's weights are offloaded, so there is nothing to view.
     """
-    copied: list[CopiedView] = []
+    bound: list[Bound] = []
     available = dict(tree.named_parameters()) | dict(tree.named_buffers())
     for piece in pieces(architecture, config, submodel):
         name, source = local_names(piece, architecture, available)
         if name is None or piece.rule.tied:
             continue
         owner, _, leaf = source.rpartition(".")
-        tensor: torch.Tensor = getattr(parent.get_submodule(owner), leaf)
+        holder = parent.get_submodule(owner)
+        tensor: torch.Tensor = getattr(holder, leaf)
         if tensor.is_meta:
             raise ElasticConfigError(
                 f"{source} is offloaded, so its submodels cannot share its storage; load the whole parent without offloading to "
                 "switch budgets, or load one budget with from_pretrained(..., budget=...)."
             )
         view = piece.narrow(tensor.detach())
-        if not piece.is_view:
-            copied.append(CopiedView(piece, tensor, view, tensor._version))
+        bound.append(Bound(piece, holder, leaf, tensor, None if piece.is_view else view))
         module = tree.get_submodule(name.rpartition(".")[0])
         if piece.rule.buffer:
             module._buffers[leaf] = view
@@ -194,7 +216,7 @@ def bind_views(
     left = [name for name, tensor in [*tree.named_parameters(), *tree.named_buffers()] if tensor.is_meta]
     if left:
         raise HFElasticError(f"the {architecture.model_type} table gives no weights for {left[:5]}")
-    return copied
+    return bound
 
 
 def local_names(piece: Piece, architecture: Architecture, available: Mapping[str, object]) -> tuple[str | None, str]:

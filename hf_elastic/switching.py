@@ -19,7 +19,7 @@ from .architectures import Architecture
 from .budgets import Budget
 from .configuration_elastic import ElasticConfig
 from .errors import ElasticConfigError, HFElasticError
-from .slicing import CopiedView, bind_views, build_meta, use_eager_experts_if_misaligned
+from .slicing import Bound, bind_views, build_meta, use_eager_experts_if_misaligned
 from .stencils import Unit, install, make_units, uninstall
 from .submodel import Submodel
 
@@ -32,13 +32,30 @@ class Member:
         modules (`dict[str, nn.Module]`): Children of the model (`model`, `lm_head`, ...).
         config (`PreTrainedConfig`): Stock config of the submodel.
         numbers (`dict[str, int]`): Sizes that the stock class keeps beside its config (`num_experts_per_tok`).
-        copied (`list[CopiedView]`): Tensors that are copies rather than views.
+        bound (`list[Bound]`): Its tensors and where they lie in the parent.
+        parents (`tuple[dict, dict]`): The parent's children and the fields of its config when it was bound.
     """
 
     modules: dict[str, nn.Module]
     config: PreTrainedConfig
     numbers: dict[str, int]
-    copied: list[CopiedView] = field(default_factory=list)
+    bound: list[Bound] = field(default_factory=list)
+    parents: tuple[dict[str, Any], dict[str, Any]] = field(default_factory=lambda: ({}, {}))
+
+    def is_current(self, full: Member) -> bool:
+        """Whether the parent still has the same modules, parameters and memory as when this was bound."""
+        return self.parents[0] == full.modules and all(bound.is_current for bound in self.bound)
+
+    def follow(self, full: Member) -> None:
+        """Take over what was changed in the parent since: fields of its config, and values of tensors that are copies."""
+        theirs = full.config.__dict__
+        for key, value in theirs.items():
+            if key not in self.parents[1] or self.parents[1][key] != value:
+                self.config.__dict__[key] = value
+        self.parents = (self.parents[0], dict(theirs))
+        with torch.inference_mode(False), torch.no_grad():
+            for bound in self.bound:
+                bound.refresh()
 
 
 class SwitchingMixin:
@@ -81,7 +98,8 @@ class SwitchingMixin:
 
         The first time, a stock model of that size is made whose weights are views of this model's (heads cut per group and fused
         matrices need a copy, which is kept). After that nothing is copied, unless the loaded weights were changed in place, in which
-        case those copies are refreshed here. While a smaller budget is active, `config`, `state_dict()`, `parameters()` and the
+        case those copies are refreshed here (changes through `parameter.data` do not count as changes: call `forget_budgets` after
+        them). While a smaller budget is active, `config`, `state_dict()`, `parameters()` and the
         module tree are those of the submodel; `save_pretrained` still saves everything that is loaded.
 
         In training mode the parent's own modules stay, with their parameters, hooks and gradients; they compute only what the budget keeps
@@ -95,8 +113,7 @@ class SwitchingMixin:
                 budget stays as it was.
         """
         submodel = self.elastic_config.resolve(budget, self.dtype)  # type: ignore[attr-defined]
-        if submodel == self._active:
-            self._refresh()
+        if submodel == self._active and (self.training or submodel == self._full):
             return
         if self._active == self._full:
             self._members[self._full] = self._current()
@@ -159,16 +176,17 @@ class SwitchingMixin:
     # -- how -----------------------------------------------------------------------------------------------------------
 
     def _view_at(self, submodel: Submodel) -> None:
-        if submodel not in self._members:
-            self._members[submodel] = self._bind(submodel)
-        member = self._members[submodel]
+        full, member = self._members[self._full], self._members.get(submodel)
+        if member is None or not (member is full or member.is_current(full)):
+            member = self._members[submodel] = self._bind(submodel)
+        if member is not full:
+            member.follow(full)
         for name, module in member.modules.items():
             self._modules[name] = module
             module.train(self.training)
         self.config = member.config
         self.__dict__.update(member.numbers)
         self._active = submodel
-        self._refresh()
 
     def _train_at(self, submodel: Submodel) -> None:
         if submodel != self._full and submodel not in self._stencils:
@@ -178,11 +196,6 @@ class SwitchingMixin:
         uninstall(self._stencils.get(self._active, []))
         install(self._stencils.get(submodel, []))
         self._active = submodel
-
-    def _refresh(self) -> None:
-        if not self.training and self._active in self._members:
-            for view in self._members[self._active].copied:
-                view.refresh()
 
     def _current(self) -> Member:
         numbers = {name: value for name, value in self.__dict__.items() if type(value) is int}
@@ -207,7 +220,9 @@ class SwitchingMixin:
         full, tree = self._members[self._full], self._meta_tree(submodel)
         parent = nn.Module()
         parent._modules.update(full.modules)  # type: ignore[arg-type]
-        copied = bind_views(tree, parent, self.architecture, self.elastic_config.parent_config, submodel)
+        # Tensors made in inference mode could not be refreshed outside it.
+        with torch.inference_mode(False), torch.no_grad():
+            bound = bind_views(tree, parent, self.architecture, self.elastic_config.parent_config, submodel)
         numbers = {
             name: value
             for name, value in tree.__dict__.items()
@@ -216,15 +231,33 @@ class SwitchingMixin:
         for name, value in numbers.items():  # so that switching back restores them
             full.numbers.setdefault(name, value)
         modules = {name: module for name, module in tree._modules.items() if module is not None}
-        return Member(modules, tree.config, numbers, copied)
+        return Member(modules, tree.config, numbers, bound, (dict(full.modules), dict(full.config.__dict__)))
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         # Moving or casting the views one by one would tear them off the shared storage: do it to the parent, then view again.
+        with self._whole():
+            super()._apply(fn, recurse)  # type: ignore[misc]
+        return self
+
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """As `PreTrainedModel.set_attn_implementation`, for every budget."""
+        with self._whole():
+            super().set_attn_implementation(*args, **kwargs)  # type: ignore[misc]
+
+    def set_experts_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """As `PreTrainedModel.set_experts_implementation`, for every budget."""
+        with self._whole():
+            super().set_experts_implementation(*args, **kwargs)  # type: ignore[misc]
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Change everything that is loaded; what was made for budgets is made anew afterwards."""
         active = self._active
         self.forget_budgets()
-        super()._apply(fn, recurse)  # type: ignore[misc]
-        self.set_budget(active)
-        return self
+        try:
+            yield
+        finally:
+            self.set_budget(active)
 
     def __getstate__(self) -> dict[str, Any]:
         active = self._active

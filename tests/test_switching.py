@@ -1,0 +1,475 @@
+"""All budgets live on the storage of what was loaded, and switching between them copies nothing."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from cases import CASES, IDS
+from compare import assert_same_logits, assert_same_weights, logits
+from transformers import AutoModel, AutoModelForCausalLM
+
+from hf_elastic import ElasticConfig, ElasticConfigError, UnknownBudgetError
+from hf_elastic.slicing import pieces
+
+load = AutoModelForCausalLM.from_pretrained
+NAMES = ["nano3", "granite"]
+BUDGETS = ["large", "medium", "small"]
+each_model = pytest.mark.parametrize("name", NAMES)
+each_budget = pytest.mark.parametrize("budget", BUDGETS)
+
+
+@pytest.fixture
+def family(family_folder):
+    """Everything that is loaded, for one test."""
+    return lambda name, **kwargs: load(family_folder(name), **kwargs)
+
+
+@pytest.fixture(scope="module")
+def sliced(family_folder):
+    """Slices that no test changes."""
+    models = {}
+
+    def get(name, budget):
+        if (name, budget) not in models:
+            models[name, budget] = load(family_folder(name), budget=budget)
+        return models[name, budget]
+
+    return get
+
+
+def storages(model):
+    """Address and length of the memory of every tensor."""
+    tensors = model.state_dict().values()
+    return {(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) for t in tensors}
+
+
+def copied(model):
+    """Names of the tensors of the active budget that no view of the parent can give."""
+    config = model.elastic_config.parent_config
+    found = pieces(model.architecture, config, model.submodel)
+    return {piece.target.name for piece in found if not piece.is_view}
+
+
+def identities(model):
+    return {
+        key: (id(tensor), tensor.data_ptr()) for key, tensor in [*model.named_parameters(), *model.named_buffers()]
+    }
+
+
+# Switching
+
+
+@each_model
+def test_every_budget_is_its_slice_in_any_order(name, family, sliced, ids):
+    model = family(name)
+    for budget in ["small", None, "large", "medium", "small", "large", "FULL", "medium", None]:
+        model.set_budget(budget)
+        expected = sliced(name, None if budget == "FULL" else budget)
+        assert model.budget == ("full" if budget in (None, "FULL") else budget)
+        assert_same_weights(model, expected)
+        assert_same_logits(logits(model, ids), logits(expected, ids))
+        assert model.num_parameters() == expected.num_parameters()
+        assert model.config.to_diff_dict() == expected.config.to_diff_dict()
+
+
+@each_model
+def test_at_restores_whatever_happens(name, family, ids):
+    model = family(name)
+    whole = logits(model, ids)
+    model.set_budget("large")
+    with model.at("small") as same:
+        assert same is model
+        assert model.budget == "small"
+        with model.at(None):
+            assert torch.equal(logits(model, ids), whole)
+        assert model.budget == "small"
+    assert model.budget == "large"
+    with pytest.raises(ZeroDivisionError), model.at("small"):
+        _ = 1 / 0
+    assert model.budget == "large"
+    with model.at("small"):
+        model.set_budget("medium")  # the block goes back to what was active before it
+    assert model.budget == "large"
+
+
+@each_model
+def test_budgets_in_every_form(name, family):
+    model = family(name)
+    for name_of_budget, entry in model.budgets.items():
+        model.set_budget(None)
+        model.set_budget(entry["total_params"])
+        assert model.budget == name_of_budget
+        model.set_budget(entry["sizes"])
+        assert model.budget == name_of_budget
+    model.set_budget({"hidden": 24})
+    assert model.budget is None
+    assert model.config.hidden_size == 24
+    assert model.submodel["hidden"] == 24
+
+
+@each_model
+def test_generation_at_every_budget(name, family, sliced, ids):
+    model, settings = family(name), {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    for budget in [*BUDGETS, "small"]:
+        with model.at(budget):
+            out = model.generate(ids[:, :7], **settings)
+        assert torch.equal(out, sliced(name, budget).generate(ids[:, :7], **settings))
+
+
+def test_numbers_that_the_stock_class_keeps_beside_its_config(family, sliced):
+    model = family("granite")
+    for budget in (*BUDGETS, {"experts_per_token": 1}, None):
+        model.set_budget(budget)
+        stock = model.elastic_config.stock_config(model.submodel)
+        assert model.vocab_size == stock.vocab_size
+        expected = stock.per_layer_config[0]
+        assert model.num_experts_per_tok == expected.num_experts_per_tok
+        if not isinstance(budget, dict) and budget is not None:
+            assert model.num_experts == sliced("granite", budget).num_experts
+
+
+@each_model
+def test_unknown_budgets_change_nothing(name, family, ids):
+    model = family(name)
+    model.set_budget("medium")
+    before, modules = logits(model, ids), identities(model)
+    with pytest.raises(UnknownBudgetError, match="unknown budget 'smal'"):
+        model.set_budget("smal")
+    assert model.budget == "medium"
+    assert identities(model) == modules
+    assert torch.equal(logits(model, ids), before)
+
+
+def test_a_slice_only_knows_what_it_nests(sliced):
+    model = copy.deepcopy(sliced("nano3", "medium"))
+    model.set_budget("small")
+    with pytest.raises(UnknownBudgetError, match=r"unknown budget 'large'; this checkpoint has 'medium' .*'small'"):
+        model.set_budget("large")
+    with pytest.raises(ElasticConfigError, match="hidden=48 is out of range: the parent has 40"):
+        model.set_budget({"hidden": 48})
+
+
+# Storage
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_views_lie_in_the_storage_of_the_parent(case, checkpoint):
+    model = load(checkpoint(case.parent))
+    owned = storages(model)
+    model.set_budget(case.submodel)
+    names = copied(model)
+    for key, tensor in model.state_dict().items():
+        inside = (tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()) in owned
+        assert inside != (key in names), key
+
+
+def test_hidden_ffn_and_depth_need_no_copy_at_all(family):
+    model = family("nano3")
+    sizes = {
+        "hidden": 32,
+        "ffn": 24,
+        "expert_ffn": 8,
+        "shared_expert_ffn": 12,
+        "mamba_head_dim": 8,
+        "layers": [0, 1, 2, 5],
+    }
+    owned = storages(model)
+    model.set_budget(sizes)
+    assert not copied(model)
+    assert storages(model) <= owned
+
+
+@each_model
+def test_a_warm_switch_makes_nothing_new(name, family, monkeypatch):
+    model = family(name)
+    first = {}
+    for budget in (*BUDGETS, None):
+        model.set_budget(budget)
+        first[budget] = identities(model)
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a warm switch copies")
+
+    monkeypatch.setattr(torch.Tensor, "copy_", refuse)
+    monkeypatch.setattr(torch, "cat", refuse)
+    monkeypatch.setattr(torch, "empty", refuse)
+    for budget in (None, *BUDGETS[::-1], None, *BUDGETS):
+        model.set_budget(budget)
+        assert identities(model) == first[budget]
+
+
+@each_model
+@each_budget
+def test_changes_in_place_are_seen(name, budget, family, ids, tmp_path):
+    """Views see them at once, copies when the budget is set again."""
+    model = family(name)
+    model.set_budget(budget)
+    before = logits(model, ids)
+    model.set_budget(None)
+    for parameter in model.parameters():
+        parameter.mul_(1.25)
+    model.save_pretrained(tmp_path)
+    expected = load(tmp_path, budget=budget)
+    model.set_budget(budget)
+    assert_same_weights(model, expected)
+    after = logits(model, ids)
+    assert_same_logits(after, logits(expected, ids))
+    assert not torch.allclose(after, before)
+
+
+@each_model
+def test_changes_while_a_budget_is_active(name, family, ids, tmp_path):
+    model = family(name)
+    whole = dict(model.named_parameters())
+    model.set_budget("small")
+    for parameter in whole.values():
+        parameter.mul_(1.25)
+    model.set_budget("small")  # refreshes the copies
+    model.save_pretrained(tmp_path)
+    assert_same_weights(model, load(tmp_path, budget="small"))
+
+
+@each_model
+@pytest.mark.parametrize("change", ["assign", "data", "module"])
+def test_exchanged_weights_are_noticed(name, change, family, tmp_path):
+    """A parameter that is another tensor now would leave the views on memory that nobody uses any more."""
+    model = family(name)
+    for budget in BUDGETS:
+        model.set_budget(budget)
+    model.set_budget(None)
+    if change == "assign":
+        model.load_state_dict({k: v * 2 for k, v in model.state_dict().items()}, assign=True)
+    elif change == "data":
+        for parameter in model.parameters():
+            parameter.data = parameter.data * 2
+    else:
+        model.lm_head = torch.nn.Linear(48, 64, bias=False)
+    model.save_pretrained(tmp_path)
+    for budget in BUDGETS:
+        model.set_budget(budget)
+        assert_same_weights(model, load(tmp_path, budget=budget))
+
+
+@each_model
+def test_forgetting_frees_the_copies(name, family, sliced, ids):
+    model = family(name)
+    owned = storages(model)
+    model.set_budget("small")
+    assert not storages(model) <= owned
+    model.forget_budgets()
+    assert model.budget == "full"
+    assert storages(model) == owned
+    model.set_budget("small")
+    assert_same_logits(logits(model, ids), logits(sliced(name, "small"), ids))
+
+
+def test_tied_embeddings_stay_tied(original, tmp_path):
+    original("granite_tied").save_pretrained(tmp_path)
+    ElasticConfig.from_parent(original("granite_tied").config, {"small": {"hidden": 24}}).save_pretrained(tmp_path)
+    model = load(tmp_path)
+    for budget in ("small", None, "small"):
+        model.set_budget(budget)
+        assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+
+
+# Moving and copying while switched
+
+
+@each_model
+@each_budget
+@pytest.mark.parametrize("move", ["to", "half", "bfloat16", "double"])
+def test_casting_while_switched(name, budget, move, family):
+    model = family(name)
+    model.set_budget(budget)
+    dtype = {"to": torch.bfloat16, "half": torch.float16, "bfloat16": torch.bfloat16, "double": torch.float64}[move]
+    moved = model.to(dtype) if move == "to" else getattr(model, move)()
+    assert moved is model
+    assert model.budget == budget
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {dtype}
+    weights = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    model.set_budget(None)
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {dtype}
+    owned = storages(model)
+    model.set_budget(budget)
+    assert_same_weights(model, weights)
+    outside = {
+        (t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) for t in model.state_dict().values()
+    } - owned
+    assert len(outside) <= len(copied(model))
+
+
+@each_model
+@each_budget
+def test_moving_to_the_same_place_while_switched(name, budget, family, ids):
+    model = family(name)
+    model.set_budget(budget)
+    before = logits(model, ids)
+    model.to("cpu")
+    model.cpu()
+    assert model.budget == budget
+    assert torch.equal(logits(model, ids), before)
+
+
+@each_model
+@each_budget
+def test_state_dict_is_that_of_the_budget(name, budget, family, sliced, original):
+    model = family(name)
+    model.set_budget(budget)
+    assert_same_weights(dict(model.state_dict()), sliced(name, budget))
+    assert [key for key, _ in model.named_parameters()] == [key for key, _ in sliced(name, budget).named_parameters()]
+    model.set_budget(None)
+    assert_same_weights(model, original(name))
+
+
+@each_model
+@each_budget
+def test_loading_a_state_dict_while_switched_reaches_the_parent(name, budget, family, tmp_path):
+    """The views are the parent's memory, so what is loaded into them stays when switching back."""
+    model = family(name)
+    model.set_budget(budget)
+    views = {key for key in model.state_dict() if key not in copied(model)}
+    model.load_state_dict({k: v + 1 for k, v in model.state_dict().items() if k in views}, strict=False)
+    expected = {k: v.clone() for k, v in model.state_dict().items() if k in views}
+    model.set_budget(None)
+    model.set_budget(budget)
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in expected.items())
+
+
+@each_model
+@each_budget
+def test_saving_while_switched_keeps_everything(name, budget, family, original, tmp_path):
+    model = family(name)
+    model.set_budget(budget)
+    model.save_pretrained(tmp_path)
+    assert model.budget == budget
+    again = load(tmp_path)
+    assert_same_weights(again, original(name))
+    assert list(again.budgets) == BUDGETS
+
+
+@each_model
+@each_budget
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_copies_made_while_switched(name, budget, how, family, sliced, original, ids):
+    model = family(name)
+    model.set_budget(budget)
+    twin = how(model)
+    for one in (model, twin):
+        assert one.budget == budget
+        assert_same_weights(one, sliced(name, budget))
+        assert_same_logits(logits(one, ids), logits(sliced(name, budget), ids))
+        one.set_budget(None)
+        assert_same_weights(one, original(name))
+    assert not storages(model) & storages(twin)
+
+
+# Settings
+
+
+@each_model
+@pytest.mark.parametrize("active", [None, "small"])
+def test_settings_reach_every_budget(name, active, family, ids):
+    """Also the budgets that were in use before, and the parent when set while a smaller one was active."""
+    model = family(name)
+    for budget in BUDGETS:
+        model.set_budget(budget)
+    model.set_budget(active)
+    model.set_attn_implementation("eager")
+    model.set_experts_implementation("eager")
+    assert model.budget == (active or "full")
+    for budget in (*BUDGETS, None):
+        model.set_budget(budget)
+        assert model.config._attn_implementation == "eager"
+        assert model.config._experts_implementation == "eager"
+        configs = {id(m.config) for m in model.modules() if hasattr(m, "config")}
+        assert configs == {id(model.config)}
+        assert model(ids, output_attentions=True).attentions
+
+
+@each_model
+def test_config_fields_reach_every_budget(name, family, ids):
+    model = family(name)
+    for budget in BUDGETS:
+        model.set_budget(budget)
+    model.set_budget(None)
+    model.config.use_cache = False
+    for budget in (*BUDGETS, None):
+        model.set_budget(budget)
+        assert model.config.use_cache is False
+        assert model(ids).past_key_values is None
+
+
+@each_model
+def test_eval_and_train(name, family, ids):
+    model = family(name)
+    model.set_budget("small")
+    expected = logits(model, ids)
+    model.train()
+    assert model.budget == "small"
+    assert model.training
+    assert all(module.training for module in model.modules())
+    model.eval()
+    assert model.budget == "small"
+    assert not any(module.training for module in model.modules())
+    assert_same_logits(logits(model, ids), expected)
+
+
+@each_model
+@each_budget
+def test_in_inference_mode(name, budget, family, sliced, ids):
+    """A budget that was first used in inference mode works outside, and sees changes."""
+    model = family(name)
+    with torch.inference_mode():
+        model.set_budget(budget)
+        out = logits(model, ids)
+    assert_same_logits(out, logits(sliced(name, budget), ids))
+    assert_same_logits(logits(model, ids), logits(sliced(name, budget), ids))
+    model.set_budget(None)
+    for parameter in model.parameters():
+        parameter.mul_(0.5)
+    model.set_budget(budget)
+    assert_same_weights(model, {k: v * 0.5 if k in dict(sliced(name, budget).named_parameters()) else v for k, v in sliced(name, budget).state_dict().items()})  # fmt: skip
+
+
+def test_loaded_in_inference_mode(family_folder, sliced, ids):
+    with torch.inference_mode():
+        model = load(family_folder("nano3"))
+        for budget in (*BUDGETS, None, "small"):
+            model.set_budget(budget)
+        assert_same_logits(logits(model, ids), logits(sliced("nano3", "small"), ids))
+
+
+# Where it cannot work
+
+
+def test_offloaded_weights_refuse_and_stay(family_folder, tmp_path, ids):
+    parts = {"model.embeddings": "cpu", "model.norm_f": "cpu", "lm_head": "cpu"}
+    parts |= {f"model.layers.{i}": "disk" if i in (1, 2) else "cpu" for i in range(8)}
+    model = load(family_folder("nano3"), device_map=parts, offload_folder=tmp_path)
+    before = logits(model, ids)
+    for switch in (lambda: model.set_budget("small"), lambda: model.at("small").__enter__()):
+        with pytest.raises(ElasticConfigError, match=r"offloaded.*load one budget with from_pretrained"):
+            switch()
+    assert model.budget == "full"
+    assert torch.equal(logits(model, ids), before)
+    model.set_budget(None)
+
+
+def test_adapters_refuse(family):
+    model = family("nano3")
+    model.peft_config = {"default": object()}
+    with pytest.raises(ElasticConfigError, match="adapters are attached; merge or unload"):
+        model.set_budget("small")
+    assert model.budget == "full"
+
+
+@each_model
+def test_base_models_switch(name, family_folder, sliced, ids):
+    model = AutoModel.from_pretrained(family_folder(name))
+    for budget in (*BUDGETS, None, "small"):
+        model.set_budget(budget)
+    expected = sliced(name, "small").model
+    assert_same_weights(model, expected)
+    out, theirs = (m(ids, use_cache=False).last_hidden_state for m in (model, expected))
+    assert_same_logits(out, theirs)
