@@ -22,6 +22,7 @@ style: $(VENV)/installed
 
 benchmarks: $(VENV)/installed  ## Rewrites benchmarks/results
 	for script in loading switching; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+	$(BIN)/python benchmarks/report.py
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
+from transformers.utils import cached_file
 
 from .budgets import Budget
 from .configuration_elastic import ElasticConfig
@@ -74,7 +75,7 @@ class ExportMixin:
             if tokenizer is not None:
                 tokenizer.save_pretrained(scratch)
             else:
-                _copy_tokenizer(Path(str(self.name_or_path)), scratch)  # type: ignore[attr-defined]
+                _copy_tokenizer(str(self.name_or_path), scratch)  # type: ignore[attr-defined]
 
     def _write_stock_config(self, config: PreTrainedConfig, submodel: Submodel, directory: Path) -> None:
         architecture = self.elastic_config.architecture
@@ -87,7 +88,12 @@ class ExportMixin:
         path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _copy_tokenizer(source: Path, target: Path) -> None:
-    for name in _TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+def _copy_tokenizer(source: str, target: Path) -> None:
+    """Copy the tokenizer files of a folder or Hub repository, those that it has."""
+    for name in _TOKENIZER_FILES if source else ():
+        try:
+            path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+        except OSError:  # a model made in memory can be named anything
+            return
+        if path is not None:
+            shutil.copyfile(path, target / name)

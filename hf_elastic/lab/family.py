@@ -35,7 +35,9 @@ def make_family(
     """The sorted parent with untrained budgets; `sort=False` leaves the parent's order, to see what sorting is worth."""
     if not sort:
         return elastify(parent, budgets=budgets, sort=False)
-    return elastify(parent, calibration_dataset(tokenizer, 256, seed), budgets=budgets, batch_size=32, progress=progress)
+    return elastify(
+        parent, calibration_dataset(tokenizer, 256, seed), budgets=budgets, batch_size=32, progress=progress
+    )
 
 
 def train_family(
