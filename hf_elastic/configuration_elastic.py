@@ -87,7 +87,7 @@ class ElasticConfig(PreTrainedConfig):
             parent_config (`PreTrainedConfig`): Stock config.
             budgets (`dict[str, dict[str, Any]]`): Sizes per name, as `Architecture.submodel` takes them.
             choices (`dict[str, list[int]]`, *optional*): Further sizes per axis, besides those of the budgets and the parent.
-            layer_ranking (`list[int]`, *optional*): All layers, most important first; needed if an entry of `budgets` gives `layers`.
+            layer_ranking (`list[int]`, *optional*): All layers, most important first; needed if an entry of `budgets` gives `layers` as a number.
         """
         architecture = get_architecture(parent_config.model_type)
         submodels = {}
@@ -143,6 +143,10 @@ class ElasticConfig(PreTrainedConfig):
             `ElasticConfigError`: sizes that are not allowed.
         """
         if isinstance(budget, Submodel):
+            if not budget.nests_in(self.architecture.full(self.parent_config)):
+                raise ElasticConfigError(
+                    f"{budget.to_dict()} is a submodel of another parent, or larger than this one."
+                )
             self.architecture.check(self.parent_config, budget)
             return budget
         if budget is None:

@@ -65,7 +65,7 @@ class Submodel:
             return False
         for layer in (None, *self.layers):
             mine, theirs = self.at(layer), other.at(layer)
-            if any(mine[axis] > theirs[axis] for axis in mine):
+            if mine.keys() != theirs.keys() or any(mine[axis] > theirs[axis] for axis in mine):
                 return False
         return True
 
