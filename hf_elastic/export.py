@@ -75,7 +75,7 @@ class ExportMixin:
             if tokenizer is not None:
                 tokenizer.save_pretrained(scratch)
             else:
-                _copy_tokenizer(str(self.name_or_path), scratch)  # type: ignore[attr-defined]
+                _copy_tokenizer(str(self.name_or_path), scratch, **getattr(self, "_hub_kwargs", {}))  # type: ignore[attr-defined]
 
     def _write_stock_config(self, config: PreTrainedConfig, submodel: Submodel, directory: Path) -> None:
         architecture = self.elastic_config.architecture
@@ -88,11 +88,11 @@ class ExportMixin:
         path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _copy_tokenizer(source: str, target: Path) -> None:
+def _copy_tokenizer(source: str, target: Path, **hub: Any) -> None:
     """Copy the tokenizer files of a folder or Hub repository, those that it has."""
     for name in _TOKENIZER_FILES if source else ():
         try:
-            path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+            path = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
         except OSError:  # a model made in memory can be named anything
             return
         if path is not None:

@@ -38,7 +38,13 @@ from .slicing import use_eager_experts_if_misaligned
 from .submodel import Submodel
 from .switching import SwitchingMixin
 
-_HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+_WHERE_KWARGS = (
+    "cache_dir",
+    "local_files_only",
+    "revision",
+    "subfolder",
+)  # what else says where a model was loaded from
+_HUB_KWARGS = (*_WHERE_KWARGS, "force_download", "proxies", "token")
 
 
 class ElasticPreTrainedModel(SwitchingMixin, SavingMixin, ExportMixin, PreTrainedModel):
@@ -167,6 +173,7 @@ class ElasticPreTrainedModel(SwitchingMixin, SavingMixin, ExportMixin, PreTraine
         _refuse_incomplete(info, pretrained_model_name_or_path)
         sliced.name_or_path = model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
         model._adopt(sliced)
+        model._hub_kwargs = {key: hub[key] for key in _WHERE_KWARGS if key in hub}
         return (model, info) if want_info else model
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:

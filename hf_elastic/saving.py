@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ import torch
 from .architectures import uniform
 from .budgets import Budget
 from .configuration_elastic import ElasticConfig
-from .errors import CheckpointError
+from .errors import CheckpointError, ElasticConfigError
 
+_HUB_KWARGS = ("repo_id", "commit_message", "create_pr", "private", "token")
 _WEIGHT_FILE = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
 
 
@@ -82,19 +83,39 @@ class SavingMixin:
             push_to_hub (`bool`, *optional*, defaults to `False`): As in `PreTrainedModel.save_pretrained`.
             kwargs: As in `PreTrainedModel.save_pretrained` (`max_shard_size`, `variant`, ...).
         """
+        if push_to_hub and budget is not None:  # pushing saves again, and knows of no budget
+            raise ElasticConfigError(
+                f"push_to_hub=True pushes everything that is loaded, not budget={budget!r}; save that budget into a folder, load it "
+                "from there and push it."
+            )
         submodel = self.elastic_config.resolve(budget)
         elastic = self.elastic_config if budget is None else self.elastic_config.restrict(submodel)
-        hub = {key: kwargs.pop(key) for key in ("repo_id", "commit_message", "create_pr", "private") if key in kwargs}
+        hub = {key: kwargs.pop(key) for key in _HUB_KWARGS if key in kwargs}
         with self.exposed(submodel):  # type: ignore[attr-defined]
             if not is_main_process:  # the main process writes; the others only take part in gathering
                 self._write_stock(save_directory, *args, is_main_process=False, **kwargs)
                 return
+            self._check_state_dict(kwargs.get("state_dict"))
             with replacing(save_directory) as scratch:
                 self._write_stock(scratch, *args, **kwargs)
                 self._written_config(elastic).save_pretrained(scratch)
         if push_to_hub:
             repo_id = hub.pop("repo_id", Path(save_directory).name)
             super().push_to_hub(repo_id, **hub)  # type: ignore[misc]
+
+    def _check_state_dict(self, state_dict: Mapping[str, torch.Tensor] | None) -> None:
+        """Refuse weights of another size than what is saved, such as a state dict that was taken while a smaller budget was active."""
+        if state_dict is None or getattr(self, "hf_quantizer", None) is not None:
+            return
+        mine: Mapping[str, torch.Tensor] = self.state_dict()  # type: ignore[attr-defined]
+        wrong = [name for name in mine if name not in state_dict and name not in self._tied_names()]
+        wrong += [name for name in mine if name in state_dict and state_dict[name].shape != mine[name].shape]
+        wrong += [name for name in state_dict if name not in mine]
+        if wrong:
+            raise CheckpointError(
+                f"state_dict= does not hold what is saved ({len(wrong)} differences, the first is {wrong[0]}); take it with "
+                "set_budget(None), or leave it out."
+            )
 
     def _write_stock(self, directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """The stock class's save; it writes the class's name into the config, which has to stay the stock one's."""
@@ -109,9 +130,12 @@ class SavingMixin:
 
     def _untied_views(self) -> dict[str, torch.Tensor]:
         """The state dict of a smaller budget without tied names, which upstream only finds among contiguous tensors."""
-        rules = self.elastic_config.architecture.rules(self.elastic_config.parent_config)
-        tied = {rule.name for rule in rules if rule.tied}
+        tied = self._tied_names()
         return {name: tensor for name, tensor in self.state_dict().items() if name not in tied}  # type: ignore[attr-defined]
+
+    def _tied_names(self) -> set[str]:
+        rules = self.elastic_config.architecture.rules(self.elastic_config.parent_config)
+        return {rule.name for rule in rules if rule.tied}
 
     def _written_config(self, elastic: ElasticConfig) -> ElasticConfig:
         elastic.dtype = self.dtype  # type: ignore[attr-defined]

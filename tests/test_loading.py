@@ -326,6 +326,69 @@ def test_pipeline_with_a_loaded_family(with_tokenizer, tokenizer):
     assert small != pipe("t5 t7", max_new_tokens=6, do_sample=False)[0]["generated_text"]
 
 
+@pytest.fixture
+def hub_cache(with_tokenizer, tmp_path):
+    """A Hub cache that holds `someone/nano3`, as a download leaves it."""
+    commit, repo = "a" * 40, tmp_path / "cache" / "models--someone--nano3"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    shutil.copytree(with_tokenizer("nano3"), repo / "snapshots" / commit)
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize("max_shard_size", ["5GB", "20KB"])
+def test_from_the_hub(max_shard_size, hub_cache, loaded, tmp_path):
+    loaded("nano3").save_pretrained(next(hub_cache.glob("*/snapshots/*")), max_shard_size=max_shard_size)
+    hub = {"cache_dir": hub_cache, "local_files_only": True}
+    for budget in BUDGETS:
+        assert_same_weights(
+            ElasticForCausalLM.from_pretrained("someone/nano3", budget=budget, **hub), loaded("nano3", budget)
+        )
+    small = ElasticForCausalLM.from_pretrained("someone/nano3", budget="small", **hub)
+    assert small.name_or_path == "someone/nano3"
+    small.export(tmp_path / "export")
+    assert PreTrainedTokenizerFast.from_pretrained(tmp_path / "export")("t5 t7").input_ids == [5, 7]
+
+
+def test_the_tokenizer_of_a_subfolder_comes_along(with_tokenizer, tmp_path):
+    shutil.copytree(with_tokenizer("nano3"), tmp_path / "repo" / "nested")
+    load(tmp_path / "repo", subfolder="nested", budget="small").export(tmp_path / "export")
+    assert PreTrainedTokenizerFast.from_pretrained(tmp_path / "export")("t5 t7").input_ids == [5, 7]
+
+
+@each_model
+def test_a_state_dict_to_save(name, family_folder, loaded, tmp_path):
+    """As trainers give it."""
+    model = load(family_folder(name))
+    doubled = {key: tensor * 2 for key, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path, state_dict=doubled)
+    assert_same_weights(load(tmp_path), doubled)
+    model.set_budget("small")
+    with pytest.raises(OSError, match=r"state_dict= does not hold what is saved.*set_budget\(None\)"):
+        model.save_pretrained(tmp_path / "wrong", state_dict=model.state_dict())
+    assert not (tmp_path / "wrong").exists()
+    model.save_pretrained(tmp_path / "small", state_dict=model.state_dict(), budget="small")
+    assert_same_weights(load(tmp_path / "small"), loaded(name, "small"))
+
+
+def test_only_the_main_process_writes(loaded, tmp_path):
+    loaded("nano3").save_pretrained(tmp_path, is_main_process=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_pushing_is_saving_and_uploading(loaded, tmp_path, monkeypatch):
+    pushed = {}
+    monkeypatch.setattr(
+        "transformers.utils.hub.PushToHubMixin.push_to_hub", lambda self, repo, **kwargs: pushed.update({repo: kwargs})
+    )
+    loaded("nano3").save_pretrained(tmp_path, push_to_hub=True, repo_id="me/tiny", commit_message="first", token="x")
+    assert pushed["me/tiny"] | {"tags": None} == {"commit_message": "first", "token": "x", "tags": None}
+    assert (tmp_path / "config.json").exists()
+    with pytest.raises(ValueError, match="pushes everything that is loaded, not budget='small'"):
+        loaded("nano3").save_pretrained(tmp_path / "small", push_to_hub=True, budget="small")
+    assert not (tmp_path / "small").exists()
+
+
 # Settings
 
 
