@@ -183,3 +183,46 @@ def test_help_as_users_call_it():
     top = output("--help")
     assert all(command in top for command in COMMANDS)
     assert "Traceback" not in output("plan", "--help")
+
+
+@pytest.mark.slow
+def test_train_reads_a_recipe_and_saves_the_family(elastic, tmp_path):
+    recipe = f"""
+model: {elastic / "elastic"}
+dataset: {elastic / "text.jsonl"}
+output_dir: {tmp_path / "out"}
+max_steps: 2
+per_device_train_batch_size: 2
+learning_rate: 0.01
+use_cpu: true
+bf16: false
+report_to: none
+save_strategy: "no"
+budget_probabilities: {{small: 1.0}}
+"""
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    with torch.enable_grad(), pytest.warns(UserWarning, match="the whole parent .'full'. is never drawn"):
+        assert main(["train", str(tmp_path / "recipe.yaml"), "--max_steps", "1"]) == 0
+    before = AutoModelForCausalLM.from_pretrained(elastic / "elastic", budget="small").state_dict()
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "out", budget="small").state_dict()
+    assert any(not torch.equal(before[key], tensor) for key, tensor in after.items())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (None, "there is no file"),
+        ("output_dir: {tmp}/out\nuse_cpu: true\nbf16: false\n", "does not say model"),
+        (
+            "output_dir: {tmp}/out\nbf16: false\nmodel: x\ndataset: y\ntemperature: 0\n",
+            "temperature=0.*must be above 0",
+        ),
+    ],
+)
+def test_recipes_that_do_not_hold_together(recipe, message, tmp_path, capsys):
+    if recipe is not None:
+        (tmp_path / "recipe.yaml").write_text(recipe.format(tmp=tmp_path))
+    capsys.readouterr()
+    assert main(["train", str(tmp_path / "recipe.yaml")]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()

@@ -4,7 +4,11 @@ Takes a small hybrid that has learned to reason (it ships with the package; --fr
 elastic, cuts it to several sizes, solves held-out problems with each, switches sizes live, exports one, loads the export in a process
 without this package, and prints a table. OUTPUT gets the elastic checkpoint, the export, results.json and a chart.
 
+With --train it then learns four sizes in one run, by distillation from the parent (a few minutes), and compares them with the same sizes
+cut without training.
+
   hf-elastic lab
+  hf-elastic lab --train
   hf-elastic lab --from-scratch --seed 1 --output run1
 """
 
@@ -13,6 +17,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--from-scratch", action="store_true", help="train the parent first, instead of taking the one in the package"
     )
+    parser.add_argument("--train", action="store_true", help="learn a family of sizes as well; needs trl")
+    parser.add_argument("--steps", type=int, default=1000, help="training steps of the family (default: 1000)")
     parser.add_argument("--problems", type=int, default=100, help="held-out problems per size (default: 100)")
     parser.add_argument("--letters", type=int, default=12, help="lines per problem, 4 to 12 (default: 12)")
     parser.add_argument("--seed", type=int, default=0, help="seed of training and of the problems (default: 0)")
@@ -35,6 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise ImportError("the lab draws a chart with matplotlib: pip install 'hf-elastic[lab]'")
+    if args.train and importlib.util.find_spec("trl") is None:
+        raise ImportError("--train needs trl: pip install 'hf-elastic[train]'")
+    if args.steps < 4:
+        raise ValueError(f"--steps={args.steps} must be at least 4.")
     if args.problems < 1 or not 4 <= args.letters <= 12:
         raise ValueError(f"--problems={args.problems} must be at least 1 and --letters={args.letters} in 4..12.")
     from transformers.utils import logging
@@ -61,7 +72,70 @@ def run(args: argparse.Namespace) -> None:
         say=say,
     )
     accuracy_chart(results, output / "accuracy.png")
-    print(json.dumps(results, indent=2) if quiet else render(results, output))
+    say(render(results, output))
+    if args.train:
+        results["family"] = _train(parent, tokenizer, output, args, say)
+    if quiet:
+        print(json.dumps(results, indent=2))
+
+
+def _train(parent: Any, tokenizer: Any, output: Path, args: argparse.Namespace, say: Any) -> dict[str, Any]:
+    """Learn the family, and measure it before and after."""
+    from ..lab.chart import family_chart
+    from ..lab.family import BETWEEN, FAMILY, make_family, measure_family, train_family
+
+    start = time.perf_counter()
+    family = make_family(parent, tokenizer, seed=args.seed)
+    measured = {"full": None, **{name: name for name in FAMILY}, "between": BETWEEN}
+    options = {"count": args.problems, "letters": args.letters, "seed": args.seed}
+    say(f"\ntraining {', '.join(['full', *FAMILY])} in one run of {args.steps} steps ...")
+    untrained = measure_family(family, tokenizer, measured, **options)
+    history = train_family(
+        family, tokenizer, output / "trainer", steps=args.steps, seed=args.seed, progress=not args.json
+    )
+    trained = measure_family(family, tokenizer, measured, **options)
+    family.save_pretrained(output / "family")
+    tokenizer.save_pretrained(output / "family")
+    results = {
+        "task": {"letters": args.letters, "problems": args.problems, "seed": args.seed},
+        "steps": args.steps,
+        "untrained": untrained,
+        "trained": trained,
+        "history": [{key: entry[key] for key in entry if key == "step" or key.endswith("kl")} for entry in history],
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    (output / "family.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    family_chart(results, output / "family.png")
+    say(render_family(results, output))
+    return results
+
+
+def render_family(results: dict[str, Any], output: Path) -> str:
+    """The trained family as text."""
+    whole = results["trained"][0]
+    rows = [["budget", "params", "active", "share", "untrained", "exact", "thinking", "codes", "sizes"]]
+    for before, entry in zip(results["untrained"], results["trained"], strict=True):
+        changed = {k: v for k, v in entry["sizes"].items() if whole["sizes"].get(k) != v}
+        rows.append(
+            [
+                entry["name"],
+                f"{entry['total_params']:,}",
+                f"{entry['active_params']:,}",
+                f"{entry['active_params'] / whole['active_params']:.0%}",
+                f"{before['exact']:.2f}",
+                *(f"{entry[key]:.2f}" for key in ("exact", "trace", "code")),
+                " ".join(f"{axis}={size}" for axis, size in changed.items()) or "the whole parent",
+            ]
+        )
+    return "\n".join(
+        [
+            "",
+            table(rows, right=frozenset(range(1, 8))),
+            "",
+            f"one run of {results['steps']} steps for all sizes; 'between' was never trained. Took {results['seconds']:.0f} s;",
+            f"see {output / 'family.png'} and {output / 'family.json'}; the checkpoint is {output / 'family'}",
+        ]
+    )
 
 
 def _parent(from_scratch: bool, seed: int, progress: bool) -> tuple[Any, Any]:

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 
+from ..cost import CostModel
 from ..elastify import elastify
 from ..modeling_elastic import ElasticForCausalLM
-from .book import calibration_dataset, training_dataset
+from .book import calibration_dataset, evaluate, training_dataset
 
 FAMILY: dict[str, dict[str, Any]] = {
     "half": {"hidden": 32, "expert_ffn": 16, "shared_expert_ffn": 32},
@@ -38,6 +39,44 @@ def make_family(
     return elastify(
         parent, calibration_dataset(tokenizer, 256, seed), budgets=budgets, batch_size=32, progress=progress
     )
+
+
+def measure_family(
+    model: ElasticForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    budgets: Mapping[str, Any],
+    *,
+    count: int = 100,
+    letters: int = 12,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Accuracy of live budgets on held-out problems.
+
+    Args:
+        budgets (`dict[str, Any]`): Anything `model.at` takes, under the name to report it by.
+
+    Returns:
+        `list[dict]`: `name`, `total_params`, `active_params`, `sizes`, `exact`, `trace`, `code` per budget.
+    """
+    count_cost = CostModel(model.elastic_config.parent_config)
+    entries = []
+    for name, budget in budgets.items():
+        submodel = model.elastic_config.resolve(budget)
+        cost = count_cost(submodel)
+        with model.at(submodel):
+            result = evaluate(model, tokenizer, letters=letters, count=count, seed=seed)
+        entries.append(
+            {
+                "name": name,
+                "total_params": cost.total_params,
+                "active_params": cost.active_params,
+                "sizes": submodel.to_dict(),
+                "exact": result.exact,
+                "trace": result.trace,
+                "code": result.code,
+            }
+        )
+    return entries
 
 
 def train_family(
@@ -104,6 +143,8 @@ def train_family(
         processing_class=tokenizer,
         callbacks=[callback] if callback else None,
     )
+    if not progress:
+        trainer.remove_callback(PrinterCallback)  # without a progress bar the trainer would print every log
     trainer.train()
     family.eval()
     return trainer.state.log_history

@@ -1,0 +1,97 @@
+"""The lab's second chapter: rows, training and measuring of the family. That it learns is shown by the benchmark, not here."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+import torch
+
+from hf_elastic.cli import main
+from hf_elastic.cost import CostModel
+from hf_elastic.lab.book import evaluate, training_batches, training_dataset
+from hf_elastic.lab.family import BETWEEN, FAMILY, make_family, measure_family, train_family
+from hf_elastic.lab.parent import load_parent
+
+
+@pytest.fixture(scope="module")
+def parent():
+    return load_parent()
+
+
+@pytest.fixture(autouse=True)
+def _with_gradients():
+    with torch.enable_grad():
+        yield
+
+
+def test_rows_are_those_of_the_batches(parent):
+    _, tokenizer = parent
+    batch = next(training_batches(tokenizer, 3, batch_size=8))
+    rows = list(itertools.islice(training_dataset(tokenizer, 3, batch_size=8), 8))
+    for i, row in enumerate(rows):
+        length = len(row["input_ids"])
+        assert row["input_ids"] == batch["input_ids"][i, :length].tolist()
+        assert row["labels"] == batch["labels"][i, :length].tolist()
+        assert batch["attention_mask"][i].tolist() == [1] * length + [0] * (batch["input_ids"].shape[1] - length)
+
+
+def test_the_family_has_the_shares_it_is_described_by(parent):
+    family = make_family(*parent)
+    costs = family.elastic_config.costs()
+    shares = {name: cost.active_params / costs["full"].active_params for name, cost in costs.items()}
+    assert shares == pytest.approx({"full": 1.0, "half": 0.53, "third": 0.35, "quarter": 0.24}, abs=0.01)
+    between = family.elastic_config.resolve(BETWEEN)
+    assert family.elastic_config.submodel("third").nests_in(between)
+    assert between.nests_in(family.elastic_config.submodel("half"))
+    assert list(FAMILY) == ["half", "third", "quarter"]
+
+
+@pytest.mark.slow
+def test_a_few_steps_bring_every_budget_nearer_to_the_parent(parent, tmp_path):
+    """Also that a run is repeatable: the second one ends in the same weights."""
+    model, tokenizer = parent
+    states = []
+    for run in range(2):
+        family = make_family(model, tokenizer)
+        history = train_family(family, tokenizer, tmp_path / str(run), steps=24, progress=False)
+        states.append({key: tensor.clone() for key, tensor in family.state_dict().items()})
+        first, last = {}, {}
+        for entry in history:
+            for key in entry:
+                if key.endswith("/kl"):
+                    first.setdefault(key, entry[key])
+                    last[key] = entry[key]
+        for name in FAMILY:
+            assert last[f"{name}/kl"] < 0.8 * first[f"{name}/kl"]
+        assert not family.training
+    assert all(torch.equal(states[1][key], tensor) for key, tensor in states[0].items())
+
+
+def test_measures_are_those_of_the_slice(parent):
+    model, tokenizer = parent
+    family = make_family(model, tokenizer)
+    entries = measure_family(family, tokenizer, {"full": None, "custom": {"expert_ffn": 24}}, count=6, letters=5)
+    assert [entry["name"] for entry in entries] == ["full", "custom"]
+    whole = evaluate(family, tokenizer, letters=5, count=6)
+    assert (entries[0]["exact"], entries[0]["code"]) == (whole.exact, whole.code)
+    counted = CostModel(model.config)(family.elastic_config.resolve({"expert_ffn": 24}))
+    assert entries[1]["total_params"] == counted.total_params
+    assert entries[1]["sizes"]["expert_ffn"] == 24
+    assert family.budget == "full"
+
+
+@pytest.mark.slow
+def test_the_command_trains_saves_and_tells(tmp_path, capsys):
+    arguments = ["lab", "--train", "--steps", "4", "--problems", "2", "--letters", "4", "--json"]
+    capsys.readouterr()
+    assert main([*arguments, "--output", str(tmp_path)]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    saved = json.loads((tmp_path / "family.json").read_text())
+    assert printed["family"] == saved
+    assert [entry["name"] for entry in saved["trained"]] == ["full", *FAMILY, "between"]
+    assert (tmp_path / "family.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["plan", str(tmp_path / "family"), "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert [entry["name"] for entry in plan["budgets"]] == ["full", *FAMILY]
