@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +44,11 @@ class ElasticDistillationConfig(SFTConfig):
     eval_budgets: list[str] | None = field(default=None, metadata={"help": "Budgets to evaluate, all by default."})
 
     def __post_init__(self) -> None:
+        if isinstance(self.stages, str):  # from the command line; upstream reads JSON objects, not lists
+            try:
+                self.stages = json.loads(self.stages)
+            except json.JSONDecodeError as error:
+                raise ElasticConfigError(f"stages={self.stages!r} is not JSON: {error}.") from error
         super().__post_init__()
         if not self.temperature > 0:
             raise ElasticConfigError(f"temperature={self.temperature} must be above 0.")
@@ -56,6 +62,9 @@ class ElasticDistillationConfig(SFTConfig):
                 "set them to False."
             )
         if isinstance(self.stages, list) and self.max_steps < 0:
-            steps = [stage.get("steps") if isinstance(stage, dict) else None for stage in self.stages]
-            if steps and all(isinstance(count, int) for count in steps):  # what is wrong with others, the trainer says
-                self.max_steps: int = sum(steps)
+            steps = [stage.get("steps") for stage in self.stages if isinstance(stage, dict)]
+            counts = [count for count in steps if isinstance(count, int)]
+            if len(counts) == len(self.stages) and all(
+                count > 0 for count in counts
+            ):  # what is wrong, the trainer says
+                self.max_steps: int = sum(counts)

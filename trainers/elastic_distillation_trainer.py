@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import copy
+import json
+import math
+import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
 from hf_elastic import ElasticForCausalLM
@@ -19,6 +26,7 @@ from hf_elastic.errors import ElasticConfigError, HFElasticError
 from .curriculum import make_curriculum
 from .elastic_distillation_config import ElasticDistillationConfig
 from .losses import chunked_divergence
+from .resuming import STATE_FILE, check_family, check_training, last_complete, training_state
 
 _PAPER = {
     "title": "Nemotron Elastic: Towards Efficient Many-in-One Reasoning LLMs",
@@ -42,14 +50,18 @@ class ElasticDistillationTrainer(SFTTrainer):
     `push_to_hub`.
 
     Args:
-        model ([`ElasticForCausalLM`] or `str`): With everything loaded (no `budget=`), or where to load it from.
+        model ([`ElasticForCausalLM`] or `str`):
+            With everything loaded (no `budget=`), or where to load it from; then in float32, as in `SFTTrainer`, unless
+            `args.model_init_kwargs` says otherwise.
         teacher_model (`PreTrainedModel` or `str`, *optional*):
-            Defaults to a frozen copy of the model as it is at the start: the sorted parent.
+            Defaults to a frozen copy of the model as it is at the start: the sorted parent. A model given here is frozen.
         args ([`ElasticDistillationConfig`], *optional*): Configuration.
         kwargs: As for `SFTTrainer` (`train_dataset`, `eval_dataset`, `processing_class`, `callbacks`, ...).
 
     Raises:
-        `ElasticConfigError`: not an elastic model, a teacher of another vocabulary, unknown budgets, probabilities that do not sum to 1.
+        `ElasticConfigError`: not an elastic model, a teacher of another vocabulary, unknown budgets, probabilities that do not sum to 1,
+            a dataset without the columns, an option that distillation would ignore.
+        `HFElasticError`: while training, a loss that is not finite.
     """
 
     _tag_names = ["trl", "elastic", "distillation"]
@@ -66,29 +78,40 @@ class ElasticDistillationTrainer(SFTTrainer):
         args = args if args is not None else ElasticDistillationConfig()
         if not isinstance(args, ElasticDistillationConfig):
             raise ElasticConfigError(f"args must be an ElasticDistillationConfig, got {type(args).__name__}.")
-        if kwargs.get("peft_config") is not None:
-            raise ElasticConfigError("peft_config is not supported yet: adapters do not follow a budget in training.")
+        _refuse_ignored(args, kwargs)
         if isinstance(model, str):
-            model = ElasticForCausalLM.from_pretrained(model, **(args.model_init_kwargs or {}))
+            model = ElasticForCausalLM.from_pretrained(model, **{"dtype": "float32", **(args.model_init_kwargs or {})})
             args.model_init_kwargs = None
         if not isinstance(model, ElasticForCausalLM):
             raise ElasticConfigError(
                 f"model must be an ElasticForCausalLM, got {type(model).__name__}; make one with elastify()."
             )
+        for name in ("train_dataset", "eval_dataset"):
+            _check_columns(kwargs.get(name), name, args, kwargs.get("formatting_func"))
         model.set_budget(None)
         names = list(model.elastic_config.family())
         self.curriculum = make_curriculum(
-            names, args.budget_probabilities, args.stages, args.max_steps, args.max_length, args.seed
+            names,
+            args.budget_probabilities,
+            args.stages,
+            args.max_steps,
+            args.max_length,
+            args.seed,
+            getattr(model.config, "max_position_embeddings", None),
         )
         if names[0] not in {name for stage in self.curriculum.stages for name in stage.budget_probabilities}:
             warnings.warn(f"the whole parent ({names[0]!r}) is never drawn: nothing keeps it as it is.", stacklevel=2)
         self._eval_budgets = _known(args.eval_budgets, names) if args.eval_budgets else names
         teacher = _load_teacher(teacher_model, model)
-        super().__init__(model=model, args=args, **kwargs)
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False  # every parameter is used in every step, see `_UseAll`
+        with _without_auxiliary_loss(model, args):
+            super().__init__(model=model, args=args, **kwargs)
         # The loss is divided by the number of target tokens of the whole step already.
         self.loss_is_scaled_for_ga = True
         self.teacher_model = self.accelerator.prepare_model(teacher, evaluation_mode=True)
         self._micro_batch = 0
+        self._divergence: dict[str, dict[str, list[float]]] = {"train": _sums(), "eval": _sums()}
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
@@ -101,17 +124,28 @@ class ElasticDistillationTrainer(SFTTrainer):
         self._micro_batch = 0
         return batches, self._get_num_items_in_batch(batches, device)
 
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor | None:
+        """Target tokens of all micro-batches (and ranks) of a step; at least 1, so that a step without any has a loss of zero."""
+        if not batch_samples:
+            return None
+        targets = [(batch["labels"][:, 1:] != -100).sum() for batch in batch_samples]
+        count = torch.stack(targets).sum().to(device)
+        if self.args.average_tokens_across_devices:
+            count = self.accelerator.reduce(count, "sum")
+        return count.clamp(min=1)
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         budget = self.curriculum.budget(self.state.global_step, self._micro_batch)
         self._micro_batch += 1
         # Backward runs inside: checkpointed layers compute again what they computed.
         with self._elastic.computing(budget), self._named(budget):
             loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            raise HFElasticError(
-                f"the loss is {loss.item()} at step {self.state.global_step}, micro-batch {self._micro_batch - 1}, budget {budget!r}. "
-                "Nothing was updated or saved since the last checkpoint; lower the learning rate, or look at this batch."
-            )
+        if self.accelerator.sync_gradients:
+            # A dropped layer has a gradient of zero, as a dropped channel has: decay and momentum treat both alike, and DDP and one
+            # process do the same.
+            for parameter in self._elastic.parameters():
+                if parameter.requires_grad and parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
         return loss
 
     def compute_loss(
@@ -130,7 +164,7 @@ class ElasticDistillationTrainer(SFTTrainer):
                 teacher_hidden = _hidden(self.teacher_model, tokens)[:, :-1][target]
             loss = self._through_wrapper(model, tokens, target, teacher_hidden)
         count = target.sum()
-        self._record(loss.detach(), count, tokens)
+        self._record(loss.detach(), count, inputs)
         if num_items_in_batch is None:
             return loss / count.clamp(min=1)
         scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
@@ -145,7 +179,7 @@ class ElasticDistillationTrainer(SFTTrainer):
 
         def student_loss(**kwargs: Any) -> torch.Tensor:
             hidden = _hidden(student, kwargs)[:, :-1][target]
-            return chunked_divergence(
+            loss = chunked_divergence(
                 hidden,
                 teacher_hidden,
                 _head(student),
@@ -154,6 +188,9 @@ class ElasticDistillationTrainer(SFTTrainer):
                 temperature=self.args.temperature,
                 chunk_size=self.args.loss_chunk_size,
             )
+            if isinstance(model, DistributedDataParallel) and torch.is_grad_enabled():
+                loss = _UseAll.apply(loss, *(p for p in student.parameters() if p.requires_grad))
+            return loss
 
         with _forward_as(student, student_loss):
             return model(**tokens)
@@ -169,16 +206,53 @@ class ElasticDistillationTrainer(SFTTrainer):
         self._budget_name = budget
         yield
 
-    def _record(self, loss: torch.Tensor, count: torch.Tensor, tokens: dict[str, torch.Tensor]) -> None:
+    def _record(self, loss: torch.Tensor, count: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
+        """Add up divergence, target tokens and tokens of all ranks, and stop on all of them if one has a loss that is not finite."""
         mode = "train" if self.model.training else "eval"
-        total, number = (
-            self.accelerator.gather_for_metrics(torch.stack([loss.float(), count.float()])[None]).sum(0).tolist()
+        seen = (
+            inputs["attention_mask"].sum()
+            if "attention_mask" in inputs
+            else inputs["input_ids"].new_tensor(inputs["input_ids"].numel())
         )
-        self._metrics[mode][f"{self._budget_name}/kl"].append(total / max(number, 1.0))
+        numbers = self.accelerator.reduce(torch.stack([loss.double(), count.double(), seen.double()]), "sum").tolist()
+        if not math.isfinite(numbers[0]):
+            where = (
+                f"step {self.state.global_step}, micro-batch {max(self._micro_batch - 1, 0)}"
+                if mode == "train"
+                else "evaluation"
+            )
+            raise HFElasticError(
+                f"the loss is {numbers[0]} at {where}, budget {self._budget_name!r}, in the batch of shape {tuple(inputs['input_ids'].shape)} "
+                f"whose first row begins with tokens {inputs['input_ids'][0, :8].tolist()} (rank {self.accelerator.process_index}). This step "
+                "changed no weight, and the last checkpoint is kept; lower the learning rate, or look at this batch."
+            )
+        total = self._divergence[mode][self._budget_name]
+        total[0] += numbers[0]
+        total[1] += numbers[1]
         if mode == "train":
-            seen = tokens.get("attention_mask", torch.ones_like(tokens["input_ids"])).sum()
-            self._total_train_tokens += int(self.accelerator.gather_for_metrics(seen).sum())
+            self._total_train_tokens += int(numbers[2])
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+
+    def _mean_divergence(self, mode: str) -> dict[str, float]:
+        """Divergence per target token of each budget since the last call."""
+        sums, self._divergence[mode] = self._divergence[mode], _sums()
+        return {budget: total / max(count, 1.0) for budget, (total, count) in sums.items()}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.model.training:
+            for budget, mean in self._mean_divergence("train").items():
+                self._metrics["train"][f"{budget}/kl"] = [mean]
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """Report the divergence per target token, which no batch size changes, of every budget (`eval_<budget>/kl`) and their mean."""
+        self._divergence["eval"] = _sums()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        means = self._mean_divergence("eval")
+        if output.metrics is not None and means:
+            output.metrics[f"{metric_key_prefix}_loss"] = sum(means.values()) / len(means)
+            output.metrics.update({f"{metric_key_prefix}_{budget}/kl": mean for budget, mean in means.items()})
+        return output
 
     def prediction_step(
         self,
@@ -187,7 +261,7 @@ class ElasticDistillationTrainer(SFTTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor, None, None]:
-        """Evaluate every budget on the batch; the loss is their mean, `eval_<budget>/kl` has each."""
+        """Evaluate every budget on the batch; the loss is their mean, see `evaluation_loop`."""
         inputs = self._prepare_inputs(inputs)
         losses = []
         with torch.no_grad():
@@ -200,36 +274,90 @@ class ElasticDistillationTrainer(SFTTrainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """The configured schedule, multiplied by the stages' `learning_rate_scale`."""
+        given = self.lr_scheduler is not None
         scheduler = super().create_scheduler(num_training_steps, optimizer)
-        if any(stage.learning_rate_scale != 1.0 for stage in self.curriculum.stages):
-            if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
-                raise ElasticConfigError(
-                    f"learning_rate_scale does not work with lr_scheduler_type={self.args.lr_scheduler_type!r}; use linear, cosine, "
-                    "constant_with_warmup or another schedule that is a function of the step."
-                )
-            scale = self.curriculum.learning_rate_scale
-            scheduler.lr_lambdas = [_scaled(schedule, scale) for schedule in scheduler.lr_lambdas]
-            for group, base, f in zip(
-                scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
-            ):
-                group["lr"] = base * f(0)
+        if all(stage.learning_rate_scale == 1.0 for stage in self.curriculum.stages):
+            return scheduler
+        if given or not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+            what = "a scheduler of your own" if given else f"lr_scheduler_type={self.args.lr_scheduler_type!r}"
+            raise ElasticConfigError(
+                f"learning_rate_scale does not work with {what}; use linear, cosine, constant_with_warmup or another schedule that is a "
+                "function of the step."
+            )
+        scale = self.curriculum.learning_rate_scale
+        scheduler.lr_lambdas = [_scaled(schedule, scale) for schedule in scheduler.lr_lambdas]
+        groups = scheduler.optimizer.param_groups
+        for group, base, schedule in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+            group["lr"] = base * schedule(0)
+        scheduler._last_lr = [group["lr"] for group in groups]
         return scheduler
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in `Trainer`. `resume_from_checkpoint=True` takes the last checkpoint that was saved completely."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete(self.args.output_dir)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save a checkpoint, or leave none: a part of one, after a full disk, would be in the way of resuming."""
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        existed = folder.exists()
+        if self.args.should_save:
+            (folder / "trainer_state.json").unlink(
+                missing_ok=True
+            )  # written last; until then the folder is not complete
+            folder.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(training_state(self.curriculum, self.args, self._total_train_tokens), indent=2)
+            (folder / STATE_FILE).write_text(text + "\n", encoding="utf-8")
+        try:
+            super()._save_checkpoint(model, trial)
+        except BaseException:
+            if self.args.should_save and not existed:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Load the weights of a checkpoint, refusing one of another family.
+        """Load the weights of a checkpoint, refusing one of another family or of another run.
 
         Upstream reads the file's names as they are, without an error; on disk they are the Hub's, so nothing would be loaded.
         """
-        ours = self._elastic
-        saved = ElasticForCausalLM.from_pretrained(resume_from_checkpoint, dtype=ours.dtype)
-        if saved.elastic_config.elastic != ours.elastic_config.elastic:
-            different = [
-                key for key, value in saved.elastic_config.elastic.items() if value != ours.elastic_config.elastic[key]
-            ]
-            raise ElasticConfigError(
-                f"{resume_from_checkpoint} was made for another family: {', '.join(different)} differ. Resume with the model it started from."
-            )
-        ours.load_state_dict(saved.state_dict())
+        check_family(resume_from_checkpoint, self._elastic.elastic_config)
+        self._total_train_tokens = check_training(resume_from_checkpoint, training_state(self.curriculum, self.args))
+        if (
+            self.is_fsdp_enabled or self.is_deepspeed_enabled
+        ):  # they save in layouts of their own, which upstream reads
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self._load_weights(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            self._load_weights(self.state.best_model_checkpoint)
+
+    def _load_weights(self, folder: Any) -> None:
+        saved = ElasticForCausalLM.from_pretrained(folder, dtype=self._elastic.dtype)
+        self._elastic.load_state_dict(saved.state_dict())
+
+
+class _UseAll(torch.autograd.Function):
+    """The loss as it is, and a gradient of zero for every parameter.
+
+    DDP waits for the gradients of all parameters. Letting it look for unused ones is not enough: what a budget without some layer
+    leaves unused in the last micro-batch of a step keeps the gradients of the micro-batches before, and DDP does not average those, so
+    that ranks drift apart without an error.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, loss: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        ctx.like = [(p.shape, p.dtype, p.device) for p in parameters]
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        # Expanded from one element: no memory is filled for parameters that have a gradient anyway.
+        return gradients[0], *(torch.zeros((), dtype=d, device=on).expand(shape) for shape, d, on in ctx.like)
 
 
 def _hidden(model: Any, tokens: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -261,6 +389,54 @@ def _forward_as(model: nn.Module, forward: Any) -> Iterator[None]:
             model.forward = had  # type: ignore[method-assign]
 
 
+def _sums() -> dict[str, list[float]]:
+    """Per budget: divergence and number of target tokens."""
+    return defaultdict(lambda: [0.0, 0.0])
+
+
+@contextmanager
+def _without_auxiliary_loss(model: PreTrainedModel, args: ElasticDistillationConfig) -> Iterator[None]:
+    """Have upstream set up no balancing loss, and leave the coefficient that the model's config has for others."""
+    field = "router_aux_loss_coef"
+    before = {key: getattr(model.config, key) for key in (field, "output_router_logits") if hasattr(model.config, key)}
+    if field in before:
+        setattr(args, field, 0.0)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            setattr(model.config, key, value)
+
+
+def _refuse_ignored(args: ElasticDistillationConfig, kwargs: Mapping[str, Any]) -> None:
+    """Raise for what `SFTTrainer` takes and a distillation loss would ignore."""
+    if kwargs.get("peft_config") is not None:
+        raise ElasticConfigError("peft_config is not supported yet: adapters do not follow a budget in training.")
+    for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
+        if kwargs.get(name) is not None:
+            raise ElasticConfigError(f"{name} needs full logits, which are never built here; use a callback instead.")
+    for name, neutral in (("loss_type", "nll"), ("label_smoothing_factor", 0.0), ("router_aux_loss_coef", None)):
+        value = getattr(args, name)
+        if value != neutral and value != 0.0:
+            raise ElasticConfigError(
+                f"{name}={value!r} would be ignored: the loss is the divergence from the teacher. Leave it at {neutral!r}."
+            )
+
+
+def _check_columns(dataset: Any, name: str, args: ElasticDistillationConfig, formatting_func: Any) -> None:
+    skipped = (args.dataset_kwargs or {}).get("skip_prepare_dataset", False)
+    if dataset is None or formatting_func is not None or skipped:
+        return
+    for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
+        columns = set(getattr(part, "column_names", None) or next(iter(part)))
+        known = [{"input_ids"}, {args.dataset_text_field}, {"messages"}, {"conversations"}, {"prompt", "completion"}]
+        if not any(needed <= columns for needed in known):
+            raise ElasticConfigError(
+                f"{name} has the columns {', '.join(sorted(columns))}; it needs input_ids, {args.dataset_text_field}, messages, or "
+                "prompt and completion (or give formatting_func)."
+            )
+
+
 def _known(given: list[str], names: list[str]) -> list[str]:
     for name in given:
         if name not in names:
@@ -271,7 +447,8 @@ def _known(given: list[str], names: list[str]) -> list[str]:
 def _load_teacher(teacher: Any, model: ElasticForCausalLM) -> PreTrainedModel:
     if isinstance(teacher, str):
         teacher = AutoModelForCausalLM.from_pretrained(teacher, dtype=model.dtype)
-    teacher = copy.deepcopy(model) if teacher is None else teacher
+    if teacher is None or teacher is model:
+        teacher = copy.deepcopy(model)
     theirs, ours = teacher.get_output_embeddings().weight.shape[0], model.get_output_embeddings().weight.shape[0]
     if theirs != ours:
         raise ElasticConfigError(

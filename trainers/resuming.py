@@ -1,0 +1,157 @@
+"""What has to be the same when a run goes on from a checkpoint, and which checkpoints are whole."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_callback import TrainerState
+from transformers.utils import logging
+
+from hf_elastic import ElasticConfig
+from hf_elastic.errors import CheckpointError, ElasticConfigError
+
+from .curriculum import Curriculum
+from .elastic_distillation_config import ElasticDistillationConfig
+
+logger = logging.get_logger(__name__)
+
+STATE_FILE = "elastic_training.json"
+"""Beside `trainer_state.json`: what the budget stream and the loss depend on."""
+
+_INCIDENTAL = (
+    "architectures",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "output_router_logits",
+    "pad_token_id",
+    "router_aux_loss_coef",
+    "transformers_version",
+    "use_cache",
+)
+"""Fields of a parent's config that trainers and tokenizers set, and that change no weight."""
+
+
+def training_state(
+    curriculum: Curriculum, args: ElasticDistillationConfig, num_tokens: int | None = None
+) -> dict[str, Any]:
+    """What a resumed run has to agree with.
+
+    Args:
+        num_tokens (`int`, *optional*): Tokens trained on so far; only reported, not compared.
+    """
+    stages = [
+        {**asdict(stage), "budget_probabilities": dict(stage.budget_probabilities)} for stage in curriculum.stages
+    ]
+    state = {"seed": curriculum.seed, "beta": args.beta, "temperature": args.temperature, "stages": stages}
+    return state if num_tokens is None else {**state, "num_tokens": num_tokens}
+
+
+def check_training(folder: str, ours: Mapping[str, Any]) -> int:
+    """Compare a checkpoint's seed, loss and past stages with the run that wants to go on from it.
+
+    Stages that had not begun when it was saved may differ, and the current one may get longer.
+
+    Returns:
+        `int`: Tokens that the checkpoint was trained on; 0 if it does not say.
+
+    Raises:
+        `ElasticConfigError`: names the fields that differ.
+        `CheckpointError`: there is no complete checkpoint in the folder.
+    """
+    state = _state_of(Path(folder))
+    if state is None:
+        raise CheckpointError(f"{folder} is not a complete checkpoint: it has no readable trainer_state.json.")
+    if not (Path(folder) / STATE_FILE).exists():  # of a trainer without a curriculum
+        return 0
+    theirs = json.loads((Path(folder) / STATE_FILE).read_text(encoding="utf-8"))
+    tokens = theirs.pop("num_tokens", 0)
+    past = [{**run, "stages": _until(run["stages"], state.global_step)} for run in (theirs, ours)]
+    _refuse(folder, "run", _differences(past[0], past[1]))
+    return tokens
+
+
+def check_family(folder: str, ours: ElasticConfig) -> None:
+    """Compare the parent and the budgets of a checkpoint with a model's.
+
+    Raises:
+        `ElasticConfigError`: names the fields that differ.
+    """
+    if not (Path(folder) / "config.json").exists():  # sharded checkpoints of FSDP hold only weights
+        return
+    saved = ElasticConfig.from_pretrained(folder)
+    _refuse(folder, "family", _differences(_description(saved), _description(ours)))
+
+
+def last_complete(output_dir: str | None) -> str:
+    """The checkpoint with the most steps that was saved to the end.
+
+    Raises:
+        `CheckpointError`: there is none.
+    """
+    folders = {}
+    for folder in Path(output_dir or ".").glob("checkpoint-*"):
+        if re.fullmatch(r"checkpoint-\d+", folder.name) and folder.is_dir():
+            folders[int(folder.name.partition("-")[2])] = folder
+    for step in sorted(folders, reverse=True):
+        if _state_of(folders[step]) is not None:
+            return str(folders[step])
+        logger.warning("%s was not saved to the end; looking for an older checkpoint.", folders[step])
+    raise CheckpointError(f"there is no complete checkpoint in {output_dir} to resume from.")
+
+
+def _state_of(folder: Path) -> TrainerState | None:
+    try:
+        return TrainerState.load_from_json(str(folder / "trainer_state.json"))
+    except (OSError, ValueError, TypeError):  # not there, or cut off
+        return None
+
+
+def _until(stages: list[dict[str, Any]], step: int) -> list[dict[str, Any]]:
+    """The part of the stages before an optimizer step; the last one goes on."""
+    past: list[dict[str, Any]] = []
+    for i, stage in enumerate(stages):
+        if step <= 0:
+            break
+        steps = step if i == len(stages) - 1 else min(step, stage["steps"])
+        past.append({**stage, "steps": steps})
+        step -= steps
+    return past
+
+
+def _description(config: ElasticConfig) -> dict[str, Any]:
+    parent = config.to_dict()["parent_config"]
+    return {
+        "parent_config": {key: value for key, value in parent.items() if key not in _INCIDENTAL},
+        **json.loads(json.dumps(config.elastic)),
+    }
+
+
+def _differences(theirs: Any, ours: Any, where: str = "") -> list[str]:
+    if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
+        keys = {**theirs, **ours}
+        return [
+            text
+            for key in keys
+            for text in _differences(theirs.get(key), ours.get(key), f"{where}.{key}" if where else str(key))
+        ]
+    if isinstance(theirs, list) and isinstance(ours, list) and len(theirs) == len(ours):
+        return [
+            text
+            for i, (a, b) in enumerate(zip(theirs, ours, strict=True))
+            for text in _differences(a, b, f"{where}[{i}]")
+        ]
+    return [] if theirs == ours else [f"{where} ({theirs!r} there, {ours!r} here)"]
+
+
+def _refuse(folder: str, what: str, different: list[str]) -> None:
+    if different:
+        more = f" and {len(different) - 8} more" if len(different) > 8 else ""
+        raise ElasticConfigError(
+            f"{folder} is of another {what}: {', '.join(different[:8])}{more}. Resume with what it was started with."
+        )
