@@ -88,8 +88,9 @@ class CostModel:
         self._rules: dict[int | None, list[TensorRule]] = {}
         for rule in self.architecture.rules(config):
             self._rules.setdefault(rule.layer, []).append(rule)
+        full = self.architecture.full(config)
         self._kinds = {
-            layer: (tuple((rule.template, rule.dims) for rule in rules), self._cache_key(layer))
+            layer: (tuple((rule.template, rule.dims) for rule in rules), self._cache_key(layer, full))
             for layer, rules in self._rules.items()
         }
         self._known: dict[Any, Cost] = {}
@@ -106,11 +107,10 @@ class CostModel:
             total += self.part(layer, submodel.at(layer))
         return total
 
-    def _cache_key(self, layer: int | None) -> Any:
+    def _cache_key(self, layer: int | None, full: Submodel) -> Any:
         if layer is None:
             return None
-        sizes = self.architecture.full(self.config).at(layer)
-        return self.architecture.cache_elements(self.config.per_layer_config[layer], layer, sizes)
+        return self.architecture.cache_elements(self.config.per_layer_config[layer], layer, full.at(layer))
 
     def part(self, layer: int | None, sizes: dict[str, int]) -> Cost:
         """Cost of one layer at these sizes, or of what belongs to no layer (`None`)."""

@@ -121,21 +121,14 @@ class Architecture(ABC):
     def full(self, config: PreTrainedConfig) -> Submodel:
         """The whole parent as a submodel of itself."""
         depth = self.depth(config)
-        layer_configs = [config.per_layer_config[i] for i in range(depth)]
+        layers = [(config.per_layer_config[i], self.parts(config, i)) for i in range(depth)]
         items: list[tuple[str, int | tuple[int | None, ...]]] = []
-        for axis in self.available_axes(config):
+        for axis in self.axes:
             if axis.part is None:
                 items.append((axis.name, int(getattr(config, axis.field))))
-            else:
-                there = set(self.layers_with(config, axis))
-                items.append(
-                    (
-                        axis.name,
-                        tuple(
-                            int(getattr(layer_configs[i], axis.field)) if i in there else None for i in range(depth)
-                        ),
-                    )
-                )
+            elif any(axis.part in parts for _, parts in layers):
+                sizes = (int(getattr(c, axis.field)) if axis.part in parts else None for c, parts in layers)
+                items.append((axis.name, tuple(sizes)))
         return Submodel(tuple(items), tuple(range(depth)), depth)
 
     def submodel(self, config: PreTrainedConfig, sizes: Mapping[str, Any], name: str = "the submodel") -> Submodel:
