@@ -39,14 +39,19 @@ class Cut:
         within (`str`, *optional*):
             The entries are sorted separately for every index of this axis, which runs along dimension 0 (the neurons of one
             expert). Cutting is not affected.
+        gated (`bool`, *optional*, defaults to `False`):
+            While the size of the axis is not decided, its entries are weighted here. Each axis is weighted once on every path through the
+            model; where it is not, a hard choice still gives exactly the submodel, because what is weighted with 0 stays 0 from there on.
     """
 
     axis: str
     groups: int = 1
     within: str | None = None
+    gated: bool = False
 
     def size(self, sizes: Sizes) -> int:
-        return sizes[self.axis] // self.groups
+        size = sizes[self.axis]
+        return size // self.groups if isinstance(size, int) else size / self.groups  # expected sizes are no integers
 
 
 Factor = int | Cut
@@ -111,6 +116,30 @@ class Dim:
                 return offset, offset + size
             offset += size
         raise KeyError(f"no segment {name!r} among {[name for name, _ in self.segments]}")
+
+    def gates(self, full: Sizes, weights: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+        """How much of every entry is kept while sizes are undecided, or `None` if nothing along it is weighted.
+
+        Args:
+            full (`Sizes`): Sizes of the tensor.
+            weights (`dict[str, torch.Tensor]`): Per axis the weight of every entry of one group, of shape `(size per group,)`.
+
+        Returns:
+            `torch.Tensor`: Of shape `(size,)`, differentiable in the weights.
+        """
+        gated = [cut for cut in self.cuts if cut.gated and cut.axis in weights]
+        if not gated:
+            return None
+        like = weights[gated[0].axis]
+        parts = []
+        for _, segment in self.segments:
+            part = like.new_ones(1)
+            for factor in segment:
+                own = isinstance(factor, Cut) and factor.gated and factor.axis in weights
+                along = weights[factor.axis] if own else like.new_ones(_factor_size(factor, full))  # type: ignore[union-attr]
+                part = (part[:, None] * along).reshape(-1)
+            parts.append(part)
+        return torch.cat(parts)
 
     def order(self, full: Sizes, orders: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
         """The index that sorts this dimension, or `None` if nothing along it is sorted.
@@ -189,6 +218,11 @@ class TensorRule:
         """Whether dimension 0 is one tensor per index on disk."""
         return self.disk is not None and "{expert}" in self.disk
 
+    @property
+    def routes(self) -> bool:
+        """Whether it is the weight of a router, `[experts, hidden]`."""
+        return len(self.dims) == 2 and any(cut.axis == "experts" for cut in self.dims[0].cuts)
+
     def disk_name(self, expert: int | None = None) -> str:
         """Name in the parent's Hub layout."""
         return (self.disk or self.template).format(layer=self.layer, expert=expert)
@@ -225,6 +259,16 @@ class TensorRule:
                 along[start:stop] = 1.0
             mask = mask[..., None] * along
         return mask
+
+    def gate(self, tensor: torch.Tensor, full: Sizes, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Weight the entries of undecided axes, where this tensor is the place for it (`Cut.gated`)."""
+        for i, dim in enumerate(self.dims):
+            gates = dim.gates(full, weights)
+            if gates is not None:
+                view = [1] * tensor.dim()
+                view[i] = -1
+                tensor = tensor * gates.to(tensor.dtype).view(view)
+        return tensor
 
     def permute(self, tensor: torch.Tensor, full: Sizes, orders: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Sort `tensor` by the orders of its axes (`Dim.order`); a new tensor if anything moves.

@@ -14,7 +14,6 @@ import torch
 from transformers import PreTrainedModel
 
 from .architectures import get_architecture
-from .axes import Cut
 from .slicing import Piece, pieces
 from .submodel import Submodel
 
@@ -45,9 +44,12 @@ def masked_model(parent: PreTrainedModel, submodel: Submodel) -> PreTrainedModel
             tensor.mul_(piece.rule.mask(piece.full, piece.kept).to(tensor))
             if piece.rule.norm:
                 _correct_norm(owner, piece)
-    for piece in filter(_is_router, parts):  # after the weights: -inf times a mask would be NaN
+    for piece in (part for part in parts if part.rule.routes):  # after the weights: -inf times a mask would be NaN
         router = model.get_submodule(piece.rule.module)
-        architecture.mask_router(router, piece.runs[0], piece.kept["experts_per_token"])
+        bias = torch.full((piece.rule.dims[0].size(piece.full),), -torch.inf)
+        for start, stop in piece.runs[0]:
+            bias[start:stop] = 0.0
+        architecture.bias_router(router, router, bias, piece.kept["experts_per_token"])
     layers = architecture.layers_of(model)
     for layer in set(range(submodel.depth)) - set(submodel.layers):
         layers[layer].forward = _identity  # type: ignore[method-assign]
@@ -58,11 +60,6 @@ def _correct_norm(norm: Any, piece: Piece) -> None:
     alive = math.prod(piece.shape) / piece.rule.count(piece.full)
     norm.weight.mul_(math.sqrt(alive))
     norm.variance_epsilon *= alive
-
-
-def _is_router(piece: Piece) -> bool:
-    rows = piece.rule.dims[0].cuts
-    return len(piece.rule.dims) == 2 and any(isinstance(cut, Cut) and cut.axis == "experts" for cut in rows)
 
 
 def _identity(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

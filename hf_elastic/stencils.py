@@ -41,7 +41,7 @@ class Unit:
             return args[0] if args else kwargs["hidden_states"]
         if self.stencil.training != self.module.training:
             self.stencil.train(self.module.training)
-        live = {name: piece.narrow(_attribute(self.module, name)) for name, piece in self.parts}
+        live = {name: piece.narrow(attribute(self.module, name)) for name, piece in self.parts}
         return torch.func.functional_call(self.stencil, live, args, kwargs)
 
 
@@ -86,7 +86,8 @@ def uninstall(units: list[Unit]) -> None:
         unit.module.__dict__.pop("forward", None)
 
 
-def _attribute(module: nn.Module, name: str) -> torch.Tensor:
+def attribute(module: nn.Module, name: str) -> torch.Tensor:
+    """A tensor of a module by its dotted name."""
     for part in name.split("."):
         module = getattr(module, part)
     return module  # type: ignore[return-value]

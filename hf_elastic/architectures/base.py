@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -82,8 +83,14 @@ class Architecture(ABC):
         """What generation keeps for this layer at these sizes."""
 
     @abstractmethod
-    def mask_router(self, router: Any, kept: Sequence[tuple[int, int]], top_k: int) -> None:
-        """Let a router of the full size choose `top_k` among the experts in the ranges `kept` only, in place."""
+    def bias_router(self, router: Any, source: Any, bias: torch.Tensor, top_k: int) -> None:
+        """Let `router`, of the full size, choose `top_k` experts with `bias` added to what it chooses by, in place.
+
+        Args:
+            router: Stock router that is changed; its weight may be exchanged afterwards.
+            source: Stock router that owns the parent's tensors; may be the same.
+            bias (`torch.Tensor`): `(experts,)`, `-inf` for experts that must not be chosen.
+        """
 
     def tied_fields(self, config: PreTrainedConfig, part: str, sizes: Sizes) -> dict[str, Any]:
         """Fields that follow from the sizes of a part of a layer because the stock config computes one from another."""

@@ -11,6 +11,10 @@ from ..axes import Cut, Dim, Sizes, TensorRule, dim
 from .base import CacheElements
 
 HIDDEN = dim(Cut("hidden"))
+"""The residual stream where it is read."""
+
+RESIDUAL = dim(Cut("hidden", gated=True))
+"""The residual stream where it is written: by embeddings and by every matrix that leads back to it."""
 
 
 def linear(prefix: str, layer: int | None, out: Dim, inp: Dim, *, bias: bool = False) -> Iterator[TensorRule]:
@@ -26,16 +30,18 @@ def mamba2(
     """Mamba-2 mixer. B, C and the gated norm are per group, so a head is kept with its group (arXiv 2504.11409)."""
     heads, head_dim = Cut("mamba_heads", groups=groups), Cut("mamba_head_dim")
     inner, shared, per_head = (groups, heads, head_dim), (groups, state), (groups, heads)
-    conv = dim(x=inner, B=shared, C=shared)
-    in_proj = dim(z=inner, x=inner, B=shared, C=shared, dt=per_head)
+    # Undecided heads and channels are weighted in x, and in the bias that the convolution adds to it; the scan is linear in x.
+    x = (groups, Cut("mamba_heads", groups=groups, gated=True), Cut("mamba_head_dim", gated=True))
+    conv, conv_add = dim(x=inner, B=shared, C=shared), dim(x=x, B=shared, C=shared)
+    in_proj = dim(z=inner, x=x, B=shared, C=shared, dt=per_head)
     yield from linear(f"{prefix}.in_proj", layer, in_proj, HIDDEN, bias=proj_bias)
     yield TensorRule(f"{prefix}.conv1d.weight", (conv, dim(1), dim(kernel)), layer)
     if conv_bias:
-        yield TensorRule(f"{prefix}.conv1d.bias", (conv,), layer)
+        yield TensorRule(f"{prefix}.conv1d.bias", (conv_add,), layer)
     for name in ("dt_bias", "A_log", "D"):
         yield TensorRule(f"{prefix}.{name}", (dim(*per_head),), layer)
     yield TensorRule(f"{prefix}.norm.weight", (dim(*inner),), layer, norm=True)
-    yield from linear(f"{prefix}.out_proj", layer, HIDDEN, dim(*inner), bias=proj_bias)
+    yield from linear(f"{prefix}.out_proj", layer, RESIDUAL, dim(*inner), bias=proj_bias)
 
 
 def mamba2_cache(sizes: Sizes, *, groups: int, state: int, kernel: int) -> CacheElements:
@@ -50,7 +56,8 @@ def attention(prefix: str, layer: int, *, kv_heads: int, head_dim: int, bias: bo
     key = dim(kv_heads, head_dim)
     for name, out in (("q_proj", query), ("k_proj", key), ("v_proj", key)):
         yield from linear(f"{prefix}.{name}", layer, out, HIDDEN, bias=bias)
-    yield from linear(f"{prefix}.o_proj", layer, HIDDEN, query, bias=bias)
+    heads = dim(kv_heads, Cut("attention_heads", groups=kv_heads, gated=True), head_dim)
+    yield from linear(f"{prefix}.o_proj", layer, RESIDUAL, heads, bias=bias)
 
 
 def rms_norm(prefix: str, layer: int | None) -> TensorRule:

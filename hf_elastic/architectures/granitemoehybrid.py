@@ -13,7 +13,7 @@ from transformers.models.granitemoehybrid.modeling_granitemoehybrid import Grani
 from ..axes import Cut, Sizes, TensorRule, dim
 from ..errors import ElasticConfigError
 from .base import Architecture, Axis, CacheElements
-from .blocks import HIDDEN, attention, linear, mamba2, mamba2_cache, rms_norm
+from .blocks import HIDDEN, RESIDUAL, attention, linear, mamba2, mamba2_cache, rms_norm
 
 
 class GraniteMoeHybrid(Architecture):
@@ -38,7 +38,7 @@ class GraniteMoeHybrid(Architecture):
 
     def rules(self, config: PreTrainedConfig) -> list[TensorRule]:
         vocab = dim(config.vocab_size)
-        rules = [TensorRule("model.embed_tokens.weight", (vocab, HIDDEN))]
+        rules = [TensorRule("model.embed_tokens.weight", (vocab, RESIDUAL))]
         for layer in range(self.depth(config)):
             rules.extend(self._layer(config.per_layer_config[layer], layer))
         tied = "model.embed_tokens.weight" if config.tie_word_embeddings else None
@@ -68,7 +68,8 @@ class GraniteMoeHybrid(Architecture):
             yield from _moe(f"{prefix}.block_sparse_moe", layer)
         shared = (Cut("shared_expert_ffn"),)
         yield from linear(f"{prefix}.shared_mlp.input_linear", layer, dim(gate=shared, up=shared), HIDDEN)
-        yield from linear(f"{prefix}.shared_mlp.output_linear", layer, HIDDEN, dim(*shared))
+        shared_out = dim(Cut("shared_expert_ffn", gated=True))
+        yield from linear(f"{prefix}.shared_mlp.output_linear", layer, RESIDUAL, shared_out)
 
     def layer_fields(self, config: PreTrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
         return {"layer_types": [config.layer_types[i] for i in kept], "num_hidden_layers": len(kept)}
@@ -100,13 +101,9 @@ class GraniteMoeHybrid(Architecture):
                 "them together so that hidden divides the product."
             )
 
-    def mask_router(self, router: Any, kept: Sequence[tuple[int, int]], top_k: int) -> None:
-        dropped = torch.ones(router.num_experts, dtype=torch.bool)
-        for start, stop in kept:
-            dropped[start:stop] = False
-
+    def bias_router(self, router: Any, source: Any, bias: torch.Tensor, top_k: int) -> None:
         def forward(hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            logits = nn.functional.linear(hidden_states, router.weight).float().masked_fill(dropped, -torch.inf)
+            logits = nn.functional.linear(hidden_states, router.weight).float() + bias
             top_logits, index = logits.topk(top_k, dim=-1)
             return logits, torch.softmax(top_logits, dim=-1).type_as(hidden_states), index
 
@@ -124,7 +121,7 @@ def _moe(prefix: str, layer: int) -> Iterator[TensorRule]:
     )
     yield TensorRule(
         f"{prefix}.experts.down_proj",
-        (experts, HIDDEN, dim(*ffn)),
+        (dim(Cut("experts", gated=True)), RESIDUAL, dim(Cut("expert_ffn", within="experts", gated=True))),
         layer,
         disk=f"{prefix}.output_linear.weight",
         routed=True,

@@ -14,7 +14,7 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHBlock
 from ..axes import Cut, Sizes, TensorRule, dim
 from ..errors import ElasticConfigError
 from .base import Architecture, Axis, CacheElements
-from .blocks import HIDDEN, attention, linear, mamba2, mamba2_cache, rms_norm
+from .blocks import HIDDEN, RESIDUAL, attention, linear, mamba2, mamba2_cache, rms_norm
 
 _PARTS = {"linear_attention": "mamba", "full_attention": "attention", "moe": "moe", "mlp": "mlp"}
 
@@ -41,7 +41,7 @@ class NemotronH(Architecture):
 
     def rules(self, config: PreTrainedConfig) -> list[TensorRule]:
         vocab = dim(config.vocab_size)
-        rules = [TensorRule("model.embeddings.weight", (vocab, HIDDEN))]
+        rules = [TensorRule("model.embeddings.weight", (vocab, RESIDUAL))]
         for layer in range(self.depth(config)):
             layer_config = config.per_layer_config[layer]
             rules.append(rms_norm("model.layers.{layer}.norm", layer))
@@ -84,11 +84,8 @@ class NemotronH(Architecture):
                 f"in the {config.topk_group} router groups a token may use; lower it or keep more experts."
             )
 
-    def mask_router(self, router: Any, kept: Sequence[tuple[int, int]], top_k: int) -> None:
-        bias = torch.full_like(router.e_score_correction_bias, -torch.inf)
-        for start, stop in kept:
-            bias[start:stop] = router.e_score_correction_bias[start:stop]
-        router.e_score_correction_bias = bias
+    def bias_router(self, router: Any, source: Any, bias: torch.Tensor, top_k: int) -> None:
+        router.e_score_correction_bias = source.e_score_correction_bias + bias
         router.top_k = top_k
 
 
@@ -113,25 +110,26 @@ def _attention(c: PreTrainedConfig, layer: int) -> Iterator[TensorRule]:
 def _mlp(
     c: PreTrainedConfig, layer: int, prefix: str = "model.layers.{layer}.mixer", axis: str = "ffn"
 ) -> Iterator[TensorRule]:
-    ffn = dim(Cut(axis))
-    yield from linear(f"{prefix}.up_proj", layer, ffn, HIDDEN, bias=c.mlp_bias)
-    yield from linear(f"{prefix}.down_proj", layer, HIDDEN, ffn, bias=c.mlp_bias)
+    yield from linear(f"{prefix}.up_proj", layer, dim(Cut(axis)), HIDDEN, bias=c.mlp_bias)
+    yield from linear(f"{prefix}.down_proj", layer, RESIDUAL, dim(Cut(axis, gated=True)), bias=c.mlp_bias)
 
 
 def _moe(c: PreTrainedConfig, layer: int) -> Iterator[TensorRule]:
     prefix = "model.layers.{layer}.mixer"
     experts = dim(c.n_group, Cut("experts", groups=c.n_group))
-    ffn = dim(Cut("expert_ffn", within="experts"))
-    token = HIDDEN if c.moe_latent_size is None else dim(c.moe_latent_size)
-    for name, dims in (("up_proj", (experts, ffn, token)), ("down_proj", (experts, token, ffn))):
+    ffn, ffn_out = (dim(Cut("expert_ffn", within="experts", gated=gated)) for gated in (False, True))
+    experts_out = dim(c.n_group, Cut("experts", groups=c.n_group, gated=True))
+    latent = None if c.moe_latent_size is None else dim(c.moe_latent_size)
+    token, token_out = latent or HIDDEN, latent or RESIDUAL
+    for name, dims in (("up_proj", (experts, ffn, token)), ("down_proj", (experts_out, token_out, ffn_out))):
         disk = f"{prefix}.experts.{{expert}}.{name}.weight"
         yield TensorRule(f"{prefix}.experts.{name}", dims, layer, disk=disk, routed=True)
     yield TensorRule(f"{prefix}.gate.weight", (experts, HIDDEN), layer)
     yield TensorRule(f"{prefix}.gate.e_score_correction_bias", (experts,), layer, buffer=True, fp32=True)
     yield from _mlp(c, layer, f"{prefix}.shared_experts", "shared_expert_ffn")
-    if c.moe_latent_size is not None:
-        yield from linear(f"{prefix}.fc1_latent_proj", layer, token, HIDDEN, bias=c.mlp_bias)
-        yield from linear(f"{prefix}.fc2_latent_proj", layer, HIDDEN, token, bias=c.mlp_bias)
+    if latent is not None:
+        yield from linear(f"{prefix}.fc1_latent_proj", layer, latent, HIDDEN, bias=c.mlp_bias)
+        yield from linear(f"{prefix}.fc2_latent_proj", layer, RESIDUAL, latent, bias=c.mlp_bias)
 
 
 _MIXERS = {"linear_attention": _mamba, "full_attention": _attention, "mlp": _mlp, "moe": _moe}
