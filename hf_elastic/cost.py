@@ -116,10 +116,11 @@ class CostModel:
         """Cost of one layer at these sizes, or of what belongs to no layer (`None`)."""
         key = (self._kinds[layer], tuple(sizes.items()))
         if key not in self._known:
-            self._known[key] = self._count(layer, sizes)
+            self._known[key] = self.count(layer, sizes)
         return self._known[key]
 
-    def _count(self, layer: int | None, sizes: dict[str, int]) -> Cost:
+    def count(self, layer: int | None, sizes: Mapping[str, Any]) -> Cost:
+        """As `part`, for sizes that may be expected values (scalar tensors) too; then so are the counts, differentiable in them."""
         total = active = fp32 = other = 0
         for rule in self._rules[layer]:
             if rule.tied:
@@ -129,7 +130,10 @@ class CostModel:
             other += 0 if rule.fp32 else count
             if not rule.buffer:
                 total += count
-                active += count * sizes["experts_per_token"] // sizes["experts"] if rule.routed else count
+                used = count * sizes["experts_per_token"] if rule.routed else count
+                if rule.routed:  # exact for integers: the count is a multiple of the experts
+                    used = used // sizes["experts"] if isinstance(used, int) else used / sizes["experts"]
+                active += used
         cache = (
             CacheElements()
             if layer is None

@@ -2,8 +2,8 @@
 
 A choice k of an axis keeps the first k entries. Undecided, entry j counts `w_j = sum_i pi_i [j < k_i]`, which multiplies the entry's
 activation once (`Cut.gated` says where). An RMSNorm over N channels uses `eps * sum_i pi_i k_i/N` and `weight * sum_i pi_i sqrt(k_i/N)`
-(the corrections of [`hf_elastic.masking`], mixed); routers add `log w` to what they choose experts by; a layer is kept with weight
-`g_l`: `h + g_l (f(h) - h)`. Where every pi is one-hot this is exactly the submodel.
+(the corrections of [`hf_elastic.masking`], mixed); experts are chosen as in the parent, except those whose weight is next to nothing; a
+layer is kept with weight `g_l`: `h + g_l (f(h) - h)`. Where every pi is one-hot this is exactly the submodel.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from .architectures import Architecture
 from .slicing import build_meta
 from .stencils import Unit, attribute, make_units
 from .submodel import Submodel
+
+_DROPPED = 0.05
+"""Experts with less weight than this are not chosen. Above it their outputs are weighted, so that the router feels what it loses."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,8 @@ class SoftUnits:
             if piece.rule.routes and "experts" in weights:
                 gates = _tile(weights["experts"], full["experts"])
                 original = unit.module.get_submodule(owner)
-                self._architecture.bias_router(module, original, gates.detach().log(), full["experts_per_token"])
+                dropped = torch.where(gates.detach() < _DROPPED, -torch.inf, 0.0)
+                self._architecture.bias_router(module, original, dropped, full["experts_per_token"])
             if not (piece.rule.buffer and "experts" in weights):  # the router's bias is set with the choice
                 live[name] = piece.rule.gate(source, full, weights)
         output = torch.func.functional_call(stencil, live, args, kwargs)
