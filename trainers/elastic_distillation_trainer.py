@@ -148,6 +148,18 @@ class ElasticDistillationTrainer(SFTTrainer):
                     parameter.grad = torch.zeros_like(parameter)
         return loss
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The norm that upstream logs; the last moment to stop before the weights change."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        if (
+            self.accelerator.scaler is None and norm is not None and not math.isfinite(norm)
+        ):  # a scaler skips such steps itself
+            raise HFElasticError(
+                f"the gradient norm is {float(norm)} at step {self.state.global_step}, though the loss is finite. This step changed no weight, "
+                "and the last checkpoint is kept; lower the learning rate, or train in float32 or bfloat16."
+            )
+        return norm
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:

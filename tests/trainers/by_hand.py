@@ -1,0 +1,92 @@
+"""The distillation step written out: full logits, masks on the parent's weights, and the optimizer's formula."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from cases import build_parent
+from torch import Tensor
+from torch.func import functional_call
+
+from hf_elastic import ElasticConfig, masked_model
+from hf_elastic.slicing import pieces
+
+Batch = Mapping[str, Tensor]
+
+
+class ByHand:
+    """A parent's parameters and AdamW's moments, updated by the definitions.
+
+    Args:
+        name (`str`): Of the parent.
+        elastic (`ElasticConfig`): Names the budgets.
+    """
+
+    def __init__(self, name: str, elastic: ElasticConfig):
+        self.parent, self.elastic = build_parent(name), elastic
+        self.parameters = {key: p.detach().clone() for key, p in self.parent.named_parameters()}
+        self.moments = {key: (torch.zeros_like(p), torch.zeros_like(p)) for key, p in self.parameters.items()}
+        self.updates = 0
+
+    def logits(self, budget: str | None, batch: Batch, weights: dict[str, Tensor] | None = None) -> Tensor:
+        """Of the parent through the masks of a budget, `(B, T, V)`; of the untouched parent for `None`."""
+        tokens = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+        if budget is None:
+            with torch.no_grad():
+                return self.parent(**tokens).logits
+        submodel = self.elastic.submodel(budget)
+        free = dict(self.parameters if weights is None else weights)
+        used = dict(free)
+        for piece in pieces(self.elastic.architecture, self.parent.config, submodel):
+            if piece.rule.buffer or piece.rule.tied:
+                continue
+            used[piece.rule.name] = free[piece.rule.name] * piece.rule.mask(piece.full, piece.kept)
+            if piece.rule.norm:
+                used[piece.rule.name] *= math.sqrt(math.prod(piece.shape) / piece.rule.count(piece.full))
+        return functional_call(masked_model(self.parent, submodel).train(), used, (), tokens).logits
+
+    def divergence(self, budget: str, batch: Batch, weights: dict[str, Tensor] | None = None) -> tuple[Tensor, int]:
+        """Sum of `sum_v p log(p / q)` over the target tokens, and their number."""
+        teacher = self.logits(None, batch)[:, :-1].double().softmax(-1)
+        student = self.logits(budget, batch, weights)[:, :-1].double().softmax(-1)
+        per_token = (teacher * (teacher.log() - student.log())).sum(-1)
+        target = batch["labels"][:, 1:] != -100
+        return (per_token * target).sum(), int(target.sum())
+
+    def step(self, micro_batches: Sequence[tuple[str, Batch]], rate: float, clip: float, **adam: Any) -> float:
+        """One optimizer step over all micro-batches; returns the loss, the mean over all their target tokens."""
+        weights = {key: p.clone().requires_grad_() for key, p in self.parameters.items()}
+        parts = [self.divergence(budget, batch, weights) for budget, batch in micro_batches]
+        loss = torch.stack([total for total, _ in parts]).sum() / sum(count for _, count in parts)
+        found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+        gradients = {
+            key: torch.zeros_like(p) if g is None else g for (key, p), g in zip(weights.items(), found, strict=True)
+        }
+        norm = math.sqrt(sum(float(g.double().pow(2).sum()) for g in gradients.values()))
+        scale = min(1.0, clip / norm)
+        self.updates += 1
+        for key, p in self.parameters.items():
+            self.moments[key] = _adamw(p, scale * gradients[key], self.moments[key], self.updates, rate, **adam)
+        return float(loss.detach())
+
+
+def _adamw(
+    p: Tensor,
+    g: Tensor,
+    moments: tuple[Tensor, Tensor],
+    t: int,
+    rate: float,
+    *,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float,
+    decay: float,
+) -> tuple[Tensor, Tensor]:
+    """In place on `p`; returns the new moments (arXiv 1711.05101, algorithm 2)."""
+    m = betas[0] * moments[0] + (1 - betas[0]) * g
+    v = betas[1] * moments[1] + (1 - betas[1]) * g**2
+    p.mul_(1 - rate * decay)
+    p.sub_(rate * (m / (1 - betas[0] ** t)) / ((v / (1 - betas[1] ** t)).sqrt() + eps))
+    return m, v
