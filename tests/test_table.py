@@ -136,7 +136,7 @@ def test_nemotron_is_stored_as_on_the_hub(original):
     assert not any(name.startswith("model.") for name in names)
 
 
-@each_case
+@pytest.mark.parametrize("case", [case for case in CASES if case.name.startswith(("full", "all"))], ids=IDS)
 def test_a_saved_slice_has_the_names_of_its_own_table(case, checkpoint, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(checkpoint(case.parent), budget=case.submodel)
     model.save_pretrained(tmp_path)
@@ -152,8 +152,12 @@ def test_a_saved_slice_has_the_names_of_its_own_table(case, checkpoint, tmp_path
 # Numbers
 
 
-@each_case
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [(case, torch.float32) for case in CASES]
+    + [(case, torch.bfloat16) for case in CASES if case.name.startswith(("full", "all"))],
+    ids=lambda value: value.id if hasattr(value, "id") else str(value),
+)
 def test_counts_and_bytes_are_those_of_the_loaded_slice(case, dtype, checkpoint, original, ids):
     cost = CostModel(original(case.parent).config)(case.submodel)
     model = AutoModelForCausalLM.from_pretrained(checkpoint(case.parent), budget=case.submodel, dtype=dtype)
