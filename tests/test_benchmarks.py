@@ -1,0 +1,179 @@
+"""The benchmark harness: what it writes, when it fails, and that the scripts run. Nothing here asserts a time."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def harness(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The scripts import each other by name from their own folder."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import harness
+
+    return harness
+
+
+@pytest.fixture
+def processes(harness: Any) -> Any:
+    import processes
+
+    return processes
+
+
+def options(output: Path | None = None, quick: bool = False) -> argparse.Namespace:
+    return argparse.Namespace(output=output, quick=quick)
+
+
+def check_schema(result: dict[str, Any]) -> None:
+    assert set(result) == {"machine", "versions", "commit", "measurements", "claims"}
+    assert set(result["machine"]) == {"cpu", "cores", "memory_gib", "os"}
+    assert set(result["versions"]) == {"python", "torch", "transformers", "safetensors", "hf_elastic"}
+    assert result["commit"] == "unknown" or len(result["commit"].removesuffix("-dirty")) == 40
+    assert result["claims"]
+    for measurement in result["measurements"]:
+        assert {"name", "unit", "median", "runs"} <= set(measurement)
+    for claim in result["claims"]:
+        assert set(claim) == {"name", "value", "limit", "holds"}
+
+
+def test_report_writes_the_documented_schema(harness: Any, tmp_path: Path) -> None:
+    report = harness.Report("demo", [harness.Claim("ratio", 1.5), harness.Claim("moved", 0, "==")])
+    report.measure("time", "s", [3.0, 1.0, 2.0], way="slice")
+    assert report.settle("ratio", 1.5)
+    assert report.settle("moved", 0)
+    file = tmp_path / "new" / "demo.json"
+    assert report.finish(options(file)) == 0
+    result = json.loads(file.read_text(encoding="utf-8"))
+    check_schema(result)
+    assert result["measurements"] == [
+        {"name": "time", "unit": "s", "median": 2.0, "runs": [3.0, 1.0, 2.0], "way": "slice"}
+    ]
+    assert result["claims"][0] == {"name": "ratio", "value": 1.5, "limit": 1.5, "holds": True}
+
+
+def test_result_names_neither_the_machine_nor_a_path(harness: Any) -> None:
+    text = json.dumps([harness.machine(), harness.versions()])
+    assert os.uname().nodename not in text
+    assert "/" not in harness.machine()["os"]
+
+
+@pytest.mark.parametrize(
+    ("comparison", "value", "holds"),
+    [("<=", 1.0, True), ("<=", 1.01, False), (">=", 1.0, True), (">=", 0.9, False), ("==", 1, True), ("==", 2, False)],
+)
+def test_a_claim_that_does_not_hold_is_an_exit_status(
+    harness: Any, tmp_path: Path, comparison: str, value: float, holds: bool
+) -> None:
+    report = harness.Report("demo", [harness.Claim("good", 1), harness.Claim("asked", 1.0, comparison)])
+    report.settle("good", 0)
+    assert report.settle("asked", value) is holds
+    assert report.finish(options(tmp_path / "demo.json")) == (0 if holds else 1)
+    result = json.loads((tmp_path / "demo.json").read_text(encoding="utf-8"))
+    assert [claim["holds"] for claim in result["claims"]] == [True, holds]
+
+
+def test_claims_are_stated_before_and_settled_by_the_end(harness: Any, tmp_path: Path) -> None:
+    report = harness.Report("demo", [harness.Claim("ratio", 1)])
+    with pytest.raises(KeyError, match="ratio"):
+        report.settle("afterthought", 1)
+    with pytest.raises(RuntimeError, match="ratio"):
+        report.finish(options(tmp_path / "demo.json"))
+    assert not (tmp_path / "demo.json").exists()
+
+
+def test_a_quick_run_leaves_the_published_results_alone(
+    harness: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    report = harness.Report("demo", [])
+    report.finish(options(quick=True))
+    assert not list(tmp_path.iterdir())
+    report.finish(options())
+    assert [file.name for file in tmp_path.iterdir()] == ["demo.json"]
+
+
+@pytest.mark.parametrize(("runs", "median"), [([5.0], 5.0), ([9.0, 1.0, 2.0], 2.0), ([4.0, 1.0, 100.0, 2.0], 3.0)])
+def test_medians_are_medians(harness: Any, runs: list[float], median: float) -> None:
+    assert harness.Report("demo", []).measure("time", "s", iter(runs)) == median
+
+
+def test_turns_alternate(harness: Any) -> None:
+    order: list[str] = []
+
+    def action(name: str) -> Any:
+        return lambda: order.append(name) or len(order)
+
+    results = harness.in_turns({"a": action("a"), "b": action("b")}, 3)
+    assert order == ["a", "b", "b", "a", "a", "b"]
+    assert results == {"a": [1, 4, 5], "b": [2, 3, 6]}
+
+
+ACTIONS = """
+import time
+
+def allocate(size):
+    block = b"x" * size  # every page is written
+    time.sleep(0.1)
+    return len(block)
+
+def fail():
+    raise ValueError("on purpose")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_memory_is_that_of_the_action(processes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that is gone when the action returns is in the peak; the interpreter and its libraries are not."""
+    (tmp_path / "child_actions.py").write_text(ACTIONS, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import child_actions
+
+    run = processes.in_child(child_actions.allocate, 64 << 20)
+    assert run.result == 64 << 20
+    assert 64 << 20 <= run.peak_anonymous_bytes < 80 << 20
+    assert run.seconds >= 0.1
+    with pytest.raises(RuntimeError, match="on purpose"):
+        processes.in_child(child_actions.fail)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="posix_fadvise")
+def test_page_cache_is_dropped(processes: Any, tmp_path: Path) -> None:
+    file = tmp_path / "data"
+    file.write_bytes(os.urandom(8 << 20))
+    try:
+        processes.drop_page_cache([file])
+    except RuntimeError:
+        pytest.skip("the temporary folder lives in memory")
+    assert processes.cached_share([file]) <= 0.02
+    file.read_bytes()
+    assert processes.cached_share([file]) > 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("script", ["loading", "switching"])
+def test_scripts_run(script: str, tmp_path: Path) -> None:
+    """The exit status may be 1: small sizes on a busy machine need not keep every claim about time."""
+    output = tmp_path / "result.json"
+    command = [sys.executable, str(BENCHMARKS / f"{script}.py"), "--quick", "--output", str(output)]
+    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode in (0, 1), done.stderr
+    result = json.loads(output.read_text(encoding="utf-8"))
+    check_schema(result)
+    assert done.returncode == (0 if all(claim["holds"] for claim in result["claims"]) else 1)
+    exact = [claim for claim in result["claims"] if "time" not in claim["name"]]
+    assert exact
+    assert all(claim["holds"] for claim in exact)
