@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
@@ -104,7 +103,9 @@ class ElasticDistillationTrainer(SFTTrainer):
         self._eval_budgets = _known(args.eval_budgets, names) if args.eval_budgets else names
         teacher = _load_teacher(teacher_model, model)
         if args.ddp_find_unused_parameters is None:
-            args.ddp_find_unused_parameters = False  # every parameter is used in every step, see `_UseAll`
+            # A budget that drops a layer uses none of its parameters. Upstream looks for them only without gradient checkpointing, and
+            # DDP then stops in the second step; non-reentrant checkpointing, the default here, gets along with looking.
+            args.ddp_find_unused_parameters = True
         with _without_auxiliary_loss(model, args):
             super().__init__(model=model, args=args, **kwargs)
         # The loss is divided by the number of target tokens of the whole step already.
@@ -191,7 +192,7 @@ class ElasticDistillationTrainer(SFTTrainer):
 
         def student_loss(**kwargs: Any) -> torch.Tensor:
             hidden = _hidden(student, kwargs)[:, :-1][target]
-            loss = chunked_divergence(
+            return chunked_divergence(
                 hidden,
                 teacher_hidden,
                 _head(student),
@@ -200,9 +201,6 @@ class ElasticDistillationTrainer(SFTTrainer):
                 temperature=self.args.temperature,
                 chunk_size=self.args.loss_chunk_size,
             )
-            if isinstance(model, DistributedDataParallel) and torch.is_grad_enabled():
-                loss = _UseAll.apply(loss, *(p for p in student.parameters() if p.requires_grad))
-            return loss
 
         with _forward_as(student, student_loss):
             return model(**tokens)
@@ -351,25 +349,6 @@ class ElasticDistillationTrainer(SFTTrainer):
     def _load_weights(self, folder: Any) -> None:
         saved = ElasticForCausalLM.from_pretrained(folder, dtype=self._elastic.dtype)
         self._elastic.load_state_dict(saved.state_dict())
-
-
-class _UseAll(torch.autograd.Function):
-    """The loss as it is, and a gradient of zero for every parameter.
-
-    DDP waits for the gradients of all parameters. Letting it look for unused ones is not enough: what a budget without some layer
-    leaves unused in the last micro-batch of a step keeps the gradients of the micro-batches before, and DDP does not average those, so
-    that ranks drift apart without an error.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, loss: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
-        ctx.like = [(p.shape, p.dtype, p.device) for p in parameters]
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        # Expanded from one element: no memory is filled for parameters that have a gradient anyway.
-        return gradients[0], *(torch.zeros((), dtype=d, device=on).expand(shape) for shape, d, on in ctx.like)
 
 
 def _hidden(model: Any, tokens: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -1,0 +1,73 @@
+"""Two ranks compute what one process computes, also when budgets drop layers and differ between the micro-batches of a step."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import two_ranks
+
+pytestmark = pytest.mark.slow
+
+# float32; the same sums in another order, through three steps of at most 0.01
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+@pytest.fixture(autouse=True)
+def _with_gradients():
+    with torch.enable_grad():
+        yield
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """Results of both ranks; one launch for all runs, because starting takes longer than running."""
+    folder = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*command, two_ranks.__file__, str(folder)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [torch.load(folder / f"rank{i}.pt", weights_only=True) for i in range(2)]
+
+
+def assert_same_weights(ours, theirs, **close):
+    assert ours.keys() == theirs.keys()
+    for key, tensor in ours.items():
+        if close:
+            torch.testing.assert_close(tensor, theirs[key], **close, msg=lambda text, key=key: f"{key}: {text}")
+        else:
+            assert torch.equal(tensor, theirs[key]), key
+
+
+@pytest.mark.parametrize("name", two_ranks.TRAINED)
+def test_ddp_through_the_trainer_is_one_process(name, ranks, tmp_path):
+    first, second = (results[f"trainer {name}"] for results in ranks)
+    assert first["wrapper"] == "DistributedDataParallel"
+    assert first["rows"][0][0] == 2
+    one = two_ranks.train(name, tmp_path, ranks=1)
+    assert one["rows"][0][0] == 4
+    assert first["budgets"] == second["budgets"] == one["budgets"]
+    if name == "only_small":
+        assert {budget for step in one["budgets"] for budget in step} == {"small"}
+    else:  # the trap: what an earlier micro-batch used and the last one, which reduces, does not
+        assert any(step[-1] == "small" and step[0] in ("full", "large") for step in one["budgets"])
+    assert_same_weights(first["state"], second["state"])
+    assert_same_weights(first["state"], one["state"], **CLOSE)
+    assert len(first["logs"]) == 3
+    for ours, theirs in zip(first["logs"], one["logs"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3)
+    assert first["eval"] == pytest.approx(one["eval"], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", two_ranks.SHARDED)
+def test_fully_sharded_stencils_are_one_process(name, ranks):
+    first, second = (results[f"fully_shard {name}"] for results in ranks)
+    assert first["kinds"] == {"DTensor"}
+    one = two_ranks.shard(name, 0, 1)
+    assert_same_weights(first["state"], second["state"])
+    assert_same_weights(first["state"], one["state"], **CLOSE)
+    losses = [(a + b) for a, b in zip(first["losses"], second["losses"], strict=True)]
+    assert losses == pytest.approx(one["losses"], rel=1e-4)
+    start = dict(two_ranks.family().named_parameters())
+    assert max(float((p - start[key]).abs().max()) for key, p in first["state"].items()) > 1e-2

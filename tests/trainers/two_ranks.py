@@ -1,0 +1,119 @@
+"""The runs that test_distributed compares: in one process, or as a script that torchrun starts on every rank.
+
+python -m torch.distributed.run --standalone --nproc-per-node 2 two_ranks.py OUTPUT
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).parents[i]) for i in (0, 1)]
+torch.set_num_threads(1)
+
+from runs import Recorder, family, rows, trainer  # noqa: E402
+
+# A large epsilon, because m / (sqrt(v) + eps) turns float noise in a gradient near zero into a whole step if eps is small.
+ADAM = {"adam_epsilon": 1e-3, "weight_decay": 0.1}
+TRAINED = {
+    "checkpointed": {"gradient_accumulation_steps": 2, "seed": 13},
+    "plain": {"gradient_accumulation_steps": 2, "seed": 13, "gradient_checkpointing": False},
+    "only_small": {"budget_probabilities": {"small": 1.0}},
+}
+"""Runs of the trainer by name."""
+SHARDED = {
+    "accumulated": (["small"], ["full", "small"], ["medium", "full", "small"]),
+    "checkpointed": (["small"], ["full", "medium"], ["small", "small"]),
+}
+"""Budgets per step and micro-batch of the runs on `fully_shard`."""
+
+
+def train(name: str, folder: Path, ranks: int) -> dict[str, Any]:
+    """Four rows per micro-batch, however many ranks share them."""
+    made = trainer(
+        folder / f"{name}{os.environ.get('RANK', '')}",
+        dataset=rows(24),
+        eval_dataset=rows(8, 1),
+        max_steps=3,
+        per_device_train_batch_size=4 // ranks,
+        per_device_eval_batch_size=4 // ranks,
+        ddp_backend="gloo" if ranks > 1 else None,
+        **ADAM,
+        **TRAINED[name],
+    )
+    recorder = Recorder().watch(made)
+    made.train()
+    metrics = made.evaluate()
+    model = made.accelerator.unwrap_model(made.model)
+    return {
+        "state": {key: p.detach().clone() for key, p in model.named_parameters()},
+        "logs": [
+            {key: value for key, value in entry.items() if key in ("loss", "num_tokens", "grad_norm") or "/kl" in key}
+            for entry in made.state.log_history
+            if "loss" in entry
+        ],
+        "eval": {key: value for key, value in metrics.items() if "/kl" in key},
+        "budgets": [[budget for budget, _ in step] for step in recorder.steps],
+        "rows": [[len(batch["input_ids"]) for _, batch in step] for step in recorder.steps],
+        "distributed": str(made.accelerator.distributed_type),
+        "wrapper": type(made.model_wrapped).__name__,
+    }
+
+
+def shard(name: str, rank: int, ranks: int) -> dict[str, Any]:
+    """The trainer's loss on `fully_shard`, which accelerate does not apply on a CPU: every rank has its share of six rows."""
+    from hf_elastic.trainers.elastic_distillation_trainer import _forward_as, _head, _hidden
+    from hf_elastic.trainers.losses import chunked_divergence
+
+    model, teacher = family().train(), family()
+    if name == "checkpointed":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    kinds = set()
+    if ranks > 1:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (ranks,))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        kinds = {type(p).__name__ for p in model.parameters()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=ADAM["adam_epsilon"])
+    ids = torch.randint(2, 64, (6, 14), generator=torch.Generator().manual_seed(3))
+    losses = []
+    for budgets in SHARDED[name]:
+        total = 0.0
+        for i, budget in enumerate(budgets):
+            if ranks > 1:
+                model.set_requires_gradient_sync(i == len(budgets) - 1)
+            with torch.no_grad():
+                target = _hidden(teacher, {"input_ids": ids[rank::ranks]}).flatten(0, 1)
+
+            def loss_of(input_ids: torch.Tensor, target: torch.Tensor = target) -> torch.Tensor:
+                hidden = _hidden(model, {"input_ids": input_ids}).flatten(0, 1)
+                return chunked_divergence(hidden, target, _head(model), _head(teacher), chunk_size=10)
+
+            with model.computing(budget), _forward_as(model, loss_of):
+                loss = model(input_ids=ids[rank::ranks]) * ranks / (ids.numel() * len(budgets))
+                loss.backward()
+            total += float(loss.detach()) / ranks
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total)
+    state = {key: p.full_tensor() if hasattr(p, "full_tensor") else p for key, p in model.named_parameters()}
+    return {"state": {key: p.detach().clone() for key, p in state.items()}, "losses": losses, "kinds": kinds}
+
+
+def main(output: Path) -> None:
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    results = {f"trainer {name}": train(name, output, ranks) for name in TRAINED}
+    results |= {f"fully_shard {name}": shard(name, rank, ranks) for name in SHARDED}
+    torch.save(results, output / f"rank{rank}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
