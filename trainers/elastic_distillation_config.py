@@ -27,9 +27,24 @@ class ElasticDistillationConfig(SFTConfig):
         beta (`float`, *optional*, defaults to 0.0): 0 is forward KL, 1 reverse KL, in between the generalised Jensen-Shannon divergence.
         loss_chunk_size (`int`, *optional*, defaults to 1024): Tokens that have logits at the same time.
         eval_budgets (`list[str]`, *optional*): Budgets to evaluate, defaults to all.
+        router_targets (`dict[str, str | float]`, *optional*):
+            Learn the sizes: per budget what it may cost, a share of the parent's parameters (`0.5`) or `"12B"`, `"2.1B active"`, `"24GB"`. The
+            model then has axes with choices and no budgets; a router decides them in the first `router_steps` steps
+            (arXiv 2511.16664, eq. 6-12), and the run goes on with what it decided.
+        router_steps (`int`, *optional*): Steps until the router decides; required with `router_targets`.
+        router_learning_rate (`float`, *optional*, defaults to 1e-3): Of the router (the papers use 1e-2 over far longer runs).
+        router_loss_weight (`float`, *optional*, defaults to 5.0): Of the resource loss against the divergence.
+        router_per_layer (`list[str]`, *optional*): Axes with a size of their own in every layer.
+        teacher_model_init_kwargs (`dict`, *optional*): For `from_pretrained` of a teacher given by name; its `dtype` defaults to the model's.
     """
 
-    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "budget_probabilities", "stages"]
+    _VALID_DICT_FIELDS = [
+        *SFTConfig._VALID_DICT_FIELDS,
+        "budget_probabilities",
+        "router_targets",
+        "teacher_model_init_kwargs",
+        "stages",
+    ]
 
     budget_probabilities: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "How often each budget is drawn (name: probability); all alike by default."}
@@ -42,6 +57,19 @@ class ElasticDistillationConfig(SFTConfig):
     beta: float = field(default=0.0, metadata={"help": "0 forward KL, 1 reverse KL, between: generalised JSD."})
     loss_chunk_size: int = field(default=1024, metadata={"help": "Tokens that have logits at the same time."})
     eval_budgets: list[str] | None = field(default=None, metadata={"help": "Budgets to evaluate, all by default."})
+
+    router_targets: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Learn the sizes: what each budget may cost (share, '12B', '2.1B active')."}
+    )
+    router_steps: int = field(default=0, metadata={"help": "Steps until the router decides the sizes."})
+    router_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the router."})
+    router_loss_weight: float = field(default=5.0, metadata={"help": "Weight of the router's resource loss."})
+    router_per_layer: list[str] | None = field(
+        default=None, metadata={"help": "Axes with a size of their own in every layer."}
+    )
+    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Arguments of from_pretrained for a teacher given by name."}
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.stages, str):  # from the command line; upstream reads JSON objects, not lists
@@ -56,6 +84,12 @@ class ElasticDistillationConfig(SFTConfig):
             raise ElasticConfigError(f"beta={self.beta} must be in [0, 1].")
         if self.loss_chunk_size < 1:
             raise ElasticConfigError(f"loss_chunk_size={self.loss_chunk_size} must be at least 1.")
+        if bool(self.router_targets) != (self.router_steps > 0):
+            raise ElasticConfigError(
+                f"router_steps={self.router_steps} with router_targets={self.router_targets!r}: give both, or neither."
+            )
+        if not (self.router_learning_rate > 0 and self.router_loss_weight > 0):
+            raise ElasticConfigError("router_learning_rate and router_loss_weight must be above 0.")
         if self.packing or self.padding_free:
             raise ElasticConfigError(
                 "packing and padding_free join documents, whose Mamba states then leak into each other without the CUDA kernels; "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import math
 import shutil
 import warnings
@@ -20,12 +21,16 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
 from hf_elastic import ElasticForCausalLM
+from hf_elastic.budgets import FULL
 from hf_elastic.errors import ElasticConfigError, HFElasticError
 
 from .curriculum import make_curriculum
 from .elastic_distillation_config import ElasticDistillationConfig
 from .losses import chunked_divergence
 from .resuming import STATE_FILE, check_family, check_training, last_complete, training_state
+from .routing import Routing
+
+logger = logging.getLogger(__name__)
 
 _PAPER = {
     "title": "Nemotron Elastic: Towards Efficient Many-in-One Reasoning LLMs",
@@ -88,7 +93,8 @@ class ElasticDistillationTrainer(SFTTrainer):
         for name in ("train_dataset", "eval_dataset"):
             _check_columns(kwargs.get(name), name, args, kwargs.get("formatting_func"))
         model.set_budget(None)
-        names = list(model.elastic_config.family())
+        self.routing = Routing(model, args) if args.router_targets else None
+        names = self.routing.router.names if self.routing else list(model.elastic_config.family())
         self.curriculum = make_curriculum(
             names,
             args.budget_probabilities,
@@ -101,7 +107,7 @@ class ElasticDistillationTrainer(SFTTrainer):
         if names[0] not in {name for stage in self.curriculum.stages for name in stage.budget_probabilities}:
             warnings.warn(f"the whole parent ({names[0]!r}) is never drawn: nothing keeps it as it is.", stacklevel=2)
         self._eval_budgets = _known(args.eval_budgets, names) if args.eval_budgets else names
-        teacher = _load_teacher(teacher_model, model)
+        teacher = _load_teacher(teacher_model, model, args.teacher_model_init_kwargs)
         if args.ddp_find_unused_parameters is None:
             # A budget that drops a layer uses none of its parameters. Upstream looks for them only without gradient checkpointing, and
             # DDP then stops in the second step; non-reentrant checkpointing, the default here, gets along with looking.
@@ -110,9 +116,20 @@ class ElasticDistillationTrainer(SFTTrainer):
             super().__init__(model=model, args=args, **kwargs)
         # The loss is divided by the number of target tokens of the whole step already.
         self.loss_is_scaled_for_ga = True
-        self.teacher_model = self.accelerator.prepare_model(teacher, evaluation_mode=True)
+        self.teacher_model = self._prepare_teacher(teacher)
         self._micro_batch = 0
         self._divergence: dict[str, dict[str, list[float]]] = {"train": _sums(), "eval": _sums()}
+
+    def _prepare_teacher(self, teacher: PreTrainedModel) -> nn.Module:
+        if self.is_fsdp_enabled:
+            plugin = self.accelerator.state.fsdp_plugin
+            if getattr(plugin, "fsdp_version", 1) != 2:
+                raise ElasticConfigError(
+                    "FSDP 1 flattens parameters, so budgets cannot take parts of them; set fsdp_version to 2."
+                )
+            policy = {"mp_policy": plugin.mixed_precision_policy} if plugin.mixed_precision_policy is not None else {}
+            return shard_teacher(teacher.to(self.accelerator.device), **policy)
+        return self.accelerator.prepare_model(teacher, evaluation_mode=True)
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
@@ -139,8 +156,12 @@ class ElasticDistillationTrainer(SFTTrainer):
         budget = self.curriculum.budget(self.state.global_step, self._micro_batch)
         self._micro_batch += 1
         # Backward runs inside: checkpointed layers compute again what they computed.
-        with self._elastic.computing(budget), self._named(budget):
+        with self._at(budget), self._named(budget):
             loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients and self._undecided:
+            for parameter in self._undecided.router.parameters():  # DDP does not know them
+                if parameter.grad is not None:
+                    parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
         if self.accelerator.sync_gradients:
             # A dropped layer has a gradient of zero, as a dropped channel has: decay and momentum treat both alike, and DDP and one
             # process do the same.
@@ -174,14 +195,20 @@ class ElasticDistillationTrainer(SFTTrainer):
         target = labels[:, 1:] != -100  # position t predicts token t + 1
         with self.accelerator.autocast():
             with torch.no_grad():
-                teacher_hidden = _hidden(self.teacher_model, tokens)[:, :-1][target]
+                teacher_hidden = _through(self.teacher_model, tokens)[:, :-1][target]
             loss = self._through_wrapper(model, tokens, target, teacher_hidden)
         count = target.sum()
         self._record(loss.detach(), count, inputs)
         if num_items_in_batch is None:
             return loss / count.clamp(min=1)
         scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return loss * scale / num_items_in_batch
+        loss = loss * scale / num_items_in_batch
+        routing = self._undecided
+        if self.model.training and routing is not None:
+            resource = routing.loss(self._budget_name)
+            self._metrics["train"][f"{self._budget_name}/resource"].append(float(resource.detach()))
+            loss = loss + resource / self.current_gradient_accumulation_steps
+        return loss
 
     def _through_wrapper(
         self, model: nn.Module, tokens: dict[str, torch.Tensor], target: torch.Tensor, teacher_hidden: torch.Tensor
@@ -204,6 +231,40 @@ class ElasticDistillationTrainer(SFTTrainer):
 
         with _forward_as(student, student_loss):
             return model(**tokens)
+
+    @property
+    def _undecided(self) -> Routing | None:
+        """The router, as long as it has not decided."""
+        return self.routing if self.routing is not None and not self.routing.decided else None
+
+    @contextmanager
+    def _at(self, budget: str) -> Iterator[None]:
+        """Run at a budget of the model, or at a mixture that the router draws for it."""
+        if self._undecided and self.state.global_step >= self.args.router_steps:
+            self._decide(self._undecided)
+        routing = self._undecided
+        if routing is not None:
+            with routing.at(budget, self.state.global_step, self._micro_batch):
+                yield
+        else:
+            with self._elastic.computing(budget):
+                yield
+
+    def _decide(self, routing: Routing) -> None:
+        for row in routing.decide():
+            sizes = ", ".join(f"{axis}={size}" for axis, size in row["sizes"].items())
+            logger.info(
+                "budget %s: %s, %+.1f %% of its target of %s", row["budget"], sizes, 100 * row["miss"], row["target"]
+            )
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The configured optimizer; the router is a group of its own, with its own learning rate and without decay."""
+        made = self.optimizer is not None
+        optimizer = super().create_optimizer(model)
+        if self.routing is not None and not made:
+            group = {"params": list(self.routing.router.parameters()), "lr": self.args.router_learning_rate}
+            optimizer.add_param_group({**group, "weight_decay": 0.0})
+        return optimizer
 
     @property
     def _elastic(self) -> ElasticForCausalLM:
@@ -275,7 +336,7 @@ class ElasticDistillationTrainer(SFTTrainer):
         inputs = self._prepare_inputs(inputs)
         losses = []
         with torch.no_grad():
-            for budget in self._eval_budgets:
+            for budget in [n for n in self._eval_budgets if not self._undecided or n == FULL]:
                 with self._elastic.computing(budget), self._named(budget):
                     losses.append(self.compute_loss(model, inputs))
         return torch.stack(losses).mean().detach(), None, None
@@ -306,7 +367,10 @@ class ElasticDistillationTrainer(SFTTrainer):
         """As in `Trainer`. `resume_from_checkpoint=True` takes the last checkpoint that was saved completely."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete(self.args.output_dir)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self._undecided and self.state.global_step >= self.args.router_steps:
+            self._decide(self._undecided)
+        return result
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save a checkpoint, or leave none: a part of one, after a full disk, would be in the way of resuming."""
@@ -319,6 +383,8 @@ class ElasticDistillationTrainer(SFTTrainer):
             folder.mkdir(parents=True, exist_ok=True)
             text = json.dumps(training_state(self.curriculum, self.args, self._total_train_tokens), indent=2)
             (folder / STATE_FILE).write_text(text + "\n", encoding="utf-8")
+            if self.routing is not None:
+                self.routing.save(folder)
         try:
             super()._save_checkpoint(model, trial)
         except BaseException:
@@ -331,6 +397,8 @@ class ElasticDistillationTrainer(SFTTrainer):
 
         Upstream reads the file's names as they are, without an error; on disk they are the Hub's, so nothing would be loaded.
         """
+        if self.routing is not None:
+            self.routing.load(Path(resume_from_checkpoint))
         check_family(resume_from_checkpoint, self._elastic.elastic_config)
         self._total_train_tokens = check_training(resume_from_checkpoint, training_state(self.curriculum, self.args))
         if (
@@ -349,6 +417,30 @@ class ElasticDistillationTrainer(SFTTrainer):
     def _load_weights(self, folder: Any) -> None:
         saved = ElasticForCausalLM.from_pretrained(folder, dtype=self._elastic.dtype)
         self._elastic.load_state_dict(saved.state_dict())
+
+
+def shard_teacher(teacher: PreTrainedModel, **options: Any) -> PreTrainedModel:
+    """Shard a frozen model over all ranks, a layer at a time, with `torch.distributed.fsdp.fully_shard`.
+
+    What is outside the layers (embeddings, head) stays gathered after the first forward: chunks of logits are made long after it, and
+    again in backward.
+
+    Args:
+        options: Passed to `fully_shard` (`mesh`, `mp_policy`, ...).
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    kinds = set(getattr(teacher, "_no_split_modules", None) or ())
+    for module in [module for module in teacher.modules() if type(module).__name__ in kinds]:
+        fully_shard(module, **options)
+    return fully_shard(teacher, reshard_after_forward=False, **options)
+
+
+def _through(model: nn.Module, tokens: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Last hidden states `(B, T, width)`, computed inside a call of the model, which is what gathers sharded parameters."""
+    inner = getattr(model, "module", model)
+    with _forward_as(inner, lambda **kwargs: _hidden(inner, kwargs)):
+        return model(**tokens)
 
 
 def _hidden(model: Any, tokens: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -435,9 +527,11 @@ def _known(given: list[str], names: list[str]) -> list[str]:
     return given
 
 
-def _load_teacher(teacher: Any, model: ElasticForCausalLM) -> PreTrainedModel:
+def _load_teacher(teacher: Any, model: ElasticForCausalLM, options: Any) -> PreTrainedModel:
     if isinstance(teacher, str):
-        teacher = AutoModelForCausalLM.from_pretrained(teacher, dtype=model.dtype)
+        teacher = AutoModelForCausalLM.from_pretrained(teacher, **{"dtype": model.dtype, **(options or {})})
+    elif options:
+        raise ElasticConfigError("teacher_model_init_kwargs need a teacher_model to load, a folder or Hub repository.")
     if teacher is None or teacher is model:
         teacher = copy.deepcopy(model)
     theirs, ours = teacher.get_output_embeddings().weight.shape[0], model.get_output_embeddings().weight.shape[0]

@@ -372,6 +372,22 @@ def test_another_teacher_is_used_and_one_that_is_the_model_is_copied(tmp_path):
     assert made.evaluate()["eval_full/kl"] == 0.0
 
 
+def test_a_teacher_by_name_has_arguments_of_its_own(family_folder, tmp_path):
+    folder = str(family_folder("nano3"))
+    made = trainer(
+        tmp_path,
+        teacher_model=folder,
+        teacher_model_init_kwargs={"dtype": "bfloat16"},
+        bf16=True,
+        budget_probabilities={"full": 1.0},
+    )
+    assert made.teacher_model.dtype == torch.bfloat16
+    made.train()
+    assert 0 < made.state.log_history[0]["full/kl"] < 0.05  # the same weights, rounded to 8 bits
+    with pytest.raises(ElasticConfigError, match="teacher_model_init_kwargs need a teacher_model to load"):
+        trainer(tmp_path, teacher_model_init_kwargs={"dtype": "bfloat16"})
+
+
 def test_a_teacher_of_another_vocabulary_is_refused(tmp_path):
     teacher = build_parent("nano3")
     teacher.resize_token_embeddings(VOCAB + 8)

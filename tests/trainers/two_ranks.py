@@ -66,7 +66,13 @@ def train(name: str, folder: Path, ranks: int) -> dict[str, Any]:
 
 def shard(name: str, rank: int, ranks: int) -> dict[str, Any]:
     """The trainer's loss on `fully_shard`, which accelerate does not apply on a CPU: every rank has its share of six rows."""
-    from hf_elastic.trainers.elastic_distillation_trainer import _forward_as, _head, _hidden
+    from hf_elastic.trainers.elastic_distillation_trainer import (
+        _forward_as,
+        _head,
+        _hidden,
+        _through,
+        shard_teacher,
+    )
     from hf_elastic.trainers.losses import chunked_divergence
 
     model, teacher = family().train(), family()
@@ -75,12 +81,14 @@ def shard(name: str, rank: int, ranks: int) -> dict[str, Any]:
     kinds = set()
     if ranks > 1:
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import FSDPModule, fully_shard
 
         mesh = init_device_mesh("cpu", (ranks,))
         for layer in model.model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
+        teacher = shard_teacher(teacher, mesh=mesh)
+        assert isinstance(teacher.model.layers[0], FSDPModule)
         kinds = {type(p).__name__ for p in model.parameters()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=ADAM["adam_epsilon"])
     ids = torch.randint(2, 64, (6, 14), generator=torch.Generator().manual_seed(3))
@@ -91,7 +99,7 @@ def shard(name: str, rank: int, ranks: int) -> dict[str, Any]:
             if ranks > 1:
                 model.set_requires_gradient_sync(i == len(budgets) - 1)
             with torch.no_grad():
-                target = _hidden(teacher, {"input_ids": ids[rank::ranks]}).flatten(0, 1)
+                target = _through(teacher, {"input_ids": ids[rank::ranks]}).flatten(0, 1)
 
             def loss_of(input_ids: torch.Tensor, target: torch.Tensor = target) -> torch.Tensor:
                 hidden = _hidden(model, {"input_ids": input_ids}).flatten(0, 1)

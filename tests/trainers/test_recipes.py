@@ -1,0 +1,80 @@
+"""The recipes parse, and the numbers in them are what their comments work out."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from hf_elastic.trainers import ElasticDistillationTrainer
+from hf_elastic.trainers.curriculum import make_curriculum
+
+from hf_elastic import ElasticConfig, elastify, trainers
+from hf_elastic.commands.train import parse
+from hf_elastic.cost import CostModel
+from hf_elastic.lab.family import FAMILY
+from hf_elastic.lab.parent import load_parent
+
+RECIPES = Path(trainers.__file__).parent / "recipes"
+# What the recipes ask for and this machine may not have.
+HERE = ["--use_cpu", "true", "--bf16", "false"]
+PUBLISHED = {"nano3_30b_stage1": (100e9, 8192, 1536), "nano3_30b_stage2": (60e9, 49152, 512)}
+GPUS = 64
+
+
+def recipe(name: str, *overrides: str):
+    return parse(str(RECIPES / f"{name}.yaml"), [*HERE, *overrides])
+
+
+def test_every_recipe_is_tested():
+    assert {file.stem for file in RECIPES.glob("*.yaml")} == {"lab", *PUBLISHED}
+
+
+def test_the_lab_recipe_trains_the_lab_family(tmp_path):
+    with torch.enable_grad():
+        _, args = recipe("lab", "--output_dir", str(tmp_path))
+        assert args.max_steps == 1000
+        parent, tokenizer = load_parent()
+        model = elastify(parent, budgets=FAMILY, sort=False)
+        args.stages = [{**stage, "steps": 1} for stage in args.stages]
+        args.max_steps = 2
+        text = Dataset.from_list([{"text": "KAB+3"}] * 32)
+        ElasticDistillationTrainer(model, args=args, train_dataset=text, processing_class=tokenizer).train()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_run_has_the_published_tokens_lengths_and_batches(name):
+    tokens, length, batch = PUBLISHED[name]
+    arguments, args = recipe(name, "--fsdp", "")
+    assert args.max_length == length
+    assert args.per_device_train_batch_size * args.gradient_accumulation_steps * GPUS == batch
+    assert args.max_steps == math.ceil(tokens / (length * batch))
+    assert (args.learning_rate, args.warmup_steps, str(args.optim.value)) == (1e-4, 60, "adamw_torch")
+    assert args.teacher_model_init_kwargs == {"dtype": "bfloat16"}
+    assert arguments.dtype == "float32"
+    curriculum = make_curriculum(
+        ["full", "23b", "12b"],
+        args.budget_probabilities,
+        args.stages,
+        args.max_steps,
+        args.max_length,
+        args.seed,
+        context=262144,
+    )
+    probabilities = list(curriculum.stage(0).budget_probabilities.values())
+    assert probabilities == ([1 / 3] * 3 if name.endswith("1") else [0.5, 0.3, 0.2])
+
+
+def test_the_sizes_in_the_published_recipes_are_those_of_the_published_family():
+    from nano_v3 import nano_v3
+
+    config = ElasticConfig.from_parent(
+        nano_v3(), {"23b": {"hidden": 2016}, "12b": {"hidden": 1920, "expert_ffn": 960}}
+    )
+    count = CostModel(config.parent_config)
+    billions = {name: round(count(member).total_params / 1e9, 2) for name, member in config.family().items()}
+    assert billions == {"full": 31.58, "23b": 23.68, "12b": 12.43}
+    gigabytes = 16 * count(config.submodel("full")).total_params / 1e9
+    assert f"{gigabytes:.1f} GB" in (RECIPES / "nano3_30b_stage1.yaml").read_text(encoding="utf-8")

@@ -1,0 +1,159 @@
+"""Runs that learn their sizes: a router decides, then the run goes on with what it decided."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import build_parent
+from hf_elastic.trainers import ElasticDistillationTrainer
+from runs import config, rows, tokenizer
+from test_resume import StopAt
+from torch.func import functional_call
+
+from hf_elastic import ElasticConfig, ElasticConfigError, ElasticForCausalLM, elastify
+from hf_elastic.cost import CostModel
+from hf_elastic.router import DEAD_ZONE
+
+CHOICES = {"hidden": [48, 40, 32, 24], "expert_ffn": [16, 12, 8, 4], "ffn": [40, 24, 8], "mamba_heads": [12, 8, 4]}
+TARGETS = {"large": 0.75, "small": "34k active"}
+RUN = {
+    "router_targets": TARGETS,
+    "router_steps": 4,
+    "max_steps": 6,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "router_learning_rate": 0.05,
+    "save_strategy": "steps",
+    "save_steps": 2,
+}
+
+
+@pytest.fixture(autouse=True)
+def _with_gradients():
+    with torch.enable_grad():
+        yield
+
+
+def undecided() -> ElasticForCausalLM:
+    model = elastify(build_parent("nano3"), budgets={"some": {"hidden": 40}}, sort=False)
+    model.elastic_config = ElasticConfig.from_parent(model.config, {}, choices=CHOICES)
+    return model
+
+
+def trainer(folder, **fields) -> ElasticDistillationTrainer:
+    return ElasticDistillationTrainer(
+        model=undecided(), args=config(folder, **{**RUN, **fields}), train_dataset=rows(), processing_class=tokenizer()
+    )
+
+
+def test_choices_become_nested_budgets_within_their_targets(tmp_path):
+    made = trainer(tmp_path)
+    before = {key: tensor.clone() for key, tensor in made.routing.router.state_dict().items()}
+    made.train()
+    model = made.model
+    assert list(model.budgets) == ["large", "small"]
+    count = CostModel(model.config)
+    total = count.full.total_params
+    large, small = (model.elastic_config.submodel(name) for name in ("large", "small"))
+    assert small.nests_in(large)
+    assert abs(count(large).total_params / (0.75 * total) - 1) <= DEAD_ZONE
+    assert abs(count(small).active_params / 34e3 - 1) <= DEAD_ZONE
+    assert {row["budget"]: row["cost"] for row in made.routing.report} == {
+        "large": count(large).total_params,
+        "small": count(small).active_params,
+    }
+    after = made.routing.router.state_dict()
+    assert all(not torch.equal(before[key], tensor) for key, tensor in after.items())
+    made.save_model(str(tmp_path / "end"))
+    loaded = ElasticForCausalLM.from_pretrained(tmp_path / "end", budget="small")
+    assert loaded.num_parameters() == model.budgets["small"]["total_params"]
+    logged = {key for entry in made.state.log_history for key in entry}
+    assert {"large/kl", "small/kl", "full/kl"} <= logged
+    assert logged & {"large/resource", "small/resource"}
+
+
+def test_a_step_is_the_divergence_of_the_mixture_and_the_weighted_resource_loss(tmp_path):
+    """By hand: the same draw of the router, full logits, and autograd over everything."""
+    fields = {
+        "max_steps": 1,
+        "router_steps": 9,
+        "gradient_accumulation_steps": 1,
+        "optim": "sgd",
+        "learning_rate": 0.1,
+    }
+    made = trainer(tmp_path, **fields, max_grad_norm=0.0, budget_probabilities={"large": 1.0}, save_strategy="no")
+    model, router = undecided().train(), trainer(tmp_path / "other", **fields).routing
+    made.train()
+    batch = next(iter(made.get_train_dataloader()))
+    batch = made._seen[0] if hasattr(made, "_seen") else batch
+    router.model = model
+    teacher = undecided().eval()
+    tokens = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    with router.at("large", 0, 1):
+        student = model(**tokens, use_cache=False).logits
+        resource = router.loss("large")
+    with torch.no_grad():
+        wanted = teacher(**tokens, use_cache=False).logits
+    target = batch["labels"][:, 1:] != -100
+    p, q = wanted[:, :-1][target].log_softmax(-1), student[:, :-1][target].log_softmax(-1)
+    loss = (p.exp() * (p - q)).sum() / target.sum() + resource
+    loss.backward()
+    assert resource > 0
+    entry = made.state.log_history[0]
+    assert entry["large/resource"] == pytest.approx(float(resource.detach()), rel=1e-5)
+    assert entry["loss"] == pytest.approx(float(loss.detach()), rel=1e-4)
+    assert functional_call is not None
+
+
+@pytest.mark.parametrize("kill_at", [3, 5], ids=["undecided", "decided"])
+def test_a_killed_run_goes_on_as_if_it_had_not_been(kill_at, tmp_path):
+    straight = trainer(tmp_path / "straight")
+    straight.train()
+    killed = trainer(tmp_path / "killed")
+    killed.add_callback(StopAt(kill_at))
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    resumed = trainer(tmp_path / "killed")
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.model.elastic_config.elastic == straight.model.elastic_config.elastic
+    for ours, theirs in ((resumed.model, straight.model), (resumed.routing.router, straight.routing.router)):
+        wanted = theirs.state_dict()
+        assert all(torch.equal(wanted[key], tensor) for key, tensor in ours.state_dict().items())
+
+
+def test_a_run_that_ends_when_the_router_is_done_has_decided(tmp_path):
+    made = trainer(tmp_path, max_steps=4)
+    made.train()
+    assert list(made.model.budgets) == ["large", "small"]
+
+
+def test_axes_can_have_a_choice_per_layer(tmp_path):
+    made = trainer(tmp_path, max_steps=4, router_per_layer=["expert_ffn"], save_strategy="no")
+    networks = [key for key in made.routing.router._keys if key[0] == "expert_ffn"]
+    assert [layer for _, layer in networks] == [1, 3, 7]
+    made.train()
+    assert list(made.model.budgets) == ["large", "small"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"router_steps": 0}, "give both, or neither"),
+        ({"router_targets": None}, "give both, or neither"),
+        ({"router_targets": {"large": 2e9}}, "is not below the parent's"),
+        ({"router_targets": ["large"]}, "must be a dict"),
+        ({"router_learning_rate": 0.0}, "must be above 0"),
+        ({"budget_probabilities": {"big": 1.0}}, "unknown budget 'big'; the model has full, large, small"),
+    ],
+)
+def test_bad_input(fields, message, tmp_path):
+    with pytest.raises(ElasticConfigError, match=message):
+        trainer(tmp_path, **fields)
+
+
+def test_a_model_with_budgets_of_its_own_is_refused(tmp_path):
+    model = elastify(build_parent("nano3"), budgets={"some": {"hidden": 40}}, sort=False)
+    with pytest.raises(ElasticConfigError, match=r"has budgets already \(some\)"):
+        ElasticDistillationTrainer(
+            model=model, args=config(tmp_path, **RUN), train_dataset=rows(), processing_class=tokenizer()
+        )
