@@ -86,6 +86,10 @@ class ElasticDistillationTrainer(SFTTrainer):
         if isinstance(model, str):
             model = ElasticForCausalLM.from_pretrained(model, **{"dtype": "float32", **(args.model_init_kwargs or {})})
             args.model_init_kwargs = None
+        if getattr(model, "peft_config", None):
+            raise ElasticConfigError(
+                "adapters are attached to the model: they do not follow a budget in training. Merge or unload them first."
+            )
         if not isinstance(model, ElasticForCausalLM):
             raise ElasticConfigError(
                 f"model must be an ElasticForCausalLM, got {type(model).__name__}; make one with elastify()."
@@ -140,6 +144,8 @@ class ElasticDistillationTrainer(SFTTrainer):
         if length is not None:
             batches = [{key: t[:, :length] if t.dim() > 1 else t for key, t in batch.items()} for batch in batches]
         self._micro_batch = 0
+        if self.routing is not None:
+            self.routing.router.zero_grad()  # upstream clears the gradients of the model, not those of the optimizer
         return batches, self._get_num_items_in_batch(batches, device)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor | None:
@@ -494,7 +500,10 @@ def _without_auxiliary_loss(model: PreTrainedModel, args: ElasticDistillationCon
 def _refuse_ignored(args: ElasticDistillationConfig, kwargs: Mapping[str, Any]) -> None:
     """Raise for what `SFTTrainer` takes and a distillation loss would ignore."""
     if kwargs.get("peft_config") is not None:
-        raise ElasticConfigError("peft_config is not supported yet: adapters do not follow a budget in training.")
+        raise ElasticConfigError(
+            "peft_config is not supported yet: adapters do not follow a budget in training. Train all weights, or train an adapter on one "
+            "size with SFTTrainer: ElasticForCausalLM.from_pretrained(..., budget=...) is a stock model of that size."
+        )
     for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
         if kwargs.get(name) is not None:
             raise ElasticConfigError(f"{name} needs full logits, which are never built here; use a callback instead.")
