@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .architectures import Architecture
+from .errors import ElasticConfigError
 from .slicing import Piece, local_names, pieces
 from .submodel import Submodel
 
@@ -54,7 +55,11 @@ def make_units(
         model (`nn.Module`): The parent, causal or base.
         config (`PreTrainedConfig`): The parent's stock config.
         tree (`PreTrainedModel`): Stock model of the submodel's config on `meta`; its modules become the stencils.
+
+    Raises:
+        `ElasticConfigError`: adapters are attached; a stencil reads the weights under them and would compute without them.
     """
+    _refuse_adapters(model)
     layers, thin = architecture.layers_of(model), architecture.layers_of(tree)
     position = {layer: new for new, layer in enumerate(submodel.layers)}
     units = {id(layer): Unit(layer, thin[position[i]] if i in position else None) for i, layer in enumerate(layers)}
@@ -75,7 +80,13 @@ def make_units(
 
 
 def install(units: list[Unit]) -> None:
-    """Let the parent's modules compute what the submodel computes."""
+    """Let the parent's modules compute what the submodel computes.
+
+    Raises:
+        `ElasticConfigError`: adapters were attached after the stencils were made. No module has changed then.
+    """
+    for unit in units:
+        _refuse_adapters(unit.module)
     for unit in units:
         unit.module.forward = partial(Unit.forward, unit)  # type: ignore[method-assign]
 
@@ -91,3 +102,12 @@ def attribute(module: nn.Module, name: str) -> torch.Tensor:
     for part in name.split("."):
         module = getattr(module, part)
     return module  # type: ignore[return-value]
+
+
+def _refuse_adapters(module: nn.Module) -> None:
+    for name, part in module.named_modules():
+        if hasattr(part, "adapter_layer_names"):  # every tuner layer of peft has it
+            raise ElasticConfigError(
+                f"adapters are attached to {name or type(part).__name__}, and a budget would compute without them; merge or unload them "
+                "before switching budgets."
+            )
