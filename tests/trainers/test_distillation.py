@@ -240,6 +240,17 @@ def test_only_the_budgets_asked_for_are_evaluated_under_the_name_of_each_dataset
         trainer(tmp_path, eval_budgets=["tiny"])
 
 
+def test_evaluating_in_between_changes_nothing(tmp_path):
+    """Evaluation switches the model's mode and budgets; the next step has to start where the last one ended."""
+    weights = []
+    for strategy in ("no", "steps"):
+        options = {"eval_strategy": strategy, "eval_steps": 1, "eval_on_start": strategy == "steps"}
+        made = trainer(tmp_path, max_steps=4, gradient_accumulation_steps=2, eval_dataset=rows(4, 1), **options)
+        made.train()
+        weights.append(made.model.state_dict())
+    assert all(torch.equal(tensor, weights[1][key]) for key, tensor in weights[0].items())
+
+
 # -- what training leaves behind ---------------------------------------------------------------------------------------
 
 
