@@ -38,6 +38,19 @@ def sliced(family_folder):
     return get
 
 
+@pytest.fixture(scope="module")
+def whole_parent(checkpoint):
+    """A parent without named budgets, for tests that go back to everything that is loaded."""
+    models = {}
+
+    def get(name):
+        if name not in models:
+            models[name] = load(checkpoint(name))
+        return models[name]
+
+    return get
+
+
 def storages(model):
     """Address and length of the memory of every tensor."""
     tensors = model.state_dict().values()
@@ -154,14 +167,14 @@ def test_a_slice_only_knows_what_it_nests(sliced):
 
 
 @pytest.mark.parametrize("case", CASES, ids=IDS)
-def test_views_lie_in_the_storage_of_the_parent(case, checkpoint):
-    model = load(checkpoint(case.parent))
+def test_views_lie_in_the_storage_of_the_parent(case, whole_parent):
+    model = whole_parent(case.parent)
     owned = storages(model)
-    model.set_budget(case.submodel)
-    names = copied(model)
-    for key, tensor in model.state_dict().items():
-        inside = (tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()) in owned
-        assert inside != (key in names), key
+    with model.at(case.submodel):
+        names = copied(model)
+        for key, tensor in model.state_dict().items():
+            inside = (tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()) in owned
+            assert inside != (key in names), key
 
 
 def test_hidden_ffn_and_depth_need_no_copy_at_all(family):
