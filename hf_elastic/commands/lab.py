@@ -48,11 +48,13 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--steps={args.steps} must be at least 4.")
     if args.problems < 1 or not 4 <= args.letters <= 12:
         raise ValueError(f"--problems={args.problems} must be at least 1 and --letters={args.letters} in 4..12.")
+    import torch
     from transformers.utils import logging
 
     from ..lab.chart import accuracy_chart
     from ..lab.zero_shot import run_zero_shot
 
+    torch.set_num_threads(1)  # the model is so small that a second thread waits more than it works
     logging.set_verbosity_error()  # the notes about optional CUDA kernels would bury the results
     logging.disable_progress_bar()
     quiet = args.json
