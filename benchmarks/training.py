@@ -26,12 +26,12 @@ from typing import Any
 
 import torch
 from harness import Claim, Report, arguments, in_turns, seconds
-from hf_elastic.trainers import chunked_divergence
 from synthetic import nano_like
 
 from hf_elastic import ElasticConfig, ElasticForCausalLM
 from hf_elastic.soft import Mixture, SoftUnits
 from hf_elastic.submodel import Submodel
+from hf_elastic.trainers import chunked_divergence
 
 CLAIM = "time of an elastic step at the 50 % budget / time of the masked step"
 WAYS = ("elastic full", "elastic 75 %", "elastic 50 %", "masked 50 %", "stock")

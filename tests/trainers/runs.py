@@ -10,11 +10,11 @@ import torch
 from cases import VOCAB, build_parent
 from conftest import BUDGETS
 from datasets import Dataset
-from hf_elastic.trainers import ElasticDistillationConfig, ElasticDistillationTrainer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from hf_elastic import ElasticForCausalLM, elastify
+from hf_elastic.trainers import ElasticDistillationConfig, ElasticDistillationTrainer
 
 PAD, EOS = 0, 1
 TEMPLATE = (

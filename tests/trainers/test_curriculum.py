@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
-from hf_elastic.trainers import Curriculum, Stage
-from hf_elastic.trainers.curriculum import make_curriculum
 
 from hf_elastic import ElasticConfigError
+from hf_elastic.trainers import Curriculum, Stage
+from hf_elastic.trainers.curriculum import make_curriculum
 
 NAMES = ["full", "medium", "small"]
 TWO = [

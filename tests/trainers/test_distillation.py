@@ -11,12 +11,12 @@ from by_hand import ByHand
 from cases import VOCAB, build_parent
 from conftest import BUDGETS
 from datasets import Dataset
-from hf_elastic.trainers import ElasticDistillationConfig, ElasticDistillationTrainer
 from runs import EOS, Recorder, config, family, rows, tokenizer, trainer
 from transformers import AutoModelForCausalLM
 from trl import TrlParser
 
 from hf_elastic import ElasticConfigError, ElasticForCausalLM
+from hf_elastic.trainers import ElasticDistillationConfig, ElasticDistillationTrainer
 
 NAMES = ["full", *BUDGETS["nano3"]]
 # Large, because m / (sqrt(v) + eps) turns float noise in a gradient near zero into a whole step if eps is small.

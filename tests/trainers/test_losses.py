@@ -7,8 +7,9 @@ import re
 
 import pytest
 import torch
-from hf_elastic.trainers import chunked_divergence, divergence
 from torch import nn
+
+from hf_elastic.trainers import chunked_divergence, divergence
 
 BETAS, TEMPERATURES = [0.0, 0.3, 1.0], [1.0, 2.0]
 TOKENS, STUDENT, TEACHER, VOCAB = 7, 5, 9, 11
@@ -171,9 +172,8 @@ def test_no_target_token_gives_zero_with_zero_gradients():
 
 
 def test_message_of_the_config_names_the_option_and_its_range():
-    from hf_elastic.trainers import ElasticDistillationConfig
-
     from hf_elastic import ElasticConfigError
+    from hf_elastic.trainers import ElasticDistillationConfig
 
     common = {"output_dir": "unused", "use_cpu": True, "bf16": False, "report_to": "none"}
     for field, value, allowed in [

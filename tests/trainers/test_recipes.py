@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from hf_elastic.trainers import ElasticDistillationTrainer
-from hf_elastic.trainers.curriculum import make_curriculum
 
 from hf_elastic import ElasticConfig, elastify, trainers
 from hf_elastic.commands.train import parse
 from hf_elastic.cost import CostModel
 from hf_elastic.lab.family import FAMILY
 from hf_elastic.lab.parent import load_parent
+from hf_elastic.trainers import ElasticDistillationTrainer
+from hf_elastic.trainers.curriculum import make_curriculum
 
 RECIPES = Path(trainers.__file__).parent / "recipes"
 # What the recipes ask for and this machine may not have.

@@ -13,11 +13,11 @@ import pytest
 import torch
 from cases import build_parent
 from conftest import BUDGETS
-from hf_elastic.trainers import ElasticDistillationTrainer
 from runs import Recorder, config, family, rows, tokenizer, trainer
 from transformers import TrainerCallback
 
 from hf_elastic import CheckpointError, ElasticConfigError, ElasticForCausalLM, HFElasticError, elastify
+from hf_elastic.trainers import ElasticDistillationTrainer
 
 STAGES = [
     {"steps": 3, "max_length": 10},

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import build_parent
-from hf_elastic.trainers import ElasticDistillationTrainer
 from runs import Recorder, config, rows, tokenizer
 from test_resume import StopAt
 
 from hf_elastic import ElasticConfig, ElasticConfigError, ElasticForCausalLM, elastify
 from hf_elastic.cost import CostModel
 from hf_elastic.router import DEAD_ZONE
+from hf_elastic.trainers import ElasticDistillationTrainer
 
 CHOICES = {"hidden": [48, 40, 32, 24], "expert_ffn": [16, 12, 8, 4], "ffn": [40, 24, 8], "mamba_heads": [12, 8, 4]}
 TARGETS = {"large": 0.75, "small": "34k active"}
