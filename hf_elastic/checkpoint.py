@@ -9,7 +9,6 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,36 +18,15 @@ from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
 from .architectures import Architecture
-from .axes import Run, take
+from .axes import Run
 from .errors import CheckpointError
+from .reading import Block, Stack, TensorFile
 from .slicing import Piece, pieces
 from .submodel import Submodel
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _ROTARY = r"rotary_emb\.inv_freq$"  # computed, but saved by old versions
-
-
-@dataclass(frozen=True)
-class Block:
-    """A part of a tensor in a file. Indexing it reads that part, which is all the stock loader asks of a lazy tensor.
-
-    Args:
-        handle: Open safetensors file.
-        key (`str`): Name in the file.
-        runs (`list[list[tuple[int, int]]]`): What is kept along each dimension.
-        compact (`bool`):
-            Copy the part, so that the file's pages can go. Parts that the loader merges anyway (experts) are left as views.
-    """
-
-    handle: Any
-    key: str
-    runs: list[list[Run]]
-    compact: bool
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        tensor = take(self.handle.get_tensor(self.key), self.runs)
-        return (tensor.contiguous() if self.compact else tensor)[index]
 
 
 class Checkpoint:
@@ -62,10 +40,10 @@ class Checkpoint:
     """
 
     def __init__(self, files: list[Path]):
-        self._where: dict[str, Any] = {}
+        self._where: dict[str, tuple[Any, TensorFile]] = {}
         for file in files:
             try:
-                handle = safe_open(file, framework="pt")
+                handle, positions = safe_open(file, framework="pt"), TensorFile(file)
             except FileNotFoundError as error:
                 raise CheckpointError(f"{file} is missing.") from error
             except (SafetensorError, OSError) as error:
@@ -75,13 +53,13 @@ class Checkpoint:
             for key in handle.keys():  # noqa: SIM118 - a safetensors file is no dict
                 if key in self._where:
                     raise CheckpointError(f"{key} occurs in two files of the checkpoint, one of them {file}.")
-                self._where[key] = handle
+                self._where[key] = handle, positions
 
     def __contains__(self, key: str) -> bool:
         return key in self._where
 
     def shape(self, key: str) -> tuple[int, ...]:
-        return tuple(self._where[key].get_slice(key).get_shape())
+        return tuple(self._where[key][0].get_slice(key).get_shape())
 
     def dtype(self) -> torch.dtype:
         """Type of the first floating-point tensor."""
@@ -91,7 +69,7 @@ class Checkpoint:
         raise CheckpointError("the checkpoint holds no floating-point tensor.")
 
     def _stored_dtype(self, key: str) -> str:
-        return str(self._where[key].get_slice(key).get_dtype())
+        return str(self._where[key][0].get_slice(key).get_dtype())
 
     def check(
         self,
@@ -140,8 +118,8 @@ class Checkpoint:
 
     def lazy_slice(
         self, architecture: Architecture, config: PreTrainedConfig, submodel: Submodel, *, head: bool = True
-    ) -> dict[str, Block]:
-        """The submodel as a state dict of unread blocks under the names of the parent's Hub layout. Call `check` first.
+    ) -> dict[str, Block | Stack | torch.Tensor]:
+        """The submodel as a state dict of unread tensors under the live model's names. Call `check` first.
 
         Args:
             architecture (`Architecture`): Table of the parent.
@@ -149,23 +127,24 @@ class Checkpoint:
             submodel (`Submodel`): What to keep.
             head (`bool`, *optional*, defaults to `True`): `False` leaves out what only the causal model has.
         """
-        lazy: dict[str, Block] = {}
+        lazy: dict[str, Block | Stack | torch.Tensor] = {}
         for piece in pieces(architecture, config, submodel):
             if piece.rule.tied or not (head or piece.rule.name.startswith(_base(architecture))):
                 continue
             sources, runs = self._sources(piece, architecture), piece.runs
             if _is_split(sources, piece):
                 kept = [expert for start, stop in runs[0] for expert in range(start, stop)]
-                for new, expert in enumerate(kept):
-                    lazy[piece.target.disk_name(new)] = self._block(sources[expert], runs[1:], compact=False)
+                lazy[piece.target.name] = Stack([self._block(sources[expert], runs[1:]) for expert in kept])
             else:
-                # The loader remembers which of the Hub's names it met, and saving writes those again: give it the Hub's.
-                name = piece.target.name if piece.rule.stacked else piece.target.disk_name()
-                lazy[name] = self._block(sources[0], runs, compact=True)
+                block = self._block(sources[0], runs)
+                # A whole tensor is mapped, as the stock loader maps it: its pages are read when they are used.
+                lazy[piece.target.name] = (
+                    self._where[sources[0]][0].get_tensor(sources[0]) if block.is_whole else block
+                )
         return lazy
 
-    def _block(self, key: str, runs: list[list[Run]], *, compact: bool) -> Block:
-        return Block(self._where[key], key, runs, compact)
+    def _block(self, key: str, runs: list[list[Run]]) -> Block:
+        return Block(self._where[key][1], key, self.shape(key), _DTYPES[self._stored_dtype(key)], runs)
 
     def _sources(self, piece: Piece, architecture: Architecture) -> list[str]:
         """Names under which a tensor of the parent is stored, whichever experts are kept: one, or one per expert."""

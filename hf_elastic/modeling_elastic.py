@@ -170,6 +170,8 @@ class ElasticPreTrainedModel(SwitchingMixin, SavingMixin, ExportMixin, PreTraine
         model, info = PreTrainedModel.from_pretrained.__func__(
             concrete, None, *model_args, config=stock, state_dict=lazy, output_loading_info=True, **stock_kwargs
         )
+        # The loader notes which of the Hub's names it met, for saving; it met none here. Without the note, saving uses all of them.
+        model.__dict__.pop("_weight_conversions", None)
         _refuse_incomplete(info, pretrained_model_name_or_path)
         sliced.name_or_path = model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
         model._adopt(sliced)

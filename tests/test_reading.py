@@ -1,0 +1,63 @@
+"""Parts of tensors read from files equal parts of tensors cut in memory, whatever is kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from hf_elastic import reading
+from hf_elastic.axes import take
+from hf_elastic.errors import CheckpointError
+
+CASES = {
+    "whole vector": ((7,), [[(0, 7)]]),
+    "vector in two runs": ((7,), [[(0, 2), (4, 7)]]),
+    "rows": ((9, 5), [[(0, 4)], [(0, 5)]]),
+    "columns": ((9, 5), [[(0, 9)], [(0, 3)]]),
+    "segments both ways": ((9, 8), [[(0, 4), (6, 8)], [(0, 2), (4, 6)]]),
+    "convolution": ((9, 1, 4), [[(0, 2), (5, 6)], [(0, 1)], [(0, 4)]]),
+    "fused gate and up": ((6, 8, 5), [[(0, 4)], [(0, 2), (4, 6)], [(0, 3)]]),
+    "three dimensions in runs": ((6, 8, 6), [[(1, 2), (4, 5)], [(0, 2), (4, 6)], [(0, 1), (3, 5)]]),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("chunk", [1, 1 << 20])
+def test_block_is_the_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, dtype: torch.dtype, chunk: int
+) -> None:
+    monkeypatch.setattr(reading, "_CHUNK_BYTES", chunk)
+    shape, runs = CASES[case]
+    tensors = {name: torch.randn(shape).to(dtype) for name in ("a", "b")}
+    save_file({"before": torch.ones(3), **tensors}, tmp_path / "x.safetensors")
+    file = reading.TensorFile(tmp_path / "x.safetensors")
+    blocks = [reading.Block(file, name, shape, dtype, runs) for name in tensors]
+    expected = [take(tensor, runs) for tensor in tensors.values()]
+    for block, part in zip(blocks, expected, strict=True):
+        assert torch.equal(block[...], part)
+    if case != "whole vector":
+        assert not blocks[0].is_whole
+    assert torch.equal(reading.Stack(blocks)[...], torch.stack(expected))
+
+
+def test_systems_without_positioned_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("preadv", "posix_fadvise"):
+        monkeypatch.delattr(reading.os, name, raising=False)
+    tensor = torch.randn(9, 5)
+    save_file({"a": tensor}, tmp_path / "x.safetensors")
+    file = reading.TensorFile(tmp_path / "x.safetensors")
+    assert torch.equal(reading.Block(file, "a", (9, 5), torch.float32, [[(0, 4)], [(0, 3)]])[...], tensor[:4, :3])
+
+
+def test_a_file_that_shrinks_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.randn(9, 5)}, path)
+    file = reading.TensorFile(path)
+    with path.open("r+b") as opened:
+        opened.truncate(path.stat().st_size - 100)
+    with pytest.raises(CheckpointError, match="ended while it was read"):
+        reading.Block(file, "a", (9, 5), torch.float32, [[(0, 9)], [(0, 4)]])[...]
