@@ -20,12 +20,6 @@ def parent():
     return load_parent()
 
 
-@pytest.fixture(autouse=True)
-def _with_gradients():
-    with torch.enable_grad():
-        yield
-
-
 def test_rows_are_those_of_the_batches(parent):
     _, tokenizer = parent
     batch = next(training_batches(tokenizer, 3, batch_size=8))
