@@ -169,7 +169,7 @@ def test_scripts_run(script: str, tmp_path: Path) -> None:
     much of the memory of a small slice."""
     output = tmp_path / "result.json"
     command = [sys.executable, str(BENCHMARKS / f"{script}.py"), "--quick", "--output", str(output)]
-    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode in (0, 1), done.stderr
     result = json.loads(output.read_text(encoding="utf-8"))
