@@ -21,7 +21,7 @@ style: $(VENV)/installed
 	$(BIN)/ruff format .
 
 benchmarks: $(VENV)/installed  ## Rewrites benchmarks/results
-	for script in loading switching training; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+	for script in loading switching; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 	$(BIN)/python benchmarks/report.py
 
 $(VENV)/installed: pyproject.toml constraints.txt

@@ -40,7 +40,7 @@ WAYS = ("elastic full", "elastic 75 %", "elastic 50 %", "masked 50 %", "stock")
 def make_family(quick: bool) -> ElasticForCausalLM:
     """The parent with its two budgets, found by search over active parameters."""
     config = nano_like(
-        torch.float32, scale=16 if quick else 5, experts=8 if quick else 16, layers="MEM*ME", vocab_size=4096
+        torch.float32, scale=16 if quick else 2, experts=8 if quick else 16, layers="MEM*ME", vocab_size=4096
     )
     for field, multiple in (
         ("hidden_size", 64),
@@ -53,8 +53,8 @@ def make_family(quick: bool) -> ElasticForCausalLM:
     config.num_attention_heads = max(2, config.num_attention_heads // 2 * 2)
     hidden, ffn, shared = config.hidden_size, config.moe_intermediate_size, config.moe_shared_expert_intermediate_size
     budgets = {
-        "three quarters": _sizes(hidden, ffn, shared, 0.87),
-        "half": _sizes(hidden, ffn, shared, 0.7),
+        "three quarters": _sizes(hidden, ffn, shared, 0.82),
+        "half": _sizes(hidden, ffn, shared, 0.6),
     }
     torch.manual_seed(0)
     return ElasticForCausalLM._from_config(ElasticConfig.from_parent(config, budgets)).train()
