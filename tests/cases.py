@@ -286,3 +286,31 @@ CASES: list[Case] = [
 HOMOGENEOUS = [case for case in CASES if case.submodel.is_homogeneous]
 
 IDS: Callable[[Case], str] = lambda case: case.id  # noqa: E731
+
+
+BUDGETS = {
+    "nano3": {
+        "large": {"mamba_heads": 8, "expert_ffn": 12},
+        "medium": {
+            "hidden": 40,
+            "mamba_heads": 8,
+            "experts": {1: 8},
+            "expert_ffn": 12,
+            "layers": [0, 1, 2, 3, 5, 6, 7],
+        },
+        "small": {"hidden": 32, "ffn": 24, "mamba_heads": 6, "experts": 6, "expert_ffn": 8, "layers": [0, 1, 2, 6, 7]},
+    },
+    "granite": {
+        "large": {"mamba_heads": 18, "expert_ffn": 12},
+        "medium": {"mamba_heads": {0: 12, 2: 18}, "experts": 6, "expert_ffn": 12},
+        "small": {
+            "hidden": 24,
+            "mamba_heads": 12,
+            "experts": 4,
+            "expert_ffn": 8,
+            "attention_heads": 4,
+            "layers": [0, 2, 3],
+        },
+    },
+}
+"""Named, nested budgets: `medium` differs per layer, `small` drops layers."""

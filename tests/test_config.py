@@ -5,8 +5,7 @@ import json
 
 import pytest
 import torch
-from cases import CASES, CONFIGS, IDS, granite, nemotron, parent_config, submodel
-from conftest import BUDGETS
+from cases import BUDGETS, CASES, CONFIGS, IDS, granite, nemotron, parent_config, submodel
 from nano_v3 import nano_v3
 from transformers import AutoConfig, PreTrainedConfig
 

@@ -6,8 +6,7 @@ import math
 
 import pytest
 import torch
-from cases import build_parent
-from conftest import BUDGETS
+from cases import BUDGETS, build_parent
 from torch.nn import functional as F
 
 from hf_elastic import ElasticConfig, ElasticConfigError, elastify

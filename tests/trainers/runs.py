@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import VOCAB, build_parent
-from conftest import BUDGETS
+from cases import BUDGETS, VOCAB, build_parent
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TrainerCallback

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from by_hand import ByHand
-from cases import VOCAB, build_parent
-from conftest import BUDGETS
+from cases import BUDGETS, VOCAB, build_parent
 from datasets import Dataset
 from runs import EOS, Recorder, config, family, rows, tokenizer, trainer
 from transformers import AutoModelForCausalLM

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import build_parent
-from conftest import BUDGETS
+from cases import BUDGETS, build_parent
 from runs import Recorder, config, family, rows, tokenizer, trainer
 from transformers import TrainerCallback
 
