@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from .architectures import Architecture
 from .slicing import build_meta
-from .stencils import Unit, attribute, make_units
+from .stencils import Unit, attribute, make_units, uninstall
 from .submodel import Submodel
 
 _DROPPED = 0.05
@@ -86,7 +86,6 @@ class SoftUnits:
 
     def __init__(self, model: PreTrainedModel, architecture: Architecture):
         self._architecture = architecture
-        self._config = model.config
         self._full = architecture.full(model.config)
         tree = build_meta(architecture, model.config, type(model))
         self.units = make_units(model, architecture, model.config, tree, self._full)
@@ -106,8 +105,7 @@ class SoftUnits:
             unit.module.forward = partial(self._forward, unit, mixture)  # type: ignore[method-assign]
 
     def uninstall(self) -> None:
-        for unit in self.units:
-            unit.module.__dict__.pop("forward", None)
+        uninstall(self.units)
 
     def _forward(self, unit: Unit, mixture: Mixture, *args: Any, **kwargs: Any) -> Any:
         stencil: Any = unit.stencil

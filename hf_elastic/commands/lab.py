@@ -117,18 +117,8 @@ def render_family(results: dict[str, Any], output: Path) -> str:
     whole = results["trained"][0]
     rows = [["budget", "params", "active", "share", "untrained", "exact", "thinking", "codes", "sizes"]]
     for before, entry in zip(results["untrained"], results["trained"], strict=True):
-        changed = {k: v for k, v in entry["sizes"].items() if whole["sizes"].get(k) != v}
-        rows.append(
-            [
-                entry["name"],
-                f"{entry['total_params']:,}",
-                f"{entry['active_params']:,}",
-                f"{entry['active_params'] / whole['active_params']:.0%}",
-                f"{before['exact']:.2f}",
-                *(f"{entry[key]:.2f}" for key in ("exact", "trace", "code")),
-                " ".join(f"{axis}={size}" for axis, size in changed.items()) or "the whole parent",
-            ]
-        )
+        name, params, active, share, *rest = _row(entry, whole)
+        rows.append([name, params, active, share, f"{before['exact']:.2f}", *rest])
     return "\n".join(
         [
             "",
@@ -150,22 +140,24 @@ def _parent(from_scratch: bool, seed: int, progress: bool) -> tuple[Any, Any]:
     return model.eval(), build_tokenizer()
 
 
+def _row(entry: dict[str, Any], whole: dict[str, Any]) -> list[str]:
+    """Name, parameters, active ones, their share, three accuracies, and the sizes in which a budget differs from the whole parent."""
+    changed = {axis: size for axis, size in entry["sizes"].items() if whole["sizes"].get(axis) != size}
+    return [
+        entry["name"],
+        f"{entry['total_params']:,}",
+        f"{entry['active_params']:,}",
+        f"{entry['active_params'] / whole['active_params']:.0%}",
+        *(f"{entry[key]:.2f}" for key in ("exact", "trace", "code")),
+        " ".join(f"{axis}={size}" for axis, size in changed.items()) or "the whole parent",
+    ]
+
+
 def render(results: dict[str, Any], output: Path) -> str:
     """The results as text."""
     whole = results["budgets"][0]
     rows = [["budget", "params", "active", "share", "exact", "thinking", "codes", "sizes"]]
-    for entry in results["budgets"]:
-        changed = {k: v for k, v in entry["sizes"].items() if whole["sizes"].get(k) != v}
-        rows.append(
-            [
-                entry["name"],
-                f"{entry['total_params']:,}",
-                f"{entry['active_params']:,}",
-                f"{entry['active_params'] / whole['active_params']:.0%}",
-                *(f"{entry[key]:.2f}" for key in ("exact", "trace", "code")),
-                " ".join(f"{axis}={size}" for axis, size in changed.items()) or "the whole parent",
-            ]
-        )
+    rows += [_row(entry, whole) for entry in results["budgets"]]
     task, export = results["task"], results["export"]
     live = max(entry["live_difference"] for entry in results["budgets"])
     return "\n".join(
