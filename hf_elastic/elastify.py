@@ -49,7 +49,8 @@ def elastify(
         axes (`list[str]` or `dict[str, list]`, *optional*):
             Elastic axes, or per axis its choices: sizes (`int`) or shares of the parent's (`float`); `None` for default choices. Defaults to
             the axes that the budgets cut.
-        budgets (`dict`): Per name one of
+        budgets (`dict`, *optional*): May be left out if `axes` are given: then a router can learn the sizes
+            (`router_targets` of [`hf_elastic.trainers.ElasticDistillationConfig`]). Per name one of
 
             - sizes: `{"hidden": 1920, "ffn": [...], "layers": 40}`; an `int` is a size, a `float` a share of the parent's, a list or dict
               one per layer; `layers` takes a number (the most important ones stay) or a list of layers;
@@ -73,10 +74,12 @@ def elastify(
     _refuse_elastic(model)
     architecture = get_architecture(model.config.model_type)
     check_table(architecture, model)
-    if not budgets:
+    if not budgets and axes is None:
         raise ElasticConfigError(
-            "budgets is empty; give at least one, such as {'half': {'hidden': 0.5}} or {'half': '6B'}."
+            "there are neither budgets nor axes; give at least one budget, such as {'half': {'hidden': 0.5}} or {'half': '6B'}, or the "
+            "axes whose sizes are to be learned."
         )
+    budgets = budgets or {}
     if scores is not None and (calibration is not None or score_options):
         raise ElasticConfigError("scores= are given, so nothing is scored: leave out calibration and its options.")
     choices = _choices(architecture, model.config, axes, multiple_of)

@@ -134,7 +134,7 @@ def test_sampling_follows_the_seed(elastic, capsys):
         (["generate", "{elastic}", "", "--raw"], "prompt is empty"),
         (["generate", "{elastic}", "^", "--max-new-tokens", "0"], "must be at least 1"),
         (["generate", "{elastic}", "^", "--temperature", "-1"], "at least 0"),
-        (["elastify", "{plain}", "{tmp}/out"], "budgets is empty"),
+        (["elastify", "{plain}", "{tmp}/out"], "neither budgets nor axes"),
         (["elastify", "{plain}", "{tmp}/out", "--budget", "small:hidden=40"], "give calibration= or scores="),
         (["elastify", "{plain}", "{tmp}/out", "--budget", "small"], "must be NAME:AXIS=SIZE"),
         (

@@ -121,7 +121,7 @@ def test_multi_token_prediction_is_not_promised(original, calibration):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"budgets": None}, ElasticConfigError, "budgets is empty"),
+        ({"budgets": None}, ElasticConfigError, "neither budgets nor axes"),
         ({"budgets": {"a": {"ffm": 8}}}, ElasticConfigError, "unknown axis 'ffm'.*Did you mean 'ffn'"),
         (
             {"budgets": {"a": {"experts": 2}}},

@@ -34,6 +34,8 @@ class ElasticDistillationConfig(SFTConfig):
         router_steps (`int`, *optional*): Steps until the router decides; required with `router_targets`.
         router_learning_rate (`float`, *optional*, defaults to 1e-3): Of the router (the papers use 1e-2 over far longer runs).
         router_loss_weight (`float`, *optional*, defaults to 5.0): Of the resource loss against the divergence.
+        router_hard_share (`float`, *optional*, defaults to 0.004):
+            Share of micro-batches that run at a hard sample with straight-through gradients instead of a mixture, in [0, 1].
         router_per_layer (`list[str]`, *optional*): Axes with a size of their own in every layer.
         teacher_model_init_kwargs (`dict`, *optional*): For `from_pretrained` of a teacher given by name; its `dtype` defaults to the model's.
     """
@@ -64,6 +66,9 @@ class ElasticDistillationConfig(SFTConfig):
     router_steps: int = field(default=0, metadata={"help": "Steps until the router decides the sizes."})
     router_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the router."})
     router_loss_weight: float = field(default=5.0, metadata={"help": "Weight of the router's resource loss."})
+    router_hard_share: float = field(
+        default=0.004, metadata={"help": "Share of micro-batches at a hard sample instead of a mixture, in [0, 1]."}
+    )
     router_per_layer: list[str] | None = field(
         default=None, metadata={"help": "Axes with a size of their own in every layer."}
     )
@@ -90,6 +95,8 @@ class ElasticDistillationConfig(SFTConfig):
             )
         if not (self.router_learning_rate > 0 and self.router_loss_weight > 0):
             raise ElasticConfigError("router_learning_rate and router_loss_weight must be above 0.")
+        if not 0 <= self.router_hard_share <= 1:
+            raise ElasticConfigError(f"router_hard_share={self.router_hard_share} must be in [0, 1].")
         if self.packing or self.padding_free:
             raise ElasticConfigError(
                 "packing and padding_free join documents, whose Mamba states then leak into each other without the CUDA kernels; "

@@ -50,7 +50,7 @@ class Routing:
                 model.elastic_config, args.router_targets, per_layer=args.router_per_layer or ()
             )
         self.router.to(model.device)
-        self.schedule = Schedule()
+        self.schedule = Schedule(hard_share=args.router_hard_share)
         self.report: list[dict[str, Any]] | None = None
         self._soft: SoftUnits | None = None
         self._sample: dict[Any, torch.Tensor] = {}

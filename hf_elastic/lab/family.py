@@ -24,6 +24,18 @@ BETWEEN: dict[str, int] = {"hidden": 28, "expert_ffn": 12, "shared_expert_ffn": 
 """A submodel between `half` and `third` that is never drawn in training."""
 
 
+ROUTER_TARGETS: dict[str, str] = {"half": "45.9k active", "third": "30.3k active", "quarter": "20.8k active"}
+"""What the sizes may cost that a router learns: the active parameters of [`FAMILY`], within half a per cent."""
+
+ROUTER_CHOICES: dict[str, list[int]] = {
+    "hidden": [48, 40, 32, 28, 24, 20, 16],
+    "expert_ffn": [32, 24, 16, 12, 8],
+    "shared_expert_ffn": [64, 48, 32, 24, 16],
+    "mamba_heads": [8, 6, 4],
+}
+"""What it chooses among. Experts are left out: under a target of active parameters they cost nothing, so nothing would hold them."""
+
+
 def make_family(
     parent: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -38,6 +50,15 @@ def make_family(
         return elastify(parent, budgets=budgets, sort=False)
     return elastify(
         parent, calibration_dataset(tokenizer, 256, seed), budgets=budgets, batch_size=32, progress=progress
+    )
+
+
+def make_open_family(
+    parent: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0, progress: bool = False
+) -> ElasticForCausalLM:
+    """The sorted parent with choices and no budgets yet, for a run whose router decides them (`router_targets=ROUTER_TARGETS`)."""
+    return elastify(
+        parent, calibration_dataset(tokenizer, 256, seed), axes=ROUTER_CHOICES, batch_size=32, progress=progress
     )
 
 

@@ -110,11 +110,11 @@ def _learning_rate_factor(step: int, steps: int) -> float:
     return min(1.0, warmup, decay)
 
 
-def _new_model(seed: int) -> NemotronHForCausalLM:
+def _new_model(seed: int, overrides: dict[str, Any]) -> NemotronHForCausalLM:
     # Everything random about a training run besides its data is here, so the caller's generator is left as it was.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = NemotronHForCausalLM(parent_config())
+        model = NemotronHForCausalLM(parent_config(**overrides))
     model.generation_config.do_sample = False
     # A problem of 20 letters takes 156 new tokens; without a value generation would stop after 20.
     model.generation_config.max_new_tokens = 160
@@ -129,6 +129,7 @@ def train_parent(
     device: str | torch.device = "cpu",
     progress: bool = True,
     log: Callable[[dict[str, float]], None] | None = None,
+    **overrides: Any,
 ) -> tuple[NemotronHForCausalLM, list[dict[str, float]]]:
     """Trains a parent from scratch, in a few minutes on one CPU core.
 
@@ -143,6 +144,7 @@ def train_parent(
         device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): Where to train.
         progress (`bool`, *optional*, defaults to `True`): Whether to show a progress bar.
         log (`Callable`, *optional*): Called after every step with its record.
+        **overrides (`Any`): As for [`parent_config`], to train another size.
 
     Returns:
         `tuple[NemotronHForCausalLM, list[dict]]`: The model, in evaluation mode, and one record per step: `step`,
@@ -153,7 +155,7 @@ def train_parent(
     """
     if steps < 1:
         raise ValueError(f"`steps` must be at least 1, got {steps!r}.")
-    model = _new_model(seed).to(device).train()
+    model = _new_model(seed, overrides).to(device).train()
     optimizers = _optimizers(model)
     schedules = [
         torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate_factor(step, steps))

@@ -1,0 +1,164 @@
+"""Training runs of the lab's `book` model, shared by `lab_family.py` and the `ablation_*.py` scripts.
+
+A run takes minutes, a benchmark hours: what each run measured is kept as JSON under `benchmarks/.runs/`, named by what it was, and is
+not done again. An interrupted benchmark goes on where it stopped; delete the folder to start afresh. Everything runs on one thread (the
+models are too small for two), so several scripts may run beside each other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from harness import ROOT, arguments, commit
+
+from hf_elastic import ElasticForCausalLM
+from hf_elastic.budgets import parse_limit
+from hf_elastic.cost import CostModel
+from hf_elastic.lab.book import EOS, THINK_START, build_tokenizer, evaluate, problems
+from hf_elastic.lab.family import BETWEEN, FAMILY, ROUTER_TARGETS, make_family, make_open_family, measure_family, train_family
+from hf_elastic.lab.parent import load_parent, train_parent
+from hf_elastic.trainers import divergence
+
+LETTERS = 12
+SEEDS = (0, 1, 2)
+SIZES = tuple(FAMILY)
+Entry = dict[str, Any]
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+
+class Runs:
+    """Training runs and what they measured.
+
+    Args:
+        options (`argparse.Namespace`): Of [`lab_arguments`].
+    """
+
+    def __init__(self, options: argparse.Namespace):
+        torch.set_num_threads(1)
+        self.steps = 8 if options.quick else 1000
+        self.problems = 4 if options.quick else 200
+        scratch = tempfile.mkdtemp(prefix="hf-elastic-lab-") if options.quick else None
+        self._folder = Path(scratch or options.runs)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._tokenizer = build_tokenizer()
+
+    def parent(self, seed: int) -> Any:
+        """The parent of a seed: the one in the package for 0, others are trained once."""
+        if seed == 0:
+            return load_parent()[0]
+        folder = self._folder / f"parent-{seed}"
+        if not (folder / "config.json").exists():
+            model, _ = train_parent(seed=seed, steps=self.steps, progress=False)
+            model.save_pretrained(folder)
+        return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+
+    def run(self, name: str, action: Callable[[], Any]) -> Any:
+        """What the run of this name measured; it is done if it was not yet."""
+        file = self._folder / f"{name}.json"
+        if not file.exists():
+            print(f"... {name}", flush=True)
+            result = {"result": action(), "steps": self.steps, "commit": commit()}
+            file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        return json.loads(file.read_text(encoding="utf-8"))["result"]
+
+    def family(self, name: str, seed: int, budgets: Mapping[str, Any] = FAMILY, **options: Any) -> dict[str, Any]:
+        """Train budgets of one parent in one run.
+
+        Args:
+            options: `measured` (budgets to measure, besides all that are trained), `sort`, and what `train_family` takes.
+
+        Returns:
+            `dict`: `untrained` and `trained`, entries of [`measure`], and the `tokens` trained on.
+        """
+        options = {"steps": self.steps, **options}
+        sort, measured = options.pop("sort", True), options.pop("measured", {})
+        return self.run(name, lambda: self._family(seed, budgets, sort, measured, options))
+
+    def _family(self, seed: int, budgets: Any, sort: bool, measured: Any, options: dict[str, Any]) -> dict[str, Any]:
+        parent = self.parent(seed)
+        family = make_family(parent, self._tokenizer, budgets, seed=seed, sort=sort)
+        measured = {"full": None, **{budget: budget for budget in budgets}, **measured}
+        untrained = self.measure(family, parent, measured)
+        tokens = self._train(family, seed, options)
+        return {"untrained": untrained, "trained": self.measure(family, parent, measured), "tokens": tokens}
+
+    def learned_family(self, name: str, seed: int, targets: Mapping[str, Any] = ROUTER_TARGETS, **options: Any) -> dict[str, Any]:
+        """As `family`, with sizes that a router decides after the first part of the run; `report` says what and why."""
+        options = {"steps": self.steps, "router_targets": dict(targets), "router_steps": self.steps * 3 // 10, **options}
+        return self.run(name, lambda: self._learned(seed, targets, options))
+
+    def _learned(self, seed: int, targets: Any, options: dict[str, Any]) -> dict[str, Any]:
+        parent = self.parent(seed)
+        family = make_open_family(parent, self._tokenizer, seed=seed)
+        tokens = self._train(family, seed, options)
+        count = CostModel(family.elastic_config.parent_config)
+        rows = []
+        for budget, target in targets.items():
+            limit, cost = parse_limit(target), count(family.elastic_config.submodel(budget))
+            miss = limit.measure(cost, family.dtype) / limit.value - 1
+            rows.append({"budget": budget, "target": target, "miss": miss})
+        trained = self.measure(family, parent, {"full": None, **{budget: budget for budget in targets}})
+        return {"trained": trained, "report": rows, "tokens": tokens}
+
+    def _train(self, family: ElasticForCausalLM, seed: int, options: dict[str, Any]) -> int:
+        with tempfile.TemporaryDirectory(prefix="hf-elastic-lab-") as scratch:
+            history = train_family(family, self._tokenizer, Path(scratch), seed=seed, progress=False, **options)
+        return int(max(entry.get("num_tokens", 0) for entry in history))
+
+    def from_scratch(self, name: str, seed: int, sizes: Mapping[str, Any]) -> Entry:
+        """A model of these sizes trained on the problems themselves, as the parent was, with the same number of steps."""
+
+        def action() -> Entry:
+            config = make_family(load_parent()[0], self._tokenizer, {"size": sizes}).elastic_config
+            stock = config.stock_config(config.submodel("size"))
+            fields = ("hidden_size", "mamba_num_heads", "mamba_head_dim", "num_attention_heads", "moe_intermediate_size")
+            fields += ("moe_shared_expert_intermediate_size",)
+            overrides = {field: getattr(stock, field) for field in fields}
+            model, _ = train_parent(seed=seed, steps=self.steps, progress=False, **overrides)
+            return asdict(evaluate(model, self._tokenizer, letters=LETTERS, count=self.problems))
+
+        return self.run(name, action)
+
+    def measure(self, family: ElasticForCausalLM, parent: Any, budgets: Mapping[str, Any]) -> list[Entry]:
+        """Rates by generation on held-out problems, as `measure_family`, and `kl`, the divergence from the parent in nats per token."""
+        entries = measure_family(family, self._tokenizer, budgets, count=self.problems, letters=LETTERS)
+        source = problems("heldout", LETTERS, 1)
+        texts = [next(source).text + EOS for _ in range(min(self.problems, 64))]
+        ids = torch.tensor(self._tokenizer(texts)["input_ids"])
+        start = ids[0].tolist().index(self._tokenizer.convert_tokens_to_ids(THINK_START))
+        with torch.no_grad():
+            teacher = parent(ids).logits[:, start:-1].flatten(0, 1)
+            for entry, budget in zip(entries, budgets.values(), strict=True):
+                with family.at(budget):
+                    student = family(ids).logits[:, start:-1].flatten(0, 1)
+                entry["kl"] = float(divergence(student, teacher).mean())
+        return entries
+
+
+def by_name(entries: Sequence[Entry]) -> dict[str, Entry]:
+    return {entry["name"]: entry for entry in entries}
+
+
+def mean(values: Sequence[float]) -> float:
+    return statistics.fmean(values)
+
+
+def lab_arguments(description: str | None) -> argparse.ArgumentParser:
+    """The options of every benchmark, and where runs are kept."""
+    parser = arguments(description)
+    parser.add_argument("--runs", default=ROOT / ".runs", help="folder that keeps finished runs (default: benchmarks/.runs)")
+    return parser
+
+
+__all__ = ["BETWEEN", "FAMILY", "LETTERS", "SEEDS", "SIZES", "Runs", "by_name", "lab_arguments", "mean"]
