@@ -106,7 +106,7 @@ def train_family(
     output: Path,
     *,
     steps: int = 1000,
-    learning_rate: float = 3e-3,
+    learning_rate: float = 6e-3,
     seed: int = 0,
     progress: bool = True,
     callback: TrainerCallback | None = None,
@@ -120,7 +120,7 @@ def train_family(
         family ([`ElasticForCausalLM`]): From [`make_family`].
         output (`Path`): Folder of the trainer.
         steps (`int`, *optional*, defaults to 1000): Optimizer steps.
-        learning_rate (`float`, *optional*, defaults to 3e-3): Of AdamW.
+        learning_rate (`float`, *optional*, defaults to 6e-3): Of AdamW; half of it leaves the smallest size behind.
         seed (`int`, *optional*, defaults to 0): Of problems and budgets; the problems are others than the parent was trained on.
         options: Further fields of `ElasticDistillationConfig`.
 
