@@ -66,7 +66,11 @@ def run(options: argparse.Namespace) -> int:
             columns["split"] = [by_name(e["split"][size]["trained"])[size] for e in done]
             columns["scratch"] = [e["scratch"][size] for e in done]
         for way, entries in columns.items():
-            costs = {key: [e[key] for e in entries] for key in ("active_params", "total_params", "sizes") if key in entries[0]}
+            costs = {
+                key: [e[key] for e in entries]
+                for key in ("active_params", "total_params", "sizes")
+                if key in entries[0]
+            }
             for rate in ("exact", "trace", "code", "kl"):
                 if rate in entries[0]:
                     unit = "nats per token" if rate == "kl" else "share"

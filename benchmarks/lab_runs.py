@@ -24,7 +24,15 @@ from hf_elastic import ElasticForCausalLM
 from hf_elastic.budgets import parse_limit
 from hf_elastic.cost import CostModel
 from hf_elastic.lab.book import EOS, THINK_START, build_tokenizer, evaluate, problems
-from hf_elastic.lab.family import BETWEEN, FAMILY, ROUTER_TARGETS, make_family, make_open_family, measure_family, train_family
+from hf_elastic.lab.family import (
+    BETWEEN,
+    FAMILY,
+    ROUTER_TARGETS,
+    make_family,
+    make_open_family,
+    measure_family,
+    train_family,
+)
 from hf_elastic.lab.parent import load_parent, train_parent
 from hf_elastic.trainers import divergence
 
@@ -93,9 +101,16 @@ class Runs:
         tokens = self._train(family, seed, options)
         return {"untrained": untrained, "trained": self.measure(family, parent, measured), "tokens": tokens}
 
-    def learned_family(self, name: str, seed: int, targets: Mapping[str, Any] = ROUTER_TARGETS, **options: Any) -> dict[str, Any]:
+    def learned_family(
+        self, name: str, seed: int, targets: Mapping[str, Any] = ROUTER_TARGETS, **options: Any
+    ) -> dict[str, Any]:
         """As `family`, with sizes that a router decides after the first part of the run; `report` says what and why."""
-        options = {"steps": self.steps, "router_targets": dict(targets), "router_steps": self.steps * 3 // 10, **options}
+        options = {
+            "steps": self.steps,
+            "router_targets": dict(targets),
+            "router_steps": self.steps * 3 // 10,
+            **options,
+        }
         return self.run(name, lambda: self._learned(seed, targets, options))
 
     def _learned(self, seed: int, targets: Any, options: dict[str, Any]) -> dict[str, Any]:
@@ -122,7 +137,13 @@ class Runs:
         def action() -> Entry:
             config = make_family(load_parent()[0], self._tokenizer, {"size": sizes}).elastic_config
             stock = config.stock_config(config.submodel("size"))
-            fields = ("hidden_size", "mamba_num_heads", "mamba_head_dim", "num_attention_heads", "moe_intermediate_size")
+            fields = (
+                "hidden_size",
+                "mamba_num_heads",
+                "mamba_head_dim",
+                "num_attention_heads",
+                "moe_intermediate_size",
+            )
             fields += ("moe_shared_expert_intermediate_size",)
             overrides = {field: getattr(stock, field) for field in fields}
             model, _ = train_parent(seed=seed, steps=self.steps, progress=False, **overrides)
@@ -157,7 +178,9 @@ def mean(values: Sequence[float]) -> float:
 def lab_arguments(description: str | None) -> argparse.ArgumentParser:
     """The options of every benchmark, and where runs are kept."""
     parser = arguments(description)
-    parser.add_argument("--runs", default=ROOT / ".runs", help="folder that keeps finished runs (default: benchmarks/.runs)")
+    parser.add_argument(
+        "--runs", default=ROOT / ".runs", help="folder that keeps finished runs (default: benchmarks/.runs)"
+    )
     return parser
 
 

@@ -210,13 +210,36 @@ def bind_views(
         if piece.rule.buffer:
             module._buffers[leaf] = view
         else:
-            module._parameters[leaf] = nn.Parameter(view, requires_grad=False)
+            module._parameters[leaf] = _view_parameter(view, tensor.requires_grad, name)
     share_constant_buffers(tree, parent)
     tree.tie_weights()
     left = [name for name, tensor in [*tree.named_parameters(), *tree.named_buffers()] if tensor.is_meta]
     if left:
         raise HFElasticError(f"the {architecture.model_type} table gives no weights for {left[:5]}")
     return bound
+
+
+def _view_parameter(view: torch.Tensor, requires_grad: bool, name: str) -> nn.Parameter:
+    """A parameter of a live submodel.
+
+    It asks for gradients where the parent's does: with one that does not, torch multiplies three-dimensional activations that are not
+    contiguous (the last position, when a prompt is read) by a copy of the whole matrix, a third of the time of a prompt in bfloat16. But
+    a gradient would end in the view and the parent would never see it, so computing one is an error.
+    """
+    requires_grad = (
+        requires_grad and not view.is_inference()
+    )  # a model loaded in inference mode has no gradients to ask for
+    parameter = nn.Parameter(view, requires_grad=requires_grad)
+    if requires_grad:
+
+        def refuse(gradient: torch.Tensor) -> None:
+            raise HFElasticError(
+                f"a gradient for {name} at a budget in evaluation mode would not reach the weights of the whole family; call model.train() "
+                "before the forward pass."
+            )
+
+        parameter.register_hook(refuse)
+    return parameter
 
 
 def local_names(piece: Piece, architecture: Architecture, available: Mapping[str, object]) -> tuple[str | None, str]:

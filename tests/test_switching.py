@@ -7,9 +7,11 @@ import pytest
 import torch
 from cases import CASES, IDS
 from compare import assert_same_logits, assert_same_weights, logits
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, AutoModelForCausalLM
 
 from hf_elastic import ElasticConfig, ElasticConfigError, UnknownBudgetError
+from hf_elastic.errors import HFElasticError
 from hf_elastic.slicing import pieces
 
 load = AutoModelForCausalLM.from_pretrained
@@ -486,3 +488,34 @@ def test_base_models_switch(name, family_folder, sliced, ids):
     assert_same_weights(model, expected)
     out, theirs = (m(ids, use_cache=False).last_hidden_state for m in (model, expected))
     assert_same_logits(out, theirs)
+
+
+@each_model
+def test_gradients_of_a_live_budget_are_refused_in_evaluation_mode(name, family, ids):
+    """They would end in the views, and be lost for the family; those for inputs are as good as ever."""
+    model = family(name).eval()
+    with model.at("small"):
+        embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(model(inputs_embeds=embedded).logits.square().sum(), embedded)
+        assert gradient.abs().max() > 0
+        with pytest.raises(HFElasticError, match=r"would not reach the weights.*model\.train\(\)"):
+            model(ids).logits.sum().backward()
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@each_model
+def test_the_last_position_of_a_prompt_is_multiplied_without_a_copy_of_the_head(name, family, ids):
+    """Torch multiplies it by an expanded copy of a matrix that asks for no gradient; see `slicing._view_parameter`."""
+    model = family(name).eval()
+
+    class Batched(TorchDispatchMode):
+        shapes: list[tuple[int, ...]] = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.bmm.default:
+                self.shapes.append(tuple(args[1].shape))
+            return func(*args, **(kwargs or {}))
+
+    with model.at("small"), torch.no_grad(), Batched() as batched:
+        model(ids, logits_to_keep=1)
+    assert all(shape[-1] != model.config.vocab_size for shape in batched.shapes)
