@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
                     report.measure(f"{way}: {size}, {rate}", unit, values, mean=mean(values), **costs, **about)
             exact[way, size] = mean([e["exact"] for e in entries])
     report.measure("tokens of the family's run", "tokens", [e["family"]["tokens"] for e in done])
-    for size, goal in GOALS.items():
+    for size in GOALS:
         report.settle(f"family: {size}, exact", exact["family", size])
     for size in SIZES:
         report.settle(f"family - split: {size}, exact", exact["family", size] - exact["split", size])

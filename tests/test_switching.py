@@ -494,7 +494,7 @@ def test_base_models_switch(name, family_folder, sliced, ids):
 def test_gradients_of_a_live_budget_are_refused_in_evaluation_mode(name, family, ids):
     """They would end in the views, and be lost for the family; those for inputs are as good as ever."""
     model = family(name).eval()
-    with model.at("small"):
+    with model.at("small"), torch.enable_grad():
         embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
         (gradient,) = torch.autograd.grad(model(inputs_embeds=embedded).logits.square().sum(), embedded)
         assert gradient.abs().max() > 0
