@@ -66,14 +66,9 @@ def train(name: str, folder: Path, ranks: int) -> dict[str, Any]:
 
 def shard(name: str, rank: int, ranks: int) -> dict[str, Any]:
     """The trainer's loss on `fully_shard`, which accelerate does not apply on a CPU: every rank has its share of six rows."""
-    from hf_elastic.trainers.elastic_distillation_trainer import (
-        _forward_as,
-        _head,
-        _hidden,
-        _through,
-        shard_teacher,
-    )
+    from hf_elastic.trainers.forward import forward_as, head_of, last_hidden, last_hidden_through
     from hf_elastic.trainers.losses import chunked_divergence
+    from hf_elastic.trainers.teacher import shard_teacher
 
     model, teacher = family().train(), family()
     if name == "checkpointed":
@@ -99,13 +94,13 @@ def shard(name: str, rank: int, ranks: int) -> dict[str, Any]:
             if ranks > 1:
                 model.set_requires_gradient_sync(i == len(budgets) - 1)
             with torch.no_grad():
-                target = _through(teacher, {"input_ids": ids[rank::ranks]}).flatten(0, 1)
+                target = last_hidden_through(teacher, {"input_ids": ids[rank::ranks]}).flatten(0, 1)
 
             def loss_of(input_ids: torch.Tensor, target: torch.Tensor = target) -> torch.Tensor:
-                hidden = _hidden(model, {"input_ids": input_ids}).flatten(0, 1)
-                return chunked_divergence(hidden, target, _head(model), _head(teacher), chunk_size=10)
+                states = last_hidden(model, {"input_ids": input_ids}).flatten(0, 1)
+                return chunked_divergence(states, target, head_of(model), head_of(teacher), chunk_size=10)
 
-            with model.computing(budget), _forward_as(model, loss_of):
+            with model.computing(budget), forward_as(model, loss_of):
                 loss = model(input_ids=ids[rank::ranks]) * ranks / (ids.numel() * len(budgets))
                 loss.backward()
             total += float(loss.detach()) / ranks

@@ -1,0 +1,72 @@
+"""The frozen model that all budgets learn from."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from hf_elastic import ElasticForCausalLM
+from hf_elastic.errors import ElasticConfigError
+
+
+def load_teacher(teacher: Any, model: ElasticForCausalLM, options: Any) -> PreTrainedModel:
+    """A frozen teacher in evaluation mode.
+
+    Args:
+        teacher (`PreTrainedModel` or `str`, *optional*): Model, or where to load it from; a copy of `model` if not given.
+        options (`dict`, *optional*): For `from_pretrained`; the dtype defaults to the model's.
+
+    Raises:
+        `ElasticConfigError`: options without anything to load, another vocabulary.
+    """
+    if isinstance(teacher, str):
+        teacher = AutoModelForCausalLM.from_pretrained(teacher, **{"dtype": model.dtype, **(options or {})})
+    elif options:
+        raise ElasticConfigError("teacher_model_init_kwargs need a teacher_model to load, a folder or Hub repository.")
+    if teacher is None or teacher is model:
+        teacher = copy.deepcopy(model)
+    theirs, ours = teacher.get_output_embeddings().weight.shape[0], model.get_output_embeddings().weight.shape[0]
+    if theirs != ours:
+        raise ElasticConfigError(
+            f"the teacher's vocabulary has {theirs} tokens, the model's {ours}; their distributions cannot be compared. Use the parent, or "
+            "resize one of them with resize_token_embeddings()."
+        )
+    return teacher.eval().requires_grad_(False)
+
+
+def prepare_teacher(teacher: PreTrainedModel, accelerator: Accelerator, fsdp: bool) -> nn.Module:
+    """Put the teacher where the student is, sharded if the student is.
+
+    Raises:
+        `ElasticConfigError`: FSDP 1.
+    """
+    if not fsdp:
+        return accelerator.prepare_model(teacher, evaluation_mode=True)
+    plugin = accelerator.state.fsdp_plugin
+    if getattr(plugin, "fsdp_version", 1) != 2:
+        raise ElasticConfigError(
+            "FSDP 1 flattens parameters, so budgets cannot take parts of them; set fsdp_version to 2."
+        )
+    policy = {"mp_policy": plugin.mixed_precision_policy} if plugin.mixed_precision_policy is not None else {}
+    return shard_teacher(teacher.to(accelerator.device), **policy)
+
+
+def shard_teacher(teacher: PreTrainedModel, **options: Any) -> PreTrainedModel:
+    """Shard a frozen model over all ranks, a layer at a time, with `torch.distributed.fsdp.fully_shard`.
+
+    What is outside the layers (embeddings, head) stays gathered after the first forward: chunks of logits are made long after it, and
+    again in backward.
+
+    Args:
+        options: Passed to `fully_shard` (`mesh`, `mp_policy`, ...).
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    kinds = set(getattr(teacher, "_no_split_modules", None) or ())
+    for module in [module for module in teacher.modules() if type(module).__name__ in kinds]:
+        fully_shard(module, **options)
+    return fully_shard(teacher, reshard_after_forward=False, **options)
