@@ -47,6 +47,9 @@ class ElasticDistillationConfig(SFTConfig):
         router_learning_rate (`float`, *optional*, defaults to 1e-3): Of the router (the papers use 1e-2 over far longer runs).
         router_loss_weight (`float`, *optional*, defaults to 5.0): Of the resource loss against the divergence.
         router_per_layer (`list[str]`, *optional*): Axes with a size of their own in every layer.
+        freeze_model (`bool`, *optional*, defaults to `False`):
+            Train the router alone: no weight of the model changes, and the run ends when the router decides (`max_steps` =
+            `router_steps`). The model stays frozen afterwards, as `requires_grad_(False)` leaves it.
         teacher_model_init_kwargs (`dict`, *optional*): For `from_pretrained` of a teacher given by name; its `dtype` defaults to the model's.
     """
 
@@ -86,6 +89,7 @@ class ElasticDistillationConfig(SFTConfig):
     router_per_layer: list[str] | None = field(
         default=None, metadata={"help": "Axes with a size of their own in every layer."}
     )
+    freeze_model: bool = field(default=False, metadata={"help": "Train the router alone, until it decides."})
     teacher_model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Arguments of from_pretrained for a teacher given by name."}
     )
@@ -121,6 +125,15 @@ class ElasticDistillationConfig(SFTConfig):
             counts = [count for count in steps if count is not None]
             if len(counts) == len(self.stages):  # what is wrong, the trainer says
                 self.max_steps: int = sum(counts)
+        if self.freeze_model and not self.router_targets:
+            raise ElasticConfigError(
+                "freeze_model=True leaves nothing to train without a router; give router_targets and router_steps."
+            )
+        if self.freeze_model and self.max_steps != self.router_steps:
+            raise ElasticConfigError(
+                f"freeze_model=True trains the router alone, and the run ends when it decides: set max_steps (here {self.max_steps}) to "
+                f"router_steps ({self.router_steps}), and train the model in a second run."
+            )
 
     def _check_hidden_loss(self) -> None:
         if not 0 <= self.hidden_loss_weight < math.inf:

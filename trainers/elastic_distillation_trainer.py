@@ -108,6 +108,8 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
         if args.hidden_loss_weight > 0:
             check_layers(args.hidden_loss_layers, model.submodel.depth)
             check_same_channels(teacher, model)
+        if args.freeze_model:
+            model.requires_grad_(False)
         if args.ddp_find_unused_parameters is None:
             # A budget that drops a layer uses none of its parameters. Upstream looks for them only without gradient checkpointing, and
             # DDP then stops in the second step; non-reentrant checkpointing, the default here, gets along with looking.

@@ -56,6 +56,8 @@ def training_state(
             "hidden_loss": args.hidden_loss,
             "hidden_loss_layers": None if layers is None else sorted(layers),
         }
+    if args.freeze_model:
+        state["freeze_model"] = True
     return state if num_tokens is None else {**state, "num_tokens": num_tokens}
 
 
