@@ -1,0 +1,76 @@
+"""Checkpoints of a run: saved whole or not at all, loaded only into the run and the family that they are of."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from trl import SFTTrainer
+
+from hf_elastic import ElasticForCausalLM
+
+from .resuming import STATE_FILE, check_family, check_training, last_complete, training_state
+
+
+class CheckpointsMixin(SFTTrainer):
+    """Saving and resuming of [`ElasticDistillationTrainer`]."""
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in `Trainer`. `resume_from_checkpoint=True` takes the last checkpoint that was saved completely."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete(self.args.output_dir)
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self._undecided and self.state.global_step >= self.args.router_steps:
+            self._decide(self._undecided)
+        return result
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save a checkpoint, or leave none: a part of one, after a full disk, would be in the way of resuming."""
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        existed = folder.exists()
+        try:
+            if self.args.should_save:
+                self._save_own_state(folder)
+            super()._save_checkpoint(model, trial)
+        except BaseException:
+            if self.args.should_save and not existed:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def _save_own_state(self, folder: Path) -> None:
+        # Upstream writes this file last: until then, the folder is not complete.
+        (folder / "trainer_state.json").unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(training_state(self.curriculum, self.args, self._total_train_tokens), indent=2)
+        (folder / STATE_FILE).write_text(text + "\n", encoding="utf-8")
+        if self.routing is not None:
+            self.routing.save(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load the weights of a checkpoint, refusing one of another family or of another run.
+
+        Upstream reads the file's names as they are, without an error; on disk they are the Hub's, so nothing would be loaded.
+        """
+        if self.routing is not None:
+            self.routing.load(Path(resume_from_checkpoint))
+        check_family(resume_from_checkpoint, self._elastic.elastic_config)
+        self._total_train_tokens = check_training(resume_from_checkpoint, training_state(self.curriculum, self.args))
+        if (
+            self.is_fsdp_enabled or self.is_deepspeed_enabled
+        ):  # they save in layouts of their own, which upstream reads
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self._load_weights(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_best_model()
+        else:
+            self._load_weights(self.state.best_model_checkpoint)
+
+    def _load_weights(self, folder: Any) -> None:
+        saved = ElasticForCausalLM.from_pretrained(folder, dtype=self._elastic.dtype)
+        self._elastic.load_state_dict(saved.state_dict())

@@ -1,0 +1,95 @@
+"""What a run is refused for before anything is loaded or changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from hf_elastic import ElasticForCausalLM
+from hf_elastic.errors import ElasticConfigError
+
+from .elastic_distillation_config import ElasticDistillationConfig
+
+
+def refuse_ignored(args: ElasticDistillationConfig, kwargs: Mapping[str, Any]) -> None:
+    """Raise for what `SFTTrainer` takes and a distillation loss would ignore."""
+    if kwargs.get("peft_config") is not None:
+        raise ElasticConfigError(
+            "peft_config is not supported yet: adapters do not follow a budget in training. Train all weights, or train an adapter on one "
+            "size with SFTTrainer: ElasticForCausalLM.from_pretrained(..., budget=...) is a stock model of that size."
+        )
+    for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
+        if kwargs.get(name) is not None:
+            raise ElasticConfigError(f"{name} needs full logits, which are never built here; use a callback instead.")
+    for name, neutral in (("loss_type", "nll"), ("label_smoothing_factor", 0.0), ("router_aux_loss_coef", None)):
+        value = getattr(args, name)
+        if value != neutral and value != 0.0:
+            raise ElasticConfigError(
+                f"{name}={value!r} would be ignored: the loss is the divergence from the teacher. Leave it at {neutral!r}."
+            )
+
+
+def check_columns(dataset: Any, name: str, args: ElasticDistillationConfig, formatting_func: Any) -> None:
+    """Raise for a dataset, or one of a dict of them, without any of the sets of columns that `SFTTrainer` reads."""
+    skipped = (args.dataset_kwargs or {}).get("skip_prepare_dataset", False)
+    if dataset is None or formatting_func is not None or skipped:
+        return
+    for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
+        columns = set(getattr(part, "column_names", None) or next(iter(part)))
+        known = [{"input_ids"}, {args.dataset_text_field}, {"messages"}, {"conversations"}, {"prompt", "completion"}]
+        if not any(needed <= columns for needed in known):
+            raise ElasticConfigError(
+                f"{name} has the columns {', '.join(sorted(columns))}; it needs input_ids, {args.dataset_text_field}, messages, or "
+                "prompt and completion (or give formatting_func)."
+            )
+
+
+def known_budgets(given: list[str], names: list[str]) -> list[str]:
+    """The budgets to evaluate, if the model has them all; raises otherwise."""
+    for name in given:
+        if name not in names:
+            raise ElasticConfigError(f"eval_budgets: unknown budget {name!r}; the model has {', '.join(names)}.")
+    return given
+
+
+def check_layers(layers: Any, depth: int) -> None:
+    """Raise unless `hidden_loss_layers` are different layers of the parent."""
+    if layers is None:
+        return
+    if not isinstance(layers, list) or not layers or len(set(layers)) < len(layers):
+        raise ElasticConfigError(f"hidden_loss_layers={layers!r} must be a list of different layers.")
+    for layer in layers:
+        if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < depth:
+            raise ElasticConfigError(
+                f"hidden_loss_layers={layers!r}: {layer!r} is no layer of the parent, which has {depth}, counted from 0."
+            )
+
+
+def check_model(model: Any) -> ElasticForCausalLM:
+    """The model, if it is elastic and without adapters; raises otherwise."""
+    if getattr(model, "peft_config", None):
+        raise ElasticConfigError(
+            "adapters are attached to the model: they do not follow a budget in training. Merge or unload them first."
+        )
+    if not isinstance(model, ElasticForCausalLM):
+        raise ElasticConfigError(
+            f"model must be an ElasticForCausalLM, got {type(model).__name__}; make one with elastify()."
+        )
+    return model
+
+
+@contextmanager
+def without_auxiliary_loss(model: PreTrainedModel, args: ElasticDistillationConfig) -> Iterator[None]:
+    """Have upstream set up no balancing loss, and leave the coefficient that the model's config has for others."""
+    field = "router_aux_loss_coef"
+    before = {key: getattr(model.config, key) for key in (field, "output_router_logits") if hasattr(model.config, key)}
+    if field in before:
+        setattr(args, field, 0.0)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            setattr(model.config, key, value)
