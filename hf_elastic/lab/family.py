@@ -28,9 +28,9 @@ ROUTER_TARGETS: dict[str, str] = {"half": "45.9k active", "third": "30.3k active
 """What the sizes may cost that a router learns: the active parameters of [`FAMILY`], within half a per cent."""
 
 ROUTER_CHOICES: dict[str, list[int]] = {
-    "hidden": [48, 40, 32, 28, 24, 20, 16],
-    "expert_ffn": [32, 24, 16, 12, 8],
-    "shared_expert_ffn": [64, 48, 32, 24, 16],
+    "hidden": [48, 44, 40, 36, 32, 28, 24, 20, 16],
+    "expert_ffn": [32, 28, 24, 20, 16, 12, 8, 4],
+    "shared_expert_ffn": [64, 56, 48, 40, 32, 24, 16, 12, 8],
     "mamba_heads": [8, 6, 4],
 }
 """What it chooses among. Experts are left out: under a target of active parameters they cost nothing, so nothing would hold them."""
