@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import transformers
-from harness import ROOT, arguments, commit
+from harness import ROOT, Report, arguments, commit
 
 from hf_elastic import ElasticForCausalLM
 from hf_elastic.budgets import parse_limit
@@ -59,7 +59,7 @@ class Runs:
         scratch = tempfile.mkdtemp(prefix="hf-elastic-lab-") if options.quick else None
         self._folder = Path(scratch or options.runs)
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._tokenizer = build_tokenizer()
+        self.tokenizer = build_tokenizer()
 
     def parent(self, seed: int) -> Any:
         """The parent of a seed: the one in the package for 0, others are trained once."""
@@ -95,7 +95,7 @@ class Runs:
 
     def _family(self, seed: int, budgets: Any, sort: bool, measured: Any, options: dict[str, Any]) -> dict[str, Any]:
         parent = self.parent(seed)
-        family = make_family(parent, self._tokenizer, budgets, seed=seed, sort=sort)
+        family = make_family(parent, self.tokenizer, budgets, seed=seed, sort=sort)
         measured = {"full": None, **{budget: budget for budget in budgets}, **measured}
         untrained = self.measure(family, parent, measured)
         tokens = self._train(family, seed, options)
@@ -115,7 +115,7 @@ class Runs:
 
     def _learned(self, seed: int, targets: Any, options: dict[str, Any]) -> dict[str, Any]:
         parent = self.parent(seed)
-        family = make_open_family(parent, self._tokenizer, seed=seed)
+        family = make_open_family(parent, self.tokenizer, seed=seed)
         tokens = self._train(family, seed, options)
         count = CostModel(family.elastic_config.parent_config)
         rows = []
@@ -128,14 +128,14 @@ class Runs:
 
     def _train(self, family: ElasticForCausalLM, seed: int, options: dict[str, Any]) -> int:
         with tempfile.TemporaryDirectory(prefix="hf-elastic-lab-") as scratch:
-            history = train_family(family, self._tokenizer, Path(scratch), seed=seed, progress=False, **options)
+            history = train_family(family, self.tokenizer, Path(scratch), seed=seed, progress=False, **options)
         return int(max(entry.get("num_tokens", 0) for entry in history))
 
     def from_scratch(self, name: str, seed: int, sizes: Mapping[str, Any]) -> Entry:
         """A model of these sizes trained on the problems themselves, as the parent was, with the same number of steps."""
 
         def action() -> Entry:
-            config = make_family(load_parent()[0], self._tokenizer, {"size": sizes}).elastic_config
+            config = make_family(load_parent()[0], self.tokenizer, {"size": sizes}).elastic_config
             stock = config.stock_config(config.submodel("size"))
             fields = (
                 "hidden_size",
@@ -147,17 +147,17 @@ class Runs:
             fields += ("moe_shared_expert_intermediate_size",)
             overrides = {field: getattr(stock, field) for field in fields}
             model, _ = train_parent(seed=seed, steps=self.steps, progress=False, **overrides)
-            return asdict(evaluate(model, self._tokenizer, letters=LETTERS, count=self.problems))
+            return asdict(evaluate(model, self.tokenizer, letters=LETTERS, count=self.problems))
 
         return self.run(name, action)
 
     def measure(self, family: ElasticForCausalLM, parent: Any, budgets: Mapping[str, Any]) -> list[Entry]:
         """Rates by generation on held-out problems, as `measure_family`, and `kl`, the divergence from the parent in nats per token."""
-        entries = measure_family(family, self._tokenizer, budgets, count=self.problems, letters=LETTERS)
+        entries = measure_family(family, self.tokenizer, budgets, count=self.problems, letters=LETTERS)
         source = problems("heldout", LETTERS, 1)
         texts = [next(source).text + EOS for _ in range(min(self.problems, 64))]
-        ids = torch.tensor(self._tokenizer(texts)["input_ids"])
-        start = ids[0].tolist().index(self._tokenizer.convert_tokens_to_ids(THINK_START))
+        ids = torch.tensor(self.tokenizer(texts)["input_ids"])
+        start = ids[0].tolist().index(self.tokenizer.convert_tokens_to_ids(THINK_START))
         with torch.no_grad():
             teacher = parent(ids).logits[:, start:-1].flatten(0, 1)
             for entry, budget in zip(entries, budgets.values(), strict=True):
@@ -165,6 +165,19 @@ class Runs:
                     student = family(ids).logits[:, start:-1].flatten(0, 1)
                 entry["kl"] = float(divergence(student, teacher).mean())
         return entries
+
+
+def compare(report: Report, ways: Mapping[str, Sequence[Entry]], **about: Any) -> dict[tuple[str, str, str], float]:
+    """Record the rates of several ways to get the same budgets; returns them by `(way, budget, rate)`."""
+    values = {}
+    for way, entries in ways.items():
+        for entry in entries:
+            cost = {key: entry[key] for key in ("active_params", "total_params")}
+            for rate in ("exact", "trace", "code", "kl"):
+                unit = "nats per token" if rate == "kl" else "share"
+                what = f"{way}: {entry['name']}, {rate}"
+                values[way, entry["name"], rate] = report.measure(what, unit, [entry[rate]], **cost, **about)
+    return values
 
 
 def by_name(entries: Sequence[Entry]) -> dict[str, Entry]:
@@ -184,4 +197,4 @@ def lab_arguments(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-__all__ = ["BETWEEN", "FAMILY", "LETTERS", "SEEDS", "SIZES", "Runs", "by_name", "lab_arguments", "mean"]
+__all__ = ["BETWEEN", "FAMILY", "LETTERS", "SEEDS", "SIZES", "Runs", "by_name", "compare", "lab_arguments", "mean"]

@@ -110,6 +110,7 @@ def train_family(
     seed: int = 0,
     progress: bool = True,
     callback: TrainerCallback | None = None,
+    rows: Any = None,
     **options: Any,
 ) -> list[dict[str, float]]:
     """Distil all budgets in place.
@@ -122,7 +123,9 @@ def train_family(
         steps (`int`, *optional*, defaults to 1000): Optimizer steps.
         learning_rate (`float`, *optional*, defaults to 6e-3): Of AdamW; half of it leaves the smallest size behind.
         seed (`int`, *optional*, defaults to 0): Of problems and budgets; the problems are others than the parent was trained on.
-        options: Further fields of `ElasticDistillationConfig`.
+        rows (`datasets.IterableDataset`, *optional*):
+            Other data than the `book` problems, with `input_ids` and `labels`. By default the stream of another seed than the parent saw.
+        options: Fields of `ElasticDistillationConfig`, instead of these or besides them.
 
     Returns:
         `list[dict[str, float]]`: What the trainer logged.
@@ -132,35 +135,31 @@ def train_family(
     """
     from ..trainers import ElasticDistillationConfig, ElasticDistillationTrainer
 
-    device = family.device.type
-    args = ElasticDistillationConfig(
-        output_dir=str(output),
-        max_steps=steps,
-        learning_rate=learning_rate,
-        lr_scheduler_type="warmup_stable_decay",
-        lr_scheduler_kwargs={"num_decay_steps": steps // 2, "min_lr_ratio": 0.02},
-        warmup_steps=min(30, steps // 4),
-        adam_beta2=0.98,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        per_device_train_batch_size=32,
-        max_length=None,
-        activation_checkpointing=False,
-        use_cpu=device == "cpu",
-        bf16=False,
-        seed=seed,
-        logging_steps=max(1, steps // 20),
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=not progress,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        **options,
-    )
-    rows = training_dataset(tokenizer, seed + 1000)  # the parent saw the stream of its own seed
+    defaults = {
+        "max_steps": steps,
+        "learning_rate": learning_rate,
+        "lr_scheduler_type": "warmup_stable_decay",
+        "lr_scheduler_kwargs": {"num_decay_steps": steps // 2, "min_lr_ratio": 0.02},
+        "warmup_steps": min(30, steps // 4),
+        "adam_beta2": 0.98,
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "per_device_train_batch_size": 32,
+        "max_length": None,
+        "activation_checkpointing": False,
+        "use_cpu": family.device.type == "cpu",
+        "bf16": False,
+        "seed": seed,
+        "logging_steps": max(1, steps // 20),
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": not progress,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+    }
     trainer = ElasticDistillationTrainer(
         model=family,
-        args=args,
-        train_dataset=rows,
+        args=ElasticDistillationConfig(output_dir=str(output), **defaults | options),
+        train_dataset=training_dataset(tokenizer, seed + 1000) if rows is None else rows,
         processing_class=tokenizer,
         callbacks=[callback] if callback else None,
     )
