@@ -65,11 +65,15 @@ class Runs:
         """The parent of a seed: the one in the package for 0, others are trained once."""
         if seed == 0:
             return load_parent()[0]
-        folder = self._folder / f"parent-{seed}"
+        return self.model(f"parent-{seed}", lambda: train_parent(seed=seed, steps=self.steps, progress=False)[0])
+
+    def model(self, name: str, train: Callable[[], Any]) -> Any:
+        """The stock model of this name; it is trained if it was not yet."""
+        folder = self._folder / name
         if not (folder / "config.json").exists():
-            model, _ = train_parent(seed=seed, steps=self.steps, progress=False)
-            model.save_pretrained(folder)
-        return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+            print(f"... {name}", flush=True)
+            train().save_pretrained(folder)
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
     def run(self, name: str, action: Callable[[], Any]) -> Any:
         """What the run of this name measured; it is done if it was not yet."""
