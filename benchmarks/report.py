@@ -1,6 +1,7 @@
-"""Write the README's results from the files in `results/`, so that no number there is typed by hand.
+"""Write what README and model cards say of results from the files in `results/`, so that no number there is typed by hand.
 
-`python benchmarks/report.py` rewrites the block between the `results` markers; `--check` only tells whether it is up to date.
+`python benchmarks/report.py` rewrites the blocks between markers (`<!-- results:begin -->` to `<!-- results:end -->`, and the same for
+`family`, `ablations` and `bytes`) and draws `model_cards/lab_family.png`; `--check` only tells whether the texts are up to date.
 """
 
 from __future__ import annotations
@@ -8,26 +9,180 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
-_BLOCK = re.compile(r"(<!-- results:begin -->\n).*?(<!-- results:end -->)", re.DOTALL)
+DOCUMENTS = (ROOT / "README.md", ROOT / "model_cards" / "lab_family.md")
+CHART = ROOT / "model_cards" / "lab_family.png"
+SIZES = ("full", "half", "third", "quarter", "between")
+WAYS = {
+    "family": "one run",
+    "router": "one run, sizes learned",
+    "alone": "alone",
+    "split": "alone, tokens split",
+    "scratch": "from scratch",
+    "untrained": "not trained",
+}
+"""Columns of the family's table: names in the result file and in the table."""
+
+Result = Mapping[str, Any]
 
 
-def render(results: Path = RESULTS) -> str:
-    """The results block: a table of claims per result file, and what they were measured on."""
+def render(name: str, results: Path = RESULTS) -> str:
+    """The text of one block."""
+    return _BLOCKS[name](results)
+
+
+# -- blocks ------------------------------------------------------------------------------------------------------------
+
+
+def claims(results: Path) -> str:
+    """A table of claims per result file, and what they were measured on."""
     parts = []
     for path in sorted(results.glob("*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = _load(path)
         rows = [f"| {_claim(claim)} |" for claim in result["claims"]]
         head = f"| [`{path.stem}`](benchmarks/{path.stem}.py) | measured | limit | |\n|---|---|---|---|"
         parts.append("\n".join([head, *rows, "", _conditions(result)]))
     return "\n\n".join(parts) + "\n" if parts else "No benchmark was run yet.\n"
+
+
+def family(results: Path) -> str:
+    """Exact answers per size and way to get it: the mean over seeds, and the range where they differ."""
+    if (result := _load(results / "lab_family.json")) is None:
+        return "Not measured yet.\n"
+    found = _by_name(result)
+    whole = found["family: full, exact"]
+    rows = []
+    for size in SIZES:
+        entry = found[f"family: {size}, exact"]
+        share = entry["active_params"][0] / whole["active_params"][0]
+        cells = [_spread(found.get(f"{way}: {size}, exact")) for way in WAYS]
+        rows.append([f"{size} ({share:.0%})", *cells])
+    text = _table(["size (active)", *WAYS.values()], rows)
+    about = (
+        f"{whole['problems']} held-out problems of 12 lines, whole answer right, by generation; mean of seeds "
+        f"{', '.join(map(str, whole['seeds']))} (range); {whole['steps']} steps a run. `between` was never trained."
+    )
+    chosen = [_sizes(found[f"router: {size}, exact"]["sizes"][0]) for size in SIZES[1:4]]
+    learned = f"Sizes the router chose with seed {whole['seeds'][0]}: " + "; ".join(
+        f"{size} {sizes}" for size, sizes in zip(SIZES[1:4], chosen, strict=True)
+    )
+    return f"{text}\n\n{about} {learned}.\n\n{_conditions(result)}\n"
+
+
+def ablations(results: Path) -> str:
+    """Divergence from the parent and exact answers of every ablation, a table each."""
+    parts = []
+    for path in sorted(results.glob("ablation_*.json")):
+        found = _by_name(_load(path) or {})
+        names = [name.removesuffix(", exact") for name in found if name.endswith(", exact")]
+        ways = list(dict.fromkeys(name.rpartition(": ")[0] for name in names))
+        sizes = list(dict.fromkeys(name.rpartition(": ")[2] for name in names))
+        if not any(sum(f"{way}: {size}" in names for way in ways) > 1 for size in sizes):  # a size per way
+            rows = [[name.partition(":")[0], *_rates(found, name)] for name in names]
+            text = _table([f"[`{path.stem}`](../benchmarks/{path.stem}.py)", "exact", "divergence"], rows)
+        else:
+            head = [f"[`{path.stem}`](../benchmarks/{path.stem}.py)"]
+            head += [f"{way}: {rate}" for way in ways for rate in ("exact", "divergence")]
+            text = _table(
+                head, [[size, *(c for way in ways for c in _rates(found, f"{way}: {size}"))] for size in sizes]
+            )
+        parts.append(text)
+    return "\n\n".join(parts) + "\n" if parts else "Not measured yet.\n"
+
+
+def byte_lm(results: Path) -> str:
+    """Bits and perplexity per byte of real text."""
+    if (result := _load(results / "byte_lm.json")) is None:
+        return "Not measured yet.\n"
+    found = _by_name(result)
+    rows = []
+    ways = {"family": "one run", "split": "alone, tokens split", "untrained": "not trained"}
+    for size in SIZES[:4]:
+        active = found[f"family: {size}, bits per byte"]["active_params"]
+        cells = []
+        for way in ways:
+            bits = found.get(f"{way}: {size}, bits per byte")
+            cells.append(f"{bits['median']:.3f} ({2 ** bits['median']:.2f})" if bits else "")
+        rows.append([f"{size} ({active:,} active)", *cells])
+    about = found["family: full, bits per byte"]
+    text = _table(["bits (perplexity) per byte", *ways.values()], rows)
+    return (
+        f"{text}\n\n{about['held_out_bytes']:,} held-out bytes of Python's standard library; {about['steps']} steps.\n"
+    )
+
+
+_BLOCKS: Mapping[str, Callable[[Path], str]] = {
+    "results": claims,
+    "family": family,
+    "ablations": ablations,
+    "bytes": byte_lm,
+}
+
+
+# -- the chart ---------------------------------------------------------------------------------------------------------
+
+
+def draw(results: Path = RESULTS, path: Path = CHART) -> None:
+    """Exact answers against active parameters, a line per way."""
+    from hf_elastic.lab.chart import draw_lines
+
+    if (result := _load(results / "lab_family.json")) is None:
+        return
+    found = _by_name(result)
+    lines = []
+    styles = {"family": "o-", "router": "D-", "alone": "s--", "split": "^--", "scratch": "x:", "untrained": "v:"}
+    for way, style in styles.items():
+        entries = [
+            {"name": size, "active_params": statistics.fmean(entry["active_params"]), "exact": entry["mean"]}
+            for size in SIZES[:4]
+            if (entry := found.get(f"{way}: {size}, exact")) and "active_params" in entry
+        ]
+        if entries:
+            lines.append((WAYS[way], style, entries, "exact"))
+    whole = found["family: full, exact"]
+    label = f"whole answers right, {whole['problems']} held-out problems, {len(whole['seeds'])} seeds"
+    draw_lines(lines, "One checkpoint, all sizes in one run, against other ways", label, path)
+
+
+# -- how ---------------------------------------------------------------------------------------------------------------
+
+
+def _load(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _by_name(result: Result) -> dict[str, Any]:
+    return {entry["name"]: entry for entry in result.get("measurements", ())}
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
+
+
+def _spread(entry: Result | None) -> str:
+    if entry is None:
+        return ""
+    low, high = min(entry["runs"]), max(entry["runs"])
+    return f"{entry['mean']:.2f}" + (f" ({low:.2f}–{high:.2f})" if low < high else "")
+
+
+def _rates(found: Mapping[str, Any], name: str) -> list[str]:
+    if f"{name}, exact" not in found:
+        return ["", ""]
+    return [f"{found[f'{name}, exact']['median']:.2f}", f"{found[f'{name}, kl']['median']:.4f}"]
+
+
+def _sizes(sizes: Mapping[str, Any]) -> str:
+    cut = ("hidden", "expert_ffn", "shared_expert_ffn", "mamba_heads")
+    return ", ".join(f"{axis} {sizes[axis]}" for axis in cut)
 
 
 def _claim(claim: Mapping[str, Any]) -> str:
@@ -36,22 +191,33 @@ def _claim(claim: Mapping[str, Any]) -> str:
     )
 
 
-def _conditions(result: Mapping[str, Any]) -> str:
+def _conditions(result: Result) -> str:
     machine, versions = result["machine"], result["versions"]
     hardware = ", ".join(str(value) for value in machine.values())
     software = ", ".join(f"{name} {value}" for name, value in versions.items())
     return f"<sub>{hardware}; {software}; commit {result['commit'][:12]}</sub>"
 
 
+def written(text: str) -> str:
+    """A document with all its blocks as they should be."""
+    for name in _BLOCKS:
+        block = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
+        text = block.sub(lambda match, name=name: match[1] + render(name) + match[2], text)  # type: ignore[misc]
+    return text
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="exit with 1 if the README is not up to date")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a document is not up to date")
     args = parser.parse_args()
-    text = README.read_text(encoding="utf-8")
-    wanted = _BLOCK.sub(lambda match: match[1] + render() + match[2], text)
+    stale = [
+        path for path in DOCUMENTS if written(path.read_text(encoding="utf-8")) != path.read_text(encoding="utf-8")
+    ]
     if args.check:
-        return int(wanted != text)
-    README.write_text(wanted, encoding="utf-8")
+        return int(bool(stale))
+    for path in stale:
+        path.write_text(written(path.read_text(encoding="utf-8")), encoding="utf-8")
+    draw()
     return 0
 
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-_BLUE, _AMBER, _GREY = "#3b5bdb", "#e8890c", "#868e96"
+_COLORS = ("#3b5bdb", "#e8890c", "#868e96", "#2b8a3e", "#c92a2a", "#ae3ec9")
 
-Line = tuple[str, str, str, Sequence[Mapping[str, Any]], str]
-"""Label, colour, line style, entries with `name` and `active_params`, and which rate of theirs is drawn."""
+Line = tuple[str, str, Sequence[Mapping[str, Any]], str]
+"""Label, line style, entries with `name` and `active_params`, and which rate of theirs is drawn."""
 
 
 def accuracy_chart(results: Mapping[str, Any], path: Path) -> None:
@@ -23,13 +23,13 @@ def accuracy_chart(results: Mapping[str, Any], path: Path) -> None:
         `ImportError`: matplotlib is not installed.
     """
     lines: list[Line] = [
-        ("whole answer right", _BLUE, "o-", results["budgets"], "exact"),
-        ("thinking right", _AMBER, "s--", results["budgets"], "trace"),
-        ("code symbols right", _GREY, "^:", results["budgets"], "code"),
+        ("whole answer right", "o-", results["budgets"], "exact"),
+        ("thinking right", "s--", results["budgets"], "trace"),
+        ("code symbols right", "^:", results["budgets"], "code"),
     ]
     task = results["task"]
     label = f"share of {task['problems']} held-out problems, n = {task['letters']}"
-    _draw(lines, "One checkpoint, cut without training", label, path)
+    draw_lines(lines, "One checkpoint, cut without training", label, path)
 
 
 def family_chart(results: Mapping[str, Any], path: Path) -> None:
@@ -43,23 +43,27 @@ def family_chart(results: Mapping[str, Any], path: Path) -> None:
         `ImportError`: matplotlib is not installed.
     """
     lines: list[Line] = [
-        ("one training run", _BLUE, "o-", results["trained"], "exact"),
-        ("cut without training", _GREY, "^:", results["untrained"], "exact"),
+        ("one training run", "o-", results["trained"], "exact"),
+        ("cut without training", "^:", results["untrained"], "exact"),
     ]
     task = results["task"]
     label = f"whole answers right, {task['problems']} held-out problems, n = {task['letters']}"
-    _draw(lines, "One checkpoint, all sizes trained at once", label, path)
+    draw_lines(lines, "One checkpoint, all sizes trained at once", label, path)
 
 
-def _draw(lines: Sequence[Line], title: str, label: str, path: Path) -> None:
-    """Rates against active parameters, with the name of every size above it."""
+def draw_lines(lines: Sequence[Line], title: str, label: str, path: Path) -> None:
+    """Rates against active parameters as PNG, with the names of the first line's sizes above it.
+
+    Raises:
+        `ImportError`: matplotlib is not installed.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7.2, 4.2), dpi=150)
-    for name, color, style, entries, rate in lines:
+    for color, (name, style, entries, rate) in zip(_COLORS, lines, strict=False):
         ordered = sorted(entries, key=lambda entry: entry["active_params"])
         active = [entry["active_params"] / 1e3 for entry in ordered]
         axes.plot(active, [entry[rate] for entry in ordered], style, color=color, label=name, markersize=5)
@@ -70,8 +74,8 @@ def _draw(lines: Sequence[Line], title: str, label: str, path: Path) -> None:
         "fontsize": 7.5,
         "color": "#495057",
     }
-    for x, entry in zip(active, ordered, strict=True):
-        axes.annotate(entry["name"], (x, 1.0), **above)
+    for entry in lines[0][2]:
+        axes.annotate(entry["name"], (entry["active_params"] / 1e3, 1.0), **above)
     axes.set_title(title, fontsize=11, loc="left", pad=18)
     axes.set_xlabel("active parameters (thousands)")
     axes.set_ylabel(label)
