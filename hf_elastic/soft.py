@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from transformers import PreTrainedModel
 
 from .architectures import Architecture
 from .slicing import build_meta
-from .stencils import Unit, attribute, make_units, uninstall
+from .stencils import Installed, Unit, attribute, make_units, uninstall
 from .submodel import Submodel
 
 _DROPPED = 0.05
@@ -102,7 +101,7 @@ class SoftUnits:
     def install(self, mixture: Mixture) -> None:
         """Let the parent's modules compute the mixture until `uninstall`."""
         for unit in self.units:
-            unit.module.forward = partial(self._forward, unit, mixture)  # type: ignore[method-assign]
+            unit.module.forward = Installed(self._forward, unit, mixture)  # type: ignore[method-assign]
 
     def uninstall(self) -> None:
         uninstall(self.units)
@@ -112,7 +111,7 @@ class SoftUnits:
         layer = self._layer_of.get(id(unit.module))
         full = self._full.at(layer)
         weights = mixture.weights(full, self._groups.get(layer, {}) if layer is not None else {}, layer)
-        stencil.train(unit.module.training)
+        unit.follow()
         live: dict[str, torch.Tensor] = {}
         for name, piece in unit.parts:
             source = attribute(unit.module, name)

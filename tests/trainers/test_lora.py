@@ -27,29 +27,6 @@ def test_a_model_with_adapters_is_refused(tmp_path):
             trainer(tmp_path, model)
 
 
-@pytest.mark.parametrize("before", [False, True], ids=["attached_first", "switched_first"])
-def test_no_budget_is_computed_without_the_adapters(before, ids):
-    """A stencil reads `q_proj.weight`, which peft keeps as the weight under the adapter."""
-    model = family().train()
-    if before:
-        with model.at("small"):
-            model(ids, use_cache=False)
-    wrapped = get_peft_model(model, lora())
-    for key, parameter in model.named_parameters():
-        if "lora_B" in key:
-            parameter.fill_(0.5)
-    with pytest.raises(ElasticConfigError, match="adapters are attached"), model.at("small"):
-        pass
-    assert model.budget == "full"
-    assert not any("forward" in module.__dict__ for module in model.modules())
-    changed = model(ids, use_cache=False).logits
-    merged = wrapped.merge_and_unload()
-    with merged.at("small"):
-        merged(ids, use_cache=False)
-    # adding the product to the weight or to the activation rounds differently
-    torch.testing.assert_close(merged(ids, use_cache=False).logits, changed, rtol=1e-4, atol=1e-5)
-
-
 def test_training_one_size_with_an_adapter_is_stock(family_folder, ids):
     """What the refusal advises."""
     from hf_elastic import ElasticForCausalLM
