@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -143,6 +144,23 @@ def follow(own: Any, thin: Any) -> None:
         own.unmerge()  # as peft's forward does; the narrowed weights could not be restored
     for name in ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling"):
         thin.__dict__[name] = own.__dict__.get(name, getattr(own, name))
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Compute without adapters inside a `with` block.
+
+    peft's `disable_adapter` freezes them, too, and FSDP2 remembers what required a gradient when it first gathered.
+    """
+    tuners: list[Any] = [module for module in model.modules() if is_tuner(module)]
+    before = [tuner.disable_adapters for tuner in tuners]
+    for tuner in tuners:
+        tuner._disable_adapters = True
+    try:
+        yield
+    finally:
+        for tuner, was in zip(tuners, before, strict=True):
+            tuner._disable_adapters = was
 
 
 def _nested(layer: Any) -> Iterator[Any]:

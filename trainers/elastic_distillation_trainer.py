@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from torch import nn
 from transformers import PreTrainedModel
 from trl import SFTTrainer
@@ -22,6 +23,7 @@ from .checks import check_columns, check_model, known_budgets, refuse_ignored, w
 from .curriculum import make_curriculum
 from .elastic_distillation_config import ElasticDistillationConfig
 from .forward import forward_as, head_of, last_hidden, last_hidden_through
+from .lora import as_teacher, base_of, check_adapters, whole_head_of
 from .losses import chunked_divergence
 from .optimizing import OptimizingMixin
 from .reporting import ReportingMixin
@@ -52,11 +54,16 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
     `push_to_hub`.
 
     Args:
-        model ([`ElasticForCausalLM`] or `str`):
+        model ([`ElasticForCausalLM`], `PeftModel` around one, or `str`):
             With everything loaded (no `budget=`), or where to load it from; then in float32, as in `SFTTrainer`, unless
             `args.model_init_kwargs` says otherwise.
         teacher_model (`PreTrainedModel` or `str`, *optional*):
-            Defaults to a frozen copy of the model as it is at the start: the sorted parent. A model given here is frozen.
+            Defaults to a frozen copy of the model as it is at the start: the sorted parent. A model given here is frozen. With adapters
+            the default is the model itself without them, so that its weights are in memory once.
+        peft_config (`peft.LoraConfig`, *optional*):
+            Train only these adapters, on linear layers (`target_modules`) and on experts and routers (`target_parameters`); they follow
+            the budget ([`hf_elastic.adapters`]). Checkpoints then hold the adapter, and `trainer.model.merge_and_unload()` is the elastic
+            model with what was learned.
         args ([`ElasticDistillationConfig`], *optional*): Configuration.
         kwargs: As for `SFTTrainer` (`train_dataset`, `eval_dataset`, `processing_class`, `callbacks`, ...).
 
@@ -75,6 +82,7 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
         model: ElasticForCausalLM | str,
         teacher_model: PreTrainedModel | str | None = None,
         args: ElasticDistillationConfig | None = None,
+        peft_config: PeftConfig | None = None,
         **kwargs: Any,
     ):
         args = args if args is not None else ElasticDistillationConfig()
@@ -84,10 +92,12 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
         if isinstance(model, str):
             model = ElasticForCausalLM.from_pretrained(model, **{"dtype": "float32", **(args.model_init_kwargs or {})})
             args.model_init_kwargs = None
-        model = check_model(model)
+        given, model = model, check_model(model)
         for name in ("train_dataset", "eval_dataset"):
             check_columns(kwargs.get(name), name, args, kwargs.get("formatting_func"))
         model.set_budget(None)
+        if peft_config is not None:
+            peft_config = check_adapters(model, peft_config)
         self.routing = Routing(model, args) if args.router_targets else None
         names = self.routing.router.names if self.routing else list(model.elastic_config.family())
         self.curriculum = make_curriculum(
@@ -102,13 +112,14 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
         if names[0] not in {name for stage in self.curriculum.stages for name in stage.budget_probabilities}:
             warnings.warn(f"the whole parent ({names[0]!r}) is never drawn: nothing keeps it as it is.", stacklevel=2)
         self._init_reporting(known_budgets(args.eval_budgets, names) if args.eval_budgets else names)
-        teacher = load_teacher(teacher_model, model, args.teacher_model_init_kwargs)
+        self._adapted = peft_config is not None or given is not model
+        teacher = load_teacher(teacher_model, model, args.teacher_model_init_kwargs, adapters=self._adapted)
         if args.ddp_find_unused_parameters is None:
             # A budget that drops a layer uses none of its parameters. Upstream looks for them only without gradient checkpointing, and
             # DDP then stops in the second step; non-reentrant checkpointing, the default here, gets along with looking.
             args.ddp_find_unused_parameters = True
         with without_auxiliary_loss(model, args):
-            super().__init__(model=model, args=args, **kwargs)
+            super().__init__(model=given, args=args, peft_config=peft_config, **kwargs)
         # The loss is divided by the number of target tokens of the whole step already.
         self.loss_is_scaled_for_ga = True
         self.teacher_model = prepare_teacher(teacher, self.accelerator, self.is_fsdp_enabled)
@@ -178,7 +189,7 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
         target = labels[:, 1:] != -100  # position t predicts token t + 1
         with self.accelerator.autocast():
             with torch.no_grad():
-                teacher_hidden = last_hidden_through(self.teacher_model, tokens)[:, :-1][target]
+                teacher_hidden = self._teacher_hidden(model, tokens)[:, :-1][target]
             loss = self._through_wrapper(model, tokens, target, teacher_hidden)
         count = target.sum()
         self._record(loss.detach(), count, inputs)
@@ -193,12 +204,20 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
             loss = loss + resource / self.current_gradient_accumulation_steps
         return loss
 
+    def _teacher_hidden(self, model: nn.Module, tokens: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Last hidden states of the teacher, or of the model without its adapters."""
+        if self.teacher_model is not None:
+            return last_hidden_through(self.teacher_model, tokens)
+        with as_teacher(self._elastic):
+            return last_hidden_through(model, tokens, self._elastic)
+
     def _through_wrapper(
         self, model: nn.Module, tokens: dict[str, torch.Tensor], target: torch.Tensor, teacher_hidden: torch.Tensor
     ) -> torch.Tensor:
         """The whole student loss as one call of the wrapped model: DDP and FSDP only see parameters used inside their forward, and
         calling the backbone beside them lets ranks drift apart without an error."""
-        student, teacher = self._elastic, self.accelerator.unwrap_model(self.teacher_model)
+        student, teacher = self._elastic, self.teacher_model
+        teacher_head = whole_head_of(student) if teacher is None else head_of(self.accelerator.unwrap_model(teacher))
 
         def student_loss(**kwargs: Any) -> torch.Tensor:
             hidden = last_hidden(student, kwargs)[:, :-1][target]
@@ -206,13 +225,13 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
                 hidden,
                 teacher_hidden,
                 head_of(student),
-                head_of(teacher),
+                teacher_head,
                 beta=self.args.beta,
                 temperature=self.args.temperature,
                 chunk_size=self.args.loss_chunk_size,
             )
 
-        with forward_as(student, student_loss):
+        with forward_as(self.accelerator.unwrap_model(self.model), student_loss):
             return model(**tokens)
 
     @property
@@ -242,4 +261,5 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
 
     @property
     def _elastic(self) -> ElasticForCausalLM:
-        return self.accelerator.unwrap_model(self.model)
+        """The model without what is around it: DDP, adapters."""
+        return base_of(self.accelerator.unwrap_model(self.model))

@@ -13,10 +13,16 @@ from transformers import PreTrainedModel
 from .losses import Head
 
 
-def last_hidden_through(model: nn.Module, tokens: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Last hidden states `(B, T, width)`, computed inside a call of the model, which is what gathers sharded parameters."""
+def last_hidden_through(
+    model: nn.Module, tokens: dict[str, torch.Tensor], base: nn.Module | None = None
+) -> torch.Tensor:
+    """Last hidden states `(B, T, width)`, computed inside a call of the model, which is what gathers sharded parameters.
+
+    Args:
+        base (`nn.Module`, *optional*): The causal model inside it, if more is around it than DDP (adapters).
+    """
     inner = getattr(model, "module", model)
-    with forward_as(inner, lambda **kwargs: last_hidden(inner, kwargs)):
+    with forward_as(inner, lambda **kwargs: last_hidden(inner if base is None else base, kwargs)):
         return model(**tokens)
 
 
