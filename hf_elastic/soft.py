@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel
 
 from .architectures import Architecture
 from .slicing import build_meta
-from .stencils import Installed, Unit, attribute, make_units, uninstall
+from .stencils import StandIn, Unit, attribute, checkpointed, make_units, uninstall
 from .submodel import Submodel
 
 _DROPPED = 0.05
@@ -101,7 +102,8 @@ class SoftUnits:
     def install(self, mixture: Mixture) -> None:
         """Let the parent's modules compute the mixture until `uninstall`."""
         for unit in self.units:
-            unit.module.forward = Installed(self._forward, unit, mixture)  # type: ignore[method-assign]
+            forward = partial(self._forward, unit, mixture)
+            unit.module.forward = StandIn(checkpointed, unit.module, forward)  # type: ignore[method-assign]
 
     def uninstall(self) -> None:
         uninstall(self.units)

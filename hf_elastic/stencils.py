@@ -8,7 +8,7 @@ reduces after. A dropped layer is the identity. LoRA adapters of a unit follow t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -92,14 +92,14 @@ def make_units(
     return list(units.values())
 
 
-class Installed(partial):
+class StandIn(partial):
     """A forward that stands in for the one of a parent's module."""
 
 
 def install(units: list[Unit]) -> None:
     """Let the parent's modules compute what the submodel computes."""
     for unit in units:
-        unit.module.forward = Installed(Unit.forward, unit)  # type: ignore[method-assign]
+        unit.module.forward = StandIn(checkpointed, unit.module, unit.forward)  # type: ignore[method-assign]
 
 
 def uninstall(units: list[Unit]) -> None:
@@ -111,13 +111,27 @@ def uninstall(units: list[Unit]) -> None:
 @contextmanager
 def uninstalled(model: nn.Module) -> Iterator[None]:
     """Run the whole parent inside a `with` block, whatever is installed, and put that back afterwards."""
-    modules = [m for m in model.modules() if isinstance(m.__dict__.get("forward"), Installed)]
+    modules = [m for m in model.modules() if isinstance(m.__dict__.get("forward"), StandIn)]
     forwards = [module.__dict__.pop("forward") for module in modules]
     try:
         yield
     finally:
         for module, forward in zip(modules, forwards, strict=True):
             module.forward = forward
+
+
+def checkpointed(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run a forward that stands in for the one of a parent's module, checkpointed if the module is.
+
+    Upstream checkpoints inside the class's `forward`, which the stand-in replaces; as there, hooks of the module stay outside, and caches,
+    which would be written twice, are left out.
+    """
+    if not (module.training and getattr(module, "gradient_checkpointing", False)):
+        return forward(*args, **kwargs)
+    kwargs.update({key: None for key in ("past_key_values", "layer_past") if key in kwargs})
+    kwargs.update({"use_cache": False} if "use_cache" in kwargs else {})
+    recompute: Any = module._gradient_checkpointing_func
+    return recompute(partial(forward, **kwargs), *args)
 
 
 def attribute(module: nn.Module, name: str) -> torch.Tensor:

@@ -10,6 +10,8 @@ from trl import SFTConfig
 
 from hf_elastic.errors import ElasticConfigError
 
+from .curriculum import steps_of
+
 
 @dataclass
 class ElasticDistillationConfig(SFTConfig):
@@ -21,8 +23,10 @@ class ElasticDistillationConfig(SFTConfig):
             How often each budget is drawn, one per micro-batch; sums to 1. Defaults to all budgets of the model alike, the whole parent
             included (stage 1 of the papers; stage 2 draws the larger ones more often, 0.5 / 0.3 / 0.2).
         stages (`list[dict]`, *optional*):
-            Stages of the run, each with `steps`, and optionally `budget_probabilities`, `max_length` and `learning_rate_scale`. They
-            set `max_steps`.
+            Stages of the run, each with `steps` or `tokens`, and optionally `budget_probabilities`, `max_length`, and
+            `learning_rate_scale` or `learning_rate` and `router_learning_rate` of its own; see [`Stage`]. `tokens` become steps at the
+            start, by the tokens of a full step: `per_device_train_batch_size` x `gradient_accumulation_steps` x processes x the length
+            of the stage. They set `max_steps`.
         temperature (`float`, *optional*, defaults to 1.0): Of both distributions; above 0.
         beta (`float`, *optional*, defaults to 0.0): 0 is forward KL, 1 reverse KL, in between the generalised Jensen-Shannon divergence.
         loss_chunk_size (`int`, *optional*, defaults to 1024): Tokens that have logits at the same time.
@@ -51,7 +55,7 @@ class ElasticDistillationConfig(SFTConfig):
     )
     stages: list[Any] | str | None = field(
         default=None,
-        metadata={"help": "Stages: dicts with steps, budget_probabilities, max_length, learning_rate_scale."},
+        metadata={"help": "Stages: dicts with steps or tokens, budget_probabilities, max_length, learning rates."},
     )
     temperature: float = field(default=1.0, metadata={"help": "Temperature of both distributions, above 0."})
     beta: float = field(default=0.0, metadata={"help": "0 forward KL, 1 reverse KL, between: generalised JSD."})
@@ -96,9 +100,13 @@ class ElasticDistillationConfig(SFTConfig):
                 "set them to False."
             )
         if isinstance(self.stages, list) and self.max_steps < 0:
-            steps = [stage.get("steps") for stage in self.stages if isinstance(stage, dict)]
-            counts = [count for count in steps if isinstance(count, int)]
-            if len(counts) == len(self.stages) and all(
-                count > 0 for count in counts
-            ):  # what is wrong, the trainer says
+            entries = [stage for stage in self.stages if isinstance(stage, dict)]
+            steps = [steps_of(stage, self.rows_per_step, self.max_length) for stage in entries]
+            counts = [count for count in steps if count is not None]
+            if len(counts) == len(self.stages):  # what is wrong, the trainer says
                 self.max_steps: int = sum(counts)
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of an optimizer step, of all micro-batches and processes together."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size

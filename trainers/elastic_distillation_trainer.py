@@ -107,7 +107,9 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
             args.max_steps,
             args.max_length,
             args.seed,
-            getattr(model.config, "max_position_embeddings", None),
+            context=getattr(model.config, "max_position_embeddings", None),
+            rows=args.rows_per_step,
+            routed=self.routing is not None,
         )
         if names[0] not in {name for stage in self.curriculum.stages for name in stage.budget_probabilities}:
             warnings.warn(f"the whole parent ({names[0]!r}) is never drawn: nothing keeps it as it is.", stacklevel=2)

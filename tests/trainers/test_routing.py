@@ -7,6 +7,7 @@ import torch
 from cases import build_parent
 from runs import Recorder, config, rows, tokenizer
 from test_resume import StopAt
+from transformers import TrainerCallback
 
 from hf_elastic import ElasticConfig, ElasticConfigError, ElasticForCausalLM, elastify
 from hf_elastic.cost import CostModel
@@ -101,6 +102,20 @@ def test_a_step_is_the_divergence_of_the_mixture_and_the_weighted_resource_loss(
     entry = made.state.log_history[0]
     assert entry["large/resource"] == pytest.approx(float(resource.detach()), rel=1e-5)
     assert entry["loss"] == pytest.approx(float(loss.detach()), rel=1e-4)
+
+
+def test_stages_have_a_rate_for_the_router(tmp_path):
+    stages = [{"steps": 1, "router_learning_rate": 0.02}, {"steps": 2, "learning_rate": 1e-3}]
+    made = trainer(tmp_path, stages=stages, max_steps=-1, save_strategy="no")
+    rates = []
+
+    class Rates(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+            rates.append([group["lr"] for group in optimizer.param_groups])
+
+    made.add_callback(Rates())
+    made.train()
+    assert rates == [pytest.approx([1e-2, 1e-2, 0.02])] + [pytest.approx([1e-3, 1e-3, 0.05])] * 2
 
 
 @pytest.mark.parametrize("kill_at", [3, 5], ids=["undecided", "decided"])
