@@ -68,7 +68,7 @@ def factor_rules(rule: TensorRule, rank: int) -> tuple[FactorRule, FactorRule]:
 
 def is_tuner(module: Any) -> bool:
     """Whether a module is a layer of peft that wraps a module of the model."""
-    return hasattr(module, "adapter_layer_names")
+    return hasattr(type(module), "adapter_layer_names")
 
 
 def attached(model: nn.Module) -> tuple[tuple[Any, ...], ...]:

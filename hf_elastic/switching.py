@@ -74,6 +74,7 @@ class SwitchingMixin:
         self._members: dict[Submodel, Member] = {}
         self._stencils: dict[Submodel, list[Unit]] = {}
         self._adapters: tuple[Any, ...] = ()
+        self._computing = False  # on the parent's own modules in evaluation mode, too
 
     @property
     def architecture(self) -> Architecture:
@@ -115,11 +116,12 @@ class SwitchingMixin:
                 budget stays as it was.
         """
         submodel = self.elastic_config.resolve(budget, self.dtype)  # type: ignore[attr-defined]
-        if submodel == self._active and (self.training or submodel == self._full):
+        trains = self.training or self._computing
+        if submodel == self._active and (trains or submodel == self._full):
             return
         if self._active == self._full:
             self._members[self._full] = self._current()
-        if self.training:
+        if trains:
             self._train_at(submodel)
         else:
             self._view_at(submodel)
@@ -161,11 +163,13 @@ class SwitchingMixin:
         before, submodel = self._active, self.elastic_config.resolve(budget, self.dtype)  # type: ignore[attr-defined]
         self.set_budget(None)
         self._members[self._full] = self._current()
+        computing, self._computing = self._computing, switch == self._train_at
         try:
             switch(submodel)
             yield
         finally:
             switch(self._full)
+            self._computing = computing
             self.set_budget(before)
 
     def forget_budgets(self) -> None:
@@ -177,7 +181,7 @@ class SwitchingMixin:
     def train(self, mode: bool = True) -> Any:
         """As `nn.Module.train`; the active budget stays active, in the other mode's way."""
         active = self.__dict__.get("_active")
-        if active is None or active == self._full or mode == self.training:
+        if active is None or active == self._full or mode == self.training or self._computing:
             return super().train(mode)  # type: ignore[misc]
         self.set_budget(None)
         super().train(mode)  # type: ignore[misc]
