@@ -12,7 +12,7 @@ from trl import SFTTrainer
 
 from hf_elastic import ElasticForCausalLM
 
-from .resuming import STATE_FILE, check_family, check_training, last_complete, training_state
+from .resuming import FAMILY_FILE, STATE_FILE, check_family, check_training, last_complete, training_state
 
 
 class CheckpointsMixin(SFTTrainer):
@@ -51,7 +51,8 @@ class CheckpointsMixin(SFTTrainer):
         """Save the model, or its adapter with the description of the family that it is of."""
         super()._save(output_dir, state_dict)
         if self._adapted and self.args.should_save:
-            self._elastic.elastic_config.save_pretrained(output_dir or self.args.output_dir)
+            folder = Path(output_dir or self.args.output_dir)
+            self._elastic.elastic_config.to_json_file(folder / FAMILY_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load the weights of a checkpoint, refusing one of another family or of another run.

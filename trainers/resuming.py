@@ -23,6 +23,9 @@ logger = logging.get_logger(__name__)
 STATE_FILE = "elastic_training.json"
 """Beside `trainer_state.json`: what the budget stream and the loss depend on."""
 
+FAMILY_FILE = "elastic_config.json"
+"""Beside an adapter: the description of the family that it was trained on. A `config.json` there would say that the model is, too."""
+
 _INCIDENTAL = (
     "architectures",
     "bos_token_id",
@@ -82,9 +85,12 @@ def check_family(folder: str, ours: ElasticConfig) -> None:
     Raises:
         `ElasticConfigError`: names the fields that differ.
     """
-    if not (Path(folder) / "config.json").exists():  # sharded checkpoints of FSDP hold only weights
+    if (Path(folder) / FAMILY_FILE).exists():
+        saved = ElasticConfig.from_json_file(Path(folder) / FAMILY_FILE)
+    elif (Path(folder) / "config.json").exists():
+        saved = ElasticConfig.from_pretrained(folder)
+    else:  # sharded checkpoints of FSDP hold only weights
         return
-    saved = ElasticConfig.from_pretrained(folder)
     _refuse(folder, "family", _differences(_description(saved), _description(ours)))
 
 

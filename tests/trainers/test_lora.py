@@ -17,6 +17,7 @@ from runs import Recorder, family, rows, trainer
 from test_resume import RUN, StopAt
 from test_routing import RUN as ROUTED
 from test_routing import undecided
+from transformers import AutoModelForCausalLM
 
 from hf_elastic import ElasticConfigError, ElasticForCausalLM
 from hf_elastic.adapters import attached
@@ -170,9 +171,13 @@ def test_a_killed_run_goes_on_to_the_same_adapter(straight, killed_at, tmp_path)
 def test_a_checkpoint_is_the_adapter_and_what_family_it_is_of(straight, tmp_path):
     made, folder = straight
     files = {file.name for file in (folder / "checkpoint-6").iterdir()}
-    assert {"adapter_model.safetensors", "adapter_config.json", "config.json", "elastic_training.json"} <= files
-    assert not any(name.startswith("model") for name in files)
-    assert json.loads((folder / "checkpoint-6" / "config.json").read_text())["model_type"] == "elastic"
+    assert {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "elastic_config.json",
+        "elastic_training.json",
+    } <= files
+    assert not any(name.startswith(("model", "config")) for name in files)
     loaded = PeftModel.from_pretrained(family(), folder / "checkpoint-6")
     assert_same_adapters(loaded, made.model)
     merged, expected = loaded.merge_and_unload(), copy.deepcopy(made.model).merge_and_unload()
@@ -182,6 +187,18 @@ def test_a_checkpoint_is_the_adapter_and_what_family_it_is_of(straight, tmp_path
         trainer(
             tmp_path, family("granite"), peft_config=LoraConfig(), **{**RUN, "stages": None, "max_steps": 8}
         ).train(resume_from_checkpoint=True)
+
+
+def test_an_adapter_is_not_left_out_when_its_folder_is_loaded(family_folder, tmp_path):
+    """The AutoClasses follow it to its base."""
+    base = family_folder("nano3")
+    made = trainer(tmp_path, ElasticForCausalLM.from_pretrained(base), peft_config=LoraConfig(task_type="CAUSAL_LM"))
+    made.save_model(str(tmp_path / "end"))
+    for budget in (None, "small"):
+        with pytest.raises(ElasticConfigError, match="end holds an adapter.*PeftModel.from_pretrained"):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "end", budget=budget)
+    merged = PeftModel.from_pretrained(ElasticForCausalLM.from_pretrained(base), tmp_path / "end").merge_and_unload()
+    assert list(merged.budgets) == BUDGETS[1:]
 
 
 def test_experts_and_routers_are_resumed(tmp_path):
@@ -233,7 +250,7 @@ def test_sizes_are_learned_on_adapters(tmp_path):
     resumed.train(resume_from_checkpoint=True)
     assert_same_adapters(resumed.model, straight.model)
     straight.save_model(str(tmp_path / "end"))
-    saved = json.loads((tmp_path / "end" / "config.json").read_text())
+    saved = json.loads((tmp_path / "end" / "elastic_config.json").read_text())
     assert list(saved["elastic"]["budgets"]) == ["large", "small"]
 
 
