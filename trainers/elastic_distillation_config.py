@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ from trl import SFTConfig
 from hf_elastic.errors import ElasticConfigError
 
 from .curriculum import steps_of
+from .losses import HIDDEN_LOSSES
 
 
 @dataclass
@@ -30,6 +32,12 @@ class ElasticDistillationConfig(SFTConfig):
         temperature (`float`, *optional*, defaults to 1.0): Of both distributions; above 0.
         beta (`float`, *optional*, defaults to 0.0): 0 is forward KL, 1 reverse KL, in between the generalised Jensen-Shannon divergence.
         loss_chunk_size (`int`, *optional*, defaults to 1024): Tokens that have logits at the same time.
+        hidden_loss_weight (`float`, *optional*, defaults to 0.0):
+            Of the distance between hidden states of student and teacher after their layers, added to the divergence; 0 is off. Needs a
+            teacher with the parent's sizes and order of channels, which the default one is.
+        hidden_loss (`str`, *optional*, defaults to `"cosine"`): `"cosine"` or `"mse"`, see [`hidden_distance`].
+        hidden_loss_layers (`list[int]`, *optional*):
+            Layers of the parent, counted from 0, after which to compare; those that a budget drops are passed over. Defaults to all.
         eval_budgets (`list[str]`, *optional*): Budgets to evaluate, defaults to all.
         router_targets (`dict[str, str | float]`, *optional*):
             Learn the sizes: per budget what it may cost, a share of the parent's parameters (`0.5`) or `"12B"`, `"2.1B active"`, `"24GB"`. The
@@ -39,6 +47,9 @@ class ElasticDistillationConfig(SFTConfig):
         router_learning_rate (`float`, *optional*, defaults to 1e-3): Of the router (the papers use 1e-2 over far longer runs).
         router_loss_weight (`float`, *optional*, defaults to 5.0): Of the resource loss against the divergence.
         router_per_layer (`list[str]`, *optional*): Axes with a size of their own in every layer.
+        freeze_model (`bool`, *optional*, defaults to `False`):
+            Train the router alone: no weight of the model changes, and the run ends when the router decides (`max_steps` =
+            `router_steps`). The model stays frozen afterwards, as `requires_grad_(False)` leaves it.
         teacher_model_init_kwargs (`dict`, *optional*): For `from_pretrained` of a teacher given by name; its `dtype` defaults to the model's.
     """
 
@@ -60,6 +71,13 @@ class ElasticDistillationConfig(SFTConfig):
     temperature: float = field(default=1.0, metadata={"help": "Temperature of both distributions, above 0."})
     beta: float = field(default=0.0, metadata={"help": "0 forward KL, 1 reverse KL, between: generalised JSD."})
     loss_chunk_size: int = field(default=1024, metadata={"help": "Tokens that have logits at the same time."})
+    hidden_loss_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the distance of hidden states, 0: off."}
+    )
+    hidden_loss: str = field(default="cosine", metadata={"help": "Distance of hidden states: cosine or mse."})
+    hidden_loss_layers: list[int] | None = field(
+        default=None, metadata={"help": "Layers of the parent whose outputs are compared, all by default."}
+    )
     eval_budgets: list[str] | None = field(default=None, metadata={"help": "Budgets to evaluate, all by default."})
 
     router_targets: dict[str, Any] | str | None = field(
@@ -71,6 +89,7 @@ class ElasticDistillationConfig(SFTConfig):
     router_per_layer: list[str] | None = field(
         default=None, metadata={"help": "Axes with a size of their own in every layer."}
     )
+    freeze_model: bool = field(default=False, metadata={"help": "Train the router alone, until it decides."})
     teacher_model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Arguments of from_pretrained for a teacher given by name."}
     )
@@ -88,6 +107,7 @@ class ElasticDistillationConfig(SFTConfig):
             raise ElasticConfigError(f"beta={self.beta} must be in [0, 1].")
         if self.loss_chunk_size < 1:
             raise ElasticConfigError(f"loss_chunk_size={self.loss_chunk_size} must be at least 1.")
+        self._check_hidden_loss()
         if bool(self.router_targets) != (self.router_steps > 0):
             raise ElasticConfigError(
                 f"router_steps={self.router_steps} with router_targets={self.router_targets!r}: give both, or neither."
@@ -105,6 +125,32 @@ class ElasticDistillationConfig(SFTConfig):
             counts = [count for count in steps if count is not None]
             if len(counts) == len(self.stages):  # what is wrong, the trainer says
                 self.max_steps: int = sum(counts)
+        if self.freeze_model and not self.router_targets:
+            raise ElasticConfigError(
+                "freeze_model=True leaves nothing to train without a router; give router_targets and router_steps."
+            )
+        if self.freeze_model and self.max_steps != self.router_steps:
+            raise ElasticConfigError(
+                f"freeze_model=True trains the router alone, and the run ends when it decides: set max_steps (here {self.max_steps}) to "
+                f"router_steps ({self.router_steps}), and train the model in a second run."
+            )
+
+    def _check_hidden_loss(self) -> None:
+        if not 0 <= self.hidden_loss_weight < math.inf:
+            raise ElasticConfigError(
+                f"hidden_loss_weight={self.hidden_loss_weight} must be a finite number of at least 0."
+            )
+        if self.hidden_loss not in HIDDEN_LOSSES:
+            raise ElasticConfigError(f"hidden_loss={self.hidden_loss!r} must be one of {', '.join(HIDDEN_LOSSES)}.")
+        if self.hidden_loss_weight == 0 and self.hidden_loss_layers is not None:
+            raise ElasticConfigError(
+                f"hidden_loss_layers={self.hidden_loss_layers} would be ignored: hidden_loss_weight is 0. Set it, or leave the layers out."
+            )
+        if self.hidden_loss_weight > 0 and self.router_targets:
+            raise ElasticConfigError(
+                f"hidden_loss_weight={self.hidden_loss_weight} does not work with router_targets: while sizes are mixed, there is no hidden "
+                "state of one size. Learn the sizes first, and train the model with the decided budgets in a second run."
+            )
 
     @property
     def rows_per_step(self) -> int:

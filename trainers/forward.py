@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,25 +10,20 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .lora import base_of
 from .losses import Head
 
 
-def last_hidden_through(
-    model: nn.Module, tokens: dict[str, torch.Tensor], base: nn.Module | None = None
-) -> torch.Tensor:
-    """Last hidden states `(B, T, width)`, computed inside a call of the model, which is what gathers sharded parameters.
-
-    Args:
-        base (`nn.Module`, *optional*): The causal model inside it, if more is around it than DDP (adapters).
-    """
+def last_hidden_through(model: nn.Module, tokens: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Last hidden states `(B, T, width)`, computed inside a call of the model, which is what gathers sharded parameters."""
     inner = getattr(model, "module", model)
-    with forward_as(inner, lambda **kwargs: last_hidden(inner if base is None else base, kwargs)):
+    with forward_as(inner, lambda **kwargs: last_hidden(inner, kwargs)):
         return model(**tokens)
 
 
 def last_hidden(model: Any, tokens: dict[str, torch.Tensor]) -> torch.Tensor:
     """Last hidden states `(B, T, width)` of a causal model, wrapped or not."""
-    model = getattr(model, "module", model)
+    model = base_of(getattr(model, "module", model))
     return model.base_model(**tokens, use_cache=False).last_hidden_state
 
 
@@ -36,6 +31,32 @@ def head_of(model: PreTrainedModel) -> Head:
     """From last hidden states to logits."""
     scaling = getattr(model.config, "logits_scaling", 1.0)
     return lambda hidden: model.get_output_embeddings()(hidden) / scaling
+
+
+@contextmanager
+def states_after(layers: Sequence[nn.Module], target: torch.Tensor) -> Iterator[list[torch.Tensor]]:
+    """Collect what layers of a model put out inside a `with` block, in the order in which they run.
+
+    The block has to end before backward: layers that are computed again there are not to be collected again.
+
+    Args:
+        target (`torch.Tensor`): Boolean `(B, T - 1)`; at which positions to collect, the last one never being a target.
+
+    Returns:
+        `list[torch.Tensor]`: One `(target tokens, width)` per layer, with gradient if the layer's output has one.
+    """
+    states: list[torch.Tensor] = []
+
+    def collect(module: nn.Module, args: Any, output: Any) -> None:
+        output = output[0] if isinstance(output, tuple) else output
+        states.append(output[:, :-1][target])
+
+    handles = [layer.register_forward_hook(collect) for layer in layers]
+    try:
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

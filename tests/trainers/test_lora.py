@@ -80,10 +80,12 @@ def test_two_steps_are_those_written_by_hand(checkpointing, tmp_path):
     assert all(torch.equal(p, after[key]) and not after[key].requires_grad for key, p in before.items())
 
 
-def test_the_model_is_its_own_teacher_and_another_one_can_be_given(tmp_path):
+@pytest.mark.parametrize("weight", [0.0, 0.5], ids=["divergence", "hidden_states"])
+def test_the_model_is_its_own_teacher_and_another_one_can_be_given(weight, tmp_path):
     """Nothing is copied; the same parent beside it teaches the same."""
-    own = lora_run(tmp_path / "own", gradient_accumulation_steps=2)
-    given = lora_run(tmp_path / "given", gradient_accumulation_steps=2, teacher_model=build_parent("nano3"))
+    fields = {"gradient_accumulation_steps": 2, "hidden_loss_weight": weight}
+    own = lora_run(tmp_path / "own", **fields)
+    given = lora_run(tmp_path / "given", teacher_model=build_parent("nano3"), **fields)
     assert own.teacher_model is None
     assert given.teacher_model is not None
     for made in (own, given):
@@ -299,6 +301,12 @@ def test_targets_are_checked(name, targets, error, tmp_path):
     with pytest.raises(ValueError, match=error):
         trainer(tmp_path, model, peft_config=LoraConfig(target_modules=targets))
     assert not attached(model)
+
+
+def test_a_frozen_model_has_no_adapters(tmp_path):
+    fields = {**ROUTED, "freeze_model": True, "max_steps": 4}
+    with pytest.raises(ElasticConfigError, match="freeze_model=True trains the router alone: leave out the adapters"):
+        trainer(tmp_path, undecided(), peft_config=targets("nano3"), **fields)
 
 
 def test_given_models_with_adapters(tmp_path):
