@@ -19,7 +19,7 @@ from test_routing import RUN as ROUTED
 from test_routing import undecided
 from transformers import AutoModelForCausalLM
 
-from hf_elastic import ElasticConfigError, ElasticForCausalLM
+from hf_elastic import CheckpointError, ElasticConfigError, ElasticForCausalLM
 from hf_elastic.adapters import attached
 from hf_elastic.trainers.lora import check_adapters
 
@@ -189,6 +189,21 @@ def test_a_checkpoint_is_the_adapter_and_what_family_it_is_of(straight, tmp_path
         trainer(
             tmp_path, family("granite"), peft_config=LoraConfig(), **{**RUN, "stages": None, "max_steps": 8}
         ).train(resume_from_checkpoint=True)
+
+
+def test_only_the_same_adapter_is_resumed(straight, tmp_path):
+    """Upstream would load what fits, or nothing, and go on."""
+    shutil.copytree(straight[1] / "checkpoint-4", tmp_path / "checkpoint-4")
+    other = dropped()
+    other.r, other.target_modules = 4, ["q_proj", "in_proj"]
+    with pytest.raises(ElasticConfigError, match=r"is of another adapter: r \(3 there, 4 here\), target_modules"):
+        trainer(tmp_path, peft_config=other, **RUN).train(resume_from_checkpoint=True)
+    with pytest.raises(CheckpointError, match="has no config.json"):
+        trainer(tmp_path, **RUN).train(resume_from_checkpoint=True)
+    fields = {**RUN, "stages": None, "max_steps": 1, "save_steps": 1}
+    trainer(tmp_path / "all", **fields).train()
+    with pytest.raises(CheckpointError, match="holds no adapter.*leave out peft_config"):
+        trainer(tmp_path / "all", peft_config=dropped(), **fields).train(resume_from_checkpoint=True)
 
 
 def test_an_adapter_is_not_left_out_when_its_folder_is_loaded(family_folder, tmp_path):
