@@ -111,39 +111,48 @@ def carry(unit: Unit) -> None:
     """Put the adapters of a unit's module into its stencil, and their factors among its parts."""
     if unit.stencil is None:
         return
-    outermost = ""
+    around = ""
     for path, layer in list(unit.module.named_modules()):
-        if not is_tuner(layer) or (outermost and path.startswith(f"{outermost}.")):
-            continue
-        outermost = path
-        wrappers = list(_nested(layer))
-        inside = path + len(wrappers) * ".base_layer"
-        pieces = {
-            leaf: piece for name, piece in unit.parts for owner, _, leaf in [name.rpartition(".")] if owner == path
-        }
-        unit.parts = [(_moved(name, path, inside), piece) for name, piece in unit.parts]
-        memo: dict[int, Any] = {id(layer.get_base_layer()): unit.stencil.get_submodule(path)}
-        memo |= {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in _factors(layer)}
-        thin = copy.deepcopy(layer, memo)
-        owner, _, leaf = path.rpartition(".")
-        setattr(unit.stencil.get_submodule(owner), leaf, thin)
-        for depth, (own, other) in enumerate(zip(wrappers, _nested(thin), strict=True)):
-            base = pieces[getattr(own, "parameter_name", "weight")]
-            if len(base.shape) == 3:
-                other.num_experts = base.shape[0]
-            unit.tuners.append((own, other))
-            for name, rank in own.r.items():
-                for kind, rule in zip("AB", factor_rules(base.rule, rank), strict=True):
-                    where = f"{path}{depth * '.base_layer'}.lora_{kind}.{name}.weight"
-                    unit.parts.append((where, Piece(rule, rule, base.full, base.kept)))
+        if is_tuner(layer) and not (around and path.startswith(f"{around}.")):
+            around = path
+            _carry(unit, path, layer)
 
 
-def follow(own: Any, thin: Any) -> None:
+def _carry(unit: Unit, path: str, layer: Any) -> None:
+    """Put the adapter layers around the module at `path` around that of the stencil."""
+    stencil: Any = unit.stencil
+    # A copy without storage: it stops at the module, which the stencil's replaces, and at the factors.
+    memo: dict[int, Any] = {id(layer.get_base_layer()): stencil.get_submodule(path)}
+    memo |= {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in _factors(layer)}
+    carried = copy.deepcopy(layer, memo)
+    owner, _, leaf = path.rpartition(".")
+    setattr(stencil.get_submodule(owner), leaf, carried)
+    unit.tuners += zip(_nested(layer), _nested(carried), strict=True)
+
+    own, parts, factors = {}, [], []
+    inside = path + ".base_layer" * len(list(_nested(layer)))
+    for name, piece in unit.parts:
+        owner, _, leaf = name.rpartition(".")
+        parts.append((f"{inside}.{leaf}" if owner == path else name, piece))
+        if owner == path:
+            own[leaf] = piece
+    for depth, (wrapper, thin) in enumerate(zip(_nested(layer), _nested(carried), strict=True)):
+        piece = own[getattr(wrapper, "parameter_name", "weight")]
+        if len(piece.shape) == 3:
+            thin.num_experts = piece.shape[0]
+        for adapter, rank in wrapper.r.items():
+            for kind, rule in zip("AB", factor_rules(piece.rule, rank), strict=True):
+                name = f"{path}{'.base_layer' * depth}.lora_{kind}.{adapter}.weight"
+                factors.append((name, Piece(rule, rule, piece.full, piece.kept)))
+    unit.parts = parts + factors
+
+
+def follow(own: Any, carried: Any) -> None:
     """Take over which adapters are active, disabled or merged."""
     if own.disable_adapters and own.merged:
         own.unmerge()  # as peft's forward does; the narrowed weights could not be restored
     for name in ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling"):
-        thin.__dict__[name] = own.__dict__.get(name, getattr(own, name))
+        carried.__dict__[name] = own.__dict__.get(name, getattr(own, name))
 
 
 @contextmanager
@@ -174,8 +183,3 @@ def _factors(layer: Any) -> Iterator[nn.Parameter]:
     for wrapper in _nested(layer):
         yield from wrapper.lora_A.parameters()
         yield from wrapper.lora_B.parameters()
-
-
-def _moved(name: str, path: str, inside: str) -> str:
-    owner, _, leaf = name.rpartition(".")
-    return f"{inside}.{leaf}" if owner == path else name

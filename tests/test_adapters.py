@@ -12,7 +12,7 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from test_router import CHOICES
 from torch.func import functional_call
 
-from hf_elastic import ElasticConfig, ElasticConfigError, ElasticForCausalLM, elastify, masked_model
+from hf_elastic import ElasticConfig, ElasticConfigError, ElasticForCausalLM, ElasticModel, elastify, masked_model
 from hf_elastic.adapters import factor_rules
 from hf_elastic.router import BudgetRouter
 from hf_elastic.slicing import pieces
@@ -161,6 +161,20 @@ def strided(expert: int, count: int, rank: int) -> slice:
 
 def blocks(expert: int, count: int, rank: int) -> slice:
     return slice(expert * rank, (expert + 1) * rank)
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_base_models_have_adapters_too(name, ids):
+    config = ElasticConfig.from_parent(build_parent(name).config, BUDGETS[name])
+    model = ElasticModel(config)
+    wrapped = perturb(get_peft_model(model, targets(name, task_type="FEATURE_EXTRACTION"))).train()
+    with torch.no_grad():
+        plain = model(ids, use_cache=False).last_hidden_state
+        with model.at("small"):
+            live = model(ids, use_cache=False).last_hidden_state
+        with wrapped.merge_and_unload().at("small"):
+            torch.testing.assert_close(model(ids, use_cache=False).last_hidden_state, live, **CLOSE)
+    assert live.shape[-1] < plain.shape[-1]
 
 
 @pytest.mark.parametrize("name", BUDGETS)
