@@ -284,6 +284,11 @@ def _checked_kwargs(cls: type, elastic: ElasticConfig, kwargs: dict[str, Any]) -
         raise ElasticConfigError("use_safetensors=False: elastic checkpoints are read from safetensors only.")
     if kwargs.get("state_dict") is not None:
         raise ElasticConfigError("give either a checkpoint or state_dict=, not both.")
+    if adapter := (kwargs.get("adapter_kwargs") or {}).get("_adapter_model_path"):
+        raise ElasticConfigError(
+            f"{adapter} holds an adapter, which is not loaded along. Load the family it was trained on, then attach it: "
+            f"PeftModel.from_pretrained(family, {str(adapter)!r}); merge_and_unload() gives the family with what was learned."
+        )
     if kwargs.get("ignore_mismatched_sizes"):
         raise ElasticConfigError("ignore_mismatched_sizes would leave weights at random values; it is refused.")
     return {key: value for key, value in kwargs.items() if key != "variant"}

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from .architectures import Architecture
 from .slicing import build_meta
-from .stencils import Unit, attribute, checkpointed, make_units, uninstall
+from .stencils import StandIn, Unit, attribute, checkpointed, make_units, uninstall
 from .submodel import Submodel
 
 _DROPPED = 0.05
@@ -103,7 +103,7 @@ class SoftUnits:
         """Let the parent's modules compute the mixture until `uninstall`."""
         for unit in self.units:
             forward = partial(self._forward, unit, mixture)
-            unit.module.forward = partial(checkpointed, unit.module, forward)  # type: ignore[method-assign]
+            unit.module.forward = StandIn(checkpointed, unit.module, forward)  # type: ignore[method-assign]
 
     def uninstall(self) -> None:
         uninstall(self.units)
@@ -113,7 +113,7 @@ class SoftUnits:
         layer = self._layer_of.get(id(unit.module))
         full = self._full.at(layer)
         weights = mixture.weights(full, self._groups.get(layer, {}) if layer is not None else {}, layer)
-        stencil.train(unit.module.training)
+        unit.follow()
         live: dict[str, torch.Tensor] = {}
         for name, piece in unit.parts:
             source = attribute(unit.module, name)

@@ -3,12 +3,13 @@
 Each unit of the parent (embeddings, every layer, final norm, head) gets a *stencil*: the stock module of the submodel, without storage.
 The unit's forward narrows its own live parameters and runs the stencil on them. Because the unit itself is called, everything that hangs
 on it still works: autograd reaches the parent's parameters, gradient checkpointing recomputes the same thing, FSDP gathers before and
-reduces after. A dropped layer is the identity.
+reduces after. A dropped layer is the identity. LoRA adapters of a unit follow the budget ([`hf_elastic.adapters`]).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .adapters import carry, follow, is_tuner, refuse_unsupported
 from .architectures import Architecture
 from .errors import ElasticConfigError
 from .slicing import Piece, local_names, pieces
@@ -31,20 +33,28 @@ class Unit:
         module (`nn.Module`): Of the parent; owns the parameters.
         stencil (`nn.Module`, *optional*): Stock module without storage; `None` if the layer is dropped.
         parts (`list[tuple[str, Piece]]`): Tensors, by their name inside the unit (the same in both modules).
+        tuners (`list[tuple[nn.Module, nn.Module]]`): Adapter layers of the module, and those that the stencil carries for them.
     """
 
     module: nn.Module
     stencil: nn.Module | None
     parts: list[tuple[str, Piece]] = field(default_factory=list)
+    tuners: list[tuple[nn.Module, nn.Module]] = field(default_factory=list)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the parent's module computes at this budget."""
         if self.stencil is None:
             return args[0] if args else kwargs["hidden_states"]
-        if self.stencil.training != self.module.training:
-            self.stencil.train(self.module.training)
+        self.follow()
         live = {name: piece.narrow(attribute(self.module, name)) for name, piece in self.parts}
         return torch.func.functional_call(self.stencil, live, args, kwargs)
+
+    def follow(self) -> None:
+        """Bring the stencil into the mode of the parent's module, and its adapters into the state of the parent's."""
+        if self.stencil is not None and self.stencil.training != self.module.training:
+            self.stencil.train(self.module.training)
+        for own, carried in self.tuners:
+            follow(own, carried)
 
 
 def make_units(
@@ -58,9 +68,9 @@ def make_units(
         tree (`PreTrainedModel`): Stock model of the submodel's config on `meta`; its modules become the stencils.
 
     Raises:
-        `ElasticConfigError`: adapters are attached; a stencil reads the weights under them and would compute without them.
+        `ElasticConfigError`: adapters are attached that cannot follow a budget.
     """
-    _refuse_adapters(model)
+    refuse_unsupported(model, architecture, config)
     layers, thin = architecture.layers_of(model), architecture.layers_of(tree)
     position = {layer: new for new, layer in enumerate(submodel.layers)}
     units = {id(layer): Unit(layer, thin[position[i]] if i in position else None) for i, layer in enumerate(layers)}
@@ -77,25 +87,37 @@ def make_units(
             module = model.get_submodule(owner)
             unit = units.setdefault(id(module), Unit(module, tree.get_submodule(target.rpartition(".")[0])))
             unit.parts.append((leaf, piece))
+    for unit in units.values():
+        carry(unit)
     return list(units.values())
 
 
-def install(units: list[Unit]) -> None:
-    """Let the parent's modules compute what the submodel computes.
+class StandIn(partial):
+    """A forward that stands in for the one of a parent's module."""
 
-    Raises:
-        `ElasticConfigError`: adapters were attached after the stencils were made. No module has changed then.
-    """
+
+def install(units: list[Unit]) -> None:
+    """Let the parent's modules compute what the submodel computes."""
     for unit in units:
-        _refuse_adapters(unit.module)
-    for unit in units:
-        unit.module.forward = partial(checkpointed, unit.module, unit.forward)  # type: ignore[method-assign]
+        unit.module.forward = StandIn(checkpointed, unit.module, unit.forward)  # type: ignore[method-assign]
 
 
 def uninstall(units: list[Unit]) -> None:
     """Give the parent's modules their own forward back."""
     for unit in units:
         unit.module.__dict__.pop("forward", None)
+
+
+@contextmanager
+def uninstalled(model: nn.Module) -> Iterator[None]:
+    """Run the whole parent inside a `with` block, whatever is installed, and put that back afterwards."""
+    modules = [m for m in model.modules() if isinstance(m.__dict__.get("forward"), StandIn)]
+    forwards = [module.__dict__.pop("forward") for module in modules]
+    try:
+        yield
+    finally:
+        for module, forward in zip(modules, forwards, strict=True):
+            module.forward = forward
 
 
 def checkpointed(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -113,16 +135,16 @@ def checkpointed(module: nn.Module, forward: Callable[..., Any], *args: Any, **k
 
 
 def attribute(module: nn.Module, name: str) -> torch.Tensor:
-    """A tensor of a module by its dotted name."""
-    for part in name.split("."):
-        module = getattr(module, part)
-    return module  # type: ignore[return-value]
+    """A tensor of a module by its dotted name.
 
-
-def _refuse_adapters(module: nn.Module) -> None:
-    for name, part in module.named_modules():
-        if hasattr(part, "adapter_layer_names"):  # every tuner layer of peft has it
-            raise ElasticConfigError(
-                f"adapters are attached to {name or type(part).__name__}, and a budget would compute without them; merge or unload them "
-                "before switching budgets."
-            )
+    Raises:
+        `ElasticConfigError`: an adapter was attached to its module after the stencil was made, which computes without it.
+    """
+    owner, _, leaf = name.rpartition(".")
+    holder = module.get_submodule(owner)
+    if is_tuner(holder):
+        raise ElasticConfigError(
+            f"adapters were attached to {owner} while a budget was active, and it computes without them; call set_budget(None), then "
+            "set_budget() again."
+        )
+    return getattr(holder, leaf)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .adapters import attached
 from .architectures import Architecture
 from .budgets import Budget
 from .configuration_elastic import ElasticConfig
@@ -72,6 +73,8 @@ class SwitchingMixin:
         self._active = self._full
         self._members: dict[Submodel, Member] = {}
         self._stencils: dict[Submodel, list[Unit]] = {}
+        self._adapters: tuple[Any, ...] = ()
+        self._computing = False  # on the parent's own modules in evaluation mode, too
 
     @property
     def architecture(self) -> Architecture:
@@ -113,11 +116,12 @@ class SwitchingMixin:
                 budget stays as it was.
         """
         submodel = self.elastic_config.resolve(budget, self.dtype)  # type: ignore[attr-defined]
-        if submodel == self._active and (self.training or submodel == self._full):
+        trains = self.training or self._computing
+        if submodel == self._active and (trains or submodel == self._full):
             return
         if self._active == self._full:
             self._members[self._full] = self._current()
-        if self.training:
+        if trains:
             self._train_at(submodel)
         else:
             self._view_at(submodel)
@@ -134,7 +138,16 @@ class SwitchingMixin:
 
     @contextmanager
     def exposed(self, budget: Budget | Submodel) -> Iterator[Any]:
-        """Have the module tree and state dict of a budget inside a `with` block, in training mode too; for saving."""
+        """Have the module tree and state dict of a budget inside a `with` block, in training mode too; for saving.
+
+        Raises:
+            `ElasticConfigError`: adapters are attached; checkpoints of the family have no place for them.
+        """
+        if attached(self):  # type: ignore[arg-type]
+            raise ElasticConfigError(
+                "adapters are attached, and checkpoints of a family have no place for them. Call merge_and_unload() first, or save the "
+                "adapter alone: save_pretrained() of the PeftModel."
+            )
         with self._by(self._view_at, budget):
             yield self
 
@@ -150,11 +163,13 @@ class SwitchingMixin:
         before, submodel = self._active, self.elastic_config.resolve(budget, self.dtype)  # type: ignore[attr-defined]
         self.set_budget(None)
         self._members[self._full] = self._current()
+        computing, self._computing = self._computing, switch == self._train_at
         try:
             switch(submodel)
             yield
         finally:
             switch(self._full)
+            self._computing = computing
             self.set_budget(before)
 
     def forget_budgets(self) -> None:
@@ -166,7 +181,7 @@ class SwitchingMixin:
     def train(self, mode: bool = True) -> Any:
         """As `nn.Module.train`; the active budget stays active, in the other mode's way."""
         active = self.__dict__.get("_active")
-        if active is None or active == self._full or mode == self.training:
+        if active is None or active == self._full or mode == self.training or self._computing:
             return super().train(mode)  # type: ignore[misc]
         self.set_budget(None)
         super().train(mode)  # type: ignore[misc]
@@ -176,6 +191,11 @@ class SwitchingMixin:
     # -- how -----------------------------------------------------------------------------------------------------------
 
     def _view_at(self, submodel: Submodel) -> None:
+        if {submodel, self._active} != {self._full} and attached(self):  # type: ignore[arg-type]
+            raise ElasticConfigError(
+                "adapters are attached, and they do not follow a budget in evaluation mode. Call merge_and_unload() first, or stay in training "
+                "mode."
+            )
         full, member = self._members[self._full], self._members.get(submodel)
         if member is None or not (member is full or member.is_current(full)):
             member = self._members[submodel] = self._bind(submodel)
@@ -189,12 +209,17 @@ class SwitchingMixin:
         self._active = submodel
 
     def _train_at(self, submodel: Submodel) -> None:
-        if submodel != self._full and submodel not in self._stencils:
+        adapters = attached(self)  # type: ignore[arg-type]
+        stencils = self._stencils if adapters == self._adapters else {}
+        if submodel != self._full and submodel not in stencils:
             tree = self._meta_tree(submodel)
             config = self.elastic_config.parent_config
-            self._stencils[submodel] = make_units(self, self.architecture, config, tree, submodel)  # type: ignore[arg-type]
+            stencils[submodel] = make_units(self, self.architecture, config, tree, submodel)  # type: ignore[arg-type]
         uninstall(self._stencils.get(self._active, []))
-        install(self._stencils.get(submodel, []))
+        if adapters != self._adapters:  # peft merges them in a way that copies made before do not notice
+            self._stencils, self._adapters = stencils, adapters
+            self._members = {self._full: self._members[self._full]}
+        install(stencils.get(submodel, []))
         self._active = submodel
 
     def _current(self) -> Member:
@@ -208,8 +233,6 @@ class SwitchingMixin:
             raise ElasticConfigError(
                 "a quantised model cannot switch budgets; load the budget you need with budget=...."
             )
-        if getattr(self, "peft_config", None):
-            raise ElasticConfigError("adapters are attached; merge or unload them before switching budgets.")
         config = self.elastic_config.stock_config(submodel)
         config._attn_implementation = full.config._attn_implementation
         config._experts_implementation = full.config._experts_implementation

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_elastic import Scores
@@ -206,6 +207,39 @@ budget_probabilities: {{small: 1.0}}
     before = AutoModelForCausalLM.from_pretrained(elastic / "elastic", budget="small").state_dict()
     after = AutoModelForCausalLM.from_pretrained(tmp_path / "out", budget="small").state_dict()
     assert any(not torch.equal(before[key], tensor) for key, tensor in after.items())
+
+
+@pytest.mark.slow
+def test_train_reads_the_fields_of_lora_and_merges(elastic, tmp_path):
+    recipe = f"""
+model: {elastic / "elastic"}
+dataset: {elastic / "text.jsonl"}
+output_dir: {tmp_path / "out"}
+max_steps: 1
+per_device_train_batch_size: 2
+learning_rate: 0.1
+use_cpu: true
+bf16: false
+report_to: none
+save_strategy: "no"
+use_peft: true
+budget_probabilities: {{small: 1.0}}
+lora_r: 2
+lora_target_modules: [q_proj, in_proj]
+merge_adapter: true
+"""
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    with torch.enable_grad(), pytest.warns(UserWarning, match="the whole parent .'full'. is never drawn"):
+        assert main(["train", str(tmp_path / "recipe.yaml"), "--lora_alpha", "8"]) == 0
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["lora_alpha"] == 8
+    assert not (tmp_path / "out" / "config.json").exists()
+    before = AutoModelForCausalLM.from_pretrained(elastic / "elastic").state_dict()
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged").state_dict()
+    changed = {key.split(".")[-2] for key, tensor in after.items() if not torch.equal(before[key], tensor)}
+    assert changed == {"q_proj", "in_proj"}
+    base = AutoModelForCausalLM.from_pretrained(elastic / "elastic")
+    merged = PeftModel.from_pretrained(base, tmp_path / "out").merge_and_unload().state_dict()
+    assert all(torch.equal(tensor, merged[key]) for key, tensor in after.items())
 
 
 @pytest.mark.parametrize(

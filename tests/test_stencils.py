@@ -180,6 +180,26 @@ def elastify_copy(model):
     return made
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_computing_nests_and_stays_when_the_mode_changes(training, family, ids):
+    model = family("nano3").train(training)
+    expected = {}
+    for budget in (None, *BUDGETS["nano3"]):
+        with model.computing(budget):
+            expected[budget] = model(ids, use_cache=False).logits
+    modules = list(model.modules())
+    with model.computing("small"):
+        for mode in (not training, training):
+            model.train(mode)
+            assert torch.equal(model(ids, use_cache=False).logits, expected["small"])
+            with model.computing("large"), model.computing(None):
+                assert torch.equal(model(ids, use_cache=False).logits, expected[None])
+            assert torch.equal(model(ids, use_cache=False).logits, expected["small"])
+        assert all(ours is theirs for ours, theirs in zip(model.modules(), modules, strict=True))
+    assert torch.equal(model(ids, use_cache=False).logits, expected[None])
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
 def test_hooks_of_the_parents_layers_fire(family, ids):
     model = family("nano3")
     seen: list[int] = []

@@ -471,14 +471,6 @@ def test_offloaded_weights_refuse_and_stay(family_folder, tmp_path, ids):
     model.set_budget(None)
 
 
-def test_adapters_refuse(family):
-    model = family("nano3")
-    model.peft_config = {"default": object()}
-    with pytest.raises(ElasticConfigError, match="adapters are attached; merge or unload"):
-        model.set_budget("small")
-    assert model.budget == "full"
-
-
 @each_model
 def test_base_models_switch(name, family_folder, sliced, ids):
     model = AutoModel.from_pretrained(family_folder(name))

@@ -12,7 +12,15 @@ from trl import SFTTrainer
 
 from hf_elastic import ElasticForCausalLM
 
-from .resuming import STATE_FILE, check_family, check_training, last_complete, training_state
+from .resuming import (
+    FAMILY_FILE,
+    STATE_FILE,
+    check_adapter,
+    check_family,
+    check_training,
+    last_complete,
+    training_state,
+)
 
 
 class CheckpointsMixin(SFTTrainer):
@@ -49,6 +57,13 @@ class CheckpointsMixin(SFTTrainer):
         if self.routing is not None:
             self.routing.save(folder)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Save the model, or its adapter with the description of the family that it is of."""
+        super()._save(output_dir, state_dict)
+        if self._adapted and self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            self._elastic.elastic_config.to_json_file(folder / FAMILY_FILE)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load the weights of a checkpoint, refusing one of another family or of another run.
 
@@ -57,19 +72,25 @@ class CheckpointsMixin(SFTTrainer):
         if self.routing is not None:
             self.routing.load(Path(resume_from_checkpoint))
         check_family(resume_from_checkpoint, self._elastic.elastic_config)
+        if self._adapted:
+            adapters = self.accelerator.unwrap_model(self.model)
+            check_adapter(resume_from_checkpoint, adapters.peft_config[adapters.active_adapters[0]])
         self._total_train_tokens = check_training(resume_from_checkpoint, training_state(self.curriculum, self.args))
-        if (
-            self.is_fsdp_enabled or self.is_deepspeed_enabled
-        ):  # they save in layouts of their own, which upstream reads
+        if self._upstream_reads:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             self._load_weights(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self._upstream_reads:
             super()._load_best_model()
         else:
             self._load_weights(self.state.best_model_checkpoint)
+
+    @property
+    def _upstream_reads(self) -> bool:
+        """Whether checkpoints are adapters, or in the layouts of FSDP and DeepSpeed."""
+        return self._adapted or self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def _load_weights(self, folder: Any) -> None:
         saved = ElasticForCausalLM.from_pretrained(folder, dtype=self._elastic.dtype)

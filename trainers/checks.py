@@ -9,18 +9,15 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hf_elastic import ElasticForCausalLM
+from hf_elastic.adapters import attached
 from hf_elastic.errors import ElasticConfigError
 
 from .elastic_distillation_config import ElasticDistillationConfig
+from .lora import base_of, check_attached
 
 
 def refuse_ignored(args: ElasticDistillationConfig, kwargs: Mapping[str, Any]) -> None:
     """Raise for what `SFTTrainer` takes and a distillation loss would ignore."""
-    if kwargs.get("peft_config") is not None:
-        raise ElasticConfigError(
-            "peft_config is not supported yet: adapters do not follow a budget in training. Train all weights, or train an adapter on one "
-            "size with SFTTrainer: ElasticForCausalLM.from_pretrained(..., budget=...) is a stock model of that size."
-        )
     for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
         if kwargs.get(name) is not None:
             raise ElasticConfigError(f"{name} needs full logits, which are never built here; use a callback instead.")
@@ -69,16 +66,19 @@ def check_layers(layers: Any, depth: int) -> None:
 
 
 def check_model(model: Any) -> ElasticForCausalLM:
-    """The model, if it is elastic and without adapters; raises otherwise."""
-    if getattr(model, "peft_config", None):
+    """The elastic model, under adapters that can follow a budget if there are any; raises otherwise."""
+    base = base_of(model)
+    if not isinstance(base, ElasticForCausalLM):
         raise ElasticConfigError(
-            "adapters are attached to the model: they do not follow a budget in training. Merge or unload them first."
+            f"model must be an ElasticForCausalLM, got {type(base).__name__}; make one with elastify()."
         )
-    if not isinstance(model, ElasticForCausalLM):
+    if base is not model:
+        check_attached(model)
+    elif attached(model):
         raise ElasticConfigError(
-            f"model must be an ElasticForCausalLM, got {type(model).__name__}; make one with elastify()."
+            "adapters are attached to the model; pass the PeftModel around it, or merge or unload them first."
         )
-    return model
+    return base
 
 
 @contextmanager

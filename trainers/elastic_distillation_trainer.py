@@ -6,10 +6,11 @@ import logging
 import math
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from torch import nn
 from transformers import PreTrainedModel
 from trl import SFTTrainer
@@ -22,6 +23,7 @@ from .checks import check_columns, check_layers, check_model, known_budgets, ref
 from .curriculum import make_curriculum
 from .elastic_distillation_config import ElasticDistillationConfig
 from .forward import forward_as, head_of, last_hidden, last_hidden_through, states_after
+from .lora import as_teacher, base_of, check_adapters, whole_head_of
 from .losses import chunked_divergence, summed_hidden_distance
 from .optimizing import OptimizingMixin
 from .reporting import ReportingMixin
@@ -52,11 +54,16 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
     `push_to_hub`.
 
     Args:
-        model ([`ElasticForCausalLM`] or `str`):
+        model ([`ElasticForCausalLM`], `PeftModel` around one, or `str`):
             With everything loaded (no `budget=`), or where to load it from; then in float32, as in `SFTTrainer`, unless
             `args.model_init_kwargs` says otherwise.
         teacher_model (`PreTrainedModel` or `str`, *optional*):
-            Defaults to a frozen copy of the model as it is at the start: the sorted parent. A model given here is frozen.
+            Defaults to a frozen copy of the model as it is at the start: the sorted parent. A model given here is frozen. With adapters
+            the default is the model itself without them, so that its weights are in memory once.
+        peft_config (`peft.LoraConfig`, *optional*):
+            Train only these adapters, on linear layers (`target_modules`) and on experts and routers (`target_parameters`); they follow
+            the budget ([`hf_elastic.adapters`]). Checkpoints then hold the adapter, and `trainer.model.merge_and_unload()` is the elastic
+            model with what was learned.
         args ([`ElasticDistillationConfig`], *optional*): Configuration.
         kwargs: As for `SFTTrainer` (`train_dataset`, `eval_dataset`, `processing_class`, `callbacks`, ...).
 
@@ -75,6 +82,7 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
         model: ElasticForCausalLM | str,
         teacher_model: PreTrainedModel | str | None = None,
         args: ElasticDistillationConfig | None = None,
+        peft_config: PeftConfig | None = None,
         **kwargs: Any,
     ):
         args = args if args is not None else ElasticDistillationConfig()
@@ -84,10 +92,12 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
         if isinstance(model, str):
             model = ElasticForCausalLM.from_pretrained(model, **{"dtype": "float32", **(args.model_init_kwargs or {})})
             args.model_init_kwargs = None
-        model = check_model(model)
+        given, model = model, check_model(model)
         for name in ("train_dataset", "eval_dataset"):
             check_columns(kwargs.get(name), name, args, kwargs.get("formatting_func"))
         model.set_budget(None)
+        if peft_config is not None:
+            peft_config = check_adapters(model, peft_config)
         self.routing = Routing(model, args) if args.router_targets else None
         names = self.routing.router.names if self.routing else list(model.elastic_config.family())
         self.curriculum = make_curriculum(
@@ -104,10 +114,14 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
         if names[0] not in {name for stage in self.curriculum.stages for name in stage.budget_probabilities}:
             warnings.warn(f"the whole parent ({names[0]!r}) is never drawn: nothing keeps it as it is.", stacklevel=2)
         self._init_reporting(known_budgets(args.eval_budgets, names) if args.eval_budgets else names)
-        teacher = load_teacher(teacher_model, model, args.teacher_model_init_kwargs)
+        self._adapted = peft_config is not None or given is not model
+        if self._adapted and args.freeze_model:
+            raise ElasticConfigError("freeze_model=True trains the router alone: leave out the adapters.")
+        teacher = load_teacher(teacher_model, model, args.teacher_model_init_kwargs, adapters=self._adapted)
         if args.hidden_loss_weight > 0:
             check_layers(args.hidden_loss_layers, model.submodel.depth)
-            check_same_channels(teacher, model)
+            if teacher is not None:
+                check_same_channels(teacher, model)
         if args.freeze_model:
             model.requires_grad_(False)
         if args.ddp_find_unused_parameters is None:
@@ -115,7 +129,8 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
             # DDP then stops in the second step; non-reentrant checkpointing, the default here, gets along with looking.
             args.ddp_find_unused_parameters = True
         with without_auxiliary_loss(model, args):
-            super().__init__(model=model, args=args, **kwargs)
+            super().__init__(model=given, args=args, peft_config=peft_config, **kwargs)
+        check_model(self.model)  # upstream adapts embeddings and head on its own for a chat template with new tokens
         # The loss is divided by the number of target tokens of the whole step already.
         self.loss_is_scaled_for_ga = True
         self.teacher_model = prepare_teacher(teacher, self.accelerator, self.is_fsdp_enabled)
@@ -184,8 +199,7 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
         }
         target = labels[:, 1:] != -100  # position t predicts token t + 1
         with self.accelerator.autocast():
-            with torch.no_grad(), states_after(self._compared_layers(self.teacher_model), target) as teacher_states:
-                teacher_hidden = last_hidden_through(self.teacher_model, tokens)[:, :-1][target]
+            teacher_hidden, teacher_states = self._taught(model, tokens, target)
             divergence, distance = self._through_wrapper(model, tokens, target, teacher_hidden, teacher_states)
         loss = divergence + self.args.hidden_loss_weight * distance
         count = target.sum()
@@ -201,12 +215,21 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
             loss = loss + resource / self.current_gradient_accumulation_steps
         return loss
 
+    def _taught(
+        self, model: nn.Module, tokens: dict[str, torch.Tensor], target: torch.Tensor
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Last and compared hidden states of the teacher at the target tokens; without a teacher, of the model without adapters."""
+        teacher = model if self.teacher_model is None else self.teacher_model
+        alone = as_teacher(self._elastic) if teacher is model else nullcontext()
+        with torch.no_grad(), alone, states_after(self._compared_layers(teacher), target) as states:
+            return last_hidden_through(teacher, tokens)[:, :-1][target], states
+
     def _compared_layers(self, model: nn.Module) -> list[nn.Module]:
         """Layers of the student or the teacher whose hidden states are compared at the active budget; none if that is off."""
         if self.args.hidden_loss_weight == 0:
             return []
         student, chosen = self._elastic, self.args.hidden_loss_layers
-        layers = student.architecture.layers_of(self.accelerator.unwrap_model(model))
+        layers = student.architecture.layers_of(base_of(self.accelerator.unwrap_model(model)))
         return [layers[i] for i in student.submodel.layers if chosen is None or i in chosen]
 
     def _through_wrapper(
@@ -223,7 +246,8 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: Sums over the target tokens of the divergence, and of the distance of hidden states.
         """
-        student, teacher = self._elastic, self.accelerator.unwrap_model(self.teacher_model)
+        student, teacher = self._elastic, self.teacher_model
+        teacher_head = whole_head_of(student) if teacher is None else head_of(self.accelerator.unwrap_model(teacher))
 
         def student_loss(**kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
             with states_after(self._compared_layers(model), target) as states:
@@ -235,14 +259,14 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
                 hidden,
                 teacher_hidden,
                 head_of(student),
-                head_of(teacher),
+                teacher_head,
                 beta=self.args.beta,
                 temperature=self.args.temperature,
                 chunk_size=self.args.loss_chunk_size,
             )
             return divergence, distance
 
-        with forward_as(student, student_loss):
+        with forward_as(self.accelerator.unwrap_model(self.model), student_loss):
             return model(**tokens)
 
     @property
@@ -272,4 +296,5 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
 
     @property
     def _elastic(self) -> ElasticForCausalLM:
-        return self.accelerator.unwrap_model(self.model)
+        """The model without what is around it: DDP, adapters."""
+        return base_of(self.accelerator.unwrap_model(self.model))

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .lora import base_of
 from .losses import Head
 
 
@@ -22,7 +23,7 @@ def last_hidden_through(model: nn.Module, tokens: dict[str, torch.Tensor]) -> to
 
 def last_hidden(model: Any, tokens: dict[str, torch.Tensor]) -> torch.Tensor:
     """Last hidden states `(B, T, width)` of a causal model, wrapped or not."""
-    model = getattr(model, "module", model)
+    model = base_of(getattr(model, "module", model))
     return model.base_model(**tokens, use_cache=False).last_hidden_state
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from peft import PeftConfig
 from transformers.trainer_callback import TrainerState
 from transformers.utils import logging
 
@@ -23,6 +24,9 @@ logger = logging.get_logger(__name__)
 STATE_FILE = "elastic_training.json"
 """Beside `trainer_state.json`: what the budget stream and the loss depend on."""
 
+FAMILY_FILE = "elastic_config.json"
+"""Beside an adapter: the description of the family that it was trained on. A `config.json` there would say that the model is, too."""
+
 _INCIDENTAL = (
     "architectures",
     "bos_token_id",
@@ -35,6 +39,17 @@ _INCIDENTAL = (
     "use_cache",
 )
 """Fields of a parent's config that trainers and tokenizers set, and that change no weight."""
+
+
+_INCIDENTAL_TO_ADAPTERS = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_version",
+    "revision",
+    "task_type",
+)
+"""Fields of an adapter's config that say where it is used, not what it is."""
 
 
 def training_state(
@@ -91,10 +106,31 @@ def check_family(folder: str, ours: ElasticConfig) -> None:
     Raises:
         `ElasticConfigError`: names the fields that differ.
     """
-    if not (Path(folder) / "config.json").exists():  # sharded checkpoints of FSDP hold only weights
+    if (Path(folder) / FAMILY_FILE).exists():
+        saved = ElasticConfig.from_json_file(Path(folder) / FAMILY_FILE)
+    elif (Path(folder) / "config.json").exists():
+        saved = ElasticConfig.from_pretrained(folder)
+    else:  # sharded checkpoints of FSDP hold only weights
         return
-    saved = ElasticConfig.from_pretrained(folder)
     _refuse(folder, "family", differences(_description(saved), _description(ours)))
+
+
+def check_adapter(folder: str, ours: PeftConfig) -> None:
+    """Compare the adapter of a checkpoint with a run's; upstream loads what fits and leaves the rest at its start.
+
+    Raises:
+        `ElasticConfigError`: names the fields that differ.
+        `CheckpointError`: the checkpoint holds all weights instead of an adapter.
+    """
+    if not (Path(folder) / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{folder} holds no adapter, it is of a run that trained all weights; leave out peft_config."
+        )
+    saved, here = (
+        {key: value for key, value in config.to_dict().items() if key not in _INCIDENTAL_TO_ADAPTERS}
+        for config in (PeftConfig.from_pretrained(folder), ours)
+    )
+    _refuse(folder, "adapter", differences(saved, here))
 
 
 def last_complete(output_dir: str | None) -> str:

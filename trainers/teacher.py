@@ -13,15 +13,20 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from hf_elastic import ElasticForCausalLM
 from hf_elastic.errors import ElasticConfigError
 
+from .lora import base_of
 from .resuming import differences
 
 
-def load_teacher(teacher: Any, model: ElasticForCausalLM, options: Any) -> PreTrainedModel:
+def load_teacher(
+    teacher: Any, model: ElasticForCausalLM, options: Any, *, adapters: bool = False
+) -> PreTrainedModel | None:
     """A frozen teacher in evaluation mode.
 
     Args:
         teacher (`PreTrainedModel` or `str`, *optional*): Model, or where to load it from; a copy of `model` if not given.
         options (`dict`, *optional*): For `from_pretrained`; the dtype defaults to the model's.
+        adapters (`bool`, *optional*, defaults to `False`):
+            Only adapters of the model are trained. Without them it is its own teacher: `None` instead of a copy.
 
     Raises:
         `ElasticConfigError`: options without anything to load, another vocabulary.
@@ -30,7 +35,9 @@ def load_teacher(teacher: Any, model: ElasticForCausalLM, options: Any) -> PreTr
         teacher = AutoModelForCausalLM.from_pretrained(teacher, **{"dtype": model.dtype, **(options or {})})
     elif options:
         raise ElasticConfigError("teacher_model_init_kwargs need a teacher_model to load, a folder or Hub repository.")
-    if teacher is None or teacher is model:
+    if teacher is None or base_of(teacher) is model:
+        if adapters:
+            return None
         teacher = copy.deepcopy(model)
     theirs, ours = teacher.get_output_embeddings().weight.shape[0], model.get_output_embeddings().weight.shape[0]
     if theirs != ours:
@@ -76,19 +83,21 @@ def _sizes(config: PreTrainedConfig, model: ElasticForCausalLM) -> dict[str, Any
     return {"num_hidden_layers": full.depth, **sizes}
 
 
-def prepare_teacher(teacher: PreTrainedModel, accelerator: Accelerator, fsdp: bool) -> nn.Module:
-    """Put the teacher where the student is, sharded if the student is.
+def prepare_teacher(teacher: PreTrainedModel | None, accelerator: Accelerator, fsdp: bool) -> nn.Module | None:
+    """Put the teacher where the student is, sharded if the student is; nothing to do for a student that is its own.
 
     Raises:
         `ElasticConfigError`: FSDP 1, or weights that only the first rank has.
     """
     if not fsdp:
-        return accelerator.prepare_model(teacher, evaluation_mode=True)
+        return None if teacher is None else accelerator.prepare_model(teacher, evaluation_mode=True)
     plugin = accelerator.state.fsdp_plugin
     if getattr(plugin, "fsdp_version", 1) != 2:
         raise ElasticConfigError(
             "FSDP 1 flattens parameters, so budgets cannot take parts of them; set fsdp_version to 2."
         )
+    if teacher is None:
+        return None
     if getattr(plugin, "cpu_ram_efficient_loading", False):
         # transformers then loads on the first rank only, and accelerate sends the student's weights to the others, but not the teacher's.
         raise ElasticConfigError(

@@ -1,7 +1,7 @@
 """Train all sizes of an elastic checkpoint by distillation from the checkpoint itself, or from another teacher.
 
 CONFIG is a YAML file with the fields below and any field of ElasticDistillationConfig (a trl SFTConfig with budget_probabilities, stages,
-temperature, ...). The same fields can follow as options and win over the file. Several processes: torchrun --nproc-per-node 8 -m
+temperature, ...), and with use_peft the fields of LoRA as in trl: lora_r, lora_alpha, lora_target_modules, lora_target_parameters, .... The same fields can follow as options and win over the file. Several processes: torchrun --nproc-per-node 8 -m
 hf_elastic.cli train CONFIG.
 
   hf-elastic train recipe.yaml
@@ -11,7 +11,7 @@ hf_elastic.cli train CONFIG.
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,49 @@ class TrainArguments:
     resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in output_dir."})
 
 
+@dataclass
+class AdapterArguments:
+    """Train an adapter instead of all weights; names as in `trl.ModelConfig`.
+
+    Args:
+        use_peft (`bool`, *optional*, defaults to `False`): Train a LoRA adapter; `output_dir` gets the adapter.
+        lora_r (`int`, *optional*, defaults to 16): Rank.
+        lora_alpha (`int`, *optional*, defaults to 32): Scales the product by `alpha / r`.
+        use_rslora (`bool`, *optional*, defaults to `False`): Scale it by `alpha / sqrt(r)`.
+        lora_dropout (`float`, *optional*, defaults to 0.0): Of linear layers; peft has none for experts.
+        lora_target_modules (`list[str]`, *optional*): Linear layers; the projections of attention by default.
+        lora_target_parameters (`list[str]`, *optional*): Experts and routers, such as `mixer.experts.up_proj`.
+        merge_adapter (`bool`, *optional*, defaults to `False`): Save the family with the adapter merged, too, in `output_dir/merged`.
+    """
+
+    use_peft: bool = field(default=False, metadata={"help": "Train a LoRA adapter instead of all weights."})
+    lora_r: int = field(default=16, metadata={"help": "Rank."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scales the product by alpha / r."})
+    use_rslora: bool = field(default=False, metadata={"help": "Scale it by alpha / sqrt(r)."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Of linear layers; peft has none for experts."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Linear layers; the projections of attention by default."}
+    )
+    lora_target_parameters: list[str] | None = field(
+        default=None, metadata={"help": "Experts and routers, such as mixer.experts.up_proj."}
+    )
+    merge_adapter: bool = field(
+        default=False, metadata={"help": "Save the family with the adapter merged, too, in output_dir/merged."}
+    )
+
+    def __post_init__(self) -> None:
+        given = [f.name for f in fields(self) if getattr(self, f.name) != f.default and f.name != "use_peft"]
+        if given and not self.use_peft:
+            raise ElasticConfigError(f"{', '.join(given)} would be ignored without use_peft: true.")
+
+    def peft_config(self) -> Any:
+        """The `peft.LoraConfig`; `None` if all weights are trained."""
+        from trl import ModelConfig, get_peft_config
+
+        shared = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "merge_adapter"}
+        return get_peft_config(ModelConfig(**shared))
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="YAML file")
     parser.add_argument(
@@ -54,29 +97,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if not Path(args.config).is_file():
         raise ElasticConfigError(f"there is no file {args.config}.")
-    train_arguments, config = parse(args.config, args.overrides)
+    train_arguments, adapter, config = parse(args.config, args.overrides)
     for name in ("model", "dataset"):
         if not getattr(train_arguments, name):
             raise ElasticConfigError(f"{args.config} does not say {name}.")
-    train(train_arguments, config)
+    train(train_arguments, adapter, config)
 
 
-def parse(config: str, overrides: list[str]) -> tuple[TrainArguments, Any]:
+def parse(config: str, overrides: list[str]) -> tuple[TrainArguments, AdapterArguments, Any]:
     """Read a YAML file and options.
 
     Returns:
-        `tuple[TrainArguments, ElasticDistillationConfig]`
+        `tuple[TrainArguments, AdapterArguments, ElasticDistillationConfig]`
     """
     from trl import TrlParser
 
     from ..trainers import ElasticDistillationConfig
 
-    parser = TrlParser((TrainArguments, ElasticDistillationConfig))
-    train_arguments, distillation = parser.parse_args_and_config(["--config", config, *overrides])
-    return train_arguments, distillation
+    parser = TrlParser((TrainArguments, AdapterArguments, ElasticDistillationConfig))
+    train_arguments, adapter, distillation = parser.parse_args_and_config(["--config", config, *overrides])
+    return train_arguments, adapter, distillation
 
 
-def train(arguments: TrainArguments, config: Any) -> None:
+def train(arguments: TrainArguments, adapter: AdapterArguments, config: Any) -> None:
     """Train and save to `output_dir`."""
     from transformers import AutoTokenizer
 
@@ -93,7 +136,16 @@ def train(arguments: TrainArguments, config: Any) -> None:
         train_dataset=load_calibration(arguments.dataset, arguments.dataset_split),
         eval_dataset=load_calibration(evaluation, arguments.dataset_split) if evaluation else None,
         processing_class=tokenizer,
+        peft_config=adapter.peft_config(),
     )
+    if adapter.merge_adapter and trainer.is_fsdp_enabled:
+        raise ElasticConfigError(
+            "merge_adapter needs whole weights, which FSDP shards; merge the saved adapter after the run."
+        )
     trainer.train(resume_from_checkpoint=arguments.resume or None)
     trainer.save_model()
     tokenizer.save_pretrained(config.output_dir)
+    if adapter.merge_adapter and trainer.is_world_process_zero():
+        merged = Path(config.output_dir) / "merged"
+        trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().save_pretrained(merged)
+        tokenizer.save_pretrained(merged)

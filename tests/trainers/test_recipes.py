@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from nano_v3 import nano_v3
 
-from hf_elastic import ElasticConfig, elastify, trainers
+from hf_elastic import ElasticConfig, ElasticConfigError, elastify, trainers
+from hf_elastic.adapters import factor_rules
+from hf_elastic.architectures.nemotron_h import NemotronH
 from hf_elastic.commands.train import parse
 from hf_elastic.cost import CostModel
 from hf_elastic.lab.family import FAMILY
@@ -29,13 +32,14 @@ def recipe(name: str, *overrides: str):
 
 
 def test_every_recipe_is_tested():
-    assert {file.stem for file in RECIPES.glob("*.yaml")} == {"lab", *PUBLISHED}
+    assert {file.stem for file in RECIPES.glob("*.yaml")} == {"lab", "nano3_30b_lora", *PUBLISHED}
 
 
 def test_the_lab_recipe_trains_the_lab_family(tmp_path):
     with torch.enable_grad():
-        _, args = recipe("lab", "--output_dir", str(tmp_path))
+        _, adapter, args = recipe("lab", "--output_dir", str(tmp_path))
         assert args.max_steps == 1000
+        assert adapter.peft_config() is None
         parent, tokenizer = load_parent()
         model = elastify(parent, budgets=FAMILY, sort=False)
         args.stages = [{**stage, "steps": 1} for stage in args.stages]
@@ -48,7 +52,7 @@ def test_the_lab_recipe_trains_the_lab_family(tmp_path):
 def test_the_published_run_has_the_published_tokens_lengths_and_batches(name, monkeypatch):
     monkeypatch.setattr(ElasticDistillationConfig, "world_size", property(lambda self: GPUS))
     tokens, length, batch = PUBLISHED[name]
-    arguments, args = recipe(name, "--fsdp", "")
+    arguments, _, args = recipe(name, "--fsdp", "")
     assert args.max_length == length
     assert args.rows_per_step == args.per_device_train_batch_size * args.gradient_accumulation_steps * GPUS == batch
     assert args.max_steps == math.ceil(tokens / (length * batch)) == {8192: 7948, 49152: 2385}[length]
@@ -73,8 +77,6 @@ def test_the_published_run_has_the_published_tokens_lengths_and_batches(name, mo
 
 
 def test_the_sizes_in_the_published_recipes_are_those_of_the_published_family():
-    from nano_v3 import nano_v3
-
     config = ElasticConfig.from_parent(
         nano_v3(), {"23b": {"hidden": 2016}, "12b": {"hidden": 1920, "expert_ffn": 960}}
     )
@@ -83,3 +85,41 @@ def test_the_sizes_in_the_published_recipes_are_those_of_the_published_family():
     assert billions == {"full": 31.58, "23b": 23.68, "12b": 12.43}
     gigabytes = 16 * count(config.submodel("full")).total_params / 1e9
     assert f"{gigabytes:.1f} GB" in (RECIPES / "nano3_30b_stage1.yaml").read_text(encoding="utf-8")
+
+
+def test_the_lora_recipe_says_its_steps_and_its_memory():
+    arguments, adapter, args = recipe("nano3_30b_lora")
+    text = (RECIPES / "nano3_30b_lora.yaml").read_text(encoding="utf-8")
+    tokens = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.max_length
+    assert args.max_steps == math.ceil(1e9 / tokens) == 3815
+    assert f"= {tokens:,} tokens a step) = {1e9 / tokens:,.1f} -> {args.max_steps:,} steps on 1 GPU" in text
+    assert (arguments.dtype, arguments.teacher, args.bf16) == ("bfloat16", None, False)  # bf16 of the recipe: see HERE
+    config = adapter.peft_config()
+    assert (config.r, config.lora_alpha, config.use_rslora, config.lora_dropout) == (8, 16, True, 0.0)
+    parent = nano_v3()
+    rules, full = NemotronH().rules(parent), NemotronH().full(parent)
+    targets = [f".{name}.weight" for name in config.target_modules] + [f".{name}" for name in config.target_parameters]
+    counts = {
+        rule.name: sum(factor.count(full.at(rule.layer)) for factor in factor_rules(rule, config.r))
+        for rule in rules
+        if rule.name.endswith(tuple(targets))
+    }
+    adapted, experts = sum(counts.values()), sum(n for name, n in counts.items() if ".experts." in name)
+    assert f"{adapted / 1e6:.1f}e6 of the adapter (rank 8; {experts / 1e6:.1f}e6 of them for the experts)" in text
+    total = CostModel(parent).full.total_params
+    layer = 2 * parent.n_routed_experts * parent.moe_intermediate_size * parent.hidden_size * 2
+    depth = len(parent.layers_block_type)
+    rows = depth * args.max_length * parent.hidden_size * 2
+    logits = args.loss_chunk_size * parent.vocab_size * 4
+    parts = [2 * total / 1e9, 16 * adapted / 1e9, 2 * layer / 1e9, rows / 1e9 + 1.0, 4 * logits / 1e9]
+    for part in parts:
+        assert f"-> {part:4.1f} GB" in text
+    assert f"{layer / 1e9:.2f} GB" in text
+    assert f"{rows / 1e9:.2f} GB" in text
+    assert f"{logits / 1e9:.2f} GB" in text
+    assert f"together {sum(parts):.1f} GB. Rank 16 would need {16 * adapted / 1e9:.1f} GB more" in text
+
+
+def test_fields_of_lora_without_use_peft_are_refused():
+    with pytest.raises(ElasticConfigError, match="lora_r would be ignored without use_peft: true"):
+        recipe("lab", "--lora_r", "4")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 sys.path[:0] = [str(Path(__file__).parents[i]) for i in (0, 1)]
 torch.set_num_threads(1)
 
+from adapted import adapted  # noqa: E402
 from runs import Recorder, family, rows, trainer  # noqa: E402
 
 # A large epsilon, because m / (sqrt(v) + eps) turns float noise in a gradient near zero into a whole step if eps is small.
@@ -24,20 +26,28 @@ TRAINED = {
     "plain": {"gradient_accumulation_steps": 2, "seed": 13, "gradient_checkpointing": False},
     "hidden": {"gradient_accumulation_steps": 2, "seed": 13, "hidden_loss_weight": 2.0},
     "only_small": {"budget_probabilities": {"small": 1.0}},
+    "lora": {"gradient_accumulation_steps": 2, "seed": 13},
 }
 """Runs of the trainer by name."""
 SHARDED = {
     "accumulated": (["small"], ["full", "small"], ["medium", "full", "small"]),
     "checkpointed": (["small"], ["full", "medium"], ["small", "small"]),
     "hidden": (["small"], ["full", "medium"], ["small", "small"]),
+    "lora": (["small"], ["full", "small"], ["medium", "full", "small"]),
 }
 """Budgets per step and micro-batch of the runs on `fully_shard`."""
+
+
+def student(name: str) -> Any:
+    """What a run trains: all weights, or adapters that are not zero, with the parent without them as teacher."""
+    return adapted("nano3") if name == "lora" else family().train()
 
 
 def train(name: str, folder: Path, ranks: int) -> dict[str, Any]:
     """Four rows per micro-batch, however many ranks share them."""
     made = trainer(
         folder / f"{name}{os.environ.get('RANK', '')}",
+        student(name),
         dataset=rows(24),
         eval_dataset=rows(8, 1),
         max_steps=3,
@@ -69,10 +79,12 @@ def train(name: str, folder: Path, ranks: int) -> dict[str, Any]:
 def shard(name: str, rank: int, ranks: int) -> dict[str, Any]:
     """The trainer's loss on `fully_shard`, which accelerate does not apply on a CPU: every rank has its share of six rows."""
     from hf_elastic.trainers.forward import forward_as, head_of, last_hidden, last_hidden_through, states_after
+    from hf_elastic.trainers.lora import as_teacher, base_of, whole_head_of
     from hf_elastic.trainers.losses import chunked_divergence, summed_hidden_distance
     from hf_elastic.trainers.teacher import shard_teacher
 
-    model, teacher = family().train(), family()
+    model, teacher = student(name), None if name == "lora" else family()
+    base, before = base_of(model), nullcontext if teacher else lambda: as_teacher(base)
     if name != "accumulated":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     kinds = set()
@@ -81,13 +93,17 @@ def shard(name: str, rank: int, ranks: int) -> dict[str, Any]:
         from torch.distributed.fsdp import FSDPModule, fully_shard
 
         mesh = init_device_mesh("cpu", (ranks,))
-        for layer in model.model.layers:
+        for layer in base.model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
-        teacher = shard_teacher(teacher, mesh=mesh)
-        assert isinstance(teacher.model.layers[0], FSDPModule)
+        if teacher:
+            teacher = shard_teacher(teacher, mesh=mesh)
+            assert isinstance(teacher.model.layers[0], FSDPModule)
         kinds = {type(p).__name__ for p in model.parameters()}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=ADAM["adam_epsilon"])
+    teaching = base_of(teacher or model)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-2, eps=ADAM["adam_epsilon"]
+    )
     ids = torch.randint(2, 64, (6, 14), generator=torch.Generator().manual_seed(3))
     everywhere = torch.ones(len(ids[rank::ranks]), ids.shape[1] - 1, dtype=torch.bool)
     losses = []
@@ -97,19 +113,23 @@ def shard(name: str, rank: int, ranks: int) -> dict[str, Any]:
             if ranks > 1:
                 model.set_requires_gradient_sync(i == len(budgets) - 1)
             inputs = {"input_ids": ids[rank::ranks]}
-            layers = model.elastic_config.submodel(budget).layers if name == "hidden" else ()
-            with torch.no_grad(), states_after([teacher.model.layers[i] for i in layers], everywhere) as wanted:
-                target = last_hidden_through(teacher, inputs).flatten(0, 1)
+            layers = base.elastic_config.submodel(budget).layers if name == "hidden" else ()
+            with (
+                torch.no_grad(),
+                before(),
+                states_after([teaching.model.layers[i] for i in layers], everywhere) as wanted,
+            ):
+                target = last_hidden_through(teacher or model, inputs).flatten(0, 1)
 
             def loss_of(
                 input_ids: torch.Tensor, layers: Any = layers, target: torch.Tensor = target, wanted: Any = wanted
             ) -> torch.Tensor:
-                with states_after([model.model.layers[i] for i in layers], everywhere) as found:
+                with states_after([base.model.layers[i] for i in layers], everywhere) as found:
                     states = last_hidden(model, {"input_ids": input_ids}).flatten(0, 1)
-                loss = chunked_divergence(states, target, head_of(model), head_of(teacher), chunk_size=10)
+                loss = chunked_divergence(states, target, head_of(base), whole_head_of(teaching), chunk_size=10)
                 return loss + summed_hidden_distance(found, wanted) if wanted else loss
 
-            with model.computing(budget), forward_as(model, loss_of):
+            with base.computing(budget), forward_as(model, loss_of):
                 loss = model(**inputs) * ranks / (ids.numel() * len(budgets))
                 loss.backward()
             total += float(loss.detach()) / ranks

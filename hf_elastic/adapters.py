@@ -1,0 +1,185 @@
+"""LoRA adapters at a budget: what runs along A and B, and stencils that carry the adapters of their layer.
+
+The adapter of a tensor W is two more elastic tensors. What runs along them follows from what runs along W, by the layouts of peft:
+
+```
+W  [out, in]             A  [r, in]              B  [out, r]
+W  [experts, out, in]    A  [experts * r, in]    B  [out, r * experts]      A lies expert by expert, B rank by rank
+```
+
+So `slice(W + s B A) = slice(W) + s slice(B) slice(A)`: the adapter of a slice is the slice of the adapter. A stencil carries peft's own
+adapter layers, without storage, and takes both from the parent; dropout, scaling and dtypes stay peft's.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from .architectures import Architecture
+from .axes import Cut, TensorRule, dim
+from .errors import ElasticConfigError
+from .slicing import Piece
+
+if TYPE_CHECKING:
+    from .stencils import Unit
+
+_FUSED = ("out_proj", "conv1d")
+"""Mamba's kernels read the weights of these modules and never call them, so their adapters would have no effect (peft's own rule)."""
+
+_SLICED = ("peft.tuners.lora.layer.Linear", "peft.tuners.lora.layer.ParamWrapper")
+"""Adapter layers whose factors are cut here. By name, because peft is optional."""
+
+
+@dataclass(frozen=True)
+class FactorRule(TensorRule):
+    """What runs along A or B of an adapter."""
+
+    @property
+    def routes(self) -> bool:
+        return False
+
+
+def factor_rules(rule: TensorRule, rank: int) -> tuple[FactorRule, FactorRule]:
+    """Rules of the two factors, as peft stores them.
+
+    Args:
+        rule (`TensorRule`): Of the tensor that is adapted, `[out, in]` or `[experts, out, in]`.
+
+    Returns:
+        `tuple[FactorRule, FactorRule]`: Of A and of B. While sizes are undecided, experts are weighted in B only.
+    """
+    *experts, out, inner = rule.dims
+    a, b = dim(rank), dim(rank)
+    if experts:
+        ((_, segment),) = experts[0].segments
+        plain = tuple(Cut(f.axis, f.groups) if isinstance(f, Cut) else f for f in segment)
+        a, b = dim(*plain, rank), dim(rank, *segment)
+    prefix = f"{rule.template}.lora"
+    return FactorRule(f"{prefix}_A", (a, inner), rule.layer), FactorRule(f"{prefix}_B", (out, b), rule.layer)
+
+
+def is_tuner(module: Any) -> bool:
+    """Whether a module is a layer of peft that wraps a module of the model."""
+    return hasattr(type(module), "adapter_layer_names")
+
+
+def attached(model: nn.Module) -> tuple[tuple[Any, ...], ...]:
+    """What is attached to a model, as something to compare: adapter layers and the names of their adapters."""
+    return tuple((id(m), *getattr(m, "lora_A", ())) for m in model.modules() if is_tuner(m))
+
+
+def refuse_unsupported(model: nn.Module, architecture: Architecture, config: PreTrainedConfig) -> None:
+    """Refuse adapters whose slice is not the adapter of the slice, or that a kernel would pass by.
+
+    Raises:
+        `ElasticConfigError`: names the module, and what can be adapted.
+    """
+    rules = {rule.name: rule for rule in architecture.rules(config)}
+    prefix = architecture.layers_path.partition(".")[0] + "."
+    for path, layer in model.named_modules():
+        if not is_tuner(layer):
+            continue
+        name, problem = path.replace(".base_layer", ""), None
+        leaf = getattr(layer, "parameter_name", "weight")
+        rule = rules.get(f"{name}.{leaf}") or rules.get(f"{prefix}{name}.{leaf}")
+        if f"{type(layer).__module__}.{type(layer).__name__}" not in _SLICED:
+            problem = f"{type(layer).__module__}.{type(layer).__name__} cannot follow a budget"
+        elif layer.lora_variant:
+            problem = f"{', '.join(type(v).__name__ for v in layer.lora_variant.values())} cannot follow a budget"
+        elif any(layer.lora_bias.values()):
+            problem = "lora_bias=True cannot follow a budget"
+        elif name.rpartition(".")[2] in _FUSED:
+            problem = f"the CUDA kernels read the weights of {' and '.join(_FUSED)} beside their modules and would pass the adapter by"
+        elif rule is None or rule.layer is None:
+            problem = "only tensors of layers can be adapted, no embeddings and no head"
+        if problem:
+            raise ElasticConfigError(
+                f"the adapter of {name or 'the model'} is not supported: {problem}. Use a peft.LoraConfig without variants, target_modules "
+                "such as q_proj, in_proj and up_proj, and target_parameters such as experts.up_proj and experts.down_proj."
+            )
+
+
+def carry(unit: Unit) -> None:
+    """Put the adapters of a unit's module into its stencil, and their factors among its parts."""
+    if unit.stencil is None:
+        return
+    around = ""
+    for path, layer in list(unit.module.named_modules()):
+        if is_tuner(layer) and not (around and path.startswith(f"{around}.")):
+            around = path
+            _carry(unit, path, layer)
+
+
+def _carry(unit: Unit, path: str, layer: Any) -> None:
+    """Put the adapter layers around the module at `path` around that of the stencil."""
+    stencil: Any = unit.stencil
+    # A copy without storage: it stops at the module, which the stencil's replaces, and at the factors.
+    memo: dict[int, Any] = {id(layer.get_base_layer()): stencil.get_submodule(path)}
+    memo |= {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in _factors(layer)}
+    carried = copy.deepcopy(layer, memo)
+    owner, _, leaf = path.rpartition(".")
+    setattr(stencil.get_submodule(owner), leaf, carried)
+    unit.tuners += zip(_nested(layer), _nested(carried), strict=True)
+
+    own, parts, factors = {}, [], []
+    inside = path + ".base_layer" * len(list(_nested(layer)))
+    for name, piece in unit.parts:
+        owner, _, leaf = name.rpartition(".")
+        parts.append((f"{inside}.{leaf}" if owner == path else name, piece))
+        if owner == path:
+            own[leaf] = piece
+    for depth, (wrapper, thin) in enumerate(zip(_nested(layer), _nested(carried), strict=True)):
+        piece = own[getattr(wrapper, "parameter_name", "weight")]
+        if len(piece.shape) == 3:
+            thin.num_experts = piece.shape[0]
+        for adapter, rank in wrapper.r.items():
+            for kind, rule in zip("AB", factor_rules(piece.rule, rank), strict=True):
+                name = f"{path}{'.base_layer' * depth}.lora_{kind}.{adapter}.weight"
+                factors.append((name, Piece(rule, rule, piece.full, piece.kept)))
+    unit.parts = parts + factors
+
+
+def follow(own: Any, carried: Any) -> None:
+    """Take over which adapters are active, disabled or merged."""
+    if own.disable_adapters and own.merged:
+        own.unmerge()  # as peft's forward does; the narrowed weights could not be restored
+    for name in ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling"):
+        carried.__dict__[name] = own.__dict__.get(name, getattr(own, name))
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Compute without adapters inside a `with` block.
+
+    peft's `disable_adapter` freezes them, too, and FSDP2 remembers what required a gradient when it first gathered.
+    """
+    tuners: list[Any] = [module for module in model.modules() if is_tuner(module)]
+    before = [tuner.disable_adapters for tuner in tuners]
+    for tuner in tuners:
+        tuner._disable_adapters = True
+    try:
+        yield
+    finally:
+        for tuner, was in zip(tuners, before, strict=True):
+            tuner._disable_adapters = was
+
+
+def _nested(layer: Any) -> Iterator[Any]:
+    """Adapter layers around one module, outermost first; each parameter of a module has its own."""
+    while is_tuner(layer):
+        yield layer
+        layer = layer.base_layer
+
+
+def _factors(layer: Any) -> Iterator[nn.Parameter]:
+    for wrapper in _nested(layer):
+        yield from wrapper.lora_A.parameters()
+        yield from wrapper.lora_B.parameters()
