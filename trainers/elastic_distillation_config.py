@@ -27,14 +27,17 @@ class ElasticDistillationConfig(SFTConfig):
         beta (`float`, *optional*, defaults to 0.0): 0 is forward KL, 1 reverse KL, in between the generalised Jensen-Shannon divergence.
         loss_chunk_size (`int`, *optional*, defaults to 1024): Tokens that have logits at the same time.
         eval_budgets (`list[str]`, *optional*): Budgets to evaluate, defaults to all.
-        router_targets (`dict[str, str | float]`, *optional*):
-            Learn the sizes: per budget what it may cost, a share of the parent's parameters (`0.5`) or `"12B"`, `"2.1B active"`, `"24GB"`. The
-            model then has axes with choices and no budgets; a router decides them in the first `router_steps` steps
+        router_targets (`dict[str, str | float | dict]`, *optional*):
+            Learn the sizes: per budget what it may cost, a share of the parent's parameters (`0.5`) or `"12B"`, `"2.1B active"`, `"24GB"`, or
+            a memory with caches, `{"memory": "24GB", "context_length": 32768, "batch_size": 4, "dtype": "bfloat16"}`. The model then has axes with choices and no budgets; a router decides them in the first `router_steps` steps
             (arXiv 2511.16664, eq. 6-12), and the run goes on with what it decided.
         router_steps (`int`, *optional*): Steps until the router decides; required with `router_targets`.
         router_learning_rate (`float`, *optional*, defaults to 1e-3): Of the router (the papers use 1e-2 over far longer runs).
         router_loss_weight (`float`, *optional*, defaults to 5.0): Of the resource loss against the divergence.
         router_per_layer (`list[str]`, *optional*): Axes with a size of their own in every layer.
+        freeze_router (`bool`, *optional*, defaults to `False`):
+            Take the router that the model was saved with, or that of the checkpoint to resume from (then with the run's
+            `router_targets`), train it no further, and run at what it chooses from the first step. `router_steps` stays 0.
         teacher_model_init_kwargs (`dict`, *optional*): For `from_pretrained` of a teacher given by name; its `dtype` defaults to the model's.
     """
 
@@ -67,6 +70,9 @@ class ElasticDistillationConfig(SFTConfig):
     router_per_layer: list[str] | None = field(
         default=None, metadata={"help": "Axes with a size of their own in every layer."}
     )
+    freeze_router: bool = field(
+        default=False, metadata={"help": "Run at what the saved router chooses, and train it no further."}
+    )
     teacher_model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Arguments of from_pretrained for a teacher given by name."}
     )
@@ -84,7 +90,12 @@ class ElasticDistillationConfig(SFTConfig):
             raise ElasticConfigError(f"beta={self.beta} must be in [0, 1].")
         if self.loss_chunk_size < 1:
             raise ElasticConfigError(f"loss_chunk_size={self.loss_chunk_size} must be at least 1.")
-        if bool(self.router_targets) != (self.router_steps > 0):
+        if self.freeze_router:
+            if self.router_steps:
+                raise ElasticConfigError(
+                    f"router_steps={self.router_steps} with freeze_router=True: a frozen router is not trained, leave it at 0."
+                )
+        elif bool(self.router_targets) != (self.router_steps > 0):
             raise ElasticConfigError(
                 f"router_steps={self.router_steps} with router_targets={self.router_targets!r}: give both, or neither."
             )

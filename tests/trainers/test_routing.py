@@ -127,7 +127,7 @@ def test_a_run_that_ends_when_the_router_is_done_has_decided(tmp_path):
 
 def test_axes_can_have_a_choice_per_layer(tmp_path):
     made = trainer(tmp_path, max_steps=4, router_per_layer=["expert_ffn"], save_strategy="no")
-    networks = [key for key in made.routing.router._keys if key[0] == "expert_ffn"]
+    networks = [key for key in made.routing.router.keys if key[0] == "expert_ffn"]
     assert [layer for _, layer in networks] == [1, 3, 7]
     made.train()
     assert list(made.model.budgets) == ["large", "small"]
