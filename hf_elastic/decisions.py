@@ -295,7 +295,7 @@ def _build(
     layers = _layers(router, sizes, larger)
     built: dict[str, Any] = {LAYERS: list(layers)}
     for layer in (None, *layers):
-        least = smaller.at(layer) if smaller is not None and (layer is None or layer in smaller.layers) else {}
+        least = smaller.at(layer) if smaller is not None else {}
         for axis, bound in larger.at(layer).items():
             size = max(_size(sizes, axis, layer, bound), least.get(axis, 0))
             if isinstance(larger[axis], int):

@@ -65,7 +65,7 @@ class BudgetRouter(nn.Module):
         std (`float`, *optional*, defaults to 0.05): Standard deviation of the initial weights; there are no biases.
 
     Raises:
-        `ElasticConfigError`: no axis with more than one choice, or targets that are not below the parent's cost or not different.
+        `ElasticConfigError`: no axis with more than one choice, or targets that are not below the parent's cost or out of reach.
     """
 
     def __init__(
@@ -120,6 +120,8 @@ class BudgetRouter(nn.Module):
         )
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=std)
+        if self.full.is_homogeneous:
+            self._check_reach()
 
     # -- what it chooses -----------------------------------------------------------------------------------------------
 
@@ -251,6 +253,17 @@ class BudgetRouter(nn.Module):
     def measure(self, cost: Cost, limit: Limit) -> Any:
         """The quantity of a cost that a limit is about."""
         return limit.measure(cost, _load_dtype(self.config))
+
+    @torch.no_grad()
+    def _check_reach(self) -> None:
+        smallest = {key: F.one_hot(torch.tensor(len(self.choices[key[0]]) - 1)).float() for key in self.keys}
+        for name, limit in self.limits.items():
+            least = float(self.expected(self.mixture(smallest), limit))
+            if least > (1 + DEAD_ZONE) * limit.value:
+                raise ElasticConfigError(
+                    f"router target {name!r}={self.targets[name]!r} is out of reach: the smallest choices of all axes need "
+                    f"{replace(limit, value=least)}. Give smaller choices, or more axes."
+                )
 
     def _share(self, name: str) -> float:
         limit = self.limits[name]
