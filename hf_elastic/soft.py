@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from .architectures import Architecture
 from .slicing import build_meta
-from .stencils import Unit, attribute, make_units, uninstall
+from .stencils import Unit, attribute, checkpointed, make_units, uninstall
 from .submodel import Submodel
 
 _DROPPED = 0.05
@@ -102,7 +102,8 @@ class SoftUnits:
     def install(self, mixture: Mixture) -> None:
         """Let the parent's modules compute the mixture until `uninstall`."""
         for unit in self.units:
-            unit.module.forward = partial(self._forward, unit, mixture)  # type: ignore[method-assign]
+            forward = partial(self._forward, unit, mixture)
+            unit.module.forward = partial(checkpointed, unit.module, forward)  # type: ignore[method-assign]
 
     def uninstall(self) -> None:
         uninstall(self.units)

@@ -8,6 +8,7 @@ reduces after. A dropped layer is the identity.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -88,13 +89,27 @@ def install(units: list[Unit]) -> None:
     for unit in units:
         _refuse_adapters(unit.module)
     for unit in units:
-        unit.module.forward = partial(Unit.forward, unit)  # type: ignore[method-assign]
+        unit.module.forward = partial(checkpointed, unit.module, unit.forward)  # type: ignore[method-assign]
 
 
 def uninstall(units: list[Unit]) -> None:
     """Give the parent's modules their own forward back."""
     for unit in units:
         unit.module.__dict__.pop("forward", None)
+
+
+def checkpointed(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run a forward that stands in for the one of a parent's module, checkpointed if the module is.
+
+    Upstream checkpoints inside the class's `forward`, which the stand-in replaces; as there, hooks of the module stay outside, and caches,
+    which would be written twice, are left out.
+    """
+    if not (module.training and getattr(module, "gradient_checkpointing", False)):
+        return forward(*args, **kwargs)
+    kwargs.update({key: None for key in ("past_key_values", "layer_past") if key in kwargs})
+    kwargs.update({"use_cache": False} if "use_cache" in kwargs else {})
+    recompute: Any = module._gradient_checkpointing_func
+    return recompute(partial(forward, **kwargs), *args)
 
 
 def attribute(module: nn.Module, name: str) -> torch.Tensor:

@@ -73,6 +73,27 @@ def test_loss_and_every_gradient_are_those_of_the_masked_step(name, budget, chec
     assert max(float(gradient.abs().max()) for gradient in expected.values()) > 0.01
 
 
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("name", BUDGETS)
+def test_kept_layers_are_computed_again_in_backward_if_checkpointed(name, checkpointing, family, ids):
+    """Gradients alone do not show whether anything is recomputed."""
+    model = family(name, checkpointing)
+    with model.at("small"):
+        counts: dict[int, int] = {}
+        units = {id(unit.module): unit for unit in model._stencils[model.submodel]}
+        layers = [units[id(layer)].stencil for layer in model.model.layers]
+        assert None in layers
+        for layer, stencil in enumerate(layers):
+            for part in () if stencil is None else stencil.children():
+                part.register_forward_hook(lambda *_, layer=layer: counts.update({layer: counts.get(layer, 0) + 1}))
+        loss = model(ids, labels=ids, use_cache=checkpointing).loss  # checkpointed layers leave caches out
+        first = dict(counts)
+        loss.backward()
+    kept = [layer for layer, stencil in enumerate(layers) if stencil is not None]
+    assert list(first) == kept
+    assert all((counts[layer] > first[layer]) == checkpointing for layer in kept)
+
+
 @pytest.mark.parametrize("name", BUDGETS)
 def test_gradients_accumulate_over_budgets(name, family, ids):
     model = family(name)

@@ -3,7 +3,7 @@
 from .curriculum import Curriculum, Stage
 from .elastic_distillation_config import ElasticDistillationConfig
 from .elastic_distillation_trainer import ElasticDistillationTrainer
-from .losses import chunked_divergence, divergence
+from .losses import chunked_divergence, divergence, hidden_distance
 
 __all__ = [
     "Curriculum",
@@ -12,4 +12,5 @@ __all__ = [
     "Stage",
     "chunked_divergence",
     "divergence",
+    "hidden_distance",
 ]

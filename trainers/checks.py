@@ -55,6 +55,19 @@ def known_budgets(given: list[str], names: list[str]) -> list[str]:
     return given
 
 
+def check_layers(layers: Any, depth: int) -> None:
+    """Raise unless `hidden_loss_layers` are different layers of the parent."""
+    if layers is None:
+        return
+    if not isinstance(layers, list) or not layers or len(set(layers)) < len(layers):
+        raise ElasticConfigError(f"hidden_loss_layers={layers!r} must be a list of different layers.")
+    for layer in layers:
+        if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < depth:
+            raise ElasticConfigError(
+                f"hidden_loss_layers={layers!r}: {layer!r} is no layer of the parent, which has {depth}, counted from 0."
+            )
+
+
 def check_model(model: Any) -> ElasticForCausalLM:
     """The model, if it is elastic and without adapters; raises otherwise."""
     if getattr(model, "peft_config", None):

@@ -16,16 +16,21 @@ class Stage:
     """A part of a training run.
 
     Args:
-        steps (`int`): Optimizer steps.
+        steps (`int`): Optimizer steps. In a config, `tokens` can stand in its place, see [`steps_of`].
         budget_probabilities (`dict[str, float]`): How often each budget is drawn; sums to 1.
         max_length (`int`, *optional*): Longer rows are cut to this many tokens during the stage.
-        learning_rate_scale (`float`, *optional*, defaults to 1.0): Multiplies the learning rate that the scheduler gives.
+        learning_rate_scale (`float`, *optional*, defaults to 1.0): Multiplies the learning rates that the scheduler gives.
+        learning_rate (`float`, *optional*):
+            Takes the place of the run's `learning_rate` during the stage; the schedule (warm-up, decay) still multiplies it.
+        router_learning_rate (`float`, *optional*): The same for `router_learning_rate`.
     """
 
     steps: int
     budget_probabilities: Mapping[str, float]
     max_length: int | None = None
     learning_rate_scale: float = 1.0
+    learning_rate: float | None = None
+    router_learning_rate: float | None = None
 
 
 class Curriculum:
@@ -64,8 +69,47 @@ class Curriculum:
                 return name
         return max(probabilities, key=lambda name: probabilities[name])  # rounding at the very end of the interval
 
-    def learning_rate_scale(self, step: int) -> float:
-        return self.stage(step).learning_rate_scale
+    def learning_rate_factor(self, step: int, base: float = 1.0, router: bool = False) -> float:
+        """What the stage of a step multiplies the schedule by.
+
+        Args:
+            base (`float`, *optional*, defaults to 1.0): The run's learning rate, which a rate of the stage's own replaces.
+            router (`bool`, *optional*, defaults to `False`): Of the router's rate.
+        """
+        stage = self.stage(step)
+        own = stage.router_learning_rate if router else stage.learning_rate
+        return stage.learning_rate_scale if own is None else own / base
+
+    @property
+    def rates(self) -> list[str]:
+        """Names of the fields by which stages change the learning rate."""
+        changed = [name for name, neutral in _RATES.items() for s in self.stages if getattr(s, name) != neutral]
+        return list(dict.fromkeys(changed))
+
+
+_RATES = {"learning_rate_scale": 1.0, "learning_rate": None, "router_learning_rate": None}
+
+
+def steps_of(entry: Mapping[str, Any], rows: int, max_length: int | None) -> int | None:
+    """Optimizer steps of a stage: its `steps`, or as many as its `tokens` need, rounded up.
+
+    A step counts as `rows` full rows of the stage's length, so a dataset with shorter rows gives fewer tokens.
+
+    Args:
+        rows (`int`): Rows of a step: batch per device x accumulation x processes.
+        max_length (`int`, *optional*): Length of rows, in tokens, in stages that do not say it.
+
+    Returns:
+        `int`, *optional*: `None` if the stage does not say it in numbers that make sense.
+    """
+    steps: Any = entry.get("steps")
+    length: Any = entry.get("max_length") or max_length
+    tokens = _read(entry.get("tokens"))
+    if steps is not None:
+        return steps if _whole(steps) and steps > 0 else None
+    if tokens is None or not _whole(length) or length < 1:
+        return None
+    return math.ceil(tokens / (rows * length))
 
 
 def make_curriculum(
@@ -76,20 +120,25 @@ def make_curriculum(
     max_length: int | None,
     seed: int,
     context: int | None = None,
+    rows: int = 1,
+    routed: bool = False,
 ) -> Curriculum:
     """Check what a config says about budgets and stages, and complete it.
 
     Args:
         names (`list[str]`): Budgets of the model, the whole parent first.
         probabilities (`dict[str, float]`, *optional*): Default of the stages; uniform if not given.
-        stages (`list[dict]`, *optional*): Each with the fields of [`Stage`]; one stage of `max_steps` if not given.
+        stages (`list[dict]`, *optional*):
+            Each with the fields of [`Stage`], and `tokens` instead of `steps` if wanted; one stage of `max_steps` if not given.
         max_steps (`int`): Steps of the whole run, or -1 if stages say it.
         max_length (`int`, *optional*): Longest row that the dataset keeps, in tokens.
         context (`int`, *optional*): Longest row that the model takes, in tokens.
+        rows (`int`, *optional*, defaults to 1): Rows of an optimizer step, of all processes together.
+        routed (`bool`, *optional*, defaults to `False`): Whether the run has a router.
 
     Raises:
         `ElasticConfigError`: unknown budgets or fields, probabilities that do not sum to 1, stages longer than the rows or than the
-            model's context.
+            model's context, `tokens` without a length to count them by, two ways to say the same learning rate.
     """
     default = dict.fromkeys(names, 1.0 / len(names))
     if probabilities is not None:
@@ -98,9 +147,15 @@ def make_curriculum(
         return Curriculum([Stage(max(1, max_steps), default)], seed)
     if isinstance(stages, (str, Mapping)) or not isinstance(stages, Sequence) or not stages:
         raise ElasticConfigError(f"stages={stages!r} must be a list of at least one dict.")
-    made = [
-        _checked_stage(entry, f"stages[{i}]", names, default, max_length, context) for i, entry in enumerate(stages)
-    ]
+    made = []
+    for i, entry in enumerate(stages):
+        where = f"stages[{i}]"
+        _check_keys(entry, where)
+        length = _checked_length(entry.get("max_length"), where, max_length, context)
+        steps = _checked_steps(entry, where, rows, max_length)
+        given = entry.get("budget_probabilities")
+        chosen = default if given is None else _checked_probabilities(given, names, f"{where}.budget_probabilities")
+        made.append(Stage(steps, chosen, length, **_checked_rates(entry, where, routed)))
     curriculum = Curriculum(made, seed)
     if max_steps > 0 and max_steps != curriculum.total_steps:
         raise ElasticConfigError(
@@ -109,15 +164,8 @@ def make_curriculum(
     return curriculum
 
 
-def _checked_stage(
-    entry: Any,
-    where: str,
-    names: Sequence[str],
-    default: dict[str, float],
-    max_length: int | None,
-    context: int | None,
-) -> Stage:
-    known = {field.name for field in fields(Stage)}
+def _check_keys(entry: Any, where: str) -> None:
+    known = {field.name for field in fields(Stage)} | {"tokens"}
     if not isinstance(entry, Mapping):
         raise ElasticConfigError(f"{where}={entry!r} must be a dict with {', '.join(sorted(known))}.")
     for key in entry:
@@ -125,28 +173,61 @@ def _checked_stage(
             raise ElasticConfigError(
                 f"unknown key {key!r} in {where}; it takes {', '.join(sorted(known))}.{did_you_mean(key, known)}"
             )
+
+
+def _checked_steps(entry: Mapping[str, Any], where: str, rows: int, max_length: int | None) -> int:
     steps: Any = entry.get("steps")
-    if not _whole(steps) or steps < 1:
-        raise ElasticConfigError(f"{where}.steps={steps!r} must be a whole number of at least 1.")
-    length: Any = entry.get("max_length")
-    if length is not None:
-        if not _whole(length) or length < 2:
-            raise ElasticConfigError(f"{where}.max_length={length!r} must be a whole number of at least 2 tokens.")
-        if max_length is not None and length > max_length:
+    tokens: Any = entry.get("tokens")
+    if steps is not None and tokens is not None:
+        raise ElasticConfigError(f"{where} has steps={steps!r} and tokens={tokens!r}; give one of them.")
+    if tokens is None:
+        if not _whole(steps) or steps < 1:
             raise ElasticConfigError(
-                f"{where}.max_length={length}, but rows are cut to max_length={max_length} when the dataset is prepared; give the "
-                "longest stage's length as max_length."
+                f"{where}.steps={steps!r} must be a whole number of at least 1 (or give tokens instead)."
             )
-        if context is not None and length > context:
+    elif _read(tokens) is None:
+        raise ElasticConfigError(f"{where}.tokens={tokens!r} must be a positive number, such as 100.0e+9.")
+    elif entry.get("max_length") is None and max_length is None:
+        raise ElasticConfigError(
+            f"{where}.tokens={tokens!r} cannot be turned into steps: no length is known. Give the stage or the run a max_length, or give "
+            "steps."
+        )
+    made = steps_of(entry, rows, max_length)
+    assert made is not None
+    return made
+
+
+def _checked_length(length: Any, where: str, max_length: int | None, context: int | None) -> int | None:
+    if length is None:
+        return None
+    if not _whole(length) or length < 2:
+        raise ElasticConfigError(f"{where}.max_length={length!r} must be a whole number of at least 2 tokens.")
+    if max_length is not None and length > max_length:
+        raise ElasticConfigError(
+            f"{where}.max_length={length}, but rows are cut to max_length={max_length} when the dataset is prepared; give the "
+            "longest stage's length as max_length."
+        )
+    if context is not None and length > context:
+        raise ElasticConfigError(
+            f"{where}.max_length={length} is longer than the context of the model, {context} tokens."
+        )
+    return length
+
+
+def _checked_rates(entry: Mapping[str, Any], where: str, routed: bool) -> dict[str, float]:
+    given = {name: entry[name] for name in _RATES if entry.get(name) is not None}
+    for name, value in given.items():
+        if _read(value) is None:
+            raise ElasticConfigError(f"{where}.{name}={value!r} must be a positive number.")
+        if name != "learning_rate_scale" and "learning_rate_scale" in given:
             raise ElasticConfigError(
-                f"{where}.max_length={length} is longer than the context of the model, {context} tokens."
+                f"{where} has {name}={value!r} and learning_rate_scale={given['learning_rate_scale']!r}; give one of them."
             )
-    scale: Any = entry.get("learning_rate_scale", 1.0)
-    if not _number(scale) or not 0 < scale < math.inf:
-        raise ElasticConfigError(f"{where}.learning_rate_scale={scale!r} must be a positive number.")
-    given = entry.get("budget_probabilities")
-    chosen = default if given is None else _checked_probabilities(given, names, f"{where}.budget_probabilities")
-    return Stage(steps, chosen, length, float(scale))
+    if "router_learning_rate" in given and not routed:
+        raise ElasticConfigError(
+            f"{where}.router_learning_rate={given['router_learning_rate']!r} has no router to act on; give router_targets, or leave it out."
+        )
+    return {name: float(value) for name, value in given.items()}
 
 
 def _checked_probabilities(given: Any, names: Sequence[str], where: str) -> dict[str, float]:
@@ -171,3 +252,13 @@ def _whole(value: Any) -> bool:
 
 def _number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _read(value: Any) -> float | None:
+    """A positive, finite number, also from text: YAML reads `1e-4` and `100e9` as text. `None` if it is none."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return None
+    return value if _number(value) and 0 < value < math.inf else None

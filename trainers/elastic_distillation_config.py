@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from trl import SFTConfig
 
 from hf_elastic.errors import ElasticConfigError
+
+from .curriculum import steps_of
+from .losses import HIDDEN_LOSSES
 
 
 @dataclass
@@ -21,16 +25,25 @@ class ElasticDistillationConfig(SFTConfig):
             How often each budget is drawn, one per micro-batch; sums to 1. Defaults to all budgets of the model alike, the whole parent
             included (stage 1 of the papers; stage 2 draws the larger ones more often, 0.5 / 0.3 / 0.2).
         stages (`list[dict]`, *optional*):
-            Stages of the run, each with `steps`, and optionally `budget_probabilities`, `max_length` and `learning_rate_scale`. They
-            set `max_steps`.
+            Stages of the run, each with `steps` or `tokens`, and optionally `budget_probabilities`, `max_length`, and
+            `learning_rate_scale` or `learning_rate` and `router_learning_rate` of its own; see [`Stage`]. `tokens` become steps at the
+            start, by the tokens of a full step: `per_device_train_batch_size` x `gradient_accumulation_steps` x processes x the length
+            of the stage. They set `max_steps`.
         temperature (`float`, *optional*, defaults to 1.0): Of both distributions; above 0.
         beta (`float`, *optional*, defaults to 0.0): 0 is forward KL, 1 reverse KL, in between the generalised Jensen-Shannon divergence.
         loss_chunk_size (`int`, *optional*, defaults to 1024): Tokens that have logits at the same time.
+        hidden_loss_weight (`float`, *optional*, defaults to 0.0):
+            Of the distance between hidden states of student and teacher after their layers, added to the divergence; 0 is off. Needs a
+            teacher with the parent's sizes and order of channels, which the default one is.
+        hidden_loss (`str`, *optional*, defaults to `"cosine"`): `"cosine"` or `"mse"`, see [`hidden_distance`].
+        hidden_loss_layers (`list[int]`, *optional*):
+            Layers of the parent, counted from 0, after which to compare; those that a budget drops are passed over. Defaults to all.
         eval_budgets (`list[str]`, *optional*): Budgets to evaluate, defaults to all.
         router_targets (`dict[str, str | float | dict]`, *optional*):
             Learn the sizes: per budget what it may cost, a share of the parent's parameters (`0.5`) or `"12B"`, `"2.1B active"`, `"24GB"`, or
-            a memory with caches, `{"memory": "24GB", "context_length": 32768, "batch_size": 4, "dtype": "bfloat16"}`. The model then has axes with choices and no budgets; a router decides them in the first `router_steps` steps
-            (arXiv 2511.16664, eq. 6-12), and the run goes on with what it decided.
+            a memory with caches, `{"memory": "24GB", "context_length": 32768, "batch_size": 4, "dtype": "bfloat16"}`. The model then
+            has axes with choices and no budgets; a router decides them in the first `router_steps` steps (arXiv 2511.16664, eq. 6-12), and
+            the run goes on with what it decided.
         router_steps (`int`, *optional*): Steps until the router decides; required with `router_targets`.
         router_learning_rate (`float`, *optional*, defaults to 1e-3): Of the router (the papers use 1e-2 over far longer runs).
         router_loss_weight (`float`, *optional*, defaults to 5.0): Of the resource loss against the divergence.
@@ -38,6 +51,9 @@ class ElasticDistillationConfig(SFTConfig):
         freeze_router (`bool`, *optional*, defaults to `False`):
             Take the router that the model was saved with, or that of the checkpoint to resume from (then with the run's
             `router_targets`), train it no further, and run at what it chooses from the first step. `router_steps` stays 0.
+        freeze_model (`bool`, *optional*, defaults to `False`):
+            Train the router alone: no weight of the model changes, and the run ends when the router decides (`max_steps` =
+            `router_steps`). The model stays frozen afterwards, as `requires_grad_(False)` leaves it.
         teacher_model_init_kwargs (`dict`, *optional*): For `from_pretrained` of a teacher given by name; its `dtype` defaults to the model's.
     """
 
@@ -54,11 +70,18 @@ class ElasticDistillationConfig(SFTConfig):
     )
     stages: list[Any] | str | None = field(
         default=None,
-        metadata={"help": "Stages: dicts with steps, budget_probabilities, max_length, learning_rate_scale."},
+        metadata={"help": "Stages: dicts with steps or tokens, budget_probabilities, max_length, learning rates."},
     )
     temperature: float = field(default=1.0, metadata={"help": "Temperature of both distributions, above 0."})
     beta: float = field(default=0.0, metadata={"help": "0 forward KL, 1 reverse KL, between: generalised JSD."})
     loss_chunk_size: int = field(default=1024, metadata={"help": "Tokens that have logits at the same time."})
+    hidden_loss_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the distance of hidden states, 0: off."}
+    )
+    hidden_loss: str = field(default="cosine", metadata={"help": "Distance of hidden states: cosine or mse."})
+    hidden_loss_layers: list[int] | None = field(
+        default=None, metadata={"help": "Layers of the parent whose outputs are compared, all by default."}
+    )
     eval_budgets: list[str] | None = field(default=None, metadata={"help": "Budgets to evaluate, all by default."})
 
     router_targets: dict[str, Any] | str | None = field(
@@ -73,6 +96,7 @@ class ElasticDistillationConfig(SFTConfig):
     freeze_router: bool = field(
         default=False, metadata={"help": "Run at what the saved router chooses, and train it no further."}
     )
+    freeze_model: bool = field(default=False, metadata={"help": "Train the router alone, until it decides."})
     teacher_model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Arguments of from_pretrained for a teacher given by name."}
     )
@@ -90,10 +114,12 @@ class ElasticDistillationConfig(SFTConfig):
             raise ElasticConfigError(f"beta={self.beta} must be in [0, 1].")
         if self.loss_chunk_size < 1:
             raise ElasticConfigError(f"loss_chunk_size={self.loss_chunk_size} must be at least 1.")
+        self._check_hidden_loss()
         if self.freeze_router:
-            if self.router_steps:
+            if self.router_steps or self.freeze_model:
+                what = f"router_steps={self.router_steps}" if self.router_steps else "freeze_model=True"
                 raise ElasticConfigError(
-                    f"router_steps={self.router_steps} with freeze_router=True: a frozen router is not trained, leave it at 0."
+                    f"{what} does not work with freeze_router=True: nothing trains a frozen router."
                 )
         elif bool(self.router_targets) != (self.router_steps > 0):
             raise ElasticConfigError(
@@ -107,9 +133,39 @@ class ElasticDistillationConfig(SFTConfig):
                 "set them to False."
             )
         if isinstance(self.stages, list) and self.max_steps < 0:
-            steps = [stage.get("steps") for stage in self.stages if isinstance(stage, dict)]
-            counts = [count for count in steps if isinstance(count, int)]
-            if len(counts) == len(self.stages) and all(
-                count > 0 for count in counts
-            ):  # what is wrong, the trainer says
+            entries = [stage for stage in self.stages if isinstance(stage, dict)]
+            steps = [steps_of(stage, self.rows_per_step, self.max_length) for stage in entries]
+            counts = [count for count in steps if count is not None]
+            if len(counts) == len(self.stages):  # what is wrong, the trainer says
                 self.max_steps: int = sum(counts)
+        if self.freeze_model and not self.router_targets:
+            raise ElasticConfigError(
+                "freeze_model=True leaves nothing to train without a router; give router_targets and router_steps."
+            )
+        if self.freeze_model and self.max_steps != self.router_steps:
+            raise ElasticConfigError(
+                f"freeze_model=True trains the router alone, and the run ends when it decides: set max_steps (here {self.max_steps}) to "
+                f"router_steps ({self.router_steps}), and train the model in a second run."
+            )
+
+    def _check_hidden_loss(self) -> None:
+        if not 0 <= self.hidden_loss_weight < math.inf:
+            raise ElasticConfigError(
+                f"hidden_loss_weight={self.hidden_loss_weight} must be a finite number of at least 0."
+            )
+        if self.hidden_loss not in HIDDEN_LOSSES:
+            raise ElasticConfigError(f"hidden_loss={self.hidden_loss!r} must be one of {', '.join(HIDDEN_LOSSES)}.")
+        if self.hidden_loss_weight == 0 and self.hidden_loss_layers is not None:
+            raise ElasticConfigError(
+                f"hidden_loss_layers={self.hidden_loss_layers} would be ignored: hidden_loss_weight is 0. Set it, or leave the layers out."
+            )
+        if self.hidden_loss_weight > 0 and self.router_targets:
+            raise ElasticConfigError(
+                f"hidden_loss_weight={self.hidden_loss_weight} does not work with router_targets: while sizes are mixed, there is no hidden "
+                "state of one size. Learn the sizes first, and train the model with the decided budgets in a second run."
+            )
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of an optimizer step, of all micro-batches and processes together."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size

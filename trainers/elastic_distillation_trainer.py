@@ -17,15 +17,15 @@ from hf_elastic import ElasticForCausalLM
 from hf_elastic.errors import ElasticConfigError, HFElasticError
 
 from .checkpoints import CheckpointsMixin
-from .checks import check_columns, check_model, known_budgets, refuse_ignored, without_auxiliary_loss
+from .checks import check_columns, check_layers, check_model, known_budgets, refuse_ignored, without_auxiliary_loss
 from .curriculum import make_curriculum
 from .elastic_distillation_config import ElasticDistillationConfig
-from .forward import forward_as, head_of, last_hidden, last_hidden_through
-from .losses import chunked_divergence
+from .forward import forward_as, head_of, last_hidden, last_hidden_through, states_after
+from .losses import chunked_divergence, summed_hidden_distance
 from .optimizing import OptimizingMixin
 from .reporting import ReportingMixin
 from .routing import Routing
-from .teacher import load_teacher, prepare_teacher
+from .teacher import check_same_channels, load_teacher, prepare_teacher
 
 _PAPER = {
     "title": "Nemotron Elastic: Towards Efficient Many-in-One Reasoning LLMs",
@@ -59,7 +59,7 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
 
     Raises:
         `ElasticConfigError`: not an elastic model, a teacher of another vocabulary, unknown budgets, probabilities that do not sum to 1,
-            a dataset without the columns, an option that distillation would ignore.
+            a dataset without the columns, an option that distillation would ignore, a teacher whose hidden states cannot be compared.
         `HFElasticError`: while training, a loss that is not finite.
     """
 
@@ -94,12 +94,19 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
             args.max_steps,
             args.max_length,
             args.seed,
-            getattr(model.config, "max_position_embeddings", None),
+            context=getattr(model.config, "max_position_embeddings", None),
+            rows=args.rows_per_step,
+            routed=self.routing is not None and not args.freeze_router,
         )
         if names[0] not in {name for stage in self.curriculum.stages for name in stage.budget_probabilities}:
             warnings.warn(f"the whole parent ({names[0]!r}) is never drawn: nothing keeps it as it is.", stacklevel=2)
         self._init_reporting(known_budgets(args.eval_budgets, names) if args.eval_budgets else names)
         teacher = load_teacher(teacher_model, model, args.teacher_model_init_kwargs)
+        if args.hidden_loss_weight > 0:
+            check_layers(args.hidden_loss_layers, model.submodel.depth)
+            check_same_channels(teacher, model)
+        if args.freeze_model:
+            model.requires_grad_(False)
         if args.ddp_find_unused_parameters is None:
             # A budget that drops a layer uses none of its parameters. Upstream looks for them only without gradient checkpointing, and
             # DDP then stops in the second step; non-reentrant checkpointing, the default here, gets along with looking.
@@ -174,11 +181,12 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
         }
         target = labels[:, 1:] != -100  # position t predicts token t + 1
         with self.accelerator.autocast():
-            with torch.no_grad():
+            with torch.no_grad(), states_after(self._compared_layers(self.teacher_model), target) as teacher_states:
                 teacher_hidden = last_hidden_through(self.teacher_model, tokens)[:, :-1][target]
-            loss = self._through_wrapper(model, tokens, target, teacher_hidden)
+            divergence, distance = self._through_wrapper(model, tokens, target, teacher_hidden, teacher_states)
+        loss = divergence + self.args.hidden_loss_weight * distance
         count = target.sum()
-        self._record(loss.detach(), count, inputs)
+        self._record(divergence, distance, count, inputs)
         if num_items_in_batch is None:
             return loss / count.clamp(min=1)
         scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
@@ -190,16 +198,37 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
             loss = loss + resource / self.current_gradient_accumulation_steps
         return loss
 
+    def _compared_layers(self, model: nn.Module) -> list[nn.Module]:
+        """Layers of the student or the teacher whose hidden states are compared at the active budget; none if that is off."""
+        if self.args.hidden_loss_weight == 0:
+            return []
+        student, chosen = self._elastic, self.args.hidden_loss_layers
+        layers = student.architecture.layers_of(self.accelerator.unwrap_model(model))
+        return [layers[i] for i in student.submodel.layers if chosen is None or i in chosen]
+
     def _through_wrapper(
-        self, model: nn.Module, tokens: dict[str, torch.Tensor], target: torch.Tensor, teacher_hidden: torch.Tensor
-    ) -> torch.Tensor:
+        self,
+        model: nn.Module,
+        tokens: dict[str, torch.Tensor],
+        target: torch.Tensor,
+        teacher_hidden: torch.Tensor,
+        teacher_states: list[torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The whole student loss as one call of the wrapped model: DDP and FSDP only see parameters used inside their forward, and
-        calling the backbone beside them lets ranks drift apart without an error."""
+        calling the backbone beside them lets ranks drift apart without an error.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: Sums over the target tokens of the divergence, and of the distance of hidden states.
+        """
         student, teacher = self._elastic, self.accelerator.unwrap_model(self.teacher_model)
 
-        def student_loss(**kwargs: Any) -> torch.Tensor:
-            hidden = last_hidden(student, kwargs)[:, :-1][target]
-            return chunked_divergence(
+        def student_loss(**kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            with states_after(self._compared_layers(model), target) as states:
+                hidden = last_hidden(student, kwargs)[:, :-1][target]
+            distance = hidden.new_zeros((), dtype=torch.float32)
+            if states:
+                distance = summed_hidden_distance(states, teacher_states, kind=self.args.hidden_loss)
+            divergence = chunked_divergence(
                 hidden,
                 teacher_hidden,
                 head_of(student),
@@ -208,6 +237,7 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
                 temperature=self.args.temperature,
                 chunk_size=self.args.loss_chunk_size,
             )
+            return divergence, distance
 
         with forward_as(student, student_loss):
             return model(**tokens)

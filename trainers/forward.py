@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,6 +30,32 @@ def head_of(model: PreTrainedModel) -> Head:
     """From last hidden states to logits."""
     scaling = getattr(model.config, "logits_scaling", 1.0)
     return lambda hidden: model.get_output_embeddings()(hidden) / scaling
+
+
+@contextmanager
+def states_after(layers: Sequence[nn.Module], target: torch.Tensor) -> Iterator[list[torch.Tensor]]:
+    """Collect what layers of a model put out inside a `with` block, in the order in which they run.
+
+    The block has to end before backward: layers that are computed again there are not to be collected again.
+
+    Args:
+        target (`torch.Tensor`): Boolean `(B, T - 1)`; at which positions to collect, the last one never being a target.
+
+    Returns:
+        `list[torch.Tensor]`: One `(target tokens, width)` per layer, with gradient if the layer's output has one.
+    """
+    states: list[torch.Tensor] = []
+
+    def collect(module: nn.Module, args: Any, output: Any) -> None:
+        output = output[0] if isinstance(output, tuple) else output
+        states.append(output[:, :-1][target])
+
+    handles = [layer.register_forward_hook(collect) for layer in layers]
+    try:
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

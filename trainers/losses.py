@@ -1,12 +1,12 @@
 """Distillation losses, in chunks of tokens so that the full logits of student and teacher never exist.
 
-Pure functions of tensors; shapes: T target tokens, d and D hidden width of student and teacher, V vocabulary.
+Pure functions of tensors; shapes: T target tokens, d and D hidden width of student and teacher, L layers, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.nn import functional as F
@@ -83,3 +83,54 @@ def chunked_divergence(
         # Heads draw no random numbers; saving the generators' states for each chunk would be for nothing.
         total = total + checkpoint(chunk_loss, student, teacher, use_reentrant=False, preserve_rng_state=False)
     return total
+
+
+HIDDEN_LOSSES = ("cosine", "mse")
+
+
+def hidden_distance(student: torch.Tensor, teacher: torch.Tensor, *, kind: str = "cosine") -> torch.Tensor:
+    r"""
+    Distance per token between a hidden state of the student, s, and the first d channels of the teacher's, t.
+
+    `"cosine"` is `1 - s.t / (|s| |t|)`, `"mse"` is `|s - t|^2 / |t|^2`, the mean square error in units of the teacher's mean square. Neither
+    has a unit: residual streams grow with depth, and without dividing by their size the last layers would be all of the loss. Cosine
+    leaves the student its scale, which the next norm takes out again.
+
+    No projection: the parent is sorted, so channel i of a submodel is channel i of the parent.
+
+    Args:
+        student (`torch.Tensor`): `(T, d)`.
+        teacher (`torch.Tensor`): `(T, D)` with `D >= d`, without gradient.
+        kind (`str`, *optional*, defaults to `"cosine"`): One of `HIDDEN_LOSSES`.
+
+    Returns:
+        `torch.Tensor`: float32 of shape `(T,)`, at least 0.
+    """
+    s, t = student.float(), teacher[:, : student.shape[1]].float()
+    if kind == "cosine":
+        return 1.0 - F.cosine_similarity(s, t, dim=-1)
+    return (s - t).square().sum(-1) / t.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def summed_hidden_distance(
+    student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor], *, kind: str = "cosine"
+) -> torch.Tensor:
+    """Sum over target tokens of the mean over layers of [`hidden_distance`]. Float32 copies of the states only exist for one layer at a
+    time; backward makes them again.
+
+    Args:
+        student (`Sequence[torch.Tensor]`): L tensors `(T, d)`; at least one.
+        teacher (`Sequence[torch.Tensor]`): L tensors `(T, D)`, without gradient.
+
+    Returns:
+        `torch.Tensor`: float32 scalar.
+    """
+
+    def layer_sum(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return hidden_distance(s, t, kind=kind).sum()
+
+    sums = [
+        checkpoint(layer_sum, s, t, use_reentrant=False, preserve_rng_state=False)
+        for s, t in zip(student, teacher, strict=True)
+    ]
+    return torch.stack(sums).mean()

@@ -25,25 +25,35 @@ class OptimizingMixin(SFTTrainer):
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """The configured schedule, multiplied by the stages' `learning_rate_scale`."""
+        """The configured schedule, multiplied by the stages' `learning_rate_scale`, or by what makes their own rates of it."""
         given = self.lr_scheduler is not None
         scheduler = super().create_scheduler(num_training_steps, optimizer)
-        if all(stage.learning_rate_scale == 1.0 for stage in self.curriculum.stages):
+        if not self.curriculum.rates:
             return scheduler
+        option = self.curriculum.rates[0]
         if given or not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
             what = "a scheduler of your own" if given else f"lr_scheduler_type={self.args.lr_scheduler_type!r}"
             raise ElasticConfigError(
-                f"learning_rate_scale does not work with {what}; use linear, cosine, constant_with_warmup or another schedule that is a "
+                f"{option} does not work with {what}; use linear, cosine, constant_with_warmup or another schedule that is a "
                 "function of the step."
             )
-        scale = self.curriculum.learning_rate_scale
-        scheduler.lr_lambdas = [_scaled(schedule, scale) for schedule in scheduler.lr_lambdas]
+        if 0.0 in scheduler.base_lrs:
+            raise ElasticConfigError(f"{option} of a stage needs a learning_rate of the run above 0.")
         groups = scheduler.optimizer.param_groups
+        scheduler.lr_lambdas = [
+            self._staged(schedule, scheduler, i, self._is_routers(groups[i]))
+            for i, schedule in enumerate(scheduler.lr_lambdas)
+        ]
         for group, base, schedule in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
             group["lr"] = base * schedule(0)
         scheduler._last_lr = [group["lr"] for group in groups]
         return scheduler
 
+    def _staged(self, schedule: Callable[[int], float], scheduler: Any, group: int, router: bool) -> Any:
+        factor = self.curriculum.learning_rate_factor
+        # A resumed scheduler has the base rates of its checkpoint, so they are read when they are used.
+        return lambda step: schedule(step) * factor(step, scheduler.base_lrs[group], router)
 
-def _scaled(schedule: Callable[[int], float], scale: Callable[[int], float]) -> Callable[[int], float]:
-    return lambda step: schedule(step) * scale(step)
+    def _is_routers(self, group: dict[str, Any]) -> bool:
+        routers = set() if self.routing is None else {id(p) for p in self.routing.router.parameters()}
+        return any(id(p) in routers for p in group["params"])

@@ -23,59 +23,69 @@ class ReportingMixin(SFTTrainer):
     def _init_reporting(self, eval_budgets: list[str]) -> None:
         self._eval_budgets = eval_budgets
         self._budget_name = FULL
-        self._divergence: dict[str, dict[str, list[float]]] = {"train": _sums(), "eval": _sums()}
+        self._sums: dict[str, dict[str, list[float]]] = {"train": _sums(), "eval": _sums()}
 
     @contextmanager
     def _named(self, budget: str) -> Iterator[None]:
         self._budget_name = budget
         yield
 
-    def _record(self, loss: torch.Tensor, count: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
-        """Add up divergence, target tokens and tokens of all ranks, and stop on all of them if one has a loss that is not finite."""
+    def _record(
+        self, divergence: torch.Tensor, distance: torch.Tensor, count: torch.Tensor, inputs: dict[str, torch.Tensor]
+    ) -> None:
+        """Add up both losses, target tokens and tokens of all ranks, and stop on all of them if one has a loss that is not finite."""
         mode = "train" if self.model.training else "eval"
         seen = (
             inputs["attention_mask"].sum()
             if "attention_mask" in inputs
             else inputs["input_ids"].new_tensor(inputs["input_ids"].numel())
         )
-        numbers = self.accelerator.reduce(torch.stack([loss.double(), count.double(), seen.double()]), "sum").tolist()
-        if not math.isfinite(numbers[0]):
+        parts = torch.stack([part.detach().double() for part in (divergence, distance, count, seen)])
+        numbers = self.accelerator.reduce(parts, "sum").tolist()
+        loss = numbers[0] + self.args.hidden_loss_weight * numbers[1]
+        if not math.isfinite(loss):
             where = (
                 f"step {self.state.global_step}, micro-batch {max(self._micro_batch - 1, 0)}"
                 if mode == "train"
                 else "evaluation"
             )
             raise HFElasticError(
-                f"the loss is {numbers[0]} at {where}, budget {self._budget_name!r}, in the batch of shape {tuple(inputs['input_ids'].shape)} "
+                f"the loss is {loss} at {where}, budget {self._budget_name!r}, in the batch of shape {tuple(inputs['input_ids'].shape)} "
                 f"whose first row begins with tokens {inputs['input_ids'][0, :8].tolist()} (rank {self.accelerator.process_index}). This step "
                 "changed no weight, and the last checkpoint is kept; lower the learning rate, or look at this batch."
             )
-        total = self._divergence[mode][self._budget_name]
-        total[0] += numbers[0]
-        total[1] += numbers[1]
+        total = self._sums[mode][self._budget_name]
+        for i in range(3):
+            total[i] += numbers[i]
         if mode == "train":
-            self._total_train_tokens += int(numbers[2])
+            self._total_train_tokens += int(numbers[3])
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
 
-    def _mean_divergence(self, mode: str) -> dict[str, float]:
-        """Divergence per target token of each budget since the last call."""
-        sums, self._divergence[mode] = self._divergence[mode], _sums()
-        return {budget: total / max(count, 1.0) for budget, (total, count) in sums.items()}
+    def _means(self, mode: str) -> dict[str, dict[str, float]]:
+        """Per budget the losses per target token since the last call: `kl`, and `hidden` (without its weight) if it is on."""
+        sums, self._sums[mode] = self._sums[mode], _sums()
+        names = ("kl", "hidden") if self.args.hidden_loss_weight > 0 else ("kl",)
+        return {
+            budget: {name: total / max(count, 1.0) for name, total in zip(names, totals, strict=False)}
+            for budget, (*totals, count) in sums.items()
+        }
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training:
-            for budget, mean in self._mean_divergence("train").items():
-                self._metrics["train"][f"{budget}/kl"] = [mean]
+            for budget, means in self._means("train").items():
+                self._metrics["train"].update({f"{budget}/{name}": [mean] for name, mean in means.items()})
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Report the divergence per target token, which no batch size changes, of every budget (`eval_<budget>/kl`) and their mean."""
-        self._divergence["eval"] = _sums()
+        self._sums["eval"] = _sums()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        means = self._mean_divergence("eval")
+        means = self._means("eval")
         if output.metrics is not None and means:
-            output.metrics[f"{metric_key_prefix}_loss"] = sum(means.values()) / len(means)
-            output.metrics.update({f"{metric_key_prefix}_{budget}/kl": mean for budget, mean in means.items()})
+            output.metrics[f"{metric_key_prefix}_loss"] = sum(mean["kl"] for mean in means.values()) / len(means)
+            output.metrics.update(
+                {f"{metric_key_prefix}_{budget}/{key}": x for budget, mean in means.items() for key, x in mean.items()}
+            )
         return output
 
     def prediction_step(
@@ -96,5 +106,5 @@ class ReportingMixin(SFTTrainer):
 
 
 def _sums() -> dict[str, list[float]]:
-    """Per budget: divergence and number of target tokens."""
-    return defaultdict(lambda: [0.0, 0.0])
+    """Per budget: divergence, distance of hidden states, and number of target tokens."""
+    return defaultdict(lambda: [0.0, 0.0, 0.0])

@@ -49,6 +49,15 @@ def training_state(
         {**asdict(stage), "budget_probabilities": dict(stage.budget_probabilities)} for stage in curriculum.stages
     ]
     state = {"seed": curriculum.seed, "beta": args.beta, "temperature": args.temperature, "stages": stages}
+    if args.hidden_loss_weight > 0:  # a run without it is one from before it existed
+        layers = args.hidden_loss_layers
+        state |= {
+            "hidden_loss_weight": args.hidden_loss_weight,
+            "hidden_loss": args.hidden_loss,
+            "hidden_loss_layers": None if layers is None else sorted(layers),
+        }
+    if args.freeze_model:
+        state["freeze_model"] = True
     return state if num_tokens is None else {**state, "num_tokens": num_tokens}
 
 
@@ -72,7 +81,7 @@ def check_training(folder: str, ours: Mapping[str, Any]) -> int:
     theirs = json.loads((Path(folder) / STATE_FILE).read_text(encoding="utf-8"))
     tokens = theirs.pop("num_tokens", 0)
     past = [{**run, "stages": _until(run["stages"], state.global_step)} for run in (theirs, ours)]
-    _refuse(folder, "run", _differences(past[0], past[1]))
+    _refuse(folder, "run", differences(past[0], past[1]))
     return tokens
 
 
@@ -85,7 +94,7 @@ def check_family(folder: str, ours: ElasticConfig) -> None:
     if not (Path(folder) / "config.json").exists():  # sharded checkpoints of FSDP hold only weights
         return
     saved = ElasticConfig.from_pretrained(folder)
-    _refuse(folder, "family", _differences(_description(saved), _description(ours)))
+    _refuse(folder, "family", differences(_description(saved), _description(ours)))
 
 
 def last_complete(output_dir: str | None) -> str:
@@ -132,19 +141,20 @@ def _description(config: ElasticConfig) -> dict[str, Any]:
     }
 
 
-def _differences(theirs: Any, ours: Any, where: str = "") -> list[str]:
+def differences(theirs: Any, ours: Any, where: str = "") -> list[str]:
+    """Every place where two nested values differ, with both values."""
     if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
         keys = {**theirs, **ours}
         return [
             text
             for key in keys
-            for text in _differences(theirs.get(key), ours.get(key), f"{where}.{key}" if where else str(key))
+            for text in differences(theirs.get(key), ours.get(key), f"{where}.{key}" if where else str(key))
         ]
     if isinstance(theirs, list) and isinstance(ours, list) and len(theirs) == len(ours):
         return [
             text
             for i, (a, b) in enumerate(zip(theirs, ours, strict=True))
-            for text in _differences(a, b, f"{where}[{i}]")
+            for text in differences(a, b, f"{where}[{i}]")
         ]
     return [] if theirs == ours else [f"{where} ({theirs!r} there, {ours!r} here)"]
 

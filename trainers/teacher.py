@@ -7,10 +7,13 @@ from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from hf_elastic import ElasticForCausalLM
 from hf_elastic.errors import ElasticConfigError
+
+from .resuming import differences
 
 
 def load_teacher(teacher: Any, model: ElasticForCausalLM, options: Any) -> PreTrainedModel:
@@ -36,6 +39,41 @@ def load_teacher(teacher: Any, model: ElasticForCausalLM, options: Any) -> PreTr
             "resize one of them with resize_token_embeddings()."
         )
     return teacher.eval().requires_grad_(False)
+
+
+def check_same_channels(teacher: PreTrainedModel, model: ElasticForCausalLM) -> None:
+    """Raise for a teacher whose hidden states are not those of the parent, layer by layer and channel by channel.
+
+    Raises:
+        `ElasticConfigError`: other sizes (they are named), or the same with the channels in another order, as the parent had
+            them before it was sorted.
+    """
+    theirs, ours = teacher.config.model_type, model.config.model_type
+    different = differences({"model_type": theirs}, {"model_type": ours})
+    if theirs == ours:
+        different = differences(_sizes(teacher.config, model), _sizes(model.config, model))
+    if different:
+        named = ", ".join(different[:8]).replace(" there, ", " in the teacher, ").replace(" here)", " in the model)")
+        raise ElasticConfigError(
+            f"hidden_loss_weight compares hidden states channel by channel, so the teacher needs the parent's sizes; it differs in {named}. "
+            "Leave teacher_model out, or set hidden_loss_weight=0."
+        )
+    # Rows enough to tell; training moves embeddings little, another order leaves nothing in common.
+    channels = [m.get_input_embeddings().weight[:4096].detach().to(model.device).float() for m in (teacher, model)]
+    alike = float(F.cosine_similarity(channels[0], channels[1], dim=0).median())
+    if alike < 0.5:
+        raise ElasticConfigError(
+            f"hidden_loss_weight compares hidden states channel by channel, but the teacher's channels are not the model's (their embeddings "
+            f"have a cosine of {alike:.2f}): elastify() sorts them. Give the sorted parent, leave teacher_model out, or set "
+            "hidden_loss_weight=0."
+        )
+
+
+def _sizes(config: PreTrainedConfig, model: ElasticForCausalLM) -> dict[str, Any]:
+    """Depth, and the size of every axis in every layer, which also says what kind of layer it is."""
+    full = model.architecture.full(config)
+    sizes = {axis: list(value) if isinstance(value, tuple) else value for axis, value in full.items}
+    return {"num_hidden_layers": full.depth, **sizes}
 
 
 def prepare_teacher(teacher: PreTrainedModel, accelerator: Accelerator, fsdp: bool) -> nn.Module:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,11 +32,21 @@ class ByHand:
         self.moments = {key: (torch.zeros_like(p), torch.zeros_like(p)) for key, p in self.parameters.items()}
         self.updates = 0
 
-    def logits(self, budget: str | None, batch: Batch, weights: dict[str, Tensor] | None = None) -> Tensor:
-        """Of the parent through the masks of a budget, `(B, T, V)`; of the untouched parent for `None`."""
+    def logits(
+        self,
+        budget: str | None,
+        batch: Batch,
+        weights: dict[str, Tensor] | None = None,
+        states: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Of the parent through the masks of a budget, `(B, T, V)`; of the untouched parent for `None`.
+
+        Args:
+            states (`list[torch.Tensor]`, *optional*): Gets the output of every layer, `(B, T, width)`, as wide as the parent's.
+        """
         tokens = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
         if budget is None:
-            with torch.no_grad():
+            with torch.no_grad(), _recorded(self.elastic.architecture.layers_of(self.parent), states):
                 return self.parent(**tokens).logits
         submodel = self.elastic.submodel(budget)
         free = dict(self.parameters if weights is None else weights)
@@ -46,7 +57,29 @@ class ByHand:
             used[piece.rule.name] = free[piece.rule.name] * piece.rule.mask(piece.full, piece.kept)
             if piece.rule.norm:
                 used[piece.rule.name] *= math.sqrt(math.prod(piece.shape) / piece.rule.count(piece.full))
-        return functional_call(masked_model(self.parent, submodel).train(), used, (), tokens).logits
+        model = masked_model(self.parent, submodel).train()
+        with _recorded(self.elastic.architecture.layers_of(model), states):
+            return functional_call(model, used, (), tokens).logits
+
+    def distance(
+        self, budget: str, batch: Batch, kind: str, layers: Sequence[int] | None, weights: dict[str, Tensor]
+    ) -> Tensor:
+        """Sum over target tokens of the mean over layers of `1 - cos(s, t)` or `mean (s - t)^2 / mean t^2`."""
+        submodel = self.elastic.submodel(budget)
+        width, students, teachers = submodel["hidden"], [], []
+        self.logits(budget, batch, weights, students)
+        self.logits(None, batch, states=teachers)
+        target = batch["labels"][:, 1:] != -100
+        total = torch.zeros((), dtype=torch.float64)
+        kept = [layer for layer in (range(submodel.depth) if layers is None else layers) if layer in submodel.layers]
+        for layer in kept:
+            s, t = (states[layer][:, :-1, :width].double() for states in (students, teachers))
+            if kind == "cosine":
+                per_token = 1 - (s * t).sum(-1) / (s.square().sum(-1).sqrt() * t.square().sum(-1).sqrt())
+            else:
+                per_token = (s - t).square().mean(-1) / t.square().mean(-1)
+            total = total + (per_token * target).sum() / len(kept)
+        return total
 
     def divergence(self, budget: str, batch: Batch, weights: dict[str, Tensor] | None = None) -> tuple[Tensor, int]:
         """Sum of `sum_v p log(p / q)` over the target tokens, and their number."""
@@ -71,6 +104,18 @@ class ByHand:
         for key, p in self.parameters.items():
             self.moments[key] = _adamw(p, scale * gradients[key], self.moments[key], self.updates, rate, **adam)
         return float(loss.detach())
+
+
+@contextmanager
+def _recorded(layers: Any, states: list[Tensor] | None) -> Iterator[None]:
+    handles = (
+        []
+        if states is None
+        else [layer.register_forward_hook(lambda module, args, output: states.append(output)) for layer in layers]
+    )
+    yield
+    for handle in handles:
+        handle.remove()
 
 
 def _adamw(

@@ -17,8 +17,10 @@ TWO = [
 ]
 
 
-def make(probabilities=None, stages=None, max_steps=-1, max_length=64, seed=0, context=128) -> Curriculum:
-    return make_curriculum(NAMES, probabilities, stages, max_steps, max_length, seed, context)
+def make(
+    probabilities=None, stages=None, max_steps=-1, max_length=64, seed=0, context=128, rows=1, routed=False
+) -> Curriculum:
+    return make_curriculum(NAMES, probabilities, stages, max_steps, max_length, seed, context, rows, routed)
 
 
 def test_stages_follow_each_other_and_the_last_one_goes_on():
@@ -26,8 +28,53 @@ def test_stages_follow_each_other_and_the_last_one_goes_on():
     assert curriculum.total_steps == 8
     assert [curriculum.stage(step) for step in range(3)] == [curriculum.stages[0]] * 3
     assert [curriculum.stage(step) for step in (3, 7, 8, 1000)] == [curriculum.stages[1]] * 4
-    assert [curriculum.learning_rate_scale(step) for step in (2, 3)] == [1.0, 0.5]
+    assert [curriculum.learning_rate_factor(step) for step in (2, 3)] == [1.0, 0.5]
     assert (curriculum.stage(0).max_length, curriculum.stage(5).max_length) == (16, None)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "length", "rows", "steps"),
+    [
+        (100e9, 8192, 1536, 7948),
+        ("100e9", 8192, 1536, 7948),  # as YAML reads it
+        (60_000_000_000, 49152, 512, 2385),
+        (1536 * 8192, 8192, 1536, 1),
+        (1536 * 8192 + 1, 8192, 1536, 2),
+        (1, 8192, 1536, 1),
+    ],
+)
+def test_tokens_become_steps_by_the_tokens_of_a_full_step(tokens, length, rows, steps):
+    options = {"max_length": 49152, "context": None, "rows": rows}
+    own = make(stages=[{"tokens": tokens, "max_length": length}], **options)
+    assert own.stages == [Stage(steps, dict.fromkeys(NAMES, 1 / 3), length)]
+    assert make(stages=[{"tokens": tokens}], **{**options, "max_length": length}).total_steps == steps
+
+
+def test_stages_can_mix_steps_and_tokens_and_check_the_whole_run():
+    stages = [{"steps": 3, "max_length": 16}, {"tokens": 1000, "max_length": 32}, {"tokens": 1000}]
+    assert [stage.steps for stage in make(stages=stages, rows=4).stages] == [
+        3,
+        8,
+        4,
+    ]  # 1000 / (4 x 32), 1000 / (4 x 64)
+    with pytest.raises(ElasticConfigError, match="max_steps=14, but the stages have 15 steps"):
+        make(stages=stages, rows=4, max_steps=14)
+
+
+def test_a_rate_of_a_stage_takes_the_place_of_the_runs():
+    stages = [
+        {"steps": 1, "learning_rate": "1e-4", "router_learning_rate": 2e-3},
+        {"steps": 1, "learning_rate": 3e-4},
+        {"steps": 1, "learning_rate_scale": 0.5},
+        {"steps": 1},
+    ]
+    curriculum = make(stages=stages, routed=True)
+    model = [1e-3 * curriculum.learning_rate_factor(step, 1e-3) for step in range(4)]
+    router = [1e-2 * curriculum.learning_rate_factor(step, 1e-2, router=True) for step in range(4)]
+    assert model == pytest.approx([1e-4, 3e-4, 5e-4, 1e-3])
+    assert router == pytest.approx([2e-3, 1e-2, 5e-3, 1e-2])
+    assert curriculum.rates == ["learning_rate_scale", "learning_rate", "router_learning_rate"]
+    assert make(stages=[{"steps": 1, "learning_rate_scale": 1.0}]).rates == []
 
 
 def test_without_stages_all_budgets_are_drawn_alike():
@@ -112,6 +159,29 @@ BAD = {
     "scale": (stage(learning_rate_scale=0), r"stages\[1\].learning_rate_scale=0 must be a positive number"),
     "scale inf": (stage(learning_rate_scale=math.inf), "learning_rate_scale=inf must be a positive number"),
     "scale text": (stage(learning_rate_scale="x"), "learning_rate_scale='x' must be a positive number"),
+    "steps and tokens": (stage(tokens=100), r"stages\[1\] has steps=3 and tokens=100; give one of them"),
+    "tokens text": ({"stages": [{"tokens": "12x"}]}, r"stages\[0\].tokens='12x' must be a positive number"),
+    "no tokens": ({"stages": [{"tokens": 0}]}, r"stages\[0\].tokens=0 must be a positive number"),
+    "tokens nan": ({"stages": [{"tokens": math.nan}]}, r"stages\[0\].tokens=nan must be a positive number"),
+    "tokens true": ({"stages": [{"tokens": True}]}, r"stages\[0\].tokens=True must be a positive number"),
+    "tokens without a length": (
+        {"stages": [{"tokens": 100}], "max_length": None},
+        "no length is known. Give the stage or the run a max_length, or give steps",
+    ),
+    "rate": (stage(learning_rate=-1e-4), r"stages\[1\].learning_rate=-0.0001 must be a positive number"),
+    "router rate": (
+        {**stage(router_learning_rate=0), "routed": True},
+        r"stages\[1\].router_learning_rate=0 must be a positive number",
+    ),
+    "rate and scale": (
+        stage(learning_rate=1e-4, learning_rate_scale=0.5),
+        r"stages\[1\] has learning_rate=0.0001 and learning_rate_scale=0.5; give one of them",
+    ),
+    "router rate and scale": (
+        {**stage(router_learning_rate=1e-4, learning_rate_scale=0.5), "routed": True},
+        r"stages\[1\] has router_learning_rate=0.0001 and learning_rate_scale=0.5; give one of them",
+    ),
+    "router rate without a router": (stage(router_learning_rate=1e-3), "has no router to act on; give router_targets"),
     "stage sum": (stage(budget_probabilities={"full": 0.2}), r"stages\[1\].budget_probabilities sums to 0.2"),
     "stage budget": (stage(budget_probabilities={"x": 1}), r"stages\[1\].budget_probabilities: unknown budget 'x'"),
     "steps disagree": ({"stages": TWO, "max_steps": 9}, "max_steps=9, but the stages have 8 steps"),

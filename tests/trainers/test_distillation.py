@@ -190,6 +190,34 @@ def test_stages_cut_rows_before_their_tokens_are_counted_and_scale_the_learning_
     assert_run_is_the_one_by_hand(made, recorder, "nano3", clip=1.0)
 
 
+def test_stages_by_tokens_and_with_rates_of_their_own(tmp_path):
+    # a step is 2 rows x 2 micro-batches, so 4 x 8 = 32 tokens, then 4 x 64 = 256
+    stages = [
+        {"tokens": 33, "max_length": 8, "learning_rate": 4e-3},
+        {"tokens": 256},
+        {"steps": 1, "learning_rate": 1e-3},
+    ]
+    made = trainer(
+        tmp_path, stages=stages, max_steps=-1, gradient_accumulation_steps=2, lr_scheduler_type="linear", **ADAM
+    )
+    assert made.args.max_steps == 4
+    recorder = Recorder().watch(made)
+    made.train()
+    assert [max(batch["input_ids"].shape[1] for _, batch in step) > 8 for step in recorder.steps[:2]] == [False, False]
+    # linear from 1 to 0 over four steps, times the stage's rate, or the run's 1e-2
+    assert recorder.rates == pytest.approx([4e-3, 0.75 * 4e-3, 0.5 * 1e-2, 0.25 * 1e-3])
+    assert [entry["learning_rate"] for entry in made.state.log_history if "loss" in entry] == pytest.approx(
+        recorder.rates
+    )
+    assert_run_is_the_one_by_hand(made, recorder, "nano3", clip=1.0)
+
+
+def test_a_rate_of_a_stage_cannot_replace_none(tmp_path):
+    made = trainer(tmp_path, stages=[{"steps": 2, "learning_rate": 1e-3}], max_steps=-1, learning_rate=0.0)
+    with pytest.raises(ElasticConfigError, match="learning_rate of a stage needs a learning_rate of the run above 0"):
+        made.train()
+
+
 def test_learning_rate_scale_refuses_schedules_it_cannot_scale(tmp_path):
     stages = [{"steps": 2, "learning_rate_scale": 0.5}]
     made = trainer(

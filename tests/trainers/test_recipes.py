@@ -14,7 +14,7 @@ from hf_elastic.commands.train import parse
 from hf_elastic.cost import CostModel
 from hf_elastic.lab.family import FAMILY
 from hf_elastic.lab.parent import load_parent
-from hf_elastic.trainers import ElasticDistillationTrainer
+from hf_elastic.trainers import ElasticDistillationConfig, ElasticDistillationTrainer
 from hf_elastic.trainers.curriculum import make_curriculum
 
 RECIPES = Path(trainers.__file__).parent / "recipes"
@@ -45,12 +45,15 @@ def test_the_lab_recipe_trains_the_lab_family(tmp_path):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_the_published_run_has_the_published_tokens_lengths_and_batches(name):
+def test_the_published_run_has_the_published_tokens_lengths_and_batches(name, monkeypatch):
+    monkeypatch.setattr(ElasticDistillationConfig, "world_size", property(lambda self: GPUS))
     tokens, length, batch = PUBLISHED[name]
     arguments, args = recipe(name, "--fsdp", "")
     assert args.max_length == length
-    assert args.per_device_train_batch_size * args.gradient_accumulation_steps * GPUS == batch
-    assert args.max_steps == math.ceil(tokens / (length * batch))
+    assert args.rows_per_step == args.per_device_train_batch_size * args.gradient_accumulation_steps * GPUS == batch
+    assert args.max_steps == math.ceil(tokens / (length * batch)) == {8192: 7948, 49152: 2385}[length]
+    text = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
+    assert f"{args.max_steps:,} steps on {GPUS} GPUs" in text
     assert (args.learning_rate, args.warmup_steps, str(args.optim.value)) == (1e-4, 60, "adamw_torch")
     assert args.teacher_model_init_kwargs == {"dtype": "bfloat16"}
     assert arguments.dtype == "float32"
@@ -62,7 +65,9 @@ def test_the_published_run_has_the_published_tokens_lengths_and_batches(name):
         args.max_length,
         args.seed,
         context=262144,
+        rows=args.rows_per_step,
     )
+    assert curriculum.total_steps == args.max_steps
     probabilities = list(curriculum.stage(0).budget_probabilities.values())
     assert probabilities == ([1 / 3] * 3 if name.endswith("1") else [0.5, 0.3, 0.2])
 

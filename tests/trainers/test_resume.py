@@ -178,6 +178,14 @@ OTHER = {
         {"stages": [{**STAGES[0], "max_length": 12}, STAGES[1]]},
         r"stages\[0\]\.max_length \(10 there, 12 here\)",
     ),
+    "past rate": (
+        {"stages": [{**STAGES[0], "learning_rate": 1e-3}, STAGES[1]]},
+        r"stages\[0\]\.learning_rate \(None there, 0.001 here\)",
+    ),
+    "past tokens": (  # 2 rows x 2 micro-batches x 10 tokens a step
+        {"stages": [{"tokens": 80, "max_length": 10}, STAGES[1]]},
+        r"stages\[0\]\.steps \(3 there, 2 here\)",
+    ),
     "current stage": (
         {"stages": [STAGES[0], {**STAGES[1], "budget_probabilities": {"full": 1.0}}]},
         r"stages\[1\]\.budget_probabilities\.full \(0.4 there, 1.0 here\)",
@@ -199,6 +207,30 @@ def test_stages_that_have_not_begun_may_change(straight, tmp_path):
         tmp_path, 2, stages=[STAGES[0], {"steps": 1, "budget_probabilities": {"small": 1.0}}], save_strategy="no"
     )
     assert made.state.global_step == 4
+
+
+def test_tokens_that_come_to_the_same_steps_are_the_same_run(straight, tmp_path):
+    shutil.copytree(straight[2] / "checkpoint-4", tmp_path / "checkpoint-4")
+    made = resume(tmp_path, 4, stages=[{"tokens": 120, "max_length": 10}, STAGES[1]], save_strategy="no")
+    assert_same_weights(made.model, straight[0].model)
+
+
+def test_rates_of_stages_go_on_after_a_kill(tmp_path):
+    stages = [{"steps": 3, "learning_rate": 5e-3}, {"tokens": 3 * 4 * 64, "learning_rate": 2e-3}]
+    runs = {}
+    for name in ("straight", "killed"):
+        made = trainer(tmp_path / name, **{**RUN, "stages": stages})
+        runs[name] = made, Recorder().watch(made)
+    runs["straight"][0].train()
+    runs["killed"][0].add_callback(StopAt(3))
+    with pytest.raises(KeyboardInterrupt):
+        runs["killed"][0].train()
+    # the run's own rate only counts where a stage has none
+    resumed = trainer(tmp_path / "killed", **{**RUN, "stages": stages, "learning_rate": 0.5})
+    recorder = Recorder().watch(resumed)
+    resumed.train(resume_from_checkpoint=True)
+    assert recorder.rates == runs["straight"][1].rates[2:]
+    assert_same_weights(resumed.model, runs["straight"][0].model)
 
 
 # -- whole or not there ------------------------------------------------------------------------------------------------

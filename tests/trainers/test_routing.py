@@ -7,6 +7,7 @@ import torch
 from cases import build_parent
 from runs import Recorder, config, rows, tokenizer
 from test_resume import StopAt
+from transformers import TrainerCallback
 
 from hf_elastic import ElasticConfig, ElasticConfigError, ElasticForCausalLM, elastify
 from hf_elastic.cost import CostModel
@@ -103,6 +104,45 @@ def test_a_step_is_the_divergence_of_the_mixture_and_the_weighted_resource_loss(
     assert entry["loss"] == pytest.approx(float(loss.detach()), rel=1e-4)
 
 
+@pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointed", "plain"])
+def test_the_router_can_be_trained_alone(checkpointing, tmp_path):
+    fields = {"freeze_model": True, "max_steps": 4, "gradient_checkpointing": checkpointing, "weight_decay": 0.1}
+    made = trainer(tmp_path, **fields)
+    weights = {key: tensor.clone() for key, tensor in made.model.state_dict().items()}
+    router = {key: tensor.clone() for key, tensor in made.routing.router.state_dict().items()}
+    made.train()
+    assert all(torch.equal(tensor, weights[key]) for key, tensor in made.model.state_dict().items())
+    assert all(not torch.equal(tensor, router[key]) for key, tensor in made.routing.router.state_dict().items())
+    assert not any(p.requires_grad or p.grad is not None for p in made.model.parameters())
+    assert list(made.model.budgets) == ["large", "small"]
+    losses = [entry["loss"] for entry in made.state.log_history if "loss" in entry]
+    assert len(losses) == 4
+    free = trainer(tmp_path / "free", **{**fields, "freeze_model": False, "max_steps": 1})
+    free.train()
+    # the first step of both starts from the same weights and draws the same mixtures
+    assert losses[0] == free.state.log_history[0]["loss"]
+    resumed = trainer(tmp_path, **fields)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    wanted = made.routing.router.state_dict()
+    assert all(torch.equal(tensor, wanted[key]) for key, tensor in resumed.routing.router.state_dict().items())
+    with pytest.raises(ElasticConfigError, match=r"freeze_model \(True there, None here\)"):
+        trainer(tmp_path, max_steps=4).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_stages_have_a_rate_for_the_router(tmp_path):
+    stages = [{"steps": 1, "router_learning_rate": 0.02}, {"steps": 2, "learning_rate": 1e-3}]
+    made = trainer(tmp_path, stages=stages, max_steps=-1, save_strategy="no")
+    rates = []
+
+    class Rates(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+            rates.append([group["lr"] for group in optimizer.param_groups])
+
+    made.add_callback(Rates())
+    made.train()
+    assert rates == [pytest.approx([1e-2, 1e-2, 0.02])] + [pytest.approx([1e-3, 1e-3, 0.05])] * 2
+
+
 @pytest.mark.parametrize("kill_at", [3, 5], ids=["undecided", "decided"])
 def test_a_killed_run_goes_on_as_if_it_had_not_been(kill_at, tmp_path):
     straight = trainer(tmp_path / "straight")
@@ -141,6 +181,11 @@ def test_axes_can_have_a_choice_per_layer(tmp_path):
         ({"router_targets": {"large": 2e9}}, "is not below the parent's"),
         ({"router_targets": ["large"]}, "must be a dict"),
         ({"router_learning_rate": 0.0}, "must be above 0"),
+        ({"freeze_model": True}, r"set max_steps \(here 6\) to router_steps \(4\)"),
+        (
+            {"freeze_model": True, "router_targets": None, "router_steps": 0},
+            "leaves nothing to train without a router",
+        ),
         ({"budget_probabilities": {"big": 1.0}}, "unknown budget 'big'; the model has full, large, small"),
     ],
 )

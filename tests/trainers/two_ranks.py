@@ -22,12 +22,14 @@ ADAM = {"adam_epsilon": 1e-3, "weight_decay": 0.1}
 TRAINED = {
     "checkpointed": {"gradient_accumulation_steps": 2, "seed": 13},
     "plain": {"gradient_accumulation_steps": 2, "seed": 13, "gradient_checkpointing": False},
+    "hidden": {"gradient_accumulation_steps": 2, "seed": 13, "hidden_loss_weight": 2.0},
     "only_small": {"budget_probabilities": {"small": 1.0}},
 }
 """Runs of the trainer by name."""
 SHARDED = {
     "accumulated": (["small"], ["full", "small"], ["medium", "full", "small"]),
     "checkpointed": (["small"], ["full", "medium"], ["small", "small"]),
+    "hidden": (["small"], ["full", "medium"], ["small", "small"]),
 }
 """Budgets per step and micro-batch of the runs on `fully_shard`."""
 
@@ -52,11 +54,11 @@ def train(name: str, folder: Path, ranks: int) -> dict[str, Any]:
     return {
         "state": {key: p.detach().clone() for key, p in model.named_parameters()},
         "logs": [
-            {key: value for key, value in entry.items() if key in ("loss", "num_tokens", "grad_norm") or "/kl" in key}
+            {key: value for key, value in entry.items() if key in ("loss", "num_tokens", "grad_norm") or "/" in key}
             for entry in made.state.log_history
             if "loss" in entry
         ],
-        "eval": {key: value for key, value in metrics.items() if "/kl" in key},
+        "eval": {key: value for key, value in metrics.items() if "/" in key},
         "budgets": [[budget for budget, _ in step] for step in recorder.steps],
         "rows": [[len(batch["input_ids"]) for _, batch in step] for step in recorder.steps],
         "distributed": str(made.accelerator.distributed_type),
@@ -66,12 +68,12 @@ def train(name: str, folder: Path, ranks: int) -> dict[str, Any]:
 
 def shard(name: str, rank: int, ranks: int) -> dict[str, Any]:
     """The trainer's loss on `fully_shard`, which accelerate does not apply on a CPU: every rank has its share of six rows."""
-    from hf_elastic.trainers.forward import forward_as, head_of, last_hidden, last_hidden_through
-    from hf_elastic.trainers.losses import chunked_divergence
+    from hf_elastic.trainers.forward import forward_as, head_of, last_hidden, last_hidden_through, states_after
+    from hf_elastic.trainers.losses import chunked_divergence, summed_hidden_distance
     from hf_elastic.trainers.teacher import shard_teacher
 
     model, teacher = family().train(), family()
-    if name == "checkpointed":
+    if name != "accumulated":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     kinds = set()
     if ranks > 1:
@@ -87,21 +89,28 @@ def shard(name: str, rank: int, ranks: int) -> dict[str, Any]:
         kinds = {type(p).__name__ for p in model.parameters()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=ADAM["adam_epsilon"])
     ids = torch.randint(2, 64, (6, 14), generator=torch.Generator().manual_seed(3))
+    everywhere = torch.ones(len(ids[rank::ranks]), ids.shape[1] - 1, dtype=torch.bool)
     losses = []
     for budgets in SHARDED[name]:
         total = 0.0
         for i, budget in enumerate(budgets):
             if ranks > 1:
                 model.set_requires_gradient_sync(i == len(budgets) - 1)
-            with torch.no_grad():
-                target = last_hidden_through(teacher, {"input_ids": ids[rank::ranks]}).flatten(0, 1)
+            inputs = {"input_ids": ids[rank::ranks]}
+            layers = model.elastic_config.submodel(budget).layers if name == "hidden" else ()
+            with torch.no_grad(), states_after([teacher.model.layers[i] for i in layers], everywhere) as wanted:
+                target = last_hidden_through(teacher, inputs).flatten(0, 1)
 
-            def loss_of(input_ids: torch.Tensor, target: torch.Tensor = target) -> torch.Tensor:
-                states = last_hidden(model, {"input_ids": input_ids}).flatten(0, 1)
-                return chunked_divergence(states, target, head_of(model), head_of(teacher), chunk_size=10)
+            def loss_of(
+                input_ids: torch.Tensor, layers: Any = layers, target: torch.Tensor = target, wanted: Any = wanted
+            ) -> torch.Tensor:
+                with states_after([model.model.layers[i] for i in layers], everywhere) as found:
+                    states = last_hidden(model, {"input_ids": input_ids}).flatten(0, 1)
+                loss = chunked_divergence(states, target, head_of(model), head_of(teacher), chunk_size=10)
+                return loss + summed_hidden_distance(found, wanted) if wanted else loss
 
             with model.computing(budget), forward_as(model, loss_of):
-                loss = model(input_ids=ids[rank::ranks]) * ranks / (ids.numel() * len(budgets))
+                loss = model(**inputs) * ranks / (ids.numel() * len(budgets))
                 loss.backward()
             total += float(loss.detach()) / ranks
         optimizer.step()
