@@ -290,14 +290,15 @@ def _build(
     Raises:
         `ElasticConfigError`: the stock config cannot have these sizes together.
     """
-    if smaller is not None and (LAYERS, None) in sizes:
-        sizes = {**sizes, (LAYERS, None): max(sizes[LAYERS, None], len(smaller.layers))}
+    if smaller is not None:  # one size in all layers stays one, also in layers that the smaller one does not have
+        least = {axis: max(smaller.values(axis), default=0) for axis in smaller} | {LAYERS: len(smaller.layers)}
+        sizes = {key: size if key[1] is not None else max(size, least[key[0]]) for key, size in sizes.items()}
     layers = _layers(router, sizes, larger)
     built: dict[str, Any] = {LAYERS: list(layers)}
     for layer in (None, *layers):
-        least = smaller.at(layer) if smaller is not None else {}
+        inner = smaller.at(layer) if smaller is not None else {}
         for axis, bound in larger.at(layer).items():
-            size = max(_size(sizes, axis, layer, bound), least.get(axis, 0))
+            size = max(_size(sizes, axis, layer, bound), inner.get(axis, 0))
             if isinstance(larger[axis], int):
                 built[axis] = size
             else:
