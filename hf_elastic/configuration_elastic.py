@@ -258,12 +258,11 @@ class ElasticConfig(PreTrainedConfig):
         measured = [limit.measure(count(submodel), dtype) for _, submodel in members]
         fitting = [i for i, value in enumerate(measured) if value <= limit.value]
         if not fitting:
-            smallest = min(range(len(members)), key=lambda i: (measured[i], members[i][0] is None))
+            smallest = measured.index(min(measured))
             raise UnknownBudgetError(
                 f"no submodel fits into {limit}: the smallest, {members[smallest][0]!r}, needs {Limit(limit.quantity, measured[smallest])}."
             )
-        # Of two that need the same, the one that was trained.
-        return members[max(fitting, key=lambda i: (measured[i], members[i][0] is not None))][1]
+        return members[max(fitting, key=lambda i: measured[i])][1]
 
 
 def read_config(repo: Any, plain: bool = False, **hub: Any) -> ElasticConfig:
