@@ -31,21 +31,23 @@ class CheckpointsMixin(SFTTrainer):
         """Save a checkpoint, or leave none: a part of one, after a full disk, would be in the way of resuming."""
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         existed = folder.exists()
-        if self.args.should_save:
-            (folder / "trainer_state.json").unlink(
-                missing_ok=True
-            )  # written last; until then the folder is not complete
-            folder.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(training_state(self.curriculum, self.args, self._total_train_tokens), indent=2)
-            (folder / STATE_FILE).write_text(text + "\n", encoding="utf-8")
-            if self.routing is not None:
-                self.routing.save(folder)
         try:
+            if self.args.should_save:
+                self._save_own_state(folder)
             super()._save_checkpoint(model, trial)
         except BaseException:
             if self.args.should_save and not existed:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
+
+    def _save_own_state(self, folder: Path) -> None:
+        # Upstream writes this file last: until then, the folder is not complete.
+        (folder / "trainer_state.json").unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(training_state(self.curriculum, self.args, self._total_train_tokens), indent=2)
+        (folder / STATE_FILE).write_text(text + "\n", encoding="utf-8")
+        if self.routing is not None:
+            self.routing.save(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load the weights of a checkpoint, refusing one of another family or of another run.

@@ -80,7 +80,7 @@ def prepare_teacher(teacher: PreTrainedModel, accelerator: Accelerator, fsdp: bo
     """Put the teacher where the student is, sharded if the student is.
 
     Raises:
-        `ElasticConfigError`: FSDP 1.
+        `ElasticConfigError`: FSDP 1, or weights that only the first rank has.
     """
     if not fsdp:
         return accelerator.prepare_model(teacher, evaluation_mode=True)
@@ -88,6 +88,11 @@ def prepare_teacher(teacher: PreTrainedModel, accelerator: Accelerator, fsdp: bo
     if getattr(plugin, "fsdp_version", 1) != 2:
         raise ElasticConfigError(
             "FSDP 1 flattens parameters, so budgets cannot take parts of them; set fsdp_version to 2."
+        )
+    if getattr(plugin, "cpu_ram_efficient_loading", False):
+        # transformers then loads on the first rank only, and accelerate sends the student's weights to the others, but not the teacher's.
+        raise ElasticConfigError(
+            "cpu_ram_efficient_loading leaves the teacher without weights on all ranks but the first; set it to false."
         )
     policy = {"mp_policy": plugin.mixed_precision_policy} if plugin.mixed_precision_policy is not None else {}
     return shard_teacher(teacher.to(accelerator.device), **policy)

@@ -368,7 +368,13 @@ def test_bf16_autocast_trains_float32_weights(tmp_path):
     runs = {}
     for bf16 in (False, True):
         made = trainer(tmp_path, bf16=bf16, gradient_accumulation_steps=2, max_steps=3, learning_rate=1e-3)
+        assert (made.args.use_cpu, made.accelerator.mixed_precision) == (True, "bf16" if bf16 else "no")
+        before = {key: p.detach().clone() for key, p in made.model.named_parameters()}
         made.train()
+        for key, p in made.model.named_parameters():
+            assert not torch.equal(p, before[key]), key
+            # steps of 1e-3 are lost in a weight of order 1 with 8 bits; in float32 they are kept
+            assert not torch.equal(p, p.bfloat16().float()), key
         runs[bf16] = [entry["loss"] for entry in made.state.log_history if "loss" in entry]
         assert {p.dtype for p in made.model.parameters()} == {torch.float32}
     assert runs[True] != runs[False]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ import pytest
 import torch
 from cases import BUDGETS, build_parent
 from runs import Recorder, config, family, rows, tokenizer, trainer
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState, modeling_utils
 
 from hf_elastic import CheckpointError, ElasticConfigError, ElasticForCausalLM, HFElasticError, elastify
 from hf_elastic.trainers import ElasticDistillationTrainer
@@ -264,6 +265,44 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_no_part_of_a_new_one(at, tmp_
     resumed = trainer(tmp_path, **RUN)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 6
+
+
+WRITERS = {
+    "weights": (modeling_utils, "safe_save_file", 1),
+    "optimizer": (torch, "save", 1),
+    "elastic state": (Path, "write_text", 0),
+    "trainer state": (TrainerState, "save_to_json", 1),
+}
+"""Functions that write the files of a checkpoint, and which argument says where."""
+
+
+@pytest.mark.parametrize("file", WRITERS)
+def test_a_disk_that_fills_up_in_the_middle_of_a_file_leaves_the_old_checkpoint(file, straight, tmp_path, monkeypatch):
+    owner, function, position = WRITERS[file]
+    write = getattr(owner, function)
+    halves: list[str] = []
+
+    def write_half(*args, **kwargs):
+        write(*args, **kwargs)
+        path = str(args[position])
+        if "checkpoint-4" in path:
+            halves.append(path)
+            os.truncate(path, os.path.getsize(path) // 2)
+            raise OSError(errno.ENOSPC, "No space left on device", path)
+
+    made = trainer(tmp_path, **RUN)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, function, write_half)
+        with pytest.raises(OSError, match="No space left on device"):
+            made.train()
+    assert halves
+    assert not (tmp_path / "checkpoint-4").exists()
+    ours, theirs = ((folder / "checkpoint-2") for folder in (tmp_path, straight[2]))
+    assert files(ours).keys() == files(theirs).keys()
+    assert files(ours)["model.safetensors"] == files(theirs)["model.safetensors"]
+    resumed = trainer(tmp_path, **RUN)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_weights(resumed.model, straight[0].model)
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut off"])
