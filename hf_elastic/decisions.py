@@ -31,7 +31,8 @@ DEAD_ZONE = 0.05
 
 _MAX_STATES = 200_000  # combinations that the search by probability may keep in memory
 _MAX_REPAIRS = 200  # combinations of the choices for all layers that are tried with repairs of those per layer
-_STEPS = 256  # between two budgets; far more than choices can change
+_STEPS = 256  # between two budgets; more than most choices change
+_APART = 0.01  # of the parent's parameters: nearer neighbours between budgets would only make config.json long
 
 
 @dataclass(frozen=True)
@@ -82,9 +83,11 @@ def interpolate(router: BudgetRouter, submodels: Mapping[str, Submodel]) -> list
     """The different submodels on the way from each budget to the next smaller one, largest first.
 
     The one-hot budgets are mixed, from the larger to the smaller, and the router's likeliest choices taken; cut to lie between its two
-    budgets and inside the one before it on the way, each is nested with all others. Sizes that cannot be built together are left out.
+    budgets and inside the one before it on the way, each is nested with all others. Sizes that cannot be built together, and those within
+    1 % of the parent's parameters of a neighbour, are left out.
     """
     chain = []
+    apart = _APART * router.count.full.total_params
     mix = torch.arange(1, _STEPS) / _STEPS
     for i, (outer, inner) in enumerate(pairwise([router.full, *submodels.values()])):
         weights = torch.zeros(len(mix), len(router.names))
@@ -101,7 +104,8 @@ def interpolate(router: BudgetRouter, submodels: Mapping[str, Submodel]) -> list
                 submodel = _build(router, sizes, previous, inner)
             except ElasticConfigError:
                 continue
-            if submodel not in (previous, inner):
+            totals = [router.count(member).total_params for member in (previous, submodel, inner)]
+            if min(totals[0] - totals[1], totals[1] - totals[2]) >= apart:
                 chain.append(submodel)
                 previous = submodel
     return chain

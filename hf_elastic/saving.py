@@ -118,10 +118,10 @@ class SavingMixin:
             self._check_state_dict(kwargs.get("state_dict"))
             with replacing(save_directory) as scratch:
                 self._write_stock(scratch, *args, **kwargs)
-                if "router" in elastic.elastic:
-                    if self.router is None:
+                if (described := elastic.elastic.get("router")) is not None:
+                    if self.router is None or self.router.describe() != described:
                         raise CheckpointError(
-                            "elastic_config says that there is a router, but none is attached; call attach_router()."
+                            "elastic_config describes another router than the one that is attached; call attach_router()."
                         )
                     self.router.save(scratch)
                 self._written_config(elastic).save_pretrained(scratch)

@@ -19,7 +19,7 @@ from hf_elastic.section import checked_section
 
 PER_LAYER = {
     "nano3": ("ffn", "mamba_heads", "attention_heads", "experts", "expert_ffn", "shared_expert_ffn"),
-    "granite": ("attention_heads", "experts", "expert_ffn", "shared_expert_ffn"),
+    "granite": ("attention_heads", "mamba_heads", "experts", "expert_ffn", "shared_expert_ffn"),
 }
 SHARES = (0.85, 0.7, 0.5)
 

@@ -265,6 +265,14 @@ def test_values_that_no_router_has_are_refused(own):
             ElasticForCausalLM.from_pretrained(folder)
 
 
+def test_a_config_that_describes_another_router_is_not_saved(folders, tmp_path):
+    model = ElasticForCausalLM.from_pretrained(folders("nano3"))
+    model.elastic_config.elastic["router"]["targets"]["large"] = 0.9
+    with pytest.raises(CheckpointError, match="describes another router than the one that is attached"):
+        model.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 def test_saving_fails_whole(own, monkeypatch, listing):
     folder = own("nano3")
     model, before = ElasticForCausalLM.from_pretrained(folder), listing(folder)
