@@ -15,18 +15,18 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.utils import cached_file
 
-from .budgets import FULL, Limit, parse_limit
+from .budgets import FULL, Limit
+from .choosing import Key
 from .configuration_elastic import ElasticConfig
 from .cost import Cost, CostModel
-from .decisions import DEAD_ZONE, Decided, Key, decide
+from .decisions import DEAD_ZONE, Decided, decide
 from .errors import CheckpointError, ElasticConfigError
 from .soft import Mixture, keep_weights
 from .submodel import LAYERS
+from .targets import Target, limits_of, pinned_targets
 
 ROUTER_FILE = "router.safetensors"
 """Beside the weights of a checkpoint whose config has a `router`."""
-
-Target = str | int | float | Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ class BudgetRouter(nn.Module):
         self.count = CostModel(config.parent_config)
         self.full = config.architecture.full(config.parent_config)
         self.final_logit_scale = Schedule().logit_scale[1]
-        self.targets = _pinned(targets, _load_dtype(config))
-        self.limits = _limits(self.targets, self.count.full, _load_dtype(config))
+        self.targets = pinned_targets(targets, _load_dtype(config))
+        self.limits = limits_of(self.targets, self.count.full, _load_dtype(config))
         self.names = [FULL, *sorted(self.limits, key=lambda name: (-self._share(name), name))]
         names = [axis.name for axis in config.architecture.axes] + [
             LAYERS
@@ -293,45 +293,3 @@ def _name(key: Key) -> str:
 
 def _load_dtype(config: ElasticConfig) -> torch.dtype:
     return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-
-
-def _pinned(targets: Mapping[str, Target], dtype: torch.dtype) -> dict[str, Target]:
-    """The targets in the form of JSON; memory is that of one dtype from now on, whatever the checkpoint is saved or loaded in."""
-    pinned: dict[str, Target] = {}
-    for name, target in targets.items():
-        limit = parse_limit(target) if isinstance(target, (str, Mapping)) else None
-        if limit is not None and limit.quantity == "bytes":
-            memory: dict[str, Any] = {
-                "dtype": dtype,
-                **(target if isinstance(target, Mapping) else {"memory": target}),
-            }
-            for key in memory.keys() & {"dtype", "cache_dtype"}:
-                memory[key] = str(memory[key]).removeprefix("torch.")
-            pinned[name] = memory
-        else:
-            pinned[name] = target
-    return pinned
-
-
-def _limits(targets: Mapping[str, Target], full: Cost, dtype: torch.dtype) -> dict[str, Limit]:
-    limits = {}
-    for name, target in targets.items():
-        limit: Limit | None = None
-        if isinstance(target, float) and 0 < target < 1:
-            limit = Limit("total", target * full.total_params)
-        elif isinstance(target, (str, int, float, Mapping)) and not isinstance(target, bool):
-            limit = parse_limit(target)
-        if limit is None or name == FULL:
-            raise ElasticConfigError(
-                f"router target {name!r}={target!r} must be a share of the parent (0.5), or '12B', '2.1B active', '24GB', or a memory with "
-                "caches ({'memory': '24GB', 'context_length': 32768}); 'full' is implied."
-            )
-        whole = limit.measure(full, dtype)
-        if limit.value >= whole:
-            raise ElasticConfigError(
-                f"router target {name!r}={target!r} is not below the parent's {replace(limit, value=whole)}."
-            )
-        limits[name] = limit
-    if not limits:
-        raise ElasticConfigError("the router needs at least one target.")
-    return limits
