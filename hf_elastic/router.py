@@ -85,12 +85,11 @@ class BudgetRouter(nn.Module):
         self.targets = pinned_targets(targets, _load_dtype(config))
         self.limits = limits_of(self.targets, self.count.full, _load_dtype(config))
         self.names = [FULL, *sorted(self.limits, key=lambda name: (-self._share(name), name))]
-        names = [axis.name for axis in config.architecture.axes] + [
-            LAYERS
-        ]  # config.json sorts its keys: draw in one order
+        # In the order of the table, as config.json sorts its keys and samples are drawn one after the other.
+        axes = [*(axis.name for axis in config.architecture.axes), LAYERS]
         self.choices = {
             axis: tuple(config.axes[axis]["choices"])
-            for axis in names
+            for axis in axes
             if axis != "experts_per_token" and len(config.axes.get(axis, {}).get("choices", ())) > 1
         }
         if not self.choices:
@@ -213,7 +212,7 @@ class BudgetRouter(nn.Module):
 
     def rebuilt(self, config: ElasticConfig) -> BudgetRouter:
         """The same router for a config with the same axes, such as that of a parent with another vocabulary."""
-        router = BudgetRouter(config, **self.describe())
+        router = _described(config, self.describe())
         router.load_state_dict(self.state_dict())
         return router.to(next(self.parameters()).device).freeze()
 
@@ -281,9 +280,15 @@ def read_router(config: ElasticConfig, repo: str | os.PathLike[str], **hub: Any)
     """
     if "router" not in config.elastic:
         return None
-    router = BudgetRouter(config, **config.elastic["router"])
+    router = _described(config, config.elastic["router"])
     path = cached_file(repo, ROUTER_FILE, _raise_exceptions_for_missing_entries=False, **hub)
     return router.load(Path(path) if path else Path(repo) / ROUTER_FILE).freeze()
+
+
+def _described(config: ElasticConfig, description: Mapping[str, Any]) -> BudgetRouter:
+    """A router whose weights are to be loaded; making it draws none of the numbers that the caller's seed stands for."""
+    with torch.random.fork_rng(devices=[]):
+        return BudgetRouter(config, **description)
 
 
 def _name(key: Key) -> str:

@@ -21,7 +21,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from hf_elastic import CheckpointError, ElasticConfig, ElasticConfigError, ElasticForCausalLM, elastify
 from hf_elastic.commands.plan import plan
 from hf_elastic.cost import CostModel
-from hf_elastic.router import ROUTER_FILE, BudgetRouter
+from hf_elastic.router import ROUTER_FILE, BudgetRouter, read_router
 
 each_parent = pytest.mark.parametrize("name", PARENTS)
 
@@ -90,6 +90,19 @@ def test_it_comes_back(name, layers, tmp_path, ids):
     loaded.save_pretrained(tmp_path / "again")
     for file in ("config.json", ROUTER_FILE):
         assert (tmp_path / "again" / file).read_bytes() == (tmp_path / file).read_bytes()
+
+
+def test_loading_draws_no_random_numbers(folders):
+    model = ElasticForCausalLM.from_pretrained(folders("nano3"))
+    for make in (
+        lambda: read_router(model.elastic_config, folders("nano3")),
+        lambda: model.router.rebuilt(model.elastic_config),
+    ):
+        torch.manual_seed(0)
+        wanted = torch.rand(3)
+        torch.manual_seed(0)
+        assert same(make(), model.router)
+        assert torch.equal(torch.rand(3), wanted)
 
 
 def test_an_undecided_router_comes_back(tmp_path):

@@ -244,6 +244,28 @@ def test_a_missed_target_is_a_warning(tmp_path, caplog):
     assert "budget less misses its target by" in caplog.text
 
 
+@pytest.mark.parametrize("file", ["router.safetensors", REPORT_FILE])
+def test_a_disk_that_fills_up_leaves_no_part_of_a_checkpoint(file, tmp_path, monkeypatch):
+    made = trainer(tmp_path)
+    write = {"router.safetensors": "save", REPORT_FILE: "_write_report"}[file]
+    owner = made.routing.router if write == "save" else made.routing
+    original = getattr(owner, write)
+
+    def write_half(folder):
+        original(folder)
+        if "checkpoint-6" in str(folder):
+            (folder / file).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(owner, write, write_half)
+    with pytest.raises(OSError, match="No space left"):
+        made.train()
+    assert not (tmp_path / "checkpoint-6").exists()
+    resumed = trainer(tmp_path)
+    resumed.train(resume_from_checkpoint=True)
+    assert (tmp_path / "checkpoint-6" / file).exists()
+
+
 # Frozen
 
 FROZEN = {**RUN, "router_targets": None, "router_steps": 0, "freeze_router": True, "max_steps": 2}
