@@ -18,6 +18,8 @@ Target = str | int | float | Mapping[str, Any]
 
 def pinned_targets(targets: Mapping[str, Target], dtype: torch.dtype) -> dict[str, Target]:
     """The targets in the form of JSON; memory is that of one dtype from now on, whatever the checkpoint is saved or loaded in."""
+    if not isinstance(targets, Mapping):
+        raise ElasticConfigError(f"router targets {targets!r} must be a dict from budget to target.")
     pinned: dict[str, Target] = {}
     for name, target in targets.items():
         limit = parse_limit(target) if isinstance(target, (str, Mapping)) else None
@@ -42,12 +44,14 @@ def limits_of(targets: Mapping[str, Target], full: Cost, dtype: torch.dtype) -> 
     """
     limits = {}
     for name, target in targets.items():
+        if not isinstance(name, str) or not name.strip() or name != name.strip():
+            raise ElasticConfigError(f"router target {name!r}: a name must be a text without spaces around it.")
         limit: Limit | None = None
         if isinstance(target, float) and 0 < target < 1:
             limit = Limit("total", target * full.total_params)
         elif isinstance(target, (str, int, float, Mapping)) and not isinstance(target, bool):
             limit = parse_limit(target)
-        if limit is None or name == FULL:
+        if limit is None or name.lower() == FULL:
             raise ElasticConfigError(
                 f"router target {name!r}={target!r} must be a share of the parent (0.5), or '12B', '2.1B active', '24GB', or a memory with "
                 "caches ({'memory': '24GB', 'context_length': 32768}); 'full' is implied."
