@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from .architectures import Architecture, get_architecture
-from .budgets import FULL, Budget, Limit, format_count, parse_limit
+from .budgets import FULL, Budget, Limit, format_count, is_limit, parse_limit
 from .cost import Cost, CostModel
 from .errors import CheckpointError, ElasticConfigError, UnknownBudgetError, did_you_mean
 from .section import checked_section, describe_axes
@@ -32,6 +32,9 @@ class ElasticConfig(PreTrainedConfig):
               a prefix, or a prefix per group of a named config field), and for `layers` the `ranking` of all layers, most important first.
             - `budgets` (`dict`): per name its `sizes`, `total_params` and `active_params`. Budgets are nested: each one keeps a part of
               the next larger one. Counts may be left out when a config is made; they are always written and always checked.
+            - `interpolated` (`list`, *optional*): submodels without a name that a router chose between two budgets; entries as in
+              `budgets`, nested with them in one chain. They are what limits between the budgets resolve to.
+            - `router` (`dict`, *optional*): what the router beside the weights is rebuilt from, see [`hf_elastic.router.BudgetRouter`].
 
     Raises:
         `ElasticConfigError`: says which axis or budget is wrong, what is allowed, and what to do.
@@ -119,6 +122,11 @@ class ElasticConfig(PreTrainedConfig):
         """Named budgets, largest first: sizes and exact counts. The whole parent (`"full"`) is always there as well."""
         return self.elastic["budgets"]
 
+    @property
+    def interpolated(self) -> list[dict[str, Any]]:
+        """Submodels without a name that limits between two budgets resolve to, largest first: sizes and exact counts."""
+        return self.elastic.get("interpolated", [])
+
     def submodel(self, name: str) -> Submodel:
         """The submodel of a named budget, or of `"full"`."""
         if name == FULL and FULL not in self.budgets:
@@ -130,6 +138,17 @@ class ElasticConfig(PreTrainedConfig):
         named = {name: self.submodel(name) for name in self.budgets}
         full = self.architecture.full(self.parent_config)
         return named if full in named.values() else {FULL: full, **named}
+
+    def between(self) -> list[Submodel]:
+        """The submodels of `interpolated`."""
+        made = self.architecture.submodel
+        return [made(self.parent_config, entry["sizes"], "an interpolated submodel") for entry in self.interpolated]
+
+    def chain(self) -> list[tuple[str | None, Submodel]]:
+        """All submodels that a limit selects among, each nested in the one before it; the interpolated ones have no name."""
+        count = CostModel(self.parent_config)
+        members = [*self.family().items(), *((None, submodel) for submodel in self.between())]
+        return sorted(members, key=lambda member: -count(member[1]).total_params)
 
     def resolve(self, budget: Budget | Submodel, dtype: torch.dtype | None = None) -> Submodel:
         """The submodel that a budget asks for.
@@ -151,9 +170,9 @@ class ElasticConfig(PreTrainedConfig):
             return budget
         if budget is None:
             return self.architecture.full(self.parent_config)
-        if isinstance(budget, Mapping):
+        if isinstance(budget, Mapping) and not is_limit(budget):
             return self.architecture.submodel(self.parent_config, budget, "budget")
-        if isinstance(budget, bool) or not isinstance(budget, (str, int, float)):
+        if isinstance(budget, bool) or not isinstance(budget, (str, int, float, Mapping)):
             raise ElasticConfigError(
                 f"budget={budget!r} must be a name, a number of parameters, an amount of memory or a dict of sizes."
             )
@@ -186,9 +205,13 @@ class ElasticConfig(PreTrainedConfig):
         return self.architecture.config_for(self.parent_config, submodel)
 
     def restrict(self, submodel: Submodel) -> ElasticConfig:
-        """The config of a slice: the submodel is the new parent, and the budgets that nest in it stay."""
+        """The config of a slice: the submodel is the new parent, and the budgets and interpolated submodels that nest in it stay.
+
+        The router stays only with the whole parent, whose sizes it chooses among.
+        """
         named = {name: self.submodel(name) for name in self.budgets}
         budgets = {name: member for name, member in named.items() if member.nests_in(submodel)}
+        between = [member for member in self.between() if member.nests_in(submodel) and member != submodel]
         stock = self.stock_config(submodel)
         kept = set(submodel.layers)
         axes = copy.deepcopy(self.axes)
@@ -201,7 +224,12 @@ class ElasticConfig(PreTrainedConfig):
             axis["choices"] = sorted({c for c in axis["choices"] if c < largest} | ({largest} - {0}), reverse=True)
         axes = {name: axis for name, axis in axes.items() if axis["choices"]}
         entries = {name: {"sizes": member.within(submodel.layers).to_dict()} for name, member in budgets.items()}
-        return type(self)(parent_config=stock, elastic={"axes": axes, "budgets": entries})
+        section: dict[str, Any] = {"axes": axes, "budgets": entries}
+        if between:
+            section["interpolated"] = [{"sizes": member.within(submodel.layers).to_dict()} for member in between]
+        if "router" in self.elastic and submodel == self.architecture.full(self.parent_config):
+            section["router"] = self.elastic["router"]
+        return type(self)(parent_config=stock, elastic=section)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form. The parent's section is what its own `config.json` holds."""
@@ -225,14 +253,16 @@ class ElasticConfig(PreTrainedConfig):
         return ", ".join(f"{name!r} ({format_count(cost.total_params)})" for name, cost in self.costs().items())
 
     def _largest(self, limit: Limit, dtype: torch.dtype) -> Submodel:
-        measured = {name: limit.measure(cost, dtype) for name, cost in self.costs().items()}
-        fitting = {name: value for name, value in measured.items() if value <= limit.value}
+        count = CostModel(self.parent_config)
+        members = self.chain()
+        measured = [limit.measure(count(submodel), dtype) for _, submodel in members]
+        fitting = [i for i, value in enumerate(measured) if value <= limit.value]
         if not fitting:
-            smallest = min(measured, key=lambda name: measured[name])
+            smallest = measured.index(min(measured))
             raise UnknownBudgetError(
-                f"no submodel fits into {limit}: the smallest, {smallest!r}, needs {Limit(limit.quantity, measured[smallest])}."
+                f"no submodel fits into {limit}: the smallest, {members[smallest][0]!r}, needs {Limit(limit.quantity, measured[smallest])}."
             )
-        return self.family()[max(fitting, key=lambda name: fitting[name])]
+        return members[max(fitting, key=lambda i: measured[i])][1]
 
 
 def read_config(repo: Any, plain: bool = False, **hub: Any) -> ElasticConfig:

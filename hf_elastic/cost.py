@@ -63,6 +63,10 @@ class Cost:
         """Bytes of convolution states (in `dtype`) and SSM states (float32) of one sequence, however long it is."""
         return dtype.itemsize * self.conv_elements + 4 * self.ssm_elements
 
+    def cache_bytes(self, context_length: int, batch_size: int = 1, dtype: torch.dtype = torch.bfloat16) -> int:
+        """Bytes that `batch_size` sequences of `context_length` tokens keep: KV cache, convolution states and SSM states."""
+        return batch_size * (context_length * self.kv_bytes_per_token(dtype) + self.state_bytes(dtype))
+
     def to_dict(self) -> dict[str, Any]:
         """JSON form, as `hf-elastic plan --json` prints it; caches for bfloat16 activations."""
         return {
@@ -89,8 +93,13 @@ class CostModel:
         for rule in self.architecture.rules(config):
             self._rules.setdefault(rule.layer, []).append(rule)
         full = self.architecture.full(config)
+        kinds: dict[
+            Any, int
+        ] = {}  # numbered, as hashing the rules again for every question would take most of the time
         self._kinds = {
-            layer: (tuple((rule.template, rule.dims) for rule in rules), self._cache_key(layer, full))
+            layer: kinds.setdefault(
+                (tuple((rule.template, rule.dims) for rule in rules), self._cache_key(layer, full)), len(kinds)
+            )
             for layer, rules in self._rules.items()
         }
         self._known: dict[Any, Cost] = {}

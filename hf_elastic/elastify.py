@@ -11,7 +11,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from .architectures import Architecture, get_architecture
-from .budgets import parse_limit
+from .budgets import is_limit, parse_limit
 from .configuration_elastic import ElasticConfig
 from .cost import CostModel
 from .errors import ElasticConfigError
@@ -54,8 +54,9 @@ def elastify(
 
             - sizes: `{"hidden": 1920, "ffn": [...], "layers": 40}`; an `int` is a size, a `float` a share of the parent's, a list or dict
               one per layer; `layers` takes a number (the most important ones stay) or a list of layers;
-            - a target: `"12B"`, `"2.1B active"`, `"24GB"` (weights at the parent's dtype). Sizes are searched over the axes' choices:
-              the ones that keep most importance within the target, by the exact count. Needs `axes`.
+            - a target: `"12B"`, `"2.1B active"`, `"24GB"` (weights at the parent's dtype), or with caches as in
+              [`hf_elastic.budgets`]. Sizes are searched over the axes' choices: the ones that keep most importance within the target,
+              by the exact count. Needs `axes`.
 
             Budgets are nested. Targets are searched from large to small, each inside the budget before it.
         scores ([`Scores`] or path, *optional*): Reuse these instead of scoring.
@@ -146,7 +147,7 @@ def _axes_used(
 ) -> set[str]:
     used = set(choices)
     for name, spec in budgets.items():
-        if isinstance(spec, Mapping):
+        if not is_limit(spec):
             for axis in spec:
                 if axis != LAYERS:
                     architecture.axis(axis)
@@ -172,11 +173,12 @@ def _resolve(
     submodels: dict[str, Submodel] = {}
     targets = {}
     for name, spec in budgets.items():
-        if isinstance(spec, Mapping):
+        if not is_limit(spec):
             sizes = sizes_from_spec(architecture, model.config, spec, ranking, multiple_of)
             submodels[name] = architecture.submodel(model.config, sizes, f"budget {name!r}")
         else:
-            limit = parse_limit(spec) if isinstance(spec, (str, int, float)) and not isinstance(spec, bool) else None
+            known = isinstance(spec, (str, int, float, Mapping)) and not isinstance(spec, bool)
+            limit = parse_limit(spec) if known else None
             if limit is None:
                 raise ElasticConfigError(
                     f"budget {name!r}={spec!r} must be a dict of sizes, or a target such as '12B', '2.1B active' or '24GB'."

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 import os
+import warnings
 from typing import Any, ClassVar
 
 import torch
@@ -33,6 +34,7 @@ from .checkpoint import Checkpoint, find_files
 from .configuration_elastic import ElasticConfig, plain_parent_error, read_config
 from .errors import CheckpointError, ElasticConfigError, did_you_mean
 from .export import ExportMixin
+from .router import BudgetRouter, read_router
 from .saving import SavingMixin
 from .slicing import use_eager_experts_if_misaligned
 from .submodel import Submodel
@@ -68,11 +70,15 @@ class ElasticPreTrainedModel(SwitchingMixin, SavingMixin, ExportMixin, PreTraine
             self._rebuild_layers()
         self._adopt(config if isinstance(config, ElasticConfig) else ElasticConfig.from_parent(stock, {}))
 
-    def _adopt(self, config: ElasticConfig) -> None:
-        """Take over what an elastic config says; the stock config in it is the live one from now on."""
+    def _adopt(self, config: ElasticConfig, router: BudgetRouter | None = None) -> None:
+        """Take over what an elastic config says; the stock config in it is the live one from now on.
+
+        A router that the config describes is only there if its weights are.
+        """
         elastic = copy.copy(config)
         elastic.parent_config, elastic.dtype = self.config, self.config.dtype
         self._init_switching(elastic)
+        self.attach_router(router)
 
     def _rebuild_layers(self) -> None:
         """Replace the layers whose sizes differ; everything else in them keeps reading the model's own config at run time."""
@@ -136,7 +142,8 @@ class ElasticPreTrainedModel(SwitchingMixin, SavingMixin, ExportMixin, PreTraine
                 arguments, ...). Fields of the parent's config override it.
 
         Returns:
-            [`ElasticPreTrainedModel`]: In evaluation mode. With `output_loading_info=True` a tuple with the loading info.
+            [`ElasticPreTrainedModel`]: In evaluation mode. With `output_loading_info=True` a tuple with the loading info. `model.router` is
+                the router that was saved with it, frozen; `None` if there was none, or for a smaller size.
 
         Raises:
             `UnknownBudgetError`: no such budget, or none small enough.
@@ -162,6 +169,7 @@ class ElasticPreTrainedModel(SwitchingMixin, SavingMixin, ExportMixin, PreTraine
         )
         lazy = checkpoint.lazy_slice(elastic.architecture, elastic.parent_config, submodel, head=head)
         sliced = elastic.restrict(submodel)
+        router = read_router(sliced, pretrained_model_name_or_path, **hub)
         stock = _configured(sliced.parent_config, elastic, stock_kwargs, concrete)
         stock_kwargs["dtype"] = dtype
         stock_kwargs.setdefault("generation_config", _generation_config(concrete, pretrained_model_name_or_path, hub))
@@ -174,7 +182,7 @@ class ElasticPreTrainedModel(SwitchingMixin, SavingMixin, ExportMixin, PreTraine
         model.__dict__.pop("_weight_conversions", None)
         _refuse_incomplete(info, pretrained_model_name_or_path)
         sliced.name_or_path = model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
-        model._adopt(sliced)
+        model._adopt(sliced, router)
         model._hub_kwargs = {key: hub[key] for key in _WHERE_KWARGS if key in hub}
         return (model, info) if want_info else model
 
@@ -183,12 +191,19 @@ class ElasticPreTrainedModel(SwitchingMixin, SavingMixin, ExportMixin, PreTraine
         active = self.submodel
         self.forget_budgets()
         embeddings = super().resize_token_embeddings(*args, **kwargs)
-        entries = {name: entry["sizes"] for name, entry in self.budgets.items()}
-        section = {
-            "axes": self.elastic_config.axes,
-            "budgets": {name: {"sizes": sizes} for name, sizes in entries.items()},
+        old, router = self.elastic_config, self.router
+        section: dict[str, Any] = {
+            "axes": old.axes,
+            "budgets": {name: {"sizes": entry["sizes"]} for name, entry in old.budgets.items()},
         }
+        if old.interpolated:
+            section["interpolated"] = [{"sizes": entry["sizes"]} for entry in old.interpolated]
         self.elastic_config = ElasticConfig(parent_config=self.config, elastic=section)
+        try:
+            self.attach_router(None if router is None else router.rebuilt(self.elastic_config))
+        except ElasticConfigError as error:  # a vocabulary so small that a target is above the parent
+            self.attach_router(None)
+            warnings.warn(f"the router is taken off: {error}", stacklevel=2)
         self.set_budget(active)
         return embeddings
 

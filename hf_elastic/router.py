@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-import itertools
-import math
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
+from transformers.utils import cached_file
 
-from .architectures import Architecture
-from .budgets import FULL, Limit, parse_limit
+from .budgets import FULL, Limit
+from .choosing import Key
 from .configuration_elastic import ElasticConfig
 from .cost import Cost, CostModel
-from .errors import ElasticConfigError
+from .decisions import DEAD_ZONE, Decided, decide
+from .errors import CheckpointError, ElasticConfigError
 from .soft import Mixture, keep_weights
-from .submodel import LAYERS, Submodel
+from .submodel import LAYERS
+from .targets import Target, limits_of, pinned_targets
 
-DEAD_ZONE = 0.05
-"""Relative distance from a target within which the resource loss is zero."""
+ROUTER_FILE = "router.safetensors"
+"""Beside the weights of a checkpoint whose config has a `router`."""
 
 
 @dataclass(frozen=True)
@@ -51,38 +56,41 @@ class BudgetRouter(nn.Module):
 
     Args:
         config ([`ElasticConfig`]): Its axes and choices are what the router chooses among.
-        targets (`dict[str, str | float]`):
-            Per budget what it may cost: a share of the parent's total parameters (`0.5`), or `"12B"`, `"2.1B active"`, `"24GB"`. The whole
-            parent (`"full"`) is always a budget of the router.
+        targets (`dict[str, str | float | dict]`):
+            Per budget what it may cost: a share of the parent's total parameters (`0.5`), or `"12B"`, `"2.1B active"`, `"24GB"`, or with
+            caches `{"memory": "24GB", "context_length": 32768, "batch_size": 4, "dtype": "bfloat16"}` (see [`hf_elastic.budgets`];
+            memory without a `dtype` is that of the config). The whole parent (`"full"`) is always a budget of the router.
         per_layer (`list[str]`, *optional*): Axes with a choice of their own in every layer; `hidden` and `layers` are always global.
         width (`int`, *optional*, defaults to 256): Hidden width.
         std (`float`, *optional*, defaults to 0.05): Standard deviation of the initial weights; there are no biases.
 
     Raises:
-        `ElasticConfigError`: no axis with more than one choice, or targets that are not below the parent's cost or not different.
+        `ElasticConfigError`: no axis with more than one choice, or targets that are not below the parent's cost or out of reach.
     """
 
     def __init__(
         self,
         config: ElasticConfig,
-        targets: Mapping[str, str | float],
+        targets: Mapping[str, Target],
         *,
         per_layer: Sequence[str] = (),
         width: int = 256,
         std: float = 0.05,
     ):
         super().__init__()
-        self.config = config
-        self._architecture: Architecture = config.architecture
-        self._parent = config.parent_config
-        self._full = self._architecture.full(self._parent)
-        self._count = CostModel(self._parent)
-        self.limits = _limits(targets, self._count.full, self._dtype())
-        self.names = [FULL, *sorted(self.limits, key=lambda name: -self._share(name))]
+        self.config, self.per_layer, self.width = config, tuple(per_layer), width
+        self.count = CostModel(config.parent_config)
+        self.full = config.architecture.full(config.parent_config)
+        self.final_logit_scale = Schedule().logit_scale[1]
+        self.targets = pinned_targets(targets, _load_dtype(config))
+        self.limits = limits_of(self.targets, self.count.full, _load_dtype(config))
+        self.names = [FULL, *sorted(self.limits, key=lambda name: (-self._share(name), name))]
+        # In the order of the table, as config.json sorts its keys and samples are drawn one after the other.
+        axes = [*(axis.name for axis in config.architecture.axes), LAYERS]
         self.choices = {
-            axis: tuple(entry["choices"])
-            for axis, entry in config.axes.items()
-            if len(entry["choices"]) > 1 and axis != "experts_per_token"
+            axis: tuple(config.axes[axis]["choices"])
+            for axis in axes
+            if axis != "experts_per_token" and len(config.axes.get(axis, {}).get("choices", ())) > 1
         }
         if not self.choices:
             raise ElasticConfigError("no axis has more than one choice; give choices to elastify(axes=...).")
@@ -91,39 +99,45 @@ class BudgetRouter(nn.Module):
                 raise ElasticConfigError(
                     f"per_layer={axis!r} must be an elastic axis that belongs to layers, one of {sorted(self.choices)}."
                 )
-        self._keys: list[tuple[str, int | None]] = []
+        if isinstance(width, bool) or not isinstance(width, int) or width < 1:
+            raise ElasticConfigError(f"width={width!r} of the router must be a whole number of at least 1.")
+        self.keys: list[Key] = []
         for axis in self.choices:
-            layers = (
-                self._architecture.layers_with(self._parent, self._architecture.axis(axis))
-                if axis in per_layer
-                else [None]
-            )
-            self._keys += [(axis, layer) for layer in layers]
-        self.networks = nn.ModuleList(
-            nn.Sequential(
-                nn.Linear(len(self.names), width, bias=False),
-                nn.LeakyReLU(0.1),
-                nn.Linear(width, len(self.choices[axis]), bias=False),
-            )
-            for axis, _ in self._keys
+            layers: Sequence[int | None] = [None]
+            if axis in per_layer:
+                layers = config.architecture.layers_with(config.parent_config, config.architecture.axis(axis))
+            self.keys += [(axis, layer) for layer in layers]
+        self.networks = nn.ModuleDict(
+            {
+                _name(key): nn.Sequential(
+                    nn.Linear(len(self.names), width, bias=False),
+                    nn.LeakyReLU(0.1),
+                    nn.Linear(width, len(self.choices[key[0]]), bias=False),
+                )
+                for key in self.keys
+            }
         )
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=std)
+        if self.full.is_homogeneous:
+            self._check_reach()
 
     # -- what it chooses -----------------------------------------------------------------------------------------------
 
-    def logits(self, budget: str | torch.Tensor) -> dict[tuple[str, int | None], torch.Tensor]:
+    def logits(self, budget: str | torch.Tensor) -> dict[Key, torch.Tensor]:
         """Logits over the choices of every axis.
 
         Args:
-            budget (`str` or `torch.Tensor`): A budget of the router, or weights over `names` between them, `(budgets,)`.
+            budget (`str` or `torch.Tensor`): A budget of the router, or weights over `names` between them, `(..., budgets)`.
         """
         device = next(self.parameters()).device
         if isinstance(budget, str):
             if budget not in self.names:
                 raise ElasticConfigError(f"unknown budget {budget!r}; the router has {', '.join(self.names)}.")
             budget = F.one_hot(torch.tensor(self.names.index(budget)), len(self.names)).float()
-        return {key: network(budget.to(device)) for key, network in zip(self._keys, self.networks, strict=True)}
+        return {
+            key: network(budget.to(device)) for key, network in zip(self.keys, self.networks.values(), strict=True)
+        }
 
     def sample(
         self,
@@ -133,7 +147,7 @@ class BudgetRouter(nn.Module):
         *,
         hard: bool = False,
         generator: torch.Generator | None = None,
-    ) -> dict[tuple[str, int | None], torch.Tensor]:
+    ) -> dict[Key, torch.Tensor]:
         """Gumbel-Softmax probabilities of every axis (eq. 8), one-hot with soft gradients if `hard`."""
         sampled = {}
         for key, logits in self.logits(budget).items():
@@ -147,7 +161,7 @@ class BudgetRouter(nn.Module):
             sampled[key] = soft
         return sampled
 
-    def mixture(self, probabilities: Mapping[tuple[str, int | None], torch.Tensor]) -> Mixture:
+    def mixture(self, probabilities: Mapping[Key, torch.Tensor]) -> Mixture:
         """Probabilities as the undecided submodel that the model runs."""
         layers = None
         if LAYERS in self.choices:
@@ -159,14 +173,14 @@ class BudgetRouter(nn.Module):
     # -- what it costs -------------------------------------------------------------------------------------------------
 
     def expected(self, mixture: Mixture, limit: Limit) -> torch.Tensor:
-        """The exact counter at the expected sizes: total or active parameters, or bytes."""
-        total = self._measure(None, mixture, limit)
-        for layer in self._full.layers:
-            part = self._measure(layer, mixture, limit)
+        """The exact counter at the expected sizes: total or active parameters, or bytes of weights and caches."""
+        total = self._expected(None, mixture, limit)
+        for layer in self.full.layers:
+            part = self._expected(layer, mixture, limit)
             total = total + (part if mixture.layers is None else mixture.layers[layer] * part)
         return torch.as_tensor(total, dtype=torch.float32)
 
-    def resource_loss(self, budget: str, probabilities: Mapping[tuple[str, int | None], torch.Tensor]) -> torch.Tensor:
+    def resource_loss(self, budget: str, probabilities: Mapping[Key, torch.Tensor]) -> torch.Tensor:
         r"""`abs(P(d) / target - 1)` at the expected sizes d, zero inside the dead zone; for the whole parent instead
         `10 * MSE(pi, one-hot largest)`, as nothing but the largest choice is right there (eq. 12).
         """
@@ -181,118 +195,106 @@ class BudgetRouter(nn.Module):
 
     # -- what it decides -----------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def decide(self, within: float = DEAD_ZONE) -> dict[str, Submodel]:
-        """The submodel of every target: the likeliest choices whose exact cost is within 5 % of the target, nested from large to small.
+    def decide(self, within: float = DEAD_ZONE) -> Decided:
+        """Turn the choices into submodels that meet their targets by the exact count, nested from large to small; see
+        [`hf_elastic.decisions`]."""
+        return decide(self, within)
 
-        The argmax alone can miss a target that the expected sizes met, so for axes with one choice in all layers combinations are
-        tried in the order of their probability. Per-layer axes take their argmax.
+    def freeze(self) -> BudgetRouter:
+        """Train no further."""
+        return self.requires_grad_(False).eval()
+
+    # -- on disk -------------------------------------------------------------------------------------------------------
+
+    def describe(self) -> dict[str, Any]:
+        """What it is rebuilt from, besides the axes of its config and its weights; `router` in the `elastic` section."""
+        return {"targets": dict(self.targets), "per_layer": list(self.per_layer), "width": self.width}
+
+    def rebuilt(self, config: ElasticConfig) -> BudgetRouter:
+        """The same router for a config with the same axes, such as that of a parent with another vocabulary."""
+        router = _described(config, self.describe())
+        router.load_state_dict(self.state_dict())
+        return router.to(next(self.parameters()).device).freeze()
+
+    def save(self, folder: Path) -> None:
+        """Write the weights into a folder."""
+        state = {name: tensor.detach().contiguous().cpu() for name, tensor in self.state_dict().items()}
+        save_file(state, folder / ROUTER_FILE, {"format": "pt"})
+
+    def load(self, file: Path) -> BudgetRouter:
+        """Read weights that `save` wrote.
 
         Raises:
-            `ElasticConfigError`: no combination of choices comes near a target.
+            `CheckpointError`: the file is missing, damaged, or of a router with other axes, choices or targets. Nothing was changed.
         """
-        decided: dict[str, Submodel] = {}
-        larger = self._full
-        for name in self.names[1:]:
-            log_pi = {key: logits.log_softmax(-1) for key, logits in self.logits(name).items()}
-            decided[name] = larger = self._nearest(name, log_pi, larger, within)
-        return decided
-
-    def report(self, decided: Mapping[str, Submodel]) -> list[dict[str, Any]]:
-        """What was chosen for every target, what it costs, and how far that is from the target."""
-        rows = []
-        for name, submodel in decided.items():
-            limit = self.limits[name]
-            cost = limit.measure(self._count(submodel), self._dtype())
-            rows.append(
-                {
-                    "budget": name,
-                    "target": str(limit),
-                    "quantity": limit.quantity,
-                    "cost": cost,
-                    "miss": cost / limit.value - 1,
-                    "sizes": {axis: submodel.to_dict()[axis] for axis in submodel.cuts(self._full)},
-                }
+        try:
+            state = load_file(file)
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{file} is missing, though the config says that there is a router.") from error
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{file} cannot be read as safetensors, it is damaged or incomplete ({error}); fetch or save it again."
+            ) from error
+        mine = self.state_dict()
+        wrong = sorted(mine.keys() ^ state.keys())
+        wrong += [name for name in mine.keys() & state.keys() if mine[name].shape != state[name].shape]
+        wrong += [name for name in mine.keys() & state.keys() if not state[name].isfinite().all()]
+        if wrong:
+            raise CheckpointError(
+                f"{file} does not fit the router of this config ({len(wrong)} tensors, the first is {wrong[0]}); it belongs to other axes, "
+                "choices or targets, or is damaged."
             )
-        return rows
+        self.load_state_dict(state)
+        return self
 
     # -- helpers -------------------------------------------------------------------------------------------------------
 
-    def _dtype(self) -> torch.dtype:
-        dtype = self.config.dtype
-        return dtype if isinstance(dtype, torch.dtype) else torch.float32
+    def measure(self, cost: Cost, limit: Limit) -> Any:
+        """The quantity of a cost that a limit is about."""
+        return limit.measure(cost, _load_dtype(self.config))
+
+    @torch.no_grad()
+    def _check_reach(self) -> None:
+        smallest = {key: F.one_hot(torch.tensor(len(self.choices[key[0]]) - 1)).float() for key in self.keys}
+        for name, limit in self.limits.items():
+            least = float(self.expected(self.mixture(smallest), limit))
+            if least > (1 + DEAD_ZONE) * limit.value:
+                raise ElasticConfigError(
+                    f"router target {name!r}={self.targets[name]!r} is out of reach: the smallest choices of all axes need "
+                    f"{replace(limit, value=least)}. Give smaller choices, or more axes."
+                )
 
     def _share(self, name: str) -> float:
         limit = self.limits[name]
-        return limit.value / limit.measure(self._count.full, self._dtype())
+        return limit.value / self.measure(self.count.full, limit)
 
-    def _measure(self, layer: int | None, mixture: Mixture, limit: Limit) -> Any:
-        return limit.measure(self._count.count(layer, mixture.expected(self._full, layer)), self._dtype())
-
-    def _nearest(
-        self, name: str, log_pi: Mapping[tuple[str, int | None], torch.Tensor], larger: Submodel, within: float
-    ) -> Submodel:
-        limit = self.limits[name]
-        fixed = {key: int(values.argmax()) for key, values in log_pi.items() if key[1] is not None}
-        free = [key for key in log_pi if key[1] is None]
-        options = itertools.product(*(range(len(self.choices[axis])) for axis, _ in free))
-        ranked = sorted(options, key=lambda picks: -sum(float(log_pi[k][i]) for k, i in zip(free, picks, strict=True)))
-        nearest, smallest_miss = None, math.inf
-        for picks in ranked:
-            try:
-                submodel = self._build({**fixed, **dict(zip(free, picks, strict=True))}, larger)
-            except ElasticConfigError:  # sizes that the stock config cannot have together
-                continue
-            miss = abs(limit.measure(self._count(submodel), self._dtype()) / limit.value - 1)
-            if submodel != larger and miss <= within:
-                return submodel
-            if submodel != larger and miss < smallest_miss:
-                nearest, smallest_miss = submodel, miss
-        if nearest is None:
-            raise ElasticConfigError(
-                f"no choice for budget {name!r} is smaller than the budget before it; give more choices."
-            )
-        return nearest
-
-    def _build(self, picks: Mapping[tuple[str, int | None], int], larger: Submodel) -> Submodel:
-        """The submodel of these choices, cut down to nest in a larger one."""
-        sizes: dict[str, Any] = {}
-        layers = larger.layers
-        for (axis, layer), i in picks.items():
-            size = self.choices[axis][i]
-            if axis == LAYERS:
-                ranking = [i for i in self.config.axes[LAYERS]["ranking"] if i in larger.layers]
-                layers = tuple(sorted(ranking[:size]))
-            elif layer is not None:
-                sizes.setdefault(axis, {})[layer] = size
-            elif isinstance(larger[axis], int):
-                sizes[axis] = min(size, larger[axis])  # type: ignore[type-var]
-            else:
-                sizes[axis] = {at: size for at, whole in enumerate(self._full[axis]) if whole is not None}  # type: ignore[arg-type]
-        for axis, size in sizes.items():
-            if isinstance(size, dict):
-                bound = larger[axis]
-                sizes[axis] = {at: min(s, bound[at] or s) for at, s in size.items()}  # type: ignore[index]
-        return self._architecture.submodel(self._parent, {**sizes, LAYERS: list(layers)}, "the router's choice")
+    def _expected(self, layer: int | None, mixture: Mixture, limit: Limit) -> Any:
+        return self.measure(self.count.count(layer, mixture.expected(self.full, layer)), limit)
 
 
-def _limits(targets: Mapping[str, str | float], full: Cost, dtype: torch.dtype) -> dict[str, Limit]:
-    limits = {}
-    for name, target in targets.items():
-        if isinstance(target, float) and 0 < target < 1:
-            limit: Limit | None = Limit("total", target * full.total_params)
-        else:
-            limit = parse_limit(target) if not isinstance(target, bool) else None
-        if limit is None or name == FULL:
-            raise ElasticConfigError(
-                f"router target {name!r}={target!r} must be a share of the parent (0.5), or '12B', '2.1B active', '24GB'; 'full' is implied."
-            )
-        whole = limit.measure(full, dtype)
-        if limit.value >= whole:
-            raise ElasticConfigError(
-                f"router target {name!r}={target!r} is not below the parent's {Limit(limit.quantity, whole)}."
-            )
-        limits[name] = limit
-    if not limits:
-        raise ElasticConfigError("the router needs at least one target.")
-    return limits
+def read_router(config: ElasticConfig, repo: str | os.PathLike[str], **hub: Any) -> BudgetRouter | None:
+    """The router of a folder or Hub repository, if its config says that there is one.
+
+    Raises:
+        `CheckpointError`: the file is missing, damaged, or does not fit the config.
+    """
+    if "router" not in config.elastic:
+        return None
+    router = _described(config, config.elastic["router"])
+    path = cached_file(repo, ROUTER_FILE, _raise_exceptions_for_missing_entries=False, **hub)
+    return router.load(Path(path) if path else Path(repo) / ROUTER_FILE).freeze()
+
+
+def _described(config: ElasticConfig, description: Mapping[str, Any]) -> BudgetRouter:
+    """A router whose weights are to be loaded; making it draws none of the numbers that the caller's seed stands for."""
+    with torch.random.fork_rng(devices=[]):
+        return BudgetRouter(config, **description)
+
+
+def _name(key: Key) -> str:
+    axis, layer = key
+    return axis if layer is None else f"{axis}:{layer}"
+
+
+def _load_dtype(config: ElasticConfig) -> torch.dtype:
+    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32

@@ -17,9 +17,13 @@ from .architectures import uniform
 from .budgets import Budget
 from .configuration_elastic import ElasticConfig
 from .errors import CheckpointError, ElasticConfigError
+from .router import ROUTER_FILE, BudgetRouter
+from .section import checked_section
 
 _HUB_KWARGS = ("repo_id", "commit_message", "create_pr", "private", "token")
-_WEIGHT_FILE = re.compile(r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?")
+_WEIGHT_FILE = re.compile(
+    r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?|" + re.escape(ROUTER_FILE)
+)
 
 
 @contextmanager
@@ -60,9 +64,25 @@ def replacing(directory: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 class SavingMixin:
-    """`save_pretrained` of an elastic checkpoint."""
+    """`save_pretrained` of an elastic checkpoint, and the router that goes with it."""
 
     elastic_config: ElasticConfig
+
+    @property
+    def router(self) -> BudgetRouter | None:
+        """The router that chose the budgets, or is choosing them, if there is one. It is no part of the module tree: `parameters()`,
+        `state_dict()`, `to()` and exports are those of the model alone."""
+        return self.__dict__.get("_router") if "router" in self.elastic_config.elastic else None
+
+    def attach_router(self, router: BudgetRouter | None) -> None:
+        """Have a router saved with the model from now on; `None` takes it off. Slices (`budget=`) are saved without it."""
+        section = {
+            key: value for key, value in self.elastic_config.elastic.items() if key not in ("router", "version")
+        }
+        if router is not None:
+            section["router"] = router.describe()
+        self.elastic_config.elastic = checked_section(self.elastic_config.parent_config, section)
+        self.__dict__["_router"] = router  # nn.Module's own assignment would make it a child
 
     def save_pretrained(
         self,
@@ -73,13 +93,13 @@ class SavingMixin:
         is_main_process: bool = True,
         **kwargs: Any,
     ) -> None:
-        """Save an elastic checkpoint, in the parent's own Hub key layout, that nests the same budgets.
+        """Save an elastic checkpoint, in the parent's own Hub key layout, that nests the same budgets, with the router if there is one.
 
         Saves everything that is loaded, whichever budget is active, so that no weight is lost by saving while switched.
 
         Args:
             save_directory (`str` or `os.PathLike`): Folder to write into. If saving fails, what it held before is untouched.
-            budget (*optional*): Save only this size and the budgets that nest in it.
+            budget (*optional*): Save only this size and what nests in it, without the router.
             push_to_hub (`bool`, *optional*, defaults to `False`): As in `PreTrainedModel.save_pretrained`.
             kwargs: As in `PreTrainedModel.save_pretrained` (`max_shard_size`, `variant`, ...).
         """
@@ -98,6 +118,12 @@ class SavingMixin:
             self._check_state_dict(kwargs.get("state_dict"))
             with replacing(save_directory) as scratch:
                 self._write_stock(scratch, *args, **kwargs)
+                if (described := elastic.elastic.get("router")) is not None:
+                    if self.router is None or self.router.describe() != described:
+                        raise CheckpointError(
+                            "elastic_config describes another router than the one that is attached; call attach_router()."
+                        )
+                    self.router.save(scratch)
                 self._written_config(elastic).save_pretrained(scratch)
         if push_to_hub:
             repo_id = hub.pop("repo_id", Path(save_directory).name)

@@ -14,10 +14,11 @@ from .cost import CostModel
 from .errors import ElasticConfigError, did_you_mean
 from .submodel import LAYERS, Submodel
 
-FORMAT_VERSION = 1
-"""Version of the section on disk. A reader refuses newer ones."""
+FORMAT_VERSION = 2
+"""Version of the section on disk. A reader refuses newer ones; a writer writes the oldest that holds what it has to say."""
 
-_SECTION_KEYS = {"version", "axes", "budgets"}
+_SECTION_KEYS = {1: {"version", "axes", "budgets"}, 2: {"version", "axes", "budgets", "interpolated", "router"}}
+_ROUTER_KEYS = {"targets", "per_layer", "width"}
 _AXIS_KEYS = {"choices", "policy", "ranking"}
 _BUDGET_KEYS = {"sizes", "total_params", "active_params"}
 
@@ -56,12 +57,13 @@ def describe_axes(
 
 
 def checked_section(parent: PreTrainedConfig, section: Any) -> dict[str, Any]:
-    """Validate the `elastic` section, complete its counts, and order the budgets from large to small."""
+    """Validate the `elastic` section, complete its counts, and order the submodels from large to small."""
     if not isinstance(section, Mapping):
         raise ElasticConfigError(
             "config.json has no `elastic` section; elastify() or ElasticConfig.from_parent() writes one."
         )
-    version = section.get("version", FORMAT_VERSION)
+    needed = 1 if section.keys() <= _SECTION_KEYS[1] else FORMAT_VERSION
+    version = section.get("version", needed)
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
         raise ElasticConfigError(f"elastic.version={version!r} must be a whole number of at least 1.")
     if version > FORMAT_VERSION:
@@ -69,7 +71,7 @@ def checked_section(parent: PreTrainedConfig, section: Any) -> dict[str, Any]:
             f"this checkpoint has elastic format {version}, this hf_elastic reads up to {FORMAT_VERSION}; "
             "pip install --upgrade hf-elastic."
         )
-    _refuse_unknown(section, _SECTION_KEYS, "elastic")
+    _refuse_unknown(section, _SECTION_KEYS[version], f"elastic (format {version})")
     architecture = get_architecture(parent.model_type)
     axes, budgets = section.get("axes", {}), section.get("budgets", {})
     if not isinstance(budgets, Mapping):
@@ -78,20 +80,43 @@ def checked_section(parent: PreTrainedConfig, section: Any) -> dict[str, Any]:
     submodels: dict[str, Submodel] = {}
     for name, entry in budgets.items():
         submodels[name] = _check_budget(architecture, parent, name, entry, axes)
+    interpolated = section.get("interpolated", [])
+    if not isinstance(interpolated, list):
+        raise ElasticConfigError(f"elastic.interpolated={interpolated!r} must be a list.")
+    between = [
+        _check_entry(architecture, parent, f"elastic.interpolated[{i}]", entry, axes)
+        for i, entry in enumerate(interpolated)
+    ]
     count = CostModel(parent)
-    costs = {name: count(submodel) for name, submodel in submodels.items()}
-    checked: dict[str, Any] = {}
-    for name in sorted(costs, key=lambda n: -costs[n].total_params):
-        checked[name] = {"sizes": submodels[name].to_dict()}
-        for key in ("total_params", "active_params"):
-            checked[name][key] = getattr(costs[name], key)
-            given = budgets[name].get(key, checked[name][key])
-            if given != checked[name][key]:
-                raise ElasticConfigError(
-                    f"budget {name!r} says {key}={given}, its sizes have {checked[name][key]}; config.json was edited or damaged."
-                )
-    _check_nesting(list(checked), submodels)
-    return {"version": version, "axes": copy.deepcopy(dict(axes)), "budgets": checked}
+    entries = [(name, submodels[name], entry) for name, entry in budgets.items()]
+    entries += [(None, submodel, entry) for submodel, entry in zip(between, interpolated, strict=True)]
+    entries = [(name, submodel, _counted(count, name, submodel, entry)) for name, submodel, entry in entries]
+    entries.sort(key=lambda made: -made[2]["total_params"])
+    _check_nesting([(name, submodel) for name, submodel, _ in entries])
+    checked: dict[str, Any] = {
+        "version": version,
+        "axes": copy.deepcopy(dict(axes)),
+        "budgets": {name: entry for name, _, entry in entries if name is not None},
+    }
+    if between:
+        checked["interpolated"] = [entry for name, _, entry in entries if name is None]
+    if "router" in section:
+        checked["router"] = _checked_router(section["router"])
+    return checked
+
+
+def _counted(count: CostModel, name: str | None, submodel: Submodel, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """An entry of `budgets` or `interpolated` with its counts, which have to be the ones it gives."""
+    cost, checked = count(submodel), {"sizes": submodel.to_dict()}
+    for key in ("total_params", "active_params"):
+        checked[key] = getattr(cost, key)
+        given = entry.get(key, checked[key])
+        if given != checked[key]:
+            where = "an interpolated submodel" if name is None else f"budget {name!r}"
+            raise ElasticConfigError(
+                f"{where} says {key}={given}, its sizes have {checked[key]}; config.json was edited or damaged."
+            )
+    return checked
 
 
 def _refuse_unknown(mapping: Mapping[str, Any], known: set[str], where: str) -> None:
@@ -152,16 +177,22 @@ def _check_budget(
     where = f"budget {name!r}"
     if not isinstance(name, str) or not name.strip() or name != name.strip():
         raise ElasticConfigError(f"{where}: a name must be a text without spaces around it.")
+    submodel = _check_entry(architecture, parent, where, entry, axes)
+    if name.lower() == FULL and submodel != architecture.full(parent):
+        raise ElasticConfigError(
+            f"{where}: that name stands for the whole parent, choose another for a smaller submodel."
+        )
+    return submodel
+
+
+def _check_entry(
+    architecture: Architecture, parent: PreTrainedConfig, where: str, entry: Any, axes: Mapping[str, Any]
+) -> Submodel:
     if not isinstance(entry, Mapping) or not isinstance(entry.get("sizes"), Mapping):
         raise ElasticConfigError(f"{where}={entry!r} must be a dict with `sizes`, a dict from axis to size.")
     _refuse_unknown(entry, _BUDGET_KEYS, where)
     submodel = architecture.submodel(parent, entry["sizes"], where)
-    full = architecture.full(parent)
-    if name.lower() == FULL and submodel != full:
-        raise ElasticConfigError(
-            f"{where}: that name stands for the whole parent, choose another for a smaller submodel."
-        )
-    for axis in submodel.cuts(full):
+    for axis in submodel.cuts(architecture.full(parent)):
         if axis not in axes:
             raise ElasticConfigError(
                 f"{where} cuts {axis!r}, which elastic.axes does not list ({', '.join(axes) or 'none'})."
@@ -175,16 +206,34 @@ def _check_budget(
     return submodel
 
 
-def _check_nesting(names: list[str], submodels: Mapping[str, Submodel]) -> None:
-    for larger, smaller in zip(names, names[1:], strict=False):
-        outer, inner = submodels[larger], submodels[smaller]
+def _check_nesting(members: list[tuple[str | None, Submodel]]) -> None:
+    """Refuse submodels, largest first, that do not nest; those without a name lie between budgets."""
+    for (larger, outer), (smaller, inner) in zip(members, members[1:], strict=False):
         if outer == inner:
-            raise ElasticConfigError(f"budgets {larger!r} and {smaller!r} are the same submodel.")
+            raise ElasticConfigError(f"budgets {_called(larger)} and {_called(smaller)} are the same submodel.")
         if not inner.nests_in(outer):
             raise ElasticConfigError(
-                f"budget {smaller!r} does not nest in {larger!r}: {_why_not_nested(inner, outer)}. Every size of a smaller budget must "
-                "be at most the larger one's, in every layer."
+                f"budget {_called(smaller)} does not nest in {_called(larger)}: {_why_not_nested(inner, outer)}. Every size of a smaller "
+                "budget must be at most the larger one's, in every layer."
             )
+    if members and members[-1][0] is None:
+        raise ElasticConfigError(
+            "elastic.interpolated: the smallest lies below every budget; none interpolates there."
+        )
+
+
+def _called(name: str | None) -> str:
+    return "(interpolated)" if name is None else repr(name)
+
+
+def _checked_router(router: Any) -> dict[str, Any]:
+    """What a router is rebuilt from; [`hf_elastic.router.BudgetRouter`] checks the values against the axes and the parent."""
+    if not isinstance(router, Mapping):
+        raise ElasticConfigError(f"elastic.router={router!r} must be a dict.")
+    _refuse_unknown(router, _ROUTER_KEYS, "elastic.router")
+    if missing := sorted(_ROUTER_KEYS - router.keys()):
+        raise ElasticConfigError(f"elastic.router does not say {missing[0]}; config.json was edited or damaged.")
+    return copy.deepcopy(dict(router))
 
 
 def _why_not_nested(inner: Submodel, outer: Submodel) -> str:

@@ -75,6 +75,15 @@ def test_plan_schema_and_exact_numbers(elastic, capsys):
     assert model.num_parameters() == custom["total_params"]
 
 
+def test_plan_shows_what_a_budget_selects(elastic, capsys):
+    plan = run_json(capsys, "plan", elastic / "elastic", "--json", "--budget", "100GB", "--budget", "80k")["budgets"]
+    assert [entry["name"] for entry in plan[-2:]] == ["100GB", "80k"]
+    assert plan[-2]["sizes"] == plan[0]["sizes"]
+    assert plan[-1]["total_params"] <= 80_000
+    assert main(["plan", str(elastic / "elastic"), "--budget", "3"]) != 0
+    assert "no submodel fits" in capsys.readouterr().err
+
+
 def test_plan_takes_a_plain_folder_with_nothing_but_a_config(tmp_path, capsys):
     (tmp_path / "config.json").write_bytes((PARENT_DIR / "config.json").read_bytes())
     plan = run_json(capsys, "plan", tmp_path, "--json", "--size", "layers=0,1,2")

@@ -239,6 +239,18 @@ def test_a_submodel_of_another_parent_is_refused(config):
         ("512 mb", Limit("bytes", 512e6)),
         ("1kb", Limit("bytes", 1e3)),
         ("0.5TB", Limit("bytes", 0.5e12)),
+        ({"memory": "24GB"}, Limit("bytes", 24e9)),
+        ({"memory": 24e9, "dtype": "float8_e4m3fn"}, Limit("bytes", 24e9, torch.float8_e4m3fn)),
+        (
+            {
+                "memory": "1GiB",
+                "context_length": 8,
+                "batch_size": 2,
+                "dtype": torch.float16,
+                "cache_dtype": "bfloat16",
+            },
+            Limit("bytes", 2**30, torch.float16, 8, 2, torch.bfloat16),
+        ),
         ("small", None),
         ("12x", None),
         ("12B idle", None),
@@ -249,6 +261,48 @@ def test_a_submodel_of_another_parent_is_refused(config):
 )
 def test_reading_limits(written, limit):
     assert parse_limit(written) == limit
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ({"memory": "24GB", "batchsize": 2}, r"unknown key 'batchsize'; .* Did you mean 'batch_size'\?"),
+        ({"memory": "12B"}, "memory='12B' must be a number of bytes, or a text such as '24GB'"),
+        ({"memory": True}, "memory=True must be"),
+        ({"memory": 0}, "must be a positive number"),
+        ({"memory": "24GB", "context_length": 0}, "context_length=0 must be a whole number of at least 1"),
+        ({"memory": "24GB", "context_length": 1.5}, "context_length=1.5 must be"),
+        ({"memory": "24GB", "context_length": 8, "batch_size": True}, "batch_size=True must be"),
+        ({"memory": "24GB", "batch_size": 2}, "batch_size says how large caches are, which needs context_length too"),
+        ({"memory": "24GB", "dtype": "int8"}, "dtype='int8' must be one of float32, bfloat16"),
+        ({"memory": "24GB", "dtype": ["bfloat16"]}, "must be one of"),
+    ],
+    ids=str,
+)
+def test_memory_limits_that_are_none(written, message, config):
+    for read in (parse_limit, config.resolve):
+        with pytest.raises(ElasticConfigError, match=message):
+            read(written)
+
+
+@each_model
+def test_by_memory_with_caches(name):
+    """A long context makes room for a smaller member only; the numbers are added up from the table's counts."""
+    config = family(name)
+    tokens, sequences, dtype = 4000, 3, torch.bfloat16
+    needs = {
+        member: cost.weight_bytes(dtype)
+        + sequences * (tokens * 2 * cost.kv_elements + 2 * cost.conv_elements + 4 * cost.ssm_elements)
+        for member, cost in config.costs().items()
+    }
+    for member, value in needs.items():
+        limit = {"memory": value, "context_length": tokens, "batch_size": sequences, "dtype": "bfloat16"}
+        assert config.name_of(config.resolve(limit)) == member
+        assert config.name_of(config.resolve({"memory": value, "dtype": "bfloat16"})) in config.family()
+        wide = config.resolve({**limit, "memory": max(needs.values()), "cache_dtype": "float8_e5m2"})
+        assert config.name_of(wide) == next(iter(needs))
+    with pytest.raises(UnknownBudgetError, match=r"with the caches of 3 x 4000 tokens: the smallest, 'small', needs"):
+        config.resolve({**limit, "memory": value - 1})
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 from hf_elastic import ElasticConfigError, Scores, UnknownBudgetError, UnsupportedArchitectureError, elastify
+from hf_elastic.cost import CostModel
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}  # reordered float32 sums
 
@@ -72,6 +73,21 @@ def test_targets_are_met_by_the_exact_count(original, calibration):
     for name, count in counts.items():
         with elastic.at(name):
             assert elastic.num_parameters() == count
+
+
+def test_a_target_of_memory_counts_the_caches(original, calibration):
+    def needs(cost):
+        return cost.weight_bytes(torch.bfloat16) + cost.cache_bytes(500, 2)
+
+    parent = original("nano2")
+    most = int(0.8 * needs(CostModel(parent.config).full))
+    target = {"memory": most, "context_length": 500, "batch_size": 2, "dtype": "bfloat16"}
+    elastic = elastify(
+        parent, calibration, axes=["hidden", "ffn", "mamba_heads"], budgets={"a": target}, progress=False
+    )
+    found, whole = elastic.elastic_config.costs()["a"], elastic.elastic_config.costs()["full"]
+    assert needs(found) <= most < needs(whole)
+    assert needs(found) > 0.8 * most
 
 
 def test_a_target_nests_in_sizes_given_beside_it(original, calibration):

@@ -135,7 +135,7 @@ def test_gradients_reach_every_network_of_the_router(name, soft, ids):
     loss = model(ids, labels=ids, use_cache=False).loss
     loss.backward()
     units.uninstall()
-    for network in router.networks:
+    for network in router.networks.values():
         assert network[2].weight.grad.abs().sum() > 0
     missing = [key for key, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     assert not missing
@@ -228,7 +228,7 @@ def test_hard_samples_have_the_soft_gradient(original):
         router.zero_grad()
         sample = router.sample("half", 1.0, hard=hard, generator=torch.Generator().manual_seed(3))["ffn", None]
         (sample * torch.tensor([1.0, 3.0])).sum().backward()
-        gradient = router.networks[0][2].weight.grad
+        gradient = router.networks["ffn"][2].weight.grad
         if not hard:
             soft_gradient = gradient.clone()
     torch.testing.assert_close(gradient, soft_gradient)
@@ -239,16 +239,16 @@ def test_decisions_nest_and_meet_their_targets_by_the_exact_count(name, original
     model = original(name)
     torch.manual_seed(4)
     router = BudgetRouter(config_of(model, name), {"a": 0.8, "b": 0.6, "c": 0.45}, std=0.5)
-    decided = router.decide()
+    decided = router.decide().submodels
     full = CostModel(model.config).full.total_params
     count = CostModel(model.config)
-    larger = model_full = router._full
+    larger = model_full = router.full
     for budget, share in (("a", 0.8), ("b", 0.6), ("c", 0.45)):
         assert abs(count(decided[budget]).total_params / (share * full) - 1) <= DEAD_ZONE
         assert decided[budget].nests_in(larger)
         larger = decided[budget]
     assert decided["a"] != model_full
-    report = router.report(decided)
+    report = router.decide().report
     assert [row["budget"] for row in report] == ["a", "b", "c"]
     assert all(row["cost"] == count(decided[row["budget"]]).total_params for row in report)
     sizes = {budget: submodel.to_dict() for budget, submodel in decided.items()}
@@ -263,12 +263,12 @@ def test_decisions_follow_the_likeliest_choices(original):
     router = BudgetRouter(config, {"less": 0.8})
     for preferred, other in (("ffn", "mamba_heads"), ("mamba_heads", "ffn")):
         with torch.no_grad():
-            for (axis, _), network in zip(router._keys, router.networks, strict=True):
+            for (axis, _), network in zip(router.keys, router.networks.values(), strict=True):
                 network[0].weight.fill_(1.0)
                 network[2].weight.fill_(0.0)
                 network[2].weight[0 if axis == preferred else 1] = 0.1
-        chosen = router.decide(within=1.0)["less"]
-        full = router._full
+        chosen = router.decide(within=1.0).submodels["less"]
+        full = router.full
         assert max(chosen.values(preferred)) == max(full.values(preferred))
         assert max(chosen.values(other)) == 4
 
@@ -277,7 +277,7 @@ def test_budgets_between_are_interpolated(original):
     config = ElasticConfig.from_parent(original("nano2").config, {}, choices={"ffn": [40, 20]})
     router = BudgetRouter(config, {"half": 0.9})
     mean = router.logits(torch.tensor([0.5, 0.5]))["ffn", None]
-    network = router.networks[0]
+    network = router.networks["ffn"]
     torch.testing.assert_close(mean, network(torch.tensor([0.5, 0.5])))
     assert not torch.equal(mean, router.logits("half")["ffn", None])
 
@@ -296,6 +296,20 @@ def test_schedules_are_linear_and_stop_at_their_ends():
         ({"half": 1e12}, {}, "is not below the parent's"),
         ({"half": "lots"}, {}, "must be a share of the parent"),
         ({"full": 0.5}, {}, "'full' is implied"),
+        ({"Full": 0.5}, {}, "'full' is implied"),
+        ({" half": 0.5}, {}, "a name must be a text without spaces around it"),
+        ([0.5], {}, "must be a dict from budget to target"),
+        ({"half": [0.5]}, {}, "must be a share of the parent"),
+        ({"half": True}, {}, "must be a share of the parent"),
+        ({"half": 0.01}, {}, "is out of reach: the smallest choices of all axes need"),
+        (
+            {"half": {"memory": "1TB", "context_length": 9}},
+            {},
+            r"not below the parent's .* with the caches of 1 x 9 tokens",
+        ),
+        ({"half": {"memory": "1kB", "context_length": 9}}, {}, "is out of reach"),
+        ({"half": {"memory": "1MB", "context": 9}}, {}, "unknown key 'context'"),
+        ({"half": 0.5}, {"width": 0}, "width=0 of the router must be a whole number of at least 1"),
         ({"half": 0.5}, {"per_layer": ["hidden"]}, "must be an elastic axis that belongs to layers"),
         ({"half": 0.5}, {"per_layer": ["fnn"]}, "must be an elastic axis that belongs to layers"),
     ],

@@ -32,7 +32,7 @@ class CheckpointsMixin(SFTTrainer):
             resume_from_checkpoint = last_complete(self.args.output_dir)
         result = super().train(resume_from_checkpoint, *args, **kwargs)
         if self._undecided and self.state.global_step >= self.args.router_steps:
-            self._decide(self._undecided)
+            self._undecided.decide()
         return result
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

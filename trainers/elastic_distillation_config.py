@@ -39,16 +39,20 @@ class ElasticDistillationConfig(SFTConfig):
         hidden_loss_layers (`list[int]`, *optional*):
             Layers of the parent, counted from 0, after which to compare; those that a budget drops are passed over. Defaults to all.
         eval_budgets (`list[str]`, *optional*): Budgets to evaluate, defaults to all.
-        router_targets (`dict[str, str | float]`, *optional*):
-            Learn the sizes: per budget what it may cost, a share of the parent's parameters (`0.5`) or `"12B"`, `"2.1B active"`, `"24GB"`. The
-            model then has axes with choices and no budgets; a router decides them in the first `router_steps` steps
-            (arXiv 2511.16664, eq. 6-12), and the run goes on with what it decided.
+        router_targets (`dict[str, str | float | dict]`, *optional*):
+            Learn the sizes: per budget what it may cost, a share of the parent's parameters (`0.5`) or `"12B"`, `"2.1B active"`, `"24GB"`, or
+            a memory with caches, `{"memory": "24GB", "context_length": 32768, "batch_size": 4, "dtype": "bfloat16"}`. The model then
+            has axes with choices and no budgets; a router decides them in the first `router_steps` steps (arXiv 2511.16664, eq. 6-12), and
+            the run goes on with what it decided.
         router_steps (`int`, *optional*): Steps until the router decides; required with `router_targets`.
         router_learning_rate (`float`, *optional*, defaults to 1e-3): Of the router (the papers use 1e-2 over far longer runs).
         router_loss_weight (`float`, *optional*, defaults to 5.0): Of the resource loss against the divergence.
         router_hard_share (`float`, *optional*, defaults to 0.004):
             Share of micro-batches that run at a hard sample with straight-through gradients instead of a mixture, in [0, 1].
         router_per_layer (`list[str]`, *optional*): Axes with a size of their own in every layer.
+        freeze_router (`bool`, *optional*, defaults to `False`):
+            Take the router that the model was saved with, or that of the checkpoint to resume from (then with the run's
+            `router_targets`), train it no further, and run at what it chooses from the first step. `router_steps` stays 0.
         freeze_model (`bool`, *optional*, defaults to `False`):
             Train the router alone: no weight of the model changes, and the run ends when the router decides (`max_steps` =
             `router_steps`). The model stays frozen afterwards, as `requires_grad_(False)` leaves it.
@@ -94,6 +98,9 @@ class ElasticDistillationConfig(SFTConfig):
     router_per_layer: list[str] | None = field(
         default=None, metadata={"help": "Axes with a size of their own in every layer."}
     )
+    freeze_router: bool = field(
+        default=False, metadata={"help": "Run at what the saved router chooses, and train it no further."}
+    )
     freeze_model: bool = field(default=False, metadata={"help": "Train the router alone, until it decides."})
     teacher_model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Arguments of from_pretrained for a teacher given by name."}
@@ -113,7 +120,13 @@ class ElasticDistillationConfig(SFTConfig):
         if self.loss_chunk_size < 1:
             raise ElasticConfigError(f"loss_chunk_size={self.loss_chunk_size} must be at least 1.")
         self._check_hidden_loss()
-        if bool(self.router_targets) != (self.router_steps > 0):
+        if self.freeze_router:
+            if self.router_steps or self.freeze_model:
+                what = f"router_steps={self.router_steps}" if self.router_steps else "freeze_model=True"
+                raise ElasticConfigError(
+                    f"{what} does not work with freeze_router=True: nothing trains a frozen router."
+                )
+        elif bool(self.router_targets) != (self.router_steps > 0):
             raise ElasticConfigError(
                 f"router_steps={self.router_steps} with router_targets={self.router_targets!r}: give both, or neither."
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import warnings
 from collections.abc import Iterator
@@ -29,8 +28,6 @@ from .optimizing import OptimizingMixin
 from .reporting import ReportingMixin
 from .routing import Routing
 from .teacher import check_same_channels, load_teacher, prepare_teacher
-
-logger = logging.getLogger(__name__)
 
 _PAPER = {
     "title": "Nemotron Elastic: Towards Efficient Many-in-One Reasoning LLMs",
@@ -98,7 +95,7 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
         model.set_budget(None)
         if peft_config is not None:
             peft_config = check_adapters(model, peft_config)
-        self.routing = Routing(model, args) if args.router_targets else None
+        self.routing = Routing(model, args) if args.router_targets or args.freeze_router else None
         names = self.routing.router.names if self.routing else list(model.elastic_config.family())
         self.curriculum = make_curriculum(
             names,
@@ -109,7 +106,7 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
             args.seed,
             context=getattr(model.config, "max_position_embeddings", None),
             rows=args.rows_per_step,
-            routed=self.routing is not None,
+            routed=self.routing is not None and not args.freeze_router,
         )
         if names[0] not in {name for stage in self.curriculum.stages for name in stage.budget_probabilities}:
             warnings.warn(f"the whole parent ({names[0]!r}) is never drawn: nothing keeps it as it is.", stacklevel=2)
@@ -278,7 +275,7 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
     def _at(self, budget: str) -> Iterator[None]:
         """Run at a budget of the model, or at a mixture that the router draws for it."""
         if self._undecided and self.state.global_step >= self.args.router_steps:
-            self._decide(self._undecided)
+            self._undecided.decide()
         routing = self._undecided
         if routing is not None:
             with routing.at(budget, self.state.global_step, self._micro_batch):
@@ -286,13 +283,6 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
         else:
             with self._elastic.computing(budget):
                 yield
-
-    def _decide(self, routing: Routing) -> None:
-        for row in routing.decide():
-            sizes = ", ".join(f"{axis}={size}" for axis, size in row["sizes"].items())
-            logger.info(
-                "budget %s: %s, %+.1f %% of its target of %s", row["budget"], sizes, 100 * row["miss"], row["target"]
-            )
 
     @property
     def _elastic(self) -> ElasticForCausalLM:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,50 +11,66 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
-from hf_elastic import ElasticConfig, ElasticForCausalLM
+from hf_elastic import ElasticForCausalLM
+from hf_elastic.decisions import render
 from hf_elastic.errors import CheckpointError, ElasticConfigError
-from hf_elastic.router import BudgetRouter, Schedule
+from hf_elastic.router import ROUTER_FILE, BudgetRouter, Schedule
+from hf_elastic.section import checked_section
 from hf_elastic.soft import SoftUnits
-from hf_elastic.submodel import LAYERS
 
 from .elastic_distillation_config import ElasticDistillationConfig
 
-ROUTER_FILE = "router.safetensors"
+logger = logging.getLogger(__name__)
+
+REPORT_FILE = "router_report.json"
+"""In the output folder and in checkpoints: what the router chose for every target, and why."""
 
 
 class Routing:
     """A budget router in training, and what it decided.
 
     For the first `router_steps` steps every micro-batch runs at a Gumbel-Softmax mixture of the drawn budget and the resource loss is
-    added to the divergence. Then the choices become the model's budgets, and the run goes on with these.
+    added to the divergence. Then the choices become the model's budgets, and the run goes on with these. A frozen router
+    (`freeze_router`) decides at once: it is that of the model, or of the checkpoint that the run resumes from.
 
     Args:
-        model ([`ElasticForCausalLM`]): Its axes and choices are what is chosen among; it has no budgets yet.
-        args ([`ElasticDistillationConfig`]): `router_targets` and the other `router_*` fields.
+        model ([`ElasticForCausalLM`]): Its axes and choices are what is chosen among; it has no budgets yet. It keeps the router.
+        args ([`ElasticDistillationConfig`]): `router_targets`, `freeze_router` and the other `router_*` fields.
     """
 
     def __init__(self, model: ElasticForCausalLM, args: ElasticDistillationConfig):
+        self.model, self.args = model, args
+        self.schedule = Schedule(hard_share=args.router_hard_share)
+        self.report: list[dict[str, Any]] | None = None
+        self._soft: SoftUnits | None = None
+        self._sample: dict[Any, torch.Tensor] = {}
+        saved = model.router if args.freeze_router else None
+        self.router = self._new_router() if saved is None else saved
+        self._untrained = args.freeze_router and saved is None
+        self.router.to(model.device)
+        model.attach_router(self.router)
+        if saved is not None:
+            self.decide()
+
+    def _new_router(self) -> BudgetRouter:
+        model, args = self.model, self.args
+        if not args.router_targets:
+            raise ElasticConfigError(
+                "freeze_router=True, but the model has no router: load one that was saved with its router, or give router_targets and resume "
+                "from a checkpoint."
+            )
         if not isinstance(args.router_targets, dict):
             raise ElasticConfigError(f"router_targets={args.router_targets!r} must be a dict from budget to target.")
         if model.budgets:
             raise ElasticConfigError(
                 f"the model has budgets already ({', '.join(model.budgets)}); the router makes its own from the axes' choices. Start from "
-                "ElasticConfig.from_parent(parent, {}, choices=...), or leave out router_targets."
+                "elastify(parent, calibration, axes=...) without budgets, or leave out router_targets."
             )
-        self.model, self.args = model, args
         devices = {model.device.index} if model.device.type == "cuda" else set()
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(args.seed)
-            self.router = BudgetRouter(
-                model.elastic_config, args.router_targets, per_layer=args.router_per_layer or ()
-            )
-        self.router.to(model.device)
-        self.schedule = Schedule(hard_share=args.router_hard_share)
-        self.report: list[dict[str, Any]] | None = None
-        self._soft: SoftUnits | None = None
-        self._sample: dict[Any, torch.Tensor] = {}
+            return BudgetRouter(model.elastic_config, args.router_targets, per_layer=args.router_per_layer or ())
 
     @property
     def decided(self) -> bool:
@@ -80,44 +97,57 @@ class Routing:
         return self.args.router_loss_weight * self.router.resource_loss(budget, self._sample)
 
     def decide(self) -> list[dict[str, Any]]:
-        """Turn the router's choices into the model's budgets.
+        """Turn the router's choices into the model's budgets, freeze it, and report.
+
+        The report is logged, and written to `output_dir` as `router_report.json`.
 
         Returns:
-            `list[dict]`: Per target what was chosen, what it costs by the exact count, and how far that is from the target.
+            `list[dict]`: Per target what was chosen, what it costs by the exact count, how far that is from the target, and why.
         """
+        if self._untrained:
+            raise ElasticConfigError(
+                "freeze_router=True, but the router was never trained: load a model that was saved with its router, or resume from a "
+                "checkpoint of a run with router_targets."
+            )
         decided = self.router.decide()
         config = self.model.elastic_config
-        choices = {axis: entry["choices"] for axis, entry in config.axes.items()}
-        ranking = config.axes.get(LAYERS, {}).get("ranking")
-        sizes = {name: submodel.to_dict() for name, submodel in decided.items()}
-        made = ElasticConfig.from_parent(config.parent_config, sizes, choices=choices, layer_ranking=ranking)
-        config.elastic = made.elastic
-        self.report = self.router.report(decided)
-        self.router.requires_grad_(False)
+        section = checked_section(config.parent_config, decided.section(config.axes, self.router.describe()))
+        if config.budgets and config.budgets != section["budgets"]:
+            raise ElasticConfigError(
+                f"the model has budgets that its router does not choose ({', '.join(config.budgets)}); train at these without freeze_router, "
+                "or remove them from the config so that the router decides."
+            )
+        config.elastic = section
+        self.report = decided.report
+        self.router.freeze()
         self._soft = None
+        if self.args.should_save:
+            Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+            self._write_report(Path(self.args.output_dir))
+        logger.info("the router decided:\n%s", render(self.report))
+        for row in self.report:
+            if not row["met"]:
+                logger.warning(
+                    "budget %s misses its target by %+.1f %%: %s", row["budget"], 100 * row["miss"], row["why"]
+                )
         return self.report
 
     def save(self, folder: Path) -> None:
-        """Write the router beside a checkpoint."""
-        metadata = {"names": json.dumps(self.router.names), "report": json.dumps(self.report)}
-        save_file(
-            {key: tensor.contiguous().cpu() for key, tensor in self.router.state_dict().items()},
-            folder / ROUTER_FILE,
-            metadata,
-        )
+        """Write the router beside a checkpoint, and what it decided if it has."""
+        self.router.save(folder)
+        (folder / REPORT_FILE).unlink(missing_ok=True)
+        if self.decided:
+            self._write_report(folder)
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote; if it had decided, so has this one."""
-        path = folder / ROUTER_FILE
-        if not path.exists():
+        """Read what `save` wrote; if it had decided, so does this one."""
+        if not (folder / ROUTER_FILE).exists():
             raise CheckpointError(f"{folder} has no {ROUTER_FILE}; it was not made by a run with router_targets.")
-        self.router.load_state_dict(load_file(path))
-        if not self.decided and _was_decided(path):
+        self.router.load(folder / ROUTER_FILE)
+        self._untrained = False
+        if not self.decided and (folder / REPORT_FILE).exists():
             self.decide()
 
-
-def _was_decided(path: Path) -> bool:
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        return json.loads(file.metadata()["report"]) is not None
+    def _write_report(self, folder: Path) -> None:
+        text = json.dumps(self.report, indent=2, allow_nan=False) + "\n"
+        (folder / REPORT_FILE).write_text(text, encoding="utf-8")

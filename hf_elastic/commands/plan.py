@@ -1,9 +1,11 @@
 """Show what every size of a checkpoint costs, before any weights are fetched.
 
 REPO is an elastic or a plain checkpoint, or just a folder with a config.json; only the config is read. Parameters are exact. KV bytes
-are per token and sequence, state bytes (convolution and SSM) per sequence, both for bfloat16 activations.
+are per token and sequence, state bytes (convolution and SSM) per sequence, both for bfloat16 activations. Sizes without a name are those
+that a router found between two budgets; limits (--budget) select them too.
 
   hf-elastic plan org/elastic-30b
+  hf-elastic plan org/elastic-30b --budget "2.4B active"
   hf-elastic plan org/plain-30b --size hidden=1920 --size expert_ffn=960
 """
 
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from .common import add_json, parse_sizes, table
@@ -26,37 +29,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="AXIS=SIZE",
         help="ask about a submodel that no budget names; may be given several times (a share such as 0.5 is rounded to a multiple of 8)",
     )
+    parser.add_argument(
+        "--budget", action="append", default=[], help="show what this budget selects; may be given several times"
+    )
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     hub = {"revision": args.revision} if args.revision else {}
-    budgets = plan(args.repo, parse_sizes(args.size), **hub)
+    budgets = plan(args.repo, parse_sizes(args.size), args.budget, **hub)
     if args.json:
         print(json.dumps({"budgets": budgets}, indent=2))
     else:
         print(render(budgets))
 
 
-def plan(repo: str, sizes: dict[str, Any] | None = None, **hub: Any) -> list[dict[str, Any]]:
-    """Cost and sizes of every budget of a checkpoint, and of `sizes` under the name `custom` if there are any.
+def plan(
+    repo: str, sizes: dict[str, Any] | None = None, budgets: Sequence[str] = (), **hub: Any
+) -> list[dict[str, Any]]:
+    """Cost and sizes of every size of a checkpoint, of what `budgets` select, and of `sizes` under the name `custom` if there are any.
 
     Returns:
-        `list[dict]`: `name`, `total_params`, `active_params`, `weight_bytes` per dtype, `kv_bytes_per_token`, `state_bytes`, `sizes`;
-        the whole parent first.
+        `list[dict]`: `name` (`None` for sizes between budgets), `total_params`, `active_params`, `weight_bytes` per dtype,
+        `kv_bytes_per_token`, `state_bytes`, `sizes`; the whole parent first. What a budget selects has its text as name.
     """
     from ..configuration_elastic import ElasticConfig, read_config
     from ..cost import CostModel
     from ..search import sizes_from_spec
 
     elastic: ElasticConfig = read_config(repo, plain=True, **hub)
-    family = elastic.family()
+    members = elastic.chain()
+    members += [(budget, elastic.resolve(budget)) for budget in budgets]
     if sizes:
         ranking = elastic.axes.get("layers", {}).get("ranking")
         spec = sizes_from_spec(elastic.architecture, elastic.parent_config, sizes, ranking, multiple_of=8)
-        family["custom"] = elastic.architecture.submodel(elastic.parent_config, spec, "--size")
+        members.append(("custom", elastic.architecture.submodel(elastic.parent_config, spec, "--size")))
     count = CostModel(elastic.parent_config)
-    return [{"name": name, **count(member).to_dict(), "sizes": member.to_dict()} for name, member in family.items()]
+    return [{"name": name, **count(member).to_dict(), "sizes": member.to_dict()} for name, member in members]
 
 
 def render(budgets: list[dict[str, Any]]) -> str:
@@ -71,7 +80,7 @@ def render(budgets: list[dict[str, Any]]) -> str:
         )
         rows.append(
             [
-                entry["name"],
+                entry["name"] or "-",
                 format_count(entry["total_params"]),
                 format_count(entry["active_params"]),
                 format_bytes(entry["weight_bytes"]["bfloat16"]),

@@ -60,6 +60,16 @@ def test_ddp_through_the_trainer_is_one_process(name, ranks, tmp_path):
     assert first["eval"] == pytest.approx(one["eval"], rel=1e-3)
 
 
+def test_a_router_on_two_ranks_is_one_process(ranks, tmp_path):
+    first, second = (results["router"] for results in ranks)
+    one = two_ranks.route(tmp_path, ranks=1)
+    assert first["sizes"] == second["sizes"] == one["sizes"]
+    assert first["report"] == second["report"]
+    for part in ("router", "state"):
+        assert_same_weights(first[part], second[part])
+        assert_same_weights(first[part], one[part], **CLOSE)
+
+
 @pytest.mark.parametrize("name", two_ranks.SHARDED)
 def test_fully_sharded_stencils_are_one_process(name, ranks):
     first, second = (results[f"fully_shard {name}"] for results in ranks)

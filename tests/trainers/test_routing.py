@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from cases import build_parent
 from runs import Recorder, config, rows, tokenizer
+from safetensors.torch import load_file
 from test_resume import StopAt
 from transformers import TrainerCallback
 
@@ -13,6 +16,7 @@ from hf_elastic import ElasticConfig, ElasticConfigError, ElasticForCausalLM, el
 from hf_elastic.cost import CostModel
 from hf_elastic.router import DEAD_ZONE
 from hf_elastic.trainers import ElasticDistillationTrainer
+from hf_elastic.trainers.routing import REPORT_FILE
 
 CHOICES = {"hidden": [48, 40, 32, 24], "expert_ffn": [16, 12, 8, 4], "ffn": [40, 24, 8], "mamba_heads": [12, 8, 4]}
 TARGETS = {"large": 0.75, "small": "34k active"}
@@ -167,10 +171,172 @@ def test_a_run_that_ends_when_the_router_is_done_has_decided(tmp_path):
 
 def test_axes_can_have_a_choice_per_layer(tmp_path):
     made = trainer(tmp_path, max_steps=4, router_per_layer=["expert_ffn"], save_strategy="no")
-    networks = [key for key in made.routing.router._keys if key[0] == "expert_ffn"]
+    networks = [key for key in made.routing.router.keys if key[0] == "expert_ffn"]
     assert [layer for _, layer in networks] == [1, 3, 7]
     made.train()
     assert list(made.model.budgets) == ["large", "small"]
+
+
+@pytest.mark.parametrize(
+    "small",
+    [
+        0.5,
+        "32k active",
+        {"memory": "155kB", "context_length": 64, "batch_size": 4, "dtype": "bfloat16"},
+    ],
+    ids=["total", "active", "memory"],
+)
+def test_choices_per_layer_meet_every_kind_of_target(small, tmp_path):
+    fields = {"router_targets": {"large": 0.75, "small": small}, "max_steps": 4, "save_strategy": "no"}
+    made = trainer(tmp_path, **fields, router_per_layer=["expert_ffn", "mamba_heads"])
+    made.train()
+    config, limits = made.model.elastic_config, made.routing.router.limits
+    for budget, limit in limits.items():
+        cost = config.costs()[budget]
+        if limit.quantity == "bytes":  # added up by hand: weights, then the caches of 4 sequences of 64 tokens
+            caches = 4 * (64 * 2 * cost.kv_elements + 2 * cost.conv_elements + 4 * cost.ssm_elements)
+            needed = 2 * cost.other_elements + 4 * cost.fp32_elements + caches
+        else:
+            needed = cost.active_params if limit.quantity == "active" else cost.total_params
+        assert abs(needed / limit.value - 1) <= DEAD_ZONE
+    assert any(not config.submodel(budget).is_homogeneous for budget in config.budgets)
+
+
+# Saved
+
+
+def test_the_saved_model_has_the_router_and_what_it_interpolates(tmp_path):
+    made = trainer(tmp_path, save_strategy="no")
+    made.train()
+    made.save_model(str(tmp_path / "end"))
+    loaded = ElasticForCausalLM.from_pretrained(tmp_path / "end")
+    wanted = made.routing.router.state_dict()
+    assert all(torch.equal(wanted[key], tensor) for key, tensor in loaded.router.state_dict().items())
+    assert loaded.elastic_config.elastic == made.model.elastic_config.elastic
+    assert loaded.elastic_config.interpolated
+    between = loaded.elastic_config.interpolated[0]["total_params"]
+    assert ElasticForCausalLM.from_pretrained(tmp_path / "end", budget=between).num_parameters() == between
+
+
+def test_the_report_is_written_and_kept_in_checkpoints(tmp_path, caplog):
+    with caplog.at_level("INFO", "hf_elastic.trainers.routing"):
+        made = trainer(tmp_path, max_steps=6)
+        made.train()
+    report = json.loads((tmp_path / REPORT_FILE).read_text())
+    assert report == made.routing.report
+    assert [row["budget"] for row in report] == ["large", "small"]
+    assert not (tmp_path / "checkpoint-4" / REPORT_FILE).exists()  # decided after it
+    assert json.loads((tmp_path / "checkpoint-6" / REPORT_FILE).read_text()) == report
+    assert "budget small: target 34.00k active parameters" in caplog.text
+    (tmp_path / REPORT_FILE).unlink()
+    resumed = trainer(tmp_path, max_steps=7)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    assert resumed.routing.report == report
+    assert json.loads((tmp_path / REPORT_FILE).read_text()) == report
+
+
+def test_a_missed_target_is_a_warning(tmp_path, caplog):
+    model = undecided()
+    model.elastic_config = ElasticConfig.from_parent(model.config, {}, choices={"hidden": [48, 24]})
+    args = config(tmp_path, **{**RUN, "router_targets": {"less": 0.8}, "router_steps": 1, "max_steps": 1})
+    made = ElasticDistillationTrainer(model=model, args=args, train_dataset=rows(), processing_class=tokenizer())
+    made.train()
+    assert "budget less misses its target by" in caplog.text
+
+
+@pytest.mark.parametrize("file", ["router.safetensors", REPORT_FILE])
+def test_a_disk_that_fills_up_leaves_no_part_of_a_checkpoint(file, tmp_path, monkeypatch):
+    made = trainer(tmp_path)
+    write = {"router.safetensors": "save", REPORT_FILE: "_write_report"}[file]
+    owner = made.routing.router if write == "save" else made.routing
+    original = getattr(owner, write)
+
+    def write_half(folder):
+        original(folder)
+        if "checkpoint-6" in str(folder):
+            (folder / file).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(owner, write, write_half)
+    with pytest.raises(OSError, match="No space left"):
+        made.train()
+    assert not (tmp_path / "checkpoint-6").exists()
+    resumed = trainer(tmp_path)
+    resumed.train(resume_from_checkpoint=True)
+    assert (tmp_path / "checkpoint-6" / file).exists()
+
+
+# Frozen
+
+FROZEN = {**RUN, "router_targets": None, "router_steps": 0, "freeze_router": True, "max_steps": 2}
+
+
+def frozen(folder, model, **fields) -> ElasticDistillationTrainer:
+    args = config(folder, **{**FROZEN, **fields})
+    return ElasticDistillationTrainer(model=model, args=args, train_dataset=rows(), processing_class=tokenizer())
+
+
+@pytest.mark.parametrize("decided", [True, False])
+def test_a_frozen_router_decides_at_once_and_does_not_change(decided, tmp_path):
+    first = trainer(tmp_path / "first", max_steps=4 if decided else 2, save_strategy="no")
+    first.train()
+    first.save_model(str(tmp_path / "saved"))
+    model = ElasticForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    assert list(model.budgets) == (["large", "small"] if decided else [])
+    before = {key: tensor.clone() for key, tensor in model.router.state_dict().items()}
+    made = frozen(tmp_path / "second", model)
+    assert list(made.model.budgets) == ["large", "small"]  # before the first step
+    assert json.loads((tmp_path / "second" / REPORT_FILE).read_text()) == made.routing.report
+    seen = Recorder().watch(made)
+    made.train()
+    assert {budget for step in seen.steps for budget, _ in step} <= {"full", "large", "small"}
+    assert all(torch.equal(before[key], tensor) for key, tensor in made.model.router.state_dict().items())
+    assert not any("resource" in key for entry in made.state.log_history for key in entry)
+    if decided:
+        assert made.model.elastic_config.elastic == first.model.elastic_config.elastic
+    resumed = frozen(tmp_path / "second", ElasticForCausalLM.from_pretrained(tmp_path / "saved"), max_steps=4)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.model.elastic_config.elastic == made.model.elastic_config.elastic
+
+
+def test_a_run_can_go_on_with_its_router_frozen(tmp_path):
+    killed = trainer(tmp_path)
+    killed.add_callback(StopAt(3))
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    resumed = frozen(tmp_path, undecided(), router_targets=TARGETS, max_steps=6)
+    resumed.train(resume_from_checkpoint=True)
+    saved = load_file(tmp_path / "checkpoint-2" / "router.safetensors")
+    assert all(torch.equal(saved[key], tensor) for key, tensor in resumed.model.router.state_dict().items())
+    assert list(resumed.model.budgets) == ["large", "small"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"router_steps": 3}, "router_steps=3 does not work with freeze_router=True"),
+        ({"freeze_model": True}, "freeze_model=True does not work with freeze_router=True"),
+        ({}, "the model has no router: load one that was saved with its router"),
+    ],
+)
+def test_what_a_frozen_router_does_not_go_with(fields, message, tmp_path):
+    with pytest.raises(ElasticConfigError, match=message):
+        frozen(tmp_path, undecided(), **fields)
+
+
+def test_a_frozen_router_has_been_trained(tmp_path):
+    with pytest.raises(ElasticConfigError, match="the router was never trained"):
+        frozen(tmp_path, undecided(), router_targets=TARGETS).train()
+
+
+def test_a_frozen_router_does_not_replace_other_budgets(tmp_path):
+    first = trainer(tmp_path, max_steps=4, save_strategy="no")
+    first.train()
+    section = {"axes": first.model.elastic_config.axes, "budgets": {"mine": {"sizes": {"hidden": 40}}}}
+    section["router"] = first.routing.router.describe()
+    first.model.elastic_config.elastic = ElasticConfig(parent_config=first.model.config, elastic=section).elastic
+    with pytest.raises(ElasticConfigError, match=r"budgets that its router does not choose \(mine\)"):
+        frozen(tmp_path, first.model)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,8 @@ torch.set_num_threads(1)
 from adapted import adapted  # noqa: E402
 from runs import Recorder, family, rows, trainer  # noqa: E402
 
+from hf_elastic import ElasticConfig  # noqa: E402
+
 # A large epsilon, because m / (sqrt(v) + eps) turns float noise in a gradient near zero into a whole step if eps is small.
 ADAM = {"adam_epsilon": 1e-3, "weight_decay": 0.1}
 TRAINED = {
@@ -73,6 +75,37 @@ def train(name: str, folder: Path, ranks: int) -> dict[str, Any]:
         "rows": [[len(batch["input_ids"]) for _, batch in step] for step in recorder.steps],
         "distributed": str(made.accelerator.distributed_type),
         "wrapper": type(made.model_wrapped).__name__,
+    }
+
+
+def route(folder: Path, ranks: int) -> dict[str, Any]:
+    """Two steps at the mixtures of a router, then one at what it decided."""
+    model = family()
+    choices = {"hidden": [48, 40, 32, 24], "expert_ffn": [16, 12, 8, 4], "layers": [8, 7, 6]}
+    model.elastic_config = ElasticConfig.from_parent(
+        model.config, {}, choices=choices, layer_ranking=[2, 0, 7, 1, 5, 3, 4, 6]
+    )
+    made = trainer(
+        folder / f"router{os.environ.get('RANK', '')}",
+        model,
+        dataset=rows(24),
+        router_targets={"large": 0.75, "small": 0.5},
+        router_steps=2,
+        router_learning_rate=0.05,
+        max_steps=3,
+        gradient_accumulation_steps=2,
+        seed=13,
+        per_device_train_batch_size=4 // ranks,
+        ddp_backend="gloo" if ranks > 1 else None,
+        **ADAM,
+    )
+    made.train()
+    model = made.accelerator.unwrap_model(made.model)
+    return {
+        "router": {key: tensor.clone() for key, tensor in model.router.state_dict().items()},
+        "state": {key: p.detach().clone() for key, p in model.named_parameters()},
+        "sizes": {key: entry["sizes"] for key, entry in model.budgets.items()},
+        "report": made.routing.report,
     }
 
 
@@ -143,6 +176,7 @@ def shard(name: str, rank: int, ranks: int) -> dict[str, Any]:
 def main(output: Path) -> None:
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     results = {f"trainer {name}": train(name, output, ranks) for name in TRAINED}
+    results["router"] = route(output, ranks)
     results |= {f"fully_shard {name}": shard(name, rank, ranks) for name in SHARDED}
     torch.save(results, output / f"rank{rank}.pt")
 
