@@ -1,10 +1,11 @@
 """What a training step costs at a budget: time and peak memory against masks and against a stock fine-tuning step.
 
-A step is: teacher forward, student forward at the budget, forward KL in chunks, backward. It runs in four ways on the same batches:
+A step is `training_step` of a trainer on the same batch, forward and backward, in one process and in turns:
 
-- *elastic*: stencils, at the full, 75 % and 50 % budget (share of the active parameters);
-- *masked*: the whole parent with masks for the 50 % budget, as a router that has not decided runs it;
-- *stock*: the stock model with cross-entropy, after the same teacher forward.
+- *elastic*: `ElasticDistillationTrainer` at the full, 75 % and 50 % budget (share of the active parameters): teacher forward, student
+  forward by stencils, forward KL in chunks;
+- *masked*: the same trainer with the whole parent under the masks of the 50 % budget, as a router that has not decided runs it;
+- *stock*: `trl.SFTTrainer` with the stock model, after the same teacher forward.
 
 Claim: an elastic step at the 50 % budget takes at most 0.65 times as long as the masked one. Medians of interleaved runs; peak memory
 is that of activations and gradients, from a fresh process per way.
@@ -20,18 +21,25 @@ import copy
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from datasets import Dataset
 from harness import Claim, Report, arguments, in_turns, seconds
 from synthetic import nano_like
+from trl import SFTConfig, SFTTrainer
 
 from hf_elastic import ElasticConfig, ElasticForCausalLM
+from hf_elastic.lab.book import build_tokenizer
 from hf_elastic.soft import Mixture, SoftUnits
 from hf_elastic.submodel import Submodel
-from hf_elastic.trainers import chunked_divergence
+from hf_elastic.trainers import ElasticDistillationConfig, ElasticDistillationTrainer
+
+transformers.logging.set_verbosity_error()
 
 CLAIM = "time of an elastic step at the 50 % budget / time of the masked step"
 WAYS = ("elastic full", "elastic 75 %", "elastic 50 %", "masked 50 %", "stock")
@@ -70,49 +78,57 @@ def _sizes(hidden: int, ffn: int, shared: int, share: float) -> dict[str, int]:
 def make_steps(quick: bool) -> tuple[ElasticForCausalLM, dict[str, Callable[[], float]], int]:
     """The model, a step per way, and the tokens of a step."""
     model = make_family(quick)
-    teacher = copy.deepcopy(model).eval().requires_grad_(False)
-    masked = SoftUnits(model, model.architecture)
-    mixture = hard_mixture(model, model.elastic_config.submodel("half"))
+    stock_model = model.architecture.causal_class(copy.deepcopy(model.config))
+    stock_model.load_state_dict(model.state_dict())
     batch, length = (1, 64) if quick else (2, 256)
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, model.config.vocab_size, (batch, length), generator=generator)
+    ids = torch.randint(5, model.config.vocab_size, (batch, length), generator=generator)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    scratch = tempfile.mkdtemp(prefix="hf-elastic-training-")
+    common: dict[str, Any] = {
+        "output_dir": scratch,
+        "max_steps": 1,
+        "use_cpu": True,
+        "bf16": False,
+        "activation_checkpointing": False,
+        "report_to": [],
+        "router_aux_loss_coef": 0.0,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+    }
+    rows = {"train_dataset": Dataset.from_dict({"input_ids": ids.tolist()}), "processing_class": build_tokenizer()}
+    elastic = ElasticDistillationTrainer(model=model, args=ElasticDistillationConfig(**common), **rows)
+    stock = SFTTrainer(model=stock_model, args=SFTConfig(**common), **rows)
+    for trainer in (elastic, stock):
+        trainer.current_gradient_accumulation_steps = 1
+    teacher = elastic.teacher_model
+    masked = SoftUnits(model, model.architecture)
+    mixture = hard_mixture(model, model.elastic_config.submodel("half"))
+    count = torch.tensor(batch * (length - 1))
 
-    def hidden(which: Any) -> torch.Tensor:
-        return which.base_model(ids, use_cache=False).last_hidden_state.flatten(0, 1)
-
-    def distil() -> None:
-        with torch.no_grad():
-            target = hidden(teacher)
-        loss = chunked_divergence(hidden(model), target, model.lm_head, teacher.lm_head)
-        loss.backward()
-        model.zero_grad()
-
-    def elastic(budget: str | None) -> float:
-        with model.at(budget):
-            return seconds(distil)
+    def step(trainer: Any, budget: str) -> float:
+        trainer_model = trainer.model
+        elastic.curriculum.budget = lambda step, micro_batch=0: budget  # type: ignore[method-assign]
+        taken = seconds(lambda: trainer.training_step(trainer_model, dict(inputs), count))
+        trainer_model.zero_grad()
+        return taken
 
     def at_masks() -> float:
         masked.install(mixture)
         try:
-            return seconds(distil)
+            return step(elastic, "full")
         finally:
             masked.uninstall()
 
-    def stock() -> float:
-        def step() -> None:
-            with torch.no_grad():
-                hidden(teacher)
-            model(ids, labels=ids, use_cache=False).loss.backward()
-            model.zero_grad()
-
-        return seconds(step)
+    def taught() -> float:
+        with torch.no_grad():
+            return seconds(lambda: teacher.base_model(ids, use_cache=False))
 
     steps = {
-        "elastic full": lambda: elastic(None),
-        "elastic 75 %": lambda: elastic("three quarters"),
-        "elastic 50 %": lambda: elastic("half"),
+        "elastic full": lambda: step(elastic, "full"),
+        "elastic 75 %": lambda: step(elastic, "three quarters"),
+        "elastic 50 %": lambda: step(elastic, "half"),
         "masked 50 %": at_masks,
-        "stock": stock,
+        "stock": lambda: taught() + step(stock, "full"),
     }
     return model, steps, batch * length
 
