@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+ABLATIONS := $(addprefix ablation_,sampling stages router sorting depth)
 
-.PHONY: demo test quality style benchmarks clean
+.PHONY: demo test quality style benchmarks evidence clean
 
 demo: $(VENV)/installed  ## The main job: a reasoning hybrid made elastic, cut, switched, exported and checked
 	$(BIN)/hf-elastic lab --output demo
@@ -21,7 +22,11 @@ style: $(VENV)/installed
 	$(BIN)/ruff format .
 
 benchmarks: $(VENV)/installed  ## Rewrites benchmarks/results
-	for script in loading switching; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+	for script in loading switching training; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+	$(BIN)/python benchmarks/report.py
+
+evidence: $(VENV)/installed  ## The lab's training runs, about two hours; finished runs are kept in benchmarks/.runs
+	for script in lab_family byte_lm $(ABLATIONS); do $(BIN)/python benchmarks/$$script.py || exit 1; done
 	$(BIN)/python benchmarks/report.py
 
 $(VENV)/installed: pyproject.toml constraints.txt
