@@ -179,3 +179,40 @@ def test_scripts_run(script: str, tmp_path: Path) -> None:
         exact = [claim for claim in result["claims"] if "time" not in claim["name"]]
         assert exact
         assert all(claim["holds"] for claim in exact)
+
+
+def test_tables_say_what_the_result_files_say(harness: Any, tmp_path: Path) -> None:
+    """Means and ranges over seeds, shares of the parent's active parameters, and a column only where there is a measurement."""
+    import report
+
+    def entry(name: str, runs: list[float], active: int) -> dict[str, Any]:
+        about = {"active_params": [active] * 2, "seeds": [0, 1], "steps": 10, "problems": 5}
+        sizes = {"hidden": active, "expert_ffn": 2, "shared_expert_ffn": 3, "mamba_heads": 4}
+        return {"name": f"{name}, exact", "runs": runs, "mean": sum(runs) / 2, "sizes": [sizes] * 2, **about}
+
+    active = {"full": 100, "half": 50, "third": 35, "quarter": 20, "between": 40}
+    entries = [entry(f"family: {size}", [0.5, 1.0], count) for size, count in active.items()]
+    entries += [entry(f"router: {size}", [0.25, 0.25], active[size]) for size in ("half", "third", "quarter")]
+    entries += [entry("split: half", [0.0, 0.5], 50)]
+    result = {
+        "measurements": entries,
+        "claims": [],
+        "machine": {"cpu": "x"},
+        "versions": {"torch": "1"},
+        "commit": "c" * 40,
+    }
+    (tmp_path / "lab_family.json").write_text(json.dumps(result), encoding="utf-8")
+    lines = report.family(tmp_path).splitlines()
+    assert lines[0].startswith("| size (active) | one run | one run, sizes learned | alone | alone, tokens split |")
+    assert lines[3] == "| half (50%) | 0.75 (0.50–1.00) | 0.25 |  | 0.25 (0.00–0.50) |  |  |"
+    assert lines[6] == "| between (40%) | 0.75 (0.50–1.00) |  |  |  |  |  |"
+    assert "third hidden 35, expert_ffn 2, shared_expert_ffn 3, mamba_heads 4" in report.family(tmp_path)
+    assert report.family(tmp_path / "nothing") == "Not measured yet.\n"
+
+
+def test_only_the_text_between_markers_changes(harness: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import report
+
+    monkeypatch.setattr(report, "_BLOCKS", {"family": lambda results: "new\n"})
+    text = "a\n<!-- family:begin -->\nold\n<!-- family:end -->\nb <!-- bytes:begin -->\nkept\n<!-- bytes:end -->\n"
+    assert report.written(text) == text.replace("old", "new")
