@@ -171,12 +171,17 @@ def _check_list(sizes: Any, where: str) -> None:
         raise ElasticConfigError(f"{where}={sizes!r} must be a list of whole numbers.")
 
 
+def check_name(name: Any, where: str) -> None:
+    """Raise [`ElasticConfigError`] for what cannot be the name of a budget."""
+    if not isinstance(name, str) or not name.strip() or name != name.strip():
+        raise ElasticConfigError(f"{where}: a name must be a text without spaces around it.")
+
+
 def _check_budget(
     architecture: Architecture, parent: PreTrainedConfig, name: Any, entry: Any, axes: Mapping[str, Any]
 ) -> Submodel:
     where = f"budget {name!r}"
-    if not isinstance(name, str) or not name.strip() or name != name.strip():
-        raise ElasticConfigError(f"{where}: a name must be a text without spaces around it.")
+    check_name(name, where)
     submodel = _check_entry(architecture, parent, where, entry, axes)
     if name.lower() == FULL and submodel != architecture.full(parent):
         raise ElasticConfigError(
