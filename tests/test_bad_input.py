@@ -1,6 +1,8 @@
 """What is wrong is refused by name, with what is allowed, before anything is placed or written."""
 
+import inspect
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    pipeline,
 )
 
 from hf_elastic import (
@@ -178,6 +181,40 @@ def test_a_plain_parent_is_refused(budget, original, tmp_path, no_weights_placed
     original("nano2").save_pretrained(tmp_path)
     with pytest.raises(ElasticConfigError, match=r"plain nemotron_h checkpoint without budgets.*elastify"):
         ElasticForCausalLM.from_pretrained(tmp_path, budget=budget)
+
+
+@pytest.mark.parametrize("name", ["nano2", "granite"])
+@pytest.mark.parametrize("auto", [AutoModelForCausalLM, AutoModel])
+def test_a_plain_parent_is_refused_through_the_auto_classes(auto, name, original, tmp_path, no_weights_placed):
+    """Also as the pipeline does it, which collects what the classes say."""
+    original(name).save_pretrained(tmp_path)
+    message = "is a plain .* checkpoint without budgets.*without budget=.*elastify"
+    for budget in ("small", 1e9, {"hidden": 24}, None):
+        with pytest.raises(ElasticConfigError, match=message):
+            auto.from_pretrained(tmp_path, budget=budget)
+    with pytest.raises(ElasticConfigError, match=message):
+        type(original(name)).from_pretrained(tmp_path, budget="small")
+    with pytest.raises(ValueError, match=message):
+        pipeline("text-generation", model=str(tmp_path), model_kwargs={"budget": "small"})
+
+
+@pytest.mark.parametrize("name", ["nano2", "granite"])
+def test_a_plain_parent_without_a_budget_is_upstreams_business(name, original, tmp_path):
+    stock = type(original(name))
+    original(name).save_pretrained(tmp_path)
+    for loaded in (AutoModelForCausalLM.from_pretrained(tmp_path), stock.from_pretrained(tmp_path, dtype="float32")):
+        assert type(loaded) is stock
+        assert_same_weights(loaded, original(name))
+    assert inspect.signature(stock.from_pretrained) == inspect.signature(PreTrainedModel.from_pretrained)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'bugdet'"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, bugdet="small")
+
+    class Mine(stock):
+        def __init__(self, config, budget):
+            super().__init__(config)
+            self.mine = budget
+
+    assert Mine.from_pretrained(tmp_path, budget="small").mine == "small"
 
 
 def test_a_budget_needs_a_checkpoint(original):
@@ -590,6 +627,37 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(folder, monkeypatch, list
     with pytest.raises(KeyboardInterrupt):
         model.save_pretrained(folder)
     assert listing(folder) == before
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
+@pytest.mark.parametrize("after", range(4))
+def test_a_save_that_fails_while_files_are_exchanged_leaves_the_old_checkpoint(
+    after, links, sharded, family_folder, monkeypatch, listing
+):
+    """The new files are all there, and one of them cannot take its place: a file in use, a disk that went away."""
+    model = load(family_folder("nano3"), budget="small")
+    real, done = os.replace, []
+
+    def replace(source, destination):
+        if Path(destination).parent == sharded and len(done) == after:
+            done.append(None)
+            raise PermissionError(13, "in use", str(destination))
+        real(source, destination)
+        if Path(destination).parent == sharded:
+            done.append(destination)
+
+    def link(*args):
+        raise OSError(1, "no links here")
+
+    monkeypatch.setattr("hf_elastic.saving.os.replace", replace)
+    if not links:
+        monkeypatch.setattr("hf_elastic.saving.os.link", link)
+    (sharded / "generation_config.json").unlink()
+    before = listing(sharded)
+    with pytest.raises(PermissionError, match="in use"):
+        model.save_pretrained(sharded, max_shard_size="20KB")
+    assert listing(sharded) == before
+    assert None in done
 
 
 def test_saving_over_a_sharded_checkpoint_leaves_no_stale_shard(sharded):
