@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +173,7 @@ class ElasticConfig(PreTrainedConfig):
             return self.architecture.full(self.parent_config)
         if isinstance(budget, Mapping) and not is_limit(budget):
             return self.architecture.submodel(self.parent_config, budget, "budget")
-        if isinstance(budget, bool) or not isinstance(budget, (str, int, float, Mapping)):
+        if isinstance(budget, bool) or not isinstance(budget, (str, Real, Mapping)):
             raise ElasticConfigError(
                 f"budget={budget!r} must be a name, a number of parameters, an amount of memory or a dict of sizes."
             )

@@ -32,5 +32,5 @@ class ExportError(HFElasticError, ValueError):
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ` Did you mean 'x'?` for the nearest of `known`, or an empty string."""
-    near = difflib.get_close_matches(str(name).lower(), {str(k).lower(): k for k in known}, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(name).lower(), {str(k).lower(): k for k in known}, n=1, cutoff=0.6)
     return f" Did you mean {near[0]!r}?" if near else ""

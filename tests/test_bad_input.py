@@ -450,6 +450,14 @@ def test_what_the_stock_class_ignores_may_be_there(folder):
     assert not any(info.values())
 
 
+@pytest.mark.parametrize("field", ["n_groups", "n_group", "num_key_value_heads"])
+def test_a_parent_without_groups(field, folder, no_weights_placed):
+    edit(folder, lambda c: (c["parent_config"].update({field: 0}), c["elastic"].update(budgets={}, axes={})))
+    for budget in (None, {"hidden": 32}):
+        with pytest.raises(ElasticConfigError, match=f"the parent's {field} must be at least 1"):
+            load(folder, budget=budget)
+
+
 def test_another_shape_is_named(folder, no_weights_placed):
     rewrite(folder, lambda tensors: tensors.update({"backbone.layers.0.mixer.D": torch.ones(13)}))
     with pytest.raises(CheckpointError, match=r"mixer\.D is \(13,\) in the file, the config says \(12,\)"):

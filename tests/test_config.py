@@ -3,6 +3,7 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 from cases import BUDGETS, CASES, CONFIGS, IDS, granite, nemotron, parent_config, submodel
@@ -182,6 +183,11 @@ def test_by_limits(name, budget):
     assert config.costs()[config.name_of(config.resolve(f"{active} active"))].active_params <= active
 
 
+@pytest.mark.parametrize("kind", [np.int64, np.float32, np.float64])
+def test_numbers_of_numpy_are_numbers(kind, config):
+    assert config.resolve(kind(10**9)) == config.resolve(10**9)
+
+
 def test_active_parameters_select_by_active_parameters():
     """A budget with fewer active parameters may have more in total."""
     budgets = {"sparse": {"experts_per_token": 1}, "both": {"experts_per_token": 1, "experts": 6}}
@@ -233,6 +239,7 @@ def test_a_submodel_of_another_parent_is_refused(config):
         ("300M active", Limit("active", 300e6)),
         ("300 m ACTIVE", Limit("active", 300e6)),
         ("3k params active", Limit("active", 3e3)),
+        ("2.1B active parameters", Limit("active", 2.1e9)),
         ("1T parameters", Limit("total", 1e12)),
         ("24GB", Limit("bytes", 24e9)),
         ("22.5GiB", Limit("bytes", 22.5 * 2**30)),
