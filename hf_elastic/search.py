@@ -16,7 +16,7 @@ from .cost import CostModel
 from .errors import ElasticConfigError, UnknownBudgetError
 from .importance import Scores
 from .sorting import ranked
-from .submodel import LAYERS, Submodel
+from .submodel import LAYERS, Submodel, first_layers
 
 MAX_COMBINATIONS = 500_000
 DEFAULT_RATIOS = (1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
@@ -61,11 +61,7 @@ def sizes_from_spec(
                         f"layers={value!r} is a number, and nothing says which layers are the most important ones; list the layers to "
                         "keep, or score the axis 'layers'."
                     )
-                if not 1 <= count <= depth:
-                    raise ElasticConfigError(
-                        f"layers={value!r} is out of range: the parent has {depth}, give 1..{depth}."
-                    )
-                count = sorted(ranking[:count])
+                count = first_layers(ranking, count, f"layers={value!r}")
             sizes[axis] = count
         else:
             sizes[axis] = (

@@ -159,11 +159,13 @@ def _check_axes(architecture: Architecture, parent: PreTrainedConfig, axes: Any)
                 f"{where}.choices={choices!r}: {odd} cannot be shared among the {groups} groups; give multiples of {groups}."
             )
     if LAYERS in axes:
-        ranking = axes[LAYERS].get("ranking")
-        if not isinstance(ranking, list) or sorted(ranking, key=repr) != sorted(range(full.depth), key=repr):
-            raise ElasticConfigError(
-                f"elastic.axes['layers'].ranking={ranking!r} must list every layer 0..{full.depth - 1} once."
-            )
+        check_ranking(axes[LAYERS].get("ranking"), full.depth, "elastic.axes['layers'].ranking")
+
+
+def check_ranking(ranking: Any, depth: int, where: str) -> None:
+    """Raise [`ElasticConfigError`] for what does not rank all layers."""
+    if not isinstance(ranking, list) or sorted(ranking, key=repr) != sorted(range(depth), key=repr):
+        raise ElasticConfigError(f"{where}={ranking!r} must list every layer 0..{depth - 1} once.")
 
 
 def _check_list(sizes: Any, where: str) -> None:

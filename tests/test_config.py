@@ -10,7 +10,13 @@ from cases import BUDGETS, CASES, CONFIGS, IDS, granite, nemotron, parent_config
 from nano_v3 import nano_v3
 from transformers import AutoConfig, PreTrainedConfig
 
-from hf_elastic import ElasticConfig, ElasticConfigError, UnknownBudgetError, UnsupportedArchitectureError
+from hf_elastic import (
+    ElasticConfig,
+    ElasticConfigError,
+    UnknownBudgetError,
+    UnsupportedArchitectureError,
+    masked_model,
+)
 from hf_elastic.architectures import ARCHITECTURES, get_architecture
 from hf_elastic.budgets import Limit, format_bytes, format_count, parse_limit
 from hf_elastic.cost import CostModel
@@ -433,3 +439,40 @@ def test_axes_that_a_parent_does_not_have():
 def test_it_is_a_stock_config_class():
     assert issubclass(ElasticConfig, PreTrainedConfig)
     assert AutoConfig.for_model("elastic", parent_config=nemotron("M*"), elastic={}).budgets == {}
+
+
+@pytest.mark.parametrize(
+    ("budgets", "ranking", "message"),
+    [
+        ({"a": {"layers": 9}}, [*range(8)], r"budget 'a': layers=9 is out of range: the parent has 8, give 1\.\.8"),
+        ({"a": {"layers": 0}}, [*range(8)], "budget 'a': layers=0 is out of range"),
+        ({"a": {"layers": -2}}, [2, 0, 1, 3, 4, 5, 6, 7], "budget 'a': layers=-2 is out of range"),
+        ({"a": {"layers": True}}, [2, 0, 1, 3, 4, 5, 6, 7], "layers=True must list the indices"),
+        ({"a": {"layers": 2}}, [2, 0], r"layer_ranking=\[2, 0\] must list every layer 0\.\.7 once"),
+        ({"a": {"layers": 2}}, None, "layers=2 must list the indices"),
+        (None, None, "budgets=None must be a dict from name to sizes"),
+        (["a"], None, r"budgets=\['a'\] must be a dict"),
+        ({"a": 3}, None, "budget 'a'=3 must be a dict from axis to size"),
+    ],
+    ids=str,
+)
+def test_what_no_config_can_be_made_of(budgets, ranking, message):
+    with pytest.raises(ElasticConfigError, match=message):
+        ElasticConfig.from_parent(parent_config("nano3"), budgets, layer_ranking=ranking)
+
+
+def test_a_parent_that_is_no_config():
+    with pytest.raises(ElasticConfigError, match="must be the stock config of the parent"):
+        ElasticConfig.from_parent({"model_type": "nemotron_h"}, {})
+
+
+def test_an_unknown_name_is_an_error_of_ours(config):
+    with pytest.raises(
+        UnknownBudgetError, match=r"no budget is called 'smal'; this checkpoint has .*Did you mean 'small'"
+    ):
+        config.submodel("smal")
+
+
+def test_masks_need_a_submodel(original):
+    with pytest.raises(ElasticConfigError, match="submodel='small' must be a Submodel"):
+        masked_model(original("nano2"), "small")
