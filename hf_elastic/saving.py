@@ -16,7 +16,7 @@ import torch
 from .architectures import uniform
 from .budgets import Budget
 from .configuration_elastic import ElasticConfig
-from .errors import CheckpointError, ElasticConfigError
+from .errors import CheckpointError, ElasticConfigError, refuse_misspelt
 from .router import ROUTER_FILE, BudgetRouter
 from .section import checked_section
 
@@ -129,6 +129,7 @@ class SavingMixin:
             push_to_hub (`bool`, *optional*, defaults to `False`): As in `PreTrainedModel.save_pretrained`.
             kwargs: As in `PreTrainedModel.save_pretrained` (`max_shard_size`, `variant`, ...).
         """
+        refuse_misspelt(kwargs, "budget")
         if push_to_hub and budget is not None:  # pushing saves again, and knows of no budget
             raise ElasticConfigError(
                 f"push_to_hub=True pushes everything that is loaded, not budget={budget!r}; save that budget into a folder, load it "

@@ -676,6 +676,18 @@ def test_saving_over_a_sharded_checkpoint_leaves_no_stale_shard(sharded):
     assert load(sharded).budget == "small"
 
 
+def test_a_misspelt_budget_does_not_save_everything(tmp_path, family):
+    for write, name, meant in (
+        (family.save_pretrained, "bugdet", "budget"),
+        (family.export, "bugdet", "budget"),
+        (family.export, "heterogenous", "heterogeneous"),
+    ):
+        with pytest.raises(TypeError, match=f"unexpected argument '{name}'. Did you mean '{meant}'"):
+            write(tmp_path / "new", **{name: "small"})
+    assert not list(tmp_path.iterdir())
+    family.export(tmp_path / "new", "small", token=None, variant="fp32", max_shard_size="1MB")
+
+
 def test_saving_over_a_file(tmp_path, family):
     (tmp_path / "file").write_text("mine")
     for write in (family.save_pretrained, family.export):
