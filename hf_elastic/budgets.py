@@ -30,7 +30,8 @@ Budget = str | int | float | Mapping[str, Any] | None
 Quantity = Literal["total", "active", "bytes"]
 
 _COUNT = re.compile(
-    r"\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*([kmbt]?)\s*(?:params?|parameters)?\s*(total|active)?\s*", re.IGNORECASE
+    r"\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*([kmbt]?)\s*(?:params?|parameters)?\s*(total|active)?\s*(?:params?|parameters)?\s*",
+    re.IGNORECASE,
 )
 _BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt])(i?)b\s*", re.IGNORECASE)
 _COUNT_UNITS = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from .architectures import Architecture, get_architecture
 from .budgets import FULL, Budget, Limit, format_count, is_limit, parse_limit
 from .cost import Cost, CostModel
 from .errors import CheckpointError, ElasticConfigError, UnknownBudgetError, did_you_mean
-from .section import checked_section, describe_axes
-from .submodel import LAYERS, Submodel
+from .section import check_ranking, checked_section, describe_axes
+from .submodel import LAYERS, Submodel, first_layers
 
 
 class ElasticConfig(PreTrainedConfig):
@@ -92,14 +93,20 @@ class ElasticConfig(PreTrainedConfig):
             choices (`dict[str, list[int]]`, *optional*): Further sizes per axis, besides those of the budgets and the parent.
             layer_ranking (`list[int]`, *optional*): All layers, most important first; needed if an entry of `budgets` gives `layers` as a number.
         """
+        if not isinstance(parent_config, PreTrainedConfig):
+            raise ElasticConfigError(f"parent_config={parent_config!r} must be the stock config of the parent.")
+        if not isinstance(budgets, Mapping):
+            raise ElasticConfigError(f"budgets={budgets!r} must be a dict from name to sizes.")
         architecture = get_architecture(parent_config.model_type)
+        if layer_ranking is not None:
+            check_ranking(layer_ranking, architecture.depth(parent_config), "layer_ranking")
         submodels = {}
         for name, sizes in budgets.items():
             if not isinstance(sizes, Mapping):
                 raise ElasticConfigError(f"budget {name!r}={sizes!r} must be a dict from axis to size.")
-            sizes = dict(sizes)
-            if isinstance(sizes.get(LAYERS), int) and layer_ranking is not None:
-                sizes[LAYERS] = sorted(layer_ranking[: sizes[LAYERS]])
+            sizes, count = dict(sizes), sizes.get(LAYERS)
+            if isinstance(count, int) and not isinstance(count, bool) and layer_ranking is not None:
+                sizes[LAYERS] = first_layers(layer_ranking, count, f"budget {name!r}: layers={count}")
             submodels[name] = architecture.submodel(parent_config, sizes, f"budget {name!r}")
         axes = describe_axes(architecture, parent_config, list(submodels.values()), choices or {}, layer_ranking)
         entries = {name: {"sizes": submodel.to_dict()} for name, submodel in submodels.items()}
@@ -128,9 +135,17 @@ class ElasticConfig(PreTrainedConfig):
         return self.elastic.get("interpolated", [])
 
     def submodel(self, name: str) -> Submodel:
-        """The submodel of a named budget, or of `"full"`."""
+        """The submodel of a named budget, or of `"full"`.
+
+        Raises:
+            `UnknownBudgetError`: no budget has that name.
+        """
         if name == FULL and FULL not in self.budgets:
             return self.architecture.full(self.parent_config)
+        if name not in self.budgets:
+            raise UnknownBudgetError(
+                f"no budget is called {name!r}; this checkpoint has {self._listing()}.{did_you_mean(name, self.family())}"
+            )
         return self.architecture.submodel(self.parent_config, self.budgets[name]["sizes"], f"budget {name!r}")
 
     def family(self) -> dict[str, Submodel]:
@@ -172,7 +187,7 @@ class ElasticConfig(PreTrainedConfig):
             return self.architecture.full(self.parent_config)
         if isinstance(budget, Mapping) and not is_limit(budget):
             return self.architecture.submodel(self.parent_config, budget, "budget")
-        if isinstance(budget, bool) or not isinstance(budget, (str, int, float, Mapping)):
+        if isinstance(budget, bool) or not isinstance(budget, (str, Real, Mapping)):
             raise ElasticConfigError(
                 f"budget={budget!r} must be a name, a number of parameters, an amount of memory or a dict of sizes."
             )

@@ -11,13 +11,14 @@ from typing import Any
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from .architectures import Architecture, get_architecture
-from .budgets import is_limit, parse_limit
+from .budgets import Limit, is_limit, parse_limit
 from .configuration_elastic import ElasticConfig
 from .cost import CostModel
 from .errors import ElasticConfigError
 from .importance import Scores, score
 from .modeling_elastic import ElasticForCausalLM, concrete_class
 from .search import BudgetSearch, default_choices, sizes_from_spec
+from .section import check_name
 from .slicing import build_meta, check_table, share_constant_buffers
 from .sorting import Orders, orders_from_scores, sort_state_dict
 from .submodel import LAYERS, Submodel
@@ -75,16 +76,23 @@ def elastify(
     _refuse_elastic(model)
     architecture = get_architecture(model.config.model_type)
     check_table(architecture, model)
-    if not budgets and axes is None:
+    if not budgets and not axes:
         raise ElasticConfigError(
             "there are neither budgets nor axes; give at least one budget, such as {'half': {'hidden': 0.5}} or {'half': '6B'}, or the "
             "axes whose sizes are to be learned."
         )
-    budgets = budgets or {}
+    budgets = {} if budgets is None else budgets
+    if not isinstance(budgets, Mapping):
+        raise ElasticConfigError(f"budgets={budgets!r} must be a dict from name to sizes or target.")
+    if isinstance(multiple_of, bool) or not isinstance(multiple_of, int) or multiple_of < 1:
+        raise ElasticConfigError(f"multiple_of={multiple_of!r} must be a whole number of at least 1.")
+    if not (scores is None or isinstance(scores, (Scores, str, os.PathLike))):
+        raise ElasticConfigError(f"scores={scores!r} must be Scores, or the path of a file that Scores.save wrote.")
     if scores is not None and (calibration is not None or score_options):
         raise ElasticConfigError("scores= are given, so nothing is scored: leave out calibration and its options.")
     choices = _choices(architecture, model.config, axes, multiple_of)
     wanted = sorted(_axes_used(architecture, budgets, choices))
+    _check_before_scoring(architecture, model, budgets, choices, multiple_of)
     if scores is None and calibration is not None:
         scores = score(model, calibration, axes=[a for a in wanted if a != "experts_per_token"], **score_options)
     elif isinstance(scores, (str, os.PathLike)):
@@ -131,6 +139,13 @@ def _choices(
         if sizes is None:
             choices[axis] = default_choices(architecture, config, axis, multiple_of)
             continue
+        numbers = isinstance(sizes, Sequence) and all(
+            isinstance(s, (int, float)) and not isinstance(s, bool) for s in sizes
+        )
+        if not numbers or not sizes:
+            raise ElasticConfigError(
+                f"axes[{axis!r}]={sizes!r} must be a list of sizes (960) or shares of the parent's (0.5), or None for default choices."
+            )
         largest = full.depth if axis == LAYERS else max(full.values(axis))
         resolved = {largest}
         for size in sizes:
@@ -160,6 +175,68 @@ def _axes_used(
     return used
 
 
+def _check_before_scoring(
+    architecture: Architecture,
+    model: PreTrainedModel,
+    budgets: Mapping[str, Any],
+    choices: dict[str, list[int]],
+    multiple_of: int,
+) -> None:
+    """Refuse what needs no scores to be refused; scoring a large parent takes long."""
+    for name in budgets:
+        check_name(name, f"budget {name!r}")
+    ranking = architecture.keepable_ranking(model.config, range(architecture.depth(model.config)))
+    submodels = _given(architecture, model, budgets, ranking, multiple_of)
+    limits = _targets(budgets)
+    # Which layers a number of them keeps is not known yet, and so not what nests.
+    unknown = any(not is_limit(spec) and isinstance(spec.get(LAYERS), (int, float)) for spec in budgets.values())
+    for members in [{name: member} for name, member in submodels.items()] if unknown else [submodels]:
+        _elastic_config(model.config, members, choices, ranking)
+    if limits:
+        search = BudgetSearch(architecture, model.config, choices)
+        for name, limit in limits.items() if LAYERS not in choices else ():
+            search.check(limit, model.dtype, f"budget {name!r}")
+
+
+def _given(
+    architecture: Architecture,
+    model: PreTrainedModel,
+    budgets: Mapping[str, Any],
+    ranking: list[int] | None,
+    multiple_of: int,
+) -> dict[str, Submodel]:
+    """Submodels of the budgets that are given by sizes."""
+    full = architecture.full(model.config)
+    submodels: dict[str, Submodel] = {}
+    for name, spec in budgets.items():
+        if is_limit(spec):
+            continue
+        sizes = sizes_from_spec(architecture, model.config, spec, ranking, multiple_of)
+        submodels[name] = architecture.submodel(model.config, sizes, f"budget {name!r}")
+        if submodels[name] == full and any(isinstance(size, float) and size < 1 for size in spec.values()):
+            raise ElasticConfigError(
+                f"budget {name!r}={dict(spec)!r} cuts nothing, as widths are rounded to multiples of {multiple_of}; give sizes "
+                "(whole numbers), or a smaller multiple_of."
+            )
+    return submodels
+
+
+def _targets(budgets: Mapping[str, Any]) -> dict[str, Limit]:
+    """Limits of the budgets that are given by a target."""
+    targets = {}
+    for name, spec in budgets.items():
+        if not is_limit(spec):
+            continue
+        known = isinstance(spec, (str, int, float, Mapping)) and not isinstance(spec, bool)
+        limit = parse_limit(spec) if known else None
+        if limit is None:
+            raise ElasticConfigError(
+                f"budget {name!r}={spec!r} must be a dict of sizes, or a target such as '12B', '2.1B active' or '24GB'."
+            )
+        targets[name] = limit
+    return targets
+
+
 def _resolve(
     architecture: Architecture,
     model: PreTrainedModel,
@@ -170,29 +247,16 @@ def _resolve(
     multiple_of: int,
 ) -> dict[str, Submodel]:
     """Submodels of all budgets; targets from large to small, so that each nests in the one before."""
-    submodels: dict[str, Submodel] = {}
-    targets = {}
-    for name, spec in budgets.items():
-        if not is_limit(spec):
-            sizes = sizes_from_spec(architecture, model.config, spec, ranking, multiple_of)
-            submodels[name] = architecture.submodel(model.config, sizes, f"budget {name!r}")
-        else:
-            known = isinstance(spec, (str, int, float, Mapping)) and not isinstance(spec, bool)
-            limit = parse_limit(spec) if known else None
-            if limit is None:
-                raise ElasticConfigError(
-                    f"budget {name!r}={spec!r} must be a dict of sizes, or a target such as '12B', '2.1B active' or '24GB'."
-                )
-            targets[name] = limit
+    given, targets = _given(architecture, model, budgets, ranking, multiple_of), _targets(budgets)
+    submodels = dict(given)
     if targets:
         search = BudgetSearch(architecture, model.config, choices, scores, ranking)
         count = CostModel(model.config, architecture)
         searched: list[Submodel] = []
         for name, limit in sorted(targets.items(), key=lambda t: -t[1].value / t[1].measure(count.full, model.dtype)):
-            given = [s for n, s in submodels.items() if n not in targets]
-            larger = searched + [s for s in given if limit.measure(count(s), model.dtype) > limit.value]
+            larger = searched + [s for s in given.values() if limit.measure(count(s), model.dtype) > limit.value]
             within = min(larger, key=lambda s: count(s).total_params, default=None)
-            submodels[name] = search.find(limit, model.dtype, within)
+            submodels[name] = search.find(limit, model.dtype, within, f"budget {name!r}")
             searched.append(submodels[name])
     return submodels
 

@@ -32,5 +32,12 @@ class ExportError(HFElasticError, ValueError):
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ` Did you mean 'x'?` for the nearest of `known`, or an empty string."""
-    near = difflib.get_close_matches(str(name).lower(), {str(k).lower(): k for k in known}, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(name).lower(), {str(k).lower(): k for k in known}, n=1, cutoff=0.6)
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def refuse_misspelt(arguments: Iterable[str], *known: str) -> None:
+    """Raise `TypeError` for an argument that is nearly one of `known`; upstream's methods take others without a word."""
+    for name in arguments:
+        if hint := did_you_mean(name, known):
+            raise TypeError(f"unexpected argument {name!r}.{hint}")

@@ -13,7 +13,7 @@ from transformers.utils import cached_file
 
 from .budgets import Budget
 from .configuration_elastic import ElasticConfig
-from .errors import ExportError
+from .errors import ExportError, refuse_misspelt
 from .saving import replacing
 from .submodel import Submodel
 
@@ -60,6 +60,7 @@ class ExportMixin:
         Raises:
             `ExportError`: sizes differ per layer and `heterogeneous` is not set. Nothing is written.
         """
+        refuse_misspelt(kwargs, "budget", "heterogeneous")
         submodel = self.submodel if budget is None else self.elastic_config.resolve(budget)  # type: ignore[attr-defined]
         config = self.elastic_config.stock_config(submodel)
         if config.is_heterogeneous and not heterogeneous:

@@ -116,7 +116,7 @@ def score(
         model (`PreTrainedModel`): Stock causal model; it is not changed.
         calibration (`datasets.Dataset` or iterable of dicts):
             Rows with `input_ids` (and `attention_mask`), or with `text` or `messages` if a tokenizer is given. A streaming dataset is read
-            once, for the first `samples` rows.
+            once, for the first `samples` rows. Rows without tokens are passed over.
         axes (`list[str]`, *optional*): Which axes to score; defaults to all the parent has, but for `layers`, which takes many more passes.
         batch_size (`int`, *optional*, defaults to 8): Rows per forward pass.
         samples (`int`, *optional*, defaults to 1024): Rows to read (the papers use 1024 of 8192 tokens).
@@ -137,9 +137,22 @@ def score(
     for name in wanted:
         if name != LAYERS:
             architecture.axis(name)
+    counts = {"batch_size": batch_size, "samples": samples, "depth_samples": depth_samples, "max_length": max_length}
+    for name, count in counts.items():
+        if not (name == "max_length" and count is None or type(count) is int and count > 0):
+            raise ElasticConfigError(f"{name}={count!r} must be a whole number of at least 1.")
+    if isinstance(calibration, (str, Mapping)) or not isinstance(calibration, Iterable):
+        raise ElasticConfigError(
+            f"calibration must be a datasets.Dataset or an iterable of rows, which a {type(calibration).__name__} is not."
+        )
     batches = list(_batches(calibration, batch_size, samples, max_length, tokenizer))
     if not batches:
-        raise ElasticConfigError("calibration has no rows; give at least one with input_ids.")
+        raise ElasticConfigError("calibration has no rows with tokens; give at least one with input_ids.")
+    largest, vocabulary = max(int(batch["input_ids"].max()) for batch in batches), model.config.vocab_size
+    if largest >= vocabulary:
+        raise ElasticConfigError(
+            f"calibration has token {largest}, the parent's vocabulary has {vocabulary}; tokenize with the parent's own tokenizer."
+        )
     listener = _Listener(architecture, model, set(wanted))
     training = model.training
     model.eval()
@@ -218,10 +231,13 @@ def _without(layers: nn.ModuleList, gone: Sequence[int]) -> Iterator[None]:
 def _batches(
     calibration: Iterable[Mapping[str, Any]], batch_size: int, samples: int, max_length: int | None, tokenizer: Any
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Right-padded batches with a mask, of rows in the order they come."""
+    """Right-padded batches with a mask, of rows in the order they come; rows without tokens (empty lines) are passed over."""
     rows: list[torch.Tensor] = []
     for row in itertools.islice(calibration, samples):
-        rows.append(_token_ids(row, tokenizer)[:max_length])
+        ids = _token_ids(row, tokenizer)[:max_length]
+        if not len(ids):
+            continue
+        rows.append(ids)
         if len(rows) == batch_size:
             yield _padded(rows)
             rows = []
@@ -236,6 +252,8 @@ def _padded(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _token_ids(row: Mapping[str, Any], tokenizer: Any) -> torch.Tensor:
+    if not isinstance(row, Mapping):
+        raise ElasticConfigError(f"calibration rows must be dicts, not {type(row).__name__}.")
     if "input_ids" in row:
         ids = torch.as_tensor(row["input_ids"], dtype=torch.int64)
         mask = row.get("attention_mask")

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .architectures import get_architecture
+from .errors import ElasticConfigError
 from .slicing import Piece, pieces
 from .submodel import Submodel
 
@@ -34,6 +35,10 @@ def masked_model(parent: PreTrainedModel, submodel: Submodel) -> PreTrainedModel
     Returns:
         `PreTrainedModel`: Stock model of the parent's config.
     """
+    if not isinstance(submodel, Submodel):
+        raise ElasticConfigError(
+            f"submodel={submodel!r} must be a Submodel: ElasticConfig.submodel(name), or resolve(budget)."
+        )
     model = copy.deepcopy(parent)
     architecture = get_architecture(model.config.model_type)
     parts = [piece for piece in pieces(architecture, model.config, submodel) if not piece.rule.tied]

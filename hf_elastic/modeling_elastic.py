@@ -9,6 +9,7 @@ what else is nested in it.
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import os
 import warnings
@@ -388,6 +389,25 @@ def _refuse_incomplete(info: dict[str, Any], repo: Any) -> None:
             raise CheckpointError(f"loading {repo} left {key}: {sorted(map(str, info[key]))[:5]}.")
 
 
+def _explain_budget(stock: type[PreTrainedModel]) -> None:
+    """Let a stock class say what is wrong with `budget=`, which reaches it when an AutoClass loads a plain parent.
+
+    It would refuse it anyway, with a bare `TypeError` from its `__init__`. Nothing else of it changes, and nothing of its subclasses.
+    """
+    inherited = stock.from_pretrained.__func__
+
+    @functools.wraps(inherited)
+    def from_pretrained(cls: type[PreTrainedModel], repo: Any, *args: Any, **kwargs: Any) -> Any:
+        if cls is stock and "budget" in kwargs:
+            raise plain_parent_error(repo, cls.config_class.model_type)
+        return inherited(cls, repo, *args, **kwargs)
+
+    stock.from_pretrained = classmethod(from_pretrained)
+
+
+for _architecture in ARCHITECTURES.values():
+    _explain_budget(_architecture.causal_class)
+    _explain_budget(_architecture.base_class)
 AutoConfig.register(ElasticConfig.model_type, ElasticConfig)
 AutoModel.register(ElasticConfig, ElasticModel)
 AutoModelForCausalLM.register(ElasticConfig, ElasticForCausalLM)

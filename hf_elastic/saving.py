@@ -16,7 +16,7 @@ import torch
 from .architectures import uniform
 from .budgets import Budget
 from .configuration_elastic import ElasticConfig
-from .errors import CheckpointError, ElasticConfigError
+from .errors import CheckpointError, ElasticConfigError, refuse_misspelt
 from .router import ROUTER_FILE, BudgetRouter
 from .section import checked_section
 
@@ -41,19 +41,7 @@ def replacing(directory: str | os.PathLike[str]) -> Iterator[Path]:
     scratch = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
     try:
         yield scratch
-        names = {file.name for file in scratch.iterdir()}
-        for name in names:
-            if (target / name).is_dir():
-                raise CheckpointError(
-                    f"{target / name} is a folder, and a file of that name has to be written; move it away."
-                )
-        # config.json last: until it is there, a reader sees either the old pair or a config that refuses the new weights.
-        for name in sorted(names, key=lambda n: (n == "config.json", n)):
-            os.replace(scratch / name, target / name)
-        if any(_WEIGHT_FILE.fullmatch(name) for name in names):
-            for file in target.iterdir():
-                if _WEIGHT_FILE.fullmatch(file.name) and file.name not in names:
-                    file.unlink()
+        _exchange(scratch, target)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         for folder in made:
@@ -61,6 +49,44 @@ def replacing(directory: str | os.PathLike[str]) -> Iterator[Path]:
                 folder.rmdir()
         raise
     shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _exchange(scratch: Path, target: Path) -> None:
+    """Move the files of `scratch` over those of `target`, all of them or none."""
+    names = {file.name for file in scratch.iterdir()}
+    for name in names:
+        if (target / name).is_dir():
+            raise CheckpointError(
+                f"{target / name} is a folder, and a file of that name has to be written; move it away."
+            )
+    stale = set()
+    if any(_WEIGHT_FILE.fullmatch(name) for name in names):
+        stale = {file.name for file in target.iterdir() if _WEIGHT_FILE.fullmatch(file.name)} - names
+    there = {name for name in names | stale if (target / name).exists()}
+    old = Path(tempfile.mkdtemp(prefix=".old-", dir=scratch))
+    try:
+        # config.json last: until it is there, a reader sees either the old pair or a config that refuses the new weights.
+        for name in sorted(names, key=lambda n: (n == "config.json", n)):
+            if name in there:
+                _keep(target / name, old / name)
+            os.replace(scratch / name, target / name)
+        for name in stale:
+            os.replace(target / name, old / name)
+    except BaseException:
+        for name in names | stale:
+            if (old / name).exists():
+                os.replace(old / name, target / name)
+            elif name not in there and not (scratch / name).exists():
+                (target / name).unlink()
+        raise
+
+
+def _keep(file: Path, copy: Path) -> None:
+    """A second name for a file, so that the first one can be given to another; where there are no links, the only one."""
+    try:
+        os.link(file, copy)
+    except OSError:
+        os.replace(file, copy)
 
 
 class SavingMixin:
@@ -103,6 +129,7 @@ class SavingMixin:
             push_to_hub (`bool`, *optional*, defaults to `False`): As in `PreTrainedModel.save_pretrained`.
             kwargs: As in `PreTrainedModel.save_pretrained` (`max_shard_size`, `variant`, ...).
         """
+        refuse_misspelt(kwargs, "budget")
         if push_to_hub and budget is not None:  # pushing saves again, and knows of no budget
             raise ElasticConfigError(
                 f"push_to_hub=True pushes everything that is loaded, not budget={budget!r}; save that budget into a folder, load it "

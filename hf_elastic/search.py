@@ -16,7 +16,7 @@ from .cost import CostModel
 from .errors import ElasticConfigError, UnknownBudgetError
 from .importance import Scores
 from .sorting import ranked
-from .submodel import LAYERS, Submodel
+from .submodel import LAYERS, Submodel, first_layers
 
 MAX_COMBINATIONS = 500_000
 DEFAULT_RATIOS = (1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
@@ -58,13 +58,10 @@ def sizes_from_spec(
             if isinstance(count, int) and not isinstance(count, bool):
                 if ranking is None:
                     raise ElasticConfigError(
-                        "layers given as a number needs a ranking of the layers: score the axis 'layers' as well."
+                        f"layers={value!r} is a number, and nothing says which layers are the most important ones; list the layers to "
+                        "keep, or score the axis 'layers'."
                     )
-                if not 1 <= count <= depth:
-                    raise ElasticConfigError(
-                        f"layers={value!r} is out of range: the parent has {depth}, give 1..{depth}."
-                    )
-                count = sorted(ranking[:count])
+                count = first_layers(ranking, count, f"layers={value!r}")
             sizes[axis] = count
         else:
             sizes[axis] = (
@@ -117,7 +114,13 @@ class BudgetSearch:
             axis: {size: self._share(axis, size) for size in sizes} for axis, sizes in self._choices.items()
         }
 
-    def find(self, limit: Limit, dtype: torch.dtype, within: Submodel | None = None) -> Submodel:
+    def check(self, limit: Limit, dtype: torch.dtype, name: str = "searched budget") -> None:
+        """Raise `UnknownBudgetError` if even the smallest choices exceed a limit. Scores do not matter for that, a ranking of layers may."""
+        self._check_reach(limit, dtype, name, self._choices, self._full)
+
+    def find(
+        self, limit: Limit, dtype: torch.dtype, within: Submodel | None = None, name: str = "searched budget"
+    ) -> Submodel:
         """The best submodel that meets a limit and nests in another one.
 
         Raises:
@@ -129,29 +132,34 @@ class BudgetSearch:
         }
         if not all(allowed.values()):
             empty = [axis for axis, sizes in allowed.items() if not sizes]
-            raise ElasticConfigError(f"no choice of {empty} is small enough to nest in the larger budget.")
+            raise ElasticConfigError(f"{name}: no choice of {empty} is small enough to nest in the larger budget.")
+        self._check_reach(limit, dtype, name, allowed, within)
         names = list(allowed)
         fitting: list[tuple[float, int, tuple[int, ...]]] = []
-        smallest = math.inf
         for sizes in itertools.product(*allowed.values()):
             cost = self._cost(dict(zip(names, sizes, strict=True)), within)
-            measured = limit.measure(cost, dtype)
-            smallest = min(smallest, measured)
-            if measured <= limit.value:
+            if limit.measure(cost, dtype) <= limit.value:
                 worth = sum(math.log(self._worth[axis][size]) for axis, size in zip(names, sizes, strict=True))
                 fitting.append((worth, cost.total_params, sizes))
-        if not fitting:
-            need = format_count(smallest) if limit.quantity != "bytes" else str(Limit("bytes", smallest))
-            raise UnknownBudgetError(
-                f"no choice of {', '.join(names)} fits into {limit}; the smallest needs {need}. Add smaller choices."
-            )
         problem: Exception | None = None
         for _, _, sizes in sorted(fitting, reverse=True):
             try:  # sizes that the stock config cannot express together are skipped
-                return self._submodel(dict(zip(names, sizes, strict=True)), within)
+                return self._submodel(dict(zip(names, sizes, strict=True)), within, name)
             except ElasticConfigError as error:
                 problem = problem or error
-        raise UnknownBudgetError(f"no choice within {limit} is a model that can be built; for example: {problem}")
+        raise UnknownBudgetError(
+            f"{name}: no choice within {limit} is a model that can be built; for example: {problem}"
+        )
+
+    def _check_reach(
+        self, limit: Limit, dtype: torch.dtype, name: str, choices: Mapping[str, Sequence[int]], within: Submodel
+    ) -> None:
+        least = limit.measure(self._cost({axis: min(sizes) for axis, sizes in choices.items()}, within), dtype)
+        if least > limit.value:
+            need = format_count(least) if limit.quantity != "bytes" else str(Limit("bytes", least))
+            raise UnknownBudgetError(
+                f"{name}: no choice of {', '.join(choices)} fits into {limit}; the smallest needs {need}. Add smaller choices."
+            )
 
     def _ceiling(self, axis: str, within: Submodel) -> int:
         return len(within.layers) if axis == LAYERS else max(within.values(axis), default=0)
@@ -174,14 +182,14 @@ class BudgetSearch:
             cost += self._count.part(layer, {axis: min(sizes.get(axis, size), size) for axis, size in here.items()})
         return cost
 
-    def _submodel(self, sizes: Mapping[str, int], within: Submodel) -> Submodel:
+    def _submodel(self, sizes: Mapping[str, int], within: Submodel, name: str) -> Submodel:
         merged = self._merged(sizes, within)
         for axis, size in sizes.items():
             if axis != LAYERS and isinstance(
                 within[axis], tuple
             ):  # a larger budget that differs per layer stays the ceiling
                 merged[axis] = [None if s is None else min(s, size) for s in within[axis]]  # type: ignore[union-attr]
-        return self._architecture.submodel(self._config, merged, "searched budget")
+        return self._architecture.submodel(self._config, merged, name)
 
     def _share(self, axis: str, size: int) -> float:
         """Share of the importance that a size keeps, averaged over layers."""

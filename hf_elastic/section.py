@@ -159,11 +159,13 @@ def _check_axes(architecture: Architecture, parent: PreTrainedConfig, axes: Any)
                 f"{where}.choices={choices!r}: {odd} cannot be shared among the {groups} groups; give multiples of {groups}."
             )
     if LAYERS in axes:
-        ranking = axes[LAYERS].get("ranking")
-        if not isinstance(ranking, list) or sorted(ranking, key=repr) != sorted(range(full.depth), key=repr):
-            raise ElasticConfigError(
-                f"elastic.axes['layers'].ranking={ranking!r} must list every layer 0..{full.depth - 1} once."
-            )
+        check_ranking(axes[LAYERS].get("ranking"), full.depth, "elastic.axes['layers'].ranking")
+
+
+def check_ranking(ranking: Any, depth: int, where: str) -> None:
+    """Raise [`ElasticConfigError`] for what does not rank all layers."""
+    if not isinstance(ranking, list) or sorted(ranking, key=repr) != sorted(range(depth), key=repr):
+        raise ElasticConfigError(f"{where}={ranking!r} must list every layer 0..{depth - 1} once.")
 
 
 def _check_list(sizes: Any, where: str) -> None:
@@ -171,12 +173,17 @@ def _check_list(sizes: Any, where: str) -> None:
         raise ElasticConfigError(f"{where}={sizes!r} must be a list of whole numbers.")
 
 
+def check_name(name: Any, where: str) -> None:
+    """Raise [`ElasticConfigError`] for what cannot be the name of a budget."""
+    if not isinstance(name, str) or not name.strip() or name != name.strip():
+        raise ElasticConfigError(f"{where}: a name must be a text without spaces around it.")
+
+
 def _check_budget(
     architecture: Architecture, parent: PreTrainedConfig, name: Any, entry: Any, axes: Mapping[str, Any]
 ) -> Submodel:
     where = f"budget {name!r}"
-    if not isinstance(name, str) or not name.strip() or name != name.strip():
-        raise ElasticConfigError(f"{where}: a name must be a text without spaces around it.")
+    check_name(name, where)
     submodel = _check_entry(architecture, parent, where, entry, axes)
     if name.lower() == FULL and submodel != architecture.full(parent):
         raise ElasticConfigError(

@@ -154,11 +154,13 @@ class Bound:
     def __post_init__(self) -> None:
         self.address = self.source.data_ptr()
         self.version = _version(self.source)
+        self.requires_grad = self.source.requires_grad
 
     @property
     def is_current(self) -> bool:
-        """Whether the parent still holds the same memory, and not another tensor that was put in its place."""
-        return getattr(self.owner, self.leaf) is self.source and self.source.data_ptr() == self.address
+        """Whether the parent still holds the same memory, frozen or not as then, and not another tensor that was put in its place."""
+        same = getattr(self.owner, self.leaf) is self.source and self.source.data_ptr() == self.address
+        return same and self.source.requires_grad == self.requires_grad
 
     def refresh(self) -> None:
         """Copy again if the parent's tensor was changed in place since."""

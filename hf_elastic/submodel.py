@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from .errors import ElasticConfigError
 
 LAYERS = "layers"
 """The depth axis. Its size is the set of kept layers."""
@@ -105,3 +107,14 @@ class Submodel:
         """The entries of `to_dict` that the other submodel has differently; what a table of budgets shows."""
         theirs = other.to_dict()
         return {name: value for name, value in self.to_dict().items() if theirs.get(name) != value}
+
+
+def first_layers(ranking: Sequence[int], count: int, where: str) -> list[int]:
+    """The `count` most important layers, ascending.
+
+    Raises:
+        `ElasticConfigError`: there are not that many; `where` says what was written.
+    """
+    if not 1 <= count <= len(ranking):
+        raise ElasticConfigError(f"{where} is out of range: the parent has {len(ranking)}, give 1..{len(ranking)}.")
+    return sorted(ranking[:count])

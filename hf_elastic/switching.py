@@ -183,9 +183,15 @@ class SwitchingMixin:
         active = self.__dict__.get("_active")
         if active is None or active == self._full or mode == self.training or self._computing:
             return super().train(mode)  # type: ignore[misc]
+        before = self.training
         self.set_budget(None)
         super().train(mode)  # type: ignore[misc]
-        self.set_budget(active)
+        try:
+            self.set_budget(active)
+        except BaseException:  # adapters, which do not follow in evaluation mode
+            super().train(before)  # type: ignore[misc]
+            self.set_budget(active)
+            raise
         return self
 
     # -- how -----------------------------------------------------------------------------------------------------------
@@ -260,6 +266,12 @@ class SwitchingMixin:
         # Moving or casting the views one by one would tear them off the shared storage: do it to the parent, then view again.
         with self._whole():
             super()._apply(fn, recurse)  # type: ignore[misc]
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """As `nn.Module.requires_grad_`, for every budget."""
+        with self._whole():
+            super().requires_grad_(requires_grad)  # type: ignore[misc]
         return self
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:

@@ -11,6 +11,7 @@ import torch
 from .budgets import FULL, Limit, parse_limit
 from .cost import Cost
 from .errors import ElasticConfigError
+from .section import check_name
 
 Target = str | int | float | Mapping[str, Any]
 """A share of the parent (`0.5`), or a limit as in [`hf_elastic.budgets`]."""
@@ -44,8 +45,7 @@ def limits_of(targets: Mapping[str, Target], full: Cost, dtype: torch.dtype) -> 
     """
     limits = {}
     for name, target in targets.items():
-        if not isinstance(name, str) or not name.strip() or name != name.strip():
-            raise ElasticConfigError(f"router target {name!r}: a name must be a text without spaces around it.")
+        check_name(name, f"router target {name!r}")
         limit: Limit | None = None
         if isinstance(target, float) and 0 < target < 1:
             limit = Limit("total", target * full.total_params)

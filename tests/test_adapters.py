@@ -361,6 +361,17 @@ def test_adapters_attached_while_a_budget_is_active_are_not_passed_by(ids):
     model(ids, use_cache=False)
 
 
+def test_a_refused_evaluation_mode_changes_nothing(ids):
+    model = elastify(build_parent("nano3"), budgets=BUDGETS["nano3"], sort=False).train()
+    get_peft_model(model, targets("nano3"))
+    model.set_budget("small")
+    before = model(ids, use_cache=False).logits
+    with pytest.raises(ElasticConfigError, match=r"do not follow a budget in evaluation mode.*merge_and_unload"):
+        model.eval()
+    assert (model.budget, model.training) == ("small", True)
+    assert torch.equal(model(ids, use_cache=False).logits, before)
+
+
 def test_adapters_of_a_view_are_not_left_behind():
     """In evaluation mode the modules of a budget are not those of the parent."""
     model = elastify(build_parent("nano3"), budgets=BUDGETS["nano3"], sort=False)

@@ -1,6 +1,8 @@
 """What is wrong is refused by name, with what is allowed, before anything is placed or written."""
 
+import inspect
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    pipeline,
 )
 
 from hf_elastic import (
@@ -178,6 +181,40 @@ def test_a_plain_parent_is_refused(budget, original, tmp_path, no_weights_placed
     original("nano2").save_pretrained(tmp_path)
     with pytest.raises(ElasticConfigError, match=r"plain nemotron_h checkpoint without budgets.*elastify"):
         ElasticForCausalLM.from_pretrained(tmp_path, budget=budget)
+
+
+@pytest.mark.parametrize("name", ["nano2", "granite"])
+@pytest.mark.parametrize("auto", [AutoModelForCausalLM, AutoModel])
+def test_a_plain_parent_is_refused_through_the_auto_classes(auto, name, original, tmp_path, no_weights_placed):
+    """Also as the pipeline does it, which collects what the classes say."""
+    original(name).save_pretrained(tmp_path)
+    message = "is a plain .* checkpoint without budgets.*without budget=.*elastify"
+    for budget in ("small", 1e9, {"hidden": 24}, None):
+        with pytest.raises(ElasticConfigError, match=message):
+            auto.from_pretrained(tmp_path, budget=budget)
+    with pytest.raises(ElasticConfigError, match=message):
+        type(original(name)).from_pretrained(tmp_path, budget="small")
+    with pytest.raises(ValueError, match=message):
+        pipeline("text-generation", model=str(tmp_path), model_kwargs={"budget": "small"})
+
+
+@pytest.mark.parametrize("name", ["nano2", "granite"])
+def test_a_plain_parent_without_a_budget_is_upstreams_business(name, original, tmp_path):
+    stock = type(original(name))
+    original(name).save_pretrained(tmp_path)
+    for loaded in (AutoModelForCausalLM.from_pretrained(tmp_path), stock.from_pretrained(tmp_path, dtype="float32")):
+        assert type(loaded) is stock
+        assert_same_weights(loaded, original(name))
+    assert inspect.signature(stock.from_pretrained) == inspect.signature(PreTrainedModel.from_pretrained)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'bugdet'"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, bugdet="small")
+
+    class Mine(stock):
+        def __init__(self, config, budget):
+            super().__init__(config)
+            self.mine = budget
+
+    assert Mine.from_pretrained(tmp_path, budget="small").mine == "small"
 
 
 def test_a_budget_needs_a_checkpoint(original):
@@ -413,6 +450,14 @@ def test_what_the_stock_class_ignores_may_be_there(folder):
     assert not any(info.values())
 
 
+@pytest.mark.parametrize("field", ["n_groups", "n_group", "num_key_value_heads"])
+def test_a_parent_without_groups(field, folder, no_weights_placed):
+    edit(folder, lambda c: (c["parent_config"].update({field: 0}), c["elastic"].update(budgets={}, axes={})))
+    for budget in (None, {"hidden": 32}):
+        with pytest.raises(ElasticConfigError, match=f"the parent's {field} must be at least 1"):
+            load(folder, budget=budget)
+
+
 def test_another_shape_is_named(folder, no_weights_placed):
     rewrite(folder, lambda tensors: tensors.update({"backbone.layers.0.mixer.D": torch.ones(13)}))
     with pytest.raises(CheckpointError, match=r"mixer\.D is \(13,\) in the file, the config says \(12,\)"):
@@ -592,12 +637,55 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(folder, monkeypatch, list
     assert listing(folder) == before
 
 
+@pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
+@pytest.mark.parametrize("after", range(4))
+def test_a_save_that_fails_while_files_are_exchanged_leaves_the_old_checkpoint(
+    after, links, sharded, family_folder, monkeypatch, listing
+):
+    """The new files are all there, and one of them cannot take its place: a file in use, a disk that went away."""
+    model = load(family_folder("nano3"), budget="small")
+    real, done = os.replace, []
+
+    def replace(source, destination):
+        if Path(destination).parent == sharded and len(done) == after:
+            done.append(None)
+            raise PermissionError(13, "in use", str(destination))
+        real(source, destination)
+        if Path(destination).parent == sharded:
+            done.append(destination)
+
+    def link(*args):
+        raise OSError(1, "no links here")
+
+    monkeypatch.setattr("hf_elastic.saving.os.replace", replace)
+    if not links:
+        monkeypatch.setattr("hf_elastic.saving.os.link", link)
+    (sharded / "generation_config.json").unlink()
+    before = listing(sharded)
+    with pytest.raises(PermissionError, match="in use"):
+        model.save_pretrained(sharded, max_shard_size="20KB")
+    assert listing(sharded) == before
+    assert None in done
+
+
 def test_saving_over_a_sharded_checkpoint_leaves_no_stale_shard(sharded):
     (sharded / "notes.txt").write_text("mine")
     load(sharded, budget="small").save_pretrained(sharded)
     assert [file.name for file in sharded.glob("*.safetensors*")] == [WEIGHTS]
     assert (sharded / "notes.txt").read_text() == "mine"
     assert load(sharded).budget == "small"
+
+
+def test_a_misspelt_budget_does_not_save_everything(tmp_path, family):
+    for write, name, meant in (
+        (family.save_pretrained, "bugdet", "budget"),
+        (family.export, "bugdet", "budget"),
+        (family.export, "heterogenous", "heterogeneous"),
+    ):
+        with pytest.raises(TypeError, match=f"unexpected argument '{name}'. Did you mean '{meant}'"):
+            write(tmp_path / "new", **{name: "small"})
+    assert not list(tmp_path.iterdir())
+    family.export(tmp_path / "new", "small", token=None, variant="fp32", max_shard_size="1MB")
 
 
 def test_saving_over_a_file(tmp_path, family):

@@ -152,11 +152,27 @@ def test_sampling_follows_the_seed(elastic, capsys):
             "does not exist",
         ),
         (["elastify", "{plain}", "{tmp}/out", "--budget", "a=1k", "--save-scores", "x"], "--save-scores needs"),
+        (["generate", "{elastic}", "^", "--device", "cudaa"], "--device='cudaa' cannot be used"),
+        (["generate", "{elastic}", "^", "--device", "xpu:7"], "--device='xpu:7' cannot be used"),
+        (["elastify", "{plain}", "{tmp}/out", "--device", "cudaa"], "--device='cudaa' cannot be used"),
+        (["slice", "{elastic}", "{elastic}", "--budget", "small"], "is the checkpoint that is read, and would be"),
+        (["export", "{elastic}", "{elastic}", "--budget", "small"], "is the checkpoint that is read, and would be"),
+        (["elastify", "{plain}", "{plain}", "--axis", "hidden"], "is the checkpoint that is read, and would be"),
+        (["elastify", "{plain}", "{elastic}/config.json", "--axis", "hidden"], "is a file; give a folder"),
+        (["elastify", "{plain}", "{tmp}/out", "--spec", "{text}"], "text.jsonl is no JSON: Extra data"),
+        (["elastify", "{plain}", "{tmp}/out", "--spec", "{lists}"], "must hold an object with `axes` and `budgets`"),
+        (
+            ["elastify", "{plain}", "{tmp}/out", "--calibration", "{text}", "--save-scores", "{tmp}/no/where"],
+            "there is no such folder",
+        ),
+        (["plan", "{elastic}", "--size", "layers=4"], "layers=4 is a number.*list the layers to keep"),
         (["lab", "--output", "{tmp}/out", "--letters", "13"], "--letters=13 in 4..12|must be at least 1 and"),
     ],
 )
 def test_mistakes_are_explained_without_a_traceback_and_write_nothing(arguments, message, elastic, tmp_path, capsys):
-    places = {"elastic": elastic / "elastic", "tmp": tmp_path, "plain": PARENT_DIR}
+    places = {"elastic": elastic / "elastic", "tmp": tmp_path, "plain": PARENT_DIR, "text": elastic / "text.jsonl"}
+    places["lists"] = elastic / "lists.json"
+    places["lists"].write_text('{"budgets": [1]}')
     capsys.readouterr()
     assert main([a.format(**places) for a in arguments]) == 2
     error = capsys.readouterr().err

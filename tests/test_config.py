@@ -3,13 +3,20 @@
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 from cases import BUDGETS, CASES, CONFIGS, IDS, granite, nemotron, parent_config, submodel
 from nano_v3 import nano_v3
 from transformers import AutoConfig, PreTrainedConfig
 
-from hf_elastic import ElasticConfig, ElasticConfigError, UnknownBudgetError, UnsupportedArchitectureError
+from hf_elastic import (
+    ElasticConfig,
+    ElasticConfigError,
+    UnknownBudgetError,
+    UnsupportedArchitectureError,
+    masked_model,
+)
 from hf_elastic.architectures import ARCHITECTURES, get_architecture
 from hf_elastic.budgets import Limit, format_bytes, format_count, parse_limit
 from hf_elastic.cost import CostModel
@@ -182,6 +189,11 @@ def test_by_limits(name, budget):
     assert config.costs()[config.name_of(config.resolve(f"{active} active"))].active_params <= active
 
 
+@pytest.mark.parametrize("kind", [np.int64, np.float32, np.float64])
+def test_numbers_of_numpy_are_numbers(kind, config):
+    assert config.resolve(kind(10**9)) == config.resolve(10**9)
+
+
 def test_active_parameters_select_by_active_parameters():
     """A budget with fewer active parameters may have more in total."""
     budgets = {"sparse": {"experts_per_token": 1}, "both": {"experts_per_token": 1, "experts": 6}}
@@ -233,6 +245,7 @@ def test_a_submodel_of_another_parent_is_refused(config):
         ("300M active", Limit("active", 300e6)),
         ("300 m ACTIVE", Limit("active", 300e6)),
         ("3k params active", Limit("active", 3e3)),
+        ("2.1B active parameters", Limit("active", 2.1e9)),
         ("1T parameters", Limit("total", 1e12)),
         ("24GB", Limit("bytes", 24e9)),
         ("22.5GiB", Limit("bytes", 22.5 * 2**30)),
@@ -426,3 +439,40 @@ def test_axes_that_a_parent_does_not_have():
 def test_it_is_a_stock_config_class():
     assert issubclass(ElasticConfig, PreTrainedConfig)
     assert AutoConfig.for_model("elastic", parent_config=nemotron("M*"), elastic={}).budgets == {}
+
+
+@pytest.mark.parametrize(
+    ("budgets", "ranking", "message"),
+    [
+        ({"a": {"layers": 9}}, [*range(8)], r"budget 'a': layers=9 is out of range: the parent has 8, give 1\.\.8"),
+        ({"a": {"layers": 0}}, [*range(8)], "budget 'a': layers=0 is out of range"),
+        ({"a": {"layers": -2}}, [2, 0, 1, 3, 4, 5, 6, 7], "budget 'a': layers=-2 is out of range"),
+        ({"a": {"layers": True}}, [2, 0, 1, 3, 4, 5, 6, 7], "layers=True must list the indices"),
+        ({"a": {"layers": 2}}, [2, 0], r"layer_ranking=\[2, 0\] must list every layer 0\.\.7 once"),
+        ({"a": {"layers": 2}}, None, "layers=2 must list the indices"),
+        (None, None, "budgets=None must be a dict from name to sizes"),
+        (["a"], None, r"budgets=\['a'\] must be a dict"),
+        ({"a": 3}, None, "budget 'a'=3 must be a dict from axis to size"),
+    ],
+    ids=str,
+)
+def test_what_no_config_can_be_made_of(budgets, ranking, message):
+    with pytest.raises(ElasticConfigError, match=message):
+        ElasticConfig.from_parent(parent_config("nano3"), budgets, layer_ranking=ranking)
+
+
+def test_a_parent_that_is_no_config():
+    with pytest.raises(ElasticConfigError, match="must be the stock config of the parent"):
+        ElasticConfig.from_parent({"model_type": "nemotron_h"}, {})
+
+
+def test_an_unknown_name_is_an_error_of_ours(config):
+    with pytest.raises(
+        UnknownBudgetError, match=r"no budget is called 'smal'; this checkpoint has .*Did you mean 'small'"
+    ):
+        config.submodel("smal")
+
+
+def test_masks_need_a_submodel(original):
+    with pytest.raises(ElasticConfigError, match="submodel='small' must be a Submodel"):
+        masked_model(original("nano2"), "small")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from cases import CONFIGS, VOCAB
@@ -165,6 +167,77 @@ def test_bad_input(arguments, error, message, original, calibration):
         del arguments["progress"]
     with pytest.raises(error, match=message):
         elastify(original("nano2"), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"budgets": {"a": {"ffn": 41}}}, r"ffn\[1\]=41 is out of range"),
+        ({"budgets": {"a": {"mamba_heads": 5}}}, "does not divide into the 2 n_groups"),
+        ({"budgets": {"a": {"layers": 6}}}, r"layers=6 is out of range: the parent has 5"),
+        ({"budgets": {"a": {"ffn": 8}, "b": {"ffn": 16, "hidden": 8}}}, "does not nest"),
+        ({"budgets": {"a": {"layers": 3}, " ": {"layers": 2}}}, "a name must be a text without spaces"),
+        ({"budgets": {" ": "20k"}, "axes": ["ffn"]}, "a name must be a text without spaces"),
+        ({"budgets": {"a": {"ffn": 0.95}}}, r"budget 'a'=\{'ffn': 0\.95\} cuts nothing.*multiples of 8.*multiple_of"),
+        ({"budgets": {"a": "half"}, "axes": ["ffn"]}, "must be a dict of sizes, or a target"),
+        (
+            {"budgets": {"a": "1k", "b": "90%"}, "axes": ["ffn"]},
+            "budget 'b'='90%' must be a dict of sizes, or a target",
+        ),
+        ({"budgets": {"a": "1k"}, "axes": ["ffn"]}, "budget 'a': no choice of ffn fits into 1.00k parameters"),
+        ({"budgets": [("a", {"ffn": 8})]}, "must be a dict from name to sizes or target"),
+        ({"budgets": {}, "axes": []}, "neither budgets nor axes"),
+        ({"axes": {"ffn": 8}}, r"axes\['ffn'\]=8 must be a list of sizes"),
+        ({"axes": {"ffn": []}}, r"axes\['ffn'\]=\[\] must be a list of sizes"),
+        ({"axes": {"ffn": ["8"]}}, r"axes\['ffn'\]=\['8'\] must be a list of sizes"),
+        ({"axes": {"ffn": [True]}}, r"axes\['ffn'\]=\[True\] must be a list of sizes"),
+        ({"axes": {"ffn": [64]}}, r"choices=\[64, 40\] must go down, without repeats, within 1\.\.40"),
+        ({"axes": {"layers": [0]}}, r"choices=\[5, 0\] must go down"),
+        ({"axes": {"mamba_heads": [5]}}, "cannot be shared among the 2 groups"),
+        ({"axes": {"ffn": [0.5]}, "multiple_of": 0}, "multiple_of=0 must be a whole number"),
+        ({"axes": {"ffn": [8]}, "batch_size": 0}, "batch_size=0 must be a whole number"),
+        ({"axes": {"ffn": [8]}, "max_length": 0}, "max_length=0 must be a whole number"),
+        ({"axes": {"ffn": [8]}, "samples": -1}, "samples=-1 must be a whole number"),
+        ({"axes": {"ffn": [8]}, "depth_samples": 0}, "depth_samples=0 must be a whole number"),
+        ({"axes": {"ffn": [8]}, "calibration": 5}, "calibration must be a datasets.Dataset or an iterable.*int"),
+        ({"axes": {"ffn": [8]}, "calibration": "text.txt"}, "calibration must be a datasets.Dataset.*str"),
+        ({"axes": {"ffn": [8]}, "calibration": ["text"]}, "rows must be dicts, not str"),
+        ({"axes": {"ffn": [8]}, "calibration": [{"input_ids": []}]}, "no rows with tokens"),
+        (
+            {"axes": {"ffn": [8]}, "calibration": [{"input_ids": [1, 64]}]},
+            "has token 64, the parent's vocabulary has 64",
+        ),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_mistakes_are_found_before_the_parent_is_scored(arguments, message, original, calibration, monkeypatch):
+    parent = original("nano2")
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("the parent was run")
+
+    monkeypatch.setattr(parent, "forward", refuse)
+    with pytest.raises(ElasticConfigError, match=message):
+        elastify(parent, **{"calibration": calibration, "progress": False, **arguments})
+
+
+def test_scores_of_another_type_are_refused(original):
+    with pytest.raises(ElasticConfigError, match=r"scores=\{\} must be Scores, or the path"):
+        elastify(original("nano2"), budgets={"a": {"ffn": 8}}, scores={})
+
+
+def test_a_number_of_layers_beside_a_list_of_them_waits_for_the_ranking(original, calibration):
+    """Whether a list nests in a number of layers is known only when they are ranked."""
+    options = {"progress": False, "depth_samples": 2}
+    first = elastify(original("nano2"), calibration, budgets={"a": {"layers": 4}}, **options)
+    kept = first.elastic_config.submodel("a").layers
+    inner = next(
+        list(layers)
+        for layers in itertools.combinations(kept, 3)
+        if 3 in layers and layers != tuple(range(3))  # the attention layer, and not the first ones
+    )
+    made = elastify(original("nano2"), calibration, budgets={"a": {"layers": 4}, "b": {"layers": inner}}, **options)
+    assert made.budgets["b"]["sizes"]["layers"] == inner
 
 
 def test_other_models_are_refused(original, calibration):

@@ -211,6 +211,16 @@ def test_no_more_rows_are_read_than_asked_for_and_masked_tokens_do_not_count(ori
     assert torch.equal(scores.values["hidden"][-1], plain.values["hidden"][-1])
 
 
+def test_rows_without_tokens_are_passed_over(original, rows):
+    """Empty lines of a text; a batch of them alone would stop the run."""
+    model = original("nano2")
+    empty = [{"input_ids": []}, {"input_ids": [1, 2], "attention_mask": [0, 0]}]
+    padded = [empty[0], rows[0], *empty, *rows[1:], *empty]
+    one, other = (score(model, r, batch_size=2, progress=False) for r in (rows, padded))
+    assert all(torch.equal(t, other.values[axis][i]) for axis, layers in one.values.items() for i, t in layers.items())
+    assert one.info == other.info
+
+
 def test_scores_round_trip(nano, tmp_path):
     _, scores, _ = nano
     scores.layers = [(2, 0.5), (0, 1.25)]

@@ -132,7 +132,7 @@ def test_layers_as_a_number_follow_the_ranking(original):
     ranking = [7, 0, 2, 1, 5, 3, 4, 6]
     assert sizes_from_spec(architecture, config, {"layers": 3}, ranking, 8) == {"layers": [0, 2, 7]}
     assert sizes_from_spec(architecture, config, {"layers": 0.5}, ranking, 8) == {"layers": [0, 1, 2, 7]}
-    with pytest.raises(ElasticConfigError, match="needs a ranking"):
+    with pytest.raises(ElasticConfigError, match="layers=3 is a number.*list the layers to keep"):
         sizes_from_spec(architecture, config, {"layers": 3}, None, 8)
     with pytest.raises(ElasticConfigError, match="the parent has 8, give 1..8"):
         sizes_from_spec(architecture, config, {"layers": 9}, ranking, 8)

@@ -496,6 +496,37 @@ def test_gradients_of_a_live_budget_are_refused_in_evaluation_mode(name, family,
 
 
 @each_model
+@pytest.mark.parametrize("where", ["at the parent", "at the budget", "parameter by parameter"])
+def test_freezing_the_family_freezes_every_budget(where, name, family, ids):
+    """Whatever was frozen when: then `backward` is about inputs, and no gradient of a weight is lost."""
+    model = family(name).eval()
+    model.set_budget("small")
+    if where != "at the budget":
+        model.set_budget(None)
+    for asks in (False, True):
+        if where == "parameter by parameter":
+            for parameter in model.parameters():
+                parameter.requires_grad_(asks)
+        else:
+            assert model.requires_grad_(asks) is model
+        model.set_budget(None)
+        assert {parameter.requires_grad for parameter in model.parameters()} == {asks}
+        model.set_budget("small")
+        assert {parameter.requires_grad for parameter in model.parameters()} == {asks}
+        with torch.enable_grad():
+            embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+            loss = model(inputs_embeds=embedded).logits.square().sum()
+            if asks:
+                with pytest.raises(HFElasticError, match="would not reach the weights"):
+                    loss.backward()
+            else:
+                loss.backward()
+                assert embedded.grad.abs().max() > 0
+        if where != "at the budget":
+            model.set_budget(None)
+
+
+@each_model
 def test_the_last_position_of_a_prompt_is_multiplied_without_a_copy_of_the_head(name, family, ids):
     """Torch multiplies it by an expanded copy of a matrix that asks for no gradient; see `slicing._view_parameter`."""
     model = family(name).eval()

@@ -129,6 +129,11 @@ class Architecture(ABC):
         """The whole parent as a submodel of itself."""
         depth = self.depth(config)
         layers = [(config.per_layer_config[i], self.parts(config, i)) for i in range(depth)]
+        for axis in self.axes:
+            if axis.groups and any(axis.part in parts and getattr(c, axis.groups) < 1 for c, parts in layers):
+                raise ElasticConfigError(
+                    f"the parent's {axis.groups} must be at least 1; its config was edited or damaged."
+                )
         items: list[tuple[str, int | tuple[int | None, ...]]] = []
         for axis in self.axes:
             if axis.part is None:

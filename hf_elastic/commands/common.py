@@ -49,6 +49,32 @@ def table(rows: Sequence[Sequence[str]], right: frozenset[int] = frozenset()) ->
     return "\n".join(line.rstrip() for line in lines)
 
 
+def check_output(output: str, source: str) -> None:
+    """Refuse, before anything else is done, a folder that cannot be written to, or that would replace what is read."""
+    path = Path(output)
+    if path.exists() and not path.is_dir():
+        raise ElasticConfigError(f"{output} is a file; give a folder to save into.")
+    if path.exists() and Path(source).exists() and path.samefile(source):
+        raise ElasticConfigError(
+            f"{output} is the checkpoint that is read, and would be replaced; give another folder."
+        )
+
+
+def check_device(name: str) -> str:
+    """Refuse a device that torch does not know or this machine does not have."""
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (
+        RuntimeError,
+        AssertionError,
+        ValueError,
+    ) as error:  # torch's own kinds for unknown, not built in, not there
+        raise ElasticConfigError(f"--device={name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return name
+
+
 def save_tokenizer(source: str, target: str | Path) -> None:
     """Save the tokenizer of `source` beside a checkpoint, if it has one."""
     from transformers import AutoTokenizer

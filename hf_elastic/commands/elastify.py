@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ElasticConfigError
-from .common import parse_sizes, parse_value, save_tokenizer
+from .common import check_device, check_output, parse_sizes, parse_value, save_tokenizer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,6 +61,10 @@ def run(args: argparse.Namespace) -> None:
     axes, budgets = _spec(args)
     if args.save_scores and (args.scores or not args.calibration):
         raise ElasticConfigError("--save-scores needs --calibration, and no --scores.")
+    if args.save_scores and not Path(args.save_scores).resolve().parent.is_dir():
+        raise ElasticConfigError(f"--save-scores={args.save_scores}: there is no such folder.")
+    check_output(args.output, args.parent)
+    check_device(args.device)
     options: dict[str, Any] = {}
     data = None
     if args.calibration and not args.scores:
@@ -79,9 +83,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _spec(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    spec = json.loads(Path(args.spec).read_text(encoding="utf-8")) if args.spec else {}
-    if not isinstance(spec, dict) or set(spec) - {"axes", "budgets"}:
-        raise ElasticConfigError(f"{args.spec} must hold an object with `axes` and `budgets`.")
+    try:
+        spec = json.loads(Path(args.spec).read_text(encoding="utf-8")) if args.spec else {}
+    except ValueError as error:
+        raise ElasticConfigError(f"{args.spec} is no JSON: {error}.") from error
+    if not isinstance(spec, dict) or set(spec) - {"axes", "budgets"} or not isinstance(spec.get("budgets", {}), dict):
+        raise ElasticConfigError(f"{args.spec} must hold an object with `axes` and `budgets`, which is one too.")
     axes: dict[str, Any] = {}
     for text in args.axis:
         name, equals, values = text.partition("=")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from .common import add_source, save_tokenizer
+from .common import add_source, check_output, save_tokenizer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from ..modeling_elastic import ElasticForCausalLM
 
+    check_output(args.output, args.repo)
     model = ElasticForCausalLM.from_pretrained(args.repo, budget=args.budget, dtype=args.dtype)
     model.export(args.output, heterogeneous=args.heterogeneous)
     save_tokenizer(args.repo, args.output)

@@ -12,7 +12,7 @@ import json
 import sys
 import time
 
-from .common import add_json, add_source
+from .common import add_json, add_source, check_device
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,9 +38,9 @@ def run(args: argparse.Namespace) -> None:
         raise ElasticConfigError(f"--max-new-tokens={args.max_new_tokens} must be at least 1.")
     if args.temperature < 0 or not 0 < args.top_p <= 1:
         raise ElasticConfigError("--temperature must be at least 0 and --top-p in (0, 1].")
+    device = check_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     tokenizer = AutoTokenizer.from_pretrained(args.repo)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = ElasticForCausalLM.from_pretrained(args.repo, budget=args.budget, dtype=args.dtype).to(device)
     if tokenizer.chat_template and not args.raw:
         message = [{"role": "user", "content": prompt}]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from .common import add_source, save_tokenizer
+from .common import add_source, check_output, save_tokenizer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,6 +18,7 @@ def run(args: argparse.Namespace) -> None:
     from ..modeling_elastic import ElasticForCausalLM
     from .plan import plan, render
 
+    check_output(args.output, args.repo)
     model = ElasticForCausalLM.from_pretrained(args.repo, budget=args.budget, dtype=args.dtype)
     model.save_pretrained(args.output)
     save_tokenizer(args.repo, args.output)
