@@ -191,6 +191,15 @@ OTHER = {
         {"stages": [STAGES[0], {**STAGES[1], "budget_probabilities": {"full": 1.0}}]},
         r"stages\[1\]\.budget_probabilities\.full \(0.4 there, 1.0 here\)",
     ),
+    "rate": ({"learning_rate": 1e-4}, r"learning_rate \(0.01 there, 0.0001 here\)"),
+    "schedule": ({"lr_scheduler_type": "linear"}, r"lr_scheduler_type \('cosine' there, 'linear' here\)"),
+    "decay": ({"weight_decay": 0.3}, r"weight_decay \(0.0 there, 0.3 here\)"),
+    "optimizer": ({"optim": "sgd"}, r"optim \('adamw_torch(_fused)?' there, 'sgd' here\)"),
+    "batch": (
+        {"per_device_train_batch_size": 1},
+        r"per_device_train_batch_size \* gradient_accumulation_steps \* processes \(4 there, 2 here\)",
+    ),
+    "length": ({"max_length": 32}, r"max_length \(64 there, 32 here\)"),
     "shorter past": ({"stages": [{**STAGES[0], "steps": 2}, STAGES[1]]}, r"stages\[0\]\.steps \(3 there, 2 here\)"),
 }
 
@@ -214,6 +223,18 @@ def test_tokens_that_come_to_the_same_steps_are_the_same_run(straight, tmp_path)
     shutil.copytree(straight[2] / "checkpoint-4", tmp_path / "checkpoint-4")
     made = resume(tmp_path, 4, stages=[{"tokens": 120, "max_length": 10}, STAGES[1]], save_strategy="no")
     assert_same_weights(made.model, straight[0].model)
+
+
+def test_as_many_rows_a_step_in_other_parts_may_go_on(straight, tmp_path):
+    """On fewer processes, for example; the budgets are drawn anew, as there is one for each part."""
+    shutil.copytree(straight[2] / "checkpoint-4", tmp_path / "checkpoint-4")
+    parts = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "save_strategy": "no"}
+    made = trainer(tmp_path, **{**RUN, **parts})
+    recorder = Recorder().watch(made)
+    made.train(resume_from_checkpoint=True)
+    for ((_, batch),), whole in zip(recorder.steps, straight[1].steps[4:], strict=True):
+        rows = [row[row != 0].tolist() for _, part in whole for row in part["input_ids"]]
+        assert [row[row != 0].tolist() for row in batch["input_ids"]] == rows
 
 
 def test_rates_of_stages_go_on_after_a_kill(tmp_path):

@@ -163,6 +163,22 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(kill_at, tmp_path):
         assert all(torch.equal(wanted[key], tensor) for key, tensor in ours.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"router_steps": 5}, r"router_steps \(4 there, 5 here\)"),
+        ({"router_loss_weight": 1.0}, r"router_loss_weight \(5.0 there, 1.0 here\)"),
+        ({"router_learning_rate": 0.2}, r"router_learning_rate \(0.05 there, 0.2 here\)"),
+        ({"router_hard_share": 0.5}, r"router_hard_share \(0.004 there, 0.5 here\)"),
+        ({"router_targets": {**TARGETS, "large": 0.8}}, r"router\.targets\.large \(0.75 there, 0.8 here\)"),
+    ],
+)
+def test_a_router_is_not_resumed_by_another_run(fields, message, tmp_path):
+    trainer(tmp_path, max_steps=2, save_steps=1).train()
+    with pytest.raises(ElasticConfigError, match=message):
+        trainer(tmp_path, **fields).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
 def test_a_run_that_ends_when_the_router_is_done_has_decided(tmp_path):
     made = trainer(tmp_path, max_steps=4)
     made.train()
