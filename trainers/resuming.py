@@ -178,10 +178,15 @@ def last_complete(output_dir: str | None) -> str:
         if re.fullmatch(r"checkpoint-\d+", folder.name) and folder.is_dir():
             folders[int(folder.name.partition("-")[2])] = folder
     for step in sorted(folders, reverse=True):
-        if _state_of(folders[step]) is not None:
+        if is_complete(folders[step]):
             return str(folders[step])
         logger.warning("%s was not saved to the end; looking for an older checkpoint.", folders[step])
     raise CheckpointError(f"there is no complete checkpoint in {output_dir} to resume from.")
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a folder holds a checkpoint that was saved to the end: its trainer_state.json is written last."""
+    return _state_of(folder) is not None
 
 
 def _state_of(folder: Path) -> TrainerState | None:

@@ -326,6 +326,64 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_file_leaves_the_old_checkpoint(
     assert_same_weights(resumed.model, straight[0].model)
 
 
+@pytest.mark.parametrize("at", ["weights", "optimizer", "state"])
+def test_a_full_disk_leaves_the_old_checkpoint_of_the_same_number(at, straight, tmp_path, monkeypatch):
+    shutil.copytree(straight[2] / "checkpoint-4", tmp_path / "checkpoint-4")
+    old = files(tmp_path / "checkpoint-4")
+    made = trainer(tmp_path, **{**RUN, "save_steps": 4})
+    target = {"weights": "_save", "optimizer": "_save_optimizer_and_scheduler", "state": "_save_rng_state"}[at]
+
+    def full_disk(output_dir: str, *args, **kwargs) -> None:
+        Path(output_dir).mkdir(exist_ok=True)
+        (Path(output_dir) / "half").write_bytes(b"x")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(made, target, full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        made.train()
+    assert files(tmp_path) == {f"checkpoint-4/{name}": content for name, content in old.items()} | {
+        "README.md": (tmp_path / "README.md").read_bytes()
+    }
+    resumed = trainer(tmp_path, **RUN)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_weights(resumed.model, straight[0].model)
+
+
+def test_a_checkpoint_of_the_same_number_is_replaced(straight, tmp_path):
+    shutil.copytree(straight[2] / "checkpoint-4", tmp_path / "checkpoint-4")
+    (tmp_path / "checkpoint-4" / "old").touch()
+    trainer(tmp_path, **{**RUN, "stages": None, "max_steps": 4, "save_steps": 4}).train()
+    assert not (tmp_path / "checkpoint-4" / "old").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"README.md", "checkpoint-4"}
+    ours, theirs = (ElasticForCausalLM.from_pretrained(f / "checkpoint-4") for f in (tmp_path, straight[2]))
+    assert any(not torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("written", ["half", "whole"])
+def test_a_kill_while_a_checkpoint_is_replaced_loses_none(written, straight, tmp_path):
+    aside = tmp_path / ".replaced-checkpoint-4"
+    shutil.copytree(straight[2] / "checkpoint-4", aside)
+    shutil.copytree(straight[2] / "checkpoint-4", tmp_path / "checkpoint-4")
+    if written == "half":
+        (tmp_path / "checkpoint-4" / "trainer_state.json").unlink()
+        (tmp_path / "checkpoint-4" / "model.safetensors").write_bytes(b"half")
+    resumed = trainer(tmp_path, **RUN)
+    resumed.train(resume_from_checkpoint=True)
+    assert not aside.exists()
+    assert_same_weights(resumed.model, straight[0].model)
+
+
+def test_a_run_that_was_done_makes_no_step_more(tmp_path):
+    """Killed after its last checkpoint, in the middle of an epoch."""
+    fields = {**RUN, "stages": None, "max_steps": 4}
+    made = trainer(tmp_path, **fields)
+    made.train()
+    resumed = trainer(tmp_path, family(seed=5), teacher_model=build_parent("nano3"), **fields)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4
+    assert_same_weights(resumed.model, made.model)
+
+
 @pytest.mark.parametrize("damage", ["missing", "cut off"])
 def test_resuming_passes_over_a_checkpoint_that_was_not_finished(straight, damage, tmp_path):
     """A process that is killed has no time to clean up."""

@@ -185,6 +185,24 @@ def test_a_run_that_ends_when_the_router_is_done_has_decided(tmp_path):
     assert list(made.model.budgets) == ["large", "small"]
 
 
+def test_a_run_that_is_ended_earlier_has_decided(tmp_path, caplog):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 3
+
+    made = trainer(tmp_path)
+    made.add_callback(Stop())
+    made.train()
+    assert made.state.global_step == 3
+    assert list(made.model.budgets) == ["large", "small"]
+    assert "ended after 3 steps, before the 4 of router_steps" in caplog.text
+    resumed = trainer(tmp_path)  # the checkpoint is that of a router that goes on
+    resumed.train(resume_from_checkpoint=True)
+    straight = trainer(tmp_path / "straight")
+    straight.train()
+    assert resumed.model.elastic_config.elastic == straight.model.elastic_config.elastic
+
+
 def test_axes_can_have_a_choice_per_layer(tmp_path):
     made = trainer(tmp_path, max_steps=4, router_per_layer=["expert_ffn"], save_strategy="no")
     networks = [key for key in made.routing.router.keys if key[0] == "expert_ffn"]
@@ -294,10 +312,12 @@ def frozen(folder, model, **fields) -> ElasticDistillationTrainer:
 
 @pytest.mark.parametrize("decided", [True, False])
 def test_a_frozen_router_decides_at_once_and_does_not_change(decided, tmp_path):
-    first = trainer(tmp_path / "first", max_steps=4 if decided else 2, save_strategy="no")
+    first = trainer(tmp_path / "first", max_steps=4)
     first.train()
-    first.save_model(str(tmp_path / "saved"))
-    model = ElasticForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    saved = tmp_path / "first" / "checkpoint-2"
+    if decided:
+        first.save_model(str(saved := tmp_path / "saved"))
+    model = ElasticForCausalLM.from_pretrained(saved, dtype=torch.float32)
     assert list(model.budgets) == (["large", "small"] if decided else [])
     before = {key: tensor.clone() for key, tensor in model.router.state_dict().items()}
     made = frozen(tmp_path / "second", model)
@@ -310,7 +330,7 @@ def test_a_frozen_router_decides_at_once_and_does_not_change(decided, tmp_path):
     assert not any("resource" in key for entry in made.state.log_history for key in entry)
     if decided:
         assert made.model.elastic_config.elastic == first.model.elastic_config.elastic
-    resumed = frozen(tmp_path / "second", ElasticForCausalLM.from_pretrained(tmp_path / "saved"), max_steps=4)
+    resumed = frozen(tmp_path / "second", ElasticForCausalLM.from_pretrained(saved), max_steps=4)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.model.elastic_config.elastic == made.model.elastic_config.elastic
 
