@@ -14,6 +14,7 @@ from torch import nn
 from trl import SFTTrainer
 
 from hf_elastic import ElasticForCausalLM
+from hf_elastic.router import ROUTER_FILE
 
 from .resuming import (
     FAMILY_FILE,
@@ -25,11 +26,13 @@ from .resuming import (
     last_complete,
     training_state,
 )
+from .routing import REPORT_FILE
 
 logger = logging.getLogger(__name__)
 
-_ASIDE = ".replaced-"
-"""Before the name of a checkpoint while another one of the same number is written; not where upstream looks for checkpoints."""
+_ASIDE = "_replaced-"
+"""Before the name of a checkpoint while another one of the same number is written. Upstream neither takes that for a checkpoint nor
+uploads it."""
 
 
 class CheckpointsMixin(SFTTrainer):
@@ -76,6 +79,15 @@ class CheckpointsMixin(SFTTrainer):
         (folder / STATE_FILE).write_text(text + "\n", encoding="utf-8")
         if self.routing is not None:
             self.routing.save(folder)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Upstream pushes copies of the files that it knows; a config that describes a router is of no use without it."""
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if self.is_world_process_zero() and (self.args.hub_always_push or not busy):
+            for name in (ROUTER_FILE, REPORT_FILE, FAMILY_FILE):
+                if (file := Path(checkpoint_folder) / name).exists():
+                    shutil.copy(file, Path(self.args.output_dir or ".") / name)
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save the model, or its adapter with the description of the family that it is of."""

@@ -361,7 +361,7 @@ def test_a_checkpoint_of_the_same_number_is_replaced(straight, tmp_path):
 
 @pytest.mark.parametrize("written", ["half", "whole"])
 def test_a_kill_while_a_checkpoint_is_replaced_loses_none(written, straight, tmp_path):
-    aside = tmp_path / ".replaced-checkpoint-4"
+    aside = tmp_path / "_replaced-checkpoint-4"
     shutil.copytree(straight[2] / "checkpoint-4", aside)
     shutil.copytree(straight[2] / "checkpoint-4", tmp_path / "checkpoint-4")
     if written == "half":

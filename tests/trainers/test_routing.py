@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
+from concurrent.futures import Future
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from cases import build_parent
 from runs import Recorder, config, rows, tokenizer
 from safetensors.torch import load_file
@@ -250,6 +254,40 @@ def test_the_saved_model_has_the_router_and_what_it_interpolates(tmp_path):
     assert loaded.elastic_config.interpolated
     between = loaded.elastic_config.interpolated[0]["total_params"]
     assert ElasticForCausalLM.from_pretrained(tmp_path / "end", budget=between).num_parameters() == between
+
+
+class FakeHub:
+    """Keeps a copy of every folder that is uploaded, without what is not to be uploaded."""
+
+    def __init__(self, folder):
+        self.folder, self.pushes = folder, []
+
+    def create_repo(self, repo_id, **kwargs):
+        return SimpleNamespace(repo_id=repo_id)
+
+    def upload_folder(self, folder_path, ignore_patterns=(), path_in_repo="", **kwargs):
+        self.pushes.append(self.folder / str(len(self.pushes)))
+        shutil.copytree(folder_path, self.pushes[-1], ignore=shutil.ignore_patterns(*ignore_patterns))
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+
+def test_what_is_pushed_in_between_can_be_loaded(tmp_path, monkeypatch):
+    hub = FakeHub(tmp_path / "hub")
+    monkeypatch.setattr(transformers.trainer, "hf_api", lambda: hub)
+    trainer(tmp_path / "run", max_steps=2, seed=7).train()  # leaves a checkpoint to be replaced
+    made = trainer(tmp_path / "run", push_to_hub=True, hub_model_id="me/family", hub_always_push=True)
+    made.train()
+    assert len(hub.pushes) == 3
+    for push, step in zip(hub.pushes, (2, 4, 6), strict=True):
+        loaded = ElasticForCausalLM.from_pretrained(push)
+        wanted = ElasticForCausalLM.from_pretrained(tmp_path / "run" / f"checkpoint-{step}")
+        for ours, theirs in ((loaded, wanted), (loaded.router, wanted.router)):
+            state = theirs.state_dict()
+            assert all(torch.equal(state[key], tensor) for key, tensor in ours.state_dict().items())
+        assert list(loaded.budgets) == (["large", "small"] if step == 6 else [])
+        assert not [path for path in push.rglob("*") if path.is_dir()]
 
 
 def test_the_report_is_written_and_kept_in_checkpoints(tmp_path, caplog):
