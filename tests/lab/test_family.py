@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from hf_elastic import ElasticForCausalLM
+from hf_elastic.budgets import parse_limit
 from hf_elastic.cli import main
 from hf_elastic.cost import CostModel
 from hf_elastic.lab.book import evaluate, training_batches, training_dataset
@@ -41,6 +42,14 @@ def test_the_family_has_the_shares_it_is_described_by(parent):
     assert family.elastic_config.submodel("third").nests_in(between)
     assert between.nests_in(family.elastic_config.submodel("half"))
     assert list(FAMILY) == ["half", "third", "quarter"]
+
+
+def test_the_routers_targets_are_what_the_family_costs(parent):
+    costs = make_family(*parent, sort=False).elastic_config.costs()
+    assert list(ROUTER_TARGETS) == list(FAMILY)
+    for name, target in ROUTER_TARGETS.items():
+        assert parse_limit(target).quantity == "active"
+        assert parse_limit(target).value == pytest.approx(costs[name].active_params, rel=0.005)
 
 
 @pytest.mark.slow

@@ -112,6 +112,31 @@ def test_a_step_is_the_divergence_of_the_mixture_and_the_weighted_resource_loss(
     assert entry["loss"] == pytest.approx(float(loss.detach()), rel=1e-4)
 
 
+def test_the_resource_losses_of_micro_batches_are_averaged(tmp_path):
+    made = trainer(tmp_path, max_steps=1, budget_probabilities={"large": 1.0}, save_strategy="no")
+    made.train()
+    entry = made.state.log_history[0]
+    assert entry["large/resource"] > 0
+    assert entry["loss"] == pytest.approx(entry["large/kl"] + entry["large/resource"], rel=1e-4)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_mixtures_follow_the_schedules(share, tmp_path):
+    made, seen = trainer(tmp_path, router_hard_share=share, save_strategy="no"), []
+    sample = made.routing.router.sample
+
+    def record(budget, temperature, scale, *, hard, generator):
+        seen.append((temperature, scale, hard))
+        return sample(budget, temperature, scale, hard=hard, generator=generator)
+
+    made.routing.router.sample = record
+    made.train()
+    # 4 steps of 2 micro-batches: the temperature falls from 1 to 0.05, the scale rises from 1 to 10
+    wanted = [(1 - 0.95 * p, 1 + 9 * p) for p in (0, 1 / 3, 2 / 3, 1) for _ in range(2)]
+    assert [(temperature, scale) for temperature, scale, _ in seen] == [pytest.approx(pair) for pair in wanted]
+    assert {hard for *_, hard in seen} == {share == 1.0}
+
+
 @pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointed", "plain"])
 def test_the_router_can_be_trained_alone(checkpointing, tmp_path):
     fields = {"freeze_model": True, "max_steps": 4, "gradient_checkpointing": checkpointing, "weight_decay": 0.1}
