@@ -126,7 +126,7 @@ class ElasticDistillationConfig(SFTConfig):
                 raise ElasticConfigError(
                     f"{what} does not work with freeze_router=True: nothing trains a frozen router."
                 )
-        elif bool(self.router_targets) != (self.router_steps > 0):
+        elif bool(self.router_targets) != (self.router_steps > 0) or self.router_steps < 0:
             raise ElasticConfigError(
                 f"router_steps={self.router_steps} with router_targets={self.router_targets!r}: give both, or neither."
             )

@@ -171,6 +171,9 @@ def test_a_dataset_without_the_columns_is_refused(tmp_path):
         trainer(tmp_path, dataset=bad)
     with pytest.raises(ElasticConfigError, match="eval_dataset has the columns sentence"):
         trainer(tmp_path, eval_dataset={"a": rows(), "b": bad})
+    for empty in ([], Dataset.from_dict({"input_ids": []})):
+        with pytest.raises(ElasticConfigError, match="train_dataset is empty"):
+            trainer(tmp_path, dataset=empty)
 
 
 def test_a_batch_without_target_tokens_changes_nothing_and_is_no_error(tmp_path):

@@ -443,6 +443,7 @@ def test_a_frozen_router_does_not_replace_other_budgets(tmp_path):
     [
         ({"router_steps": 0}, "give both, or neither"),
         ({"router_targets": None}, "give both, or neither"),
+        ({"router_targets": None, "router_steps": -1}, "give both, or neither"),
         ({"router_targets": {"large": 2e9}}, "is not below the parent's"),
         ({"router_targets": ["large"]}, "must be a dict"),
         ({"router_learning_rate": 0.0}, "must be above 0"),
