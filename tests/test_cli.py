@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_elastic import Scores
+from hf_elastic import ElasticConfig, ElasticForCausalLM, Scores
 from hf_elastic.cli import COMMANDS, main
 from hf_elastic.commands.common import parse_sizes, table
 from hf_elastic.commands.elastify import parse_budget
@@ -267,20 +267,56 @@ merge_adapter: true
     assert all(torch.equal(tensor, merged[key]) for key, tensor in after.items())
 
 
+@pytest.mark.slow
+def test_train_tells_what_the_router_decided(elastic, tmp_path, capsys):
+    model = ElasticForCausalLM.from_pretrained(elastic / "elastic")
+    choices = {"hidden": [48, 40, 32, 24], "expert_ffn": [32, 24, 16, 8]}
+    model.elastic_config = ElasticConfig.from_parent(model.config, {}, choices=choices)
+    model.save_pretrained(tmp_path / "open")
+    AutoTokenizer.from_pretrained(elastic / "elastic").save_pretrained(tmp_path / "open")
+    recipe = f"""
+model: {tmp_path / "open"}
+dataset: {elastic / "text.jsonl"}
+output_dir: {tmp_path / "out"}
+max_steps: 2
+router_steps: 1
+router_targets: {{half: 0.5}}
+per_device_train_batch_size: 2
+use_cpu: true
+bf16: false
+report_to: none
+save_strategy: "no"
+"""
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    with torch.enable_grad():
+        assert main(["train", str(tmp_path / "recipe.yaml")]) == 0
+    printed = capsys.readouterr().out
+    (row,) = json.loads((tmp_path / "out" / "router_report.json").read_text())
+    assert f"see {tmp_path / 'out' / 'router_report.json'}" in printed
+    assert f"budget half: target {row['target']}, {100 * row['miss']:+.1f} % off by the exact count" in printed
+    assert row["why"] in printed
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", budget="half")
+    assert loaded.num_parameters() == row["cost"]
+
+
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
         (None, "there is no file"),
+        (
+            "output_dir: {tmp}/out\nbf16: false\nuse_cpu: true\nmodel: {model}\ndataset: {tmp}/none.jsonl\n",
+            "train: file .*none.jsonl does not exist",
+        ),
         ("output_dir: {tmp}/out\nuse_cpu: true\nbf16: false\n", "does not say model"),
         (
             "output_dir: {tmp}/out\nbf16: false\nmodel: x\ndataset: y\ntemperature: 0\n",
-            "temperature=0.*must be above 0",
+            "temperature=0.*must be a finite number above 0",
         ),
     ],
 )
-def test_recipes_that_do_not_hold_together(recipe, message, tmp_path, capsys):
+def test_recipes_that_do_not_hold_together(recipe, message, elastic, tmp_path, capsys):
     if recipe is not None:
-        (tmp_path / "recipe.yaml").write_text(recipe.format(tmp=tmp_path))
+        (tmp_path / "recipe.yaml").write_text(recipe.format(tmp=tmp_path, model=elastic / "elastic"))
     capsys.readouterr()
     assert main(["train", str(tmp_path / "recipe.yaml")]) == 2
     assert re.search(message, capsys.readouterr().err)

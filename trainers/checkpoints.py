@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ from torch import nn
 from trl import SFTTrainer
 
 from hf_elastic import ElasticForCausalLM
+from hf_elastic.router import ROUTER_FILE
 
 from .resuming import (
     FAMILY_FILE,
@@ -18,44 +22,72 @@ from .resuming import (
     check_adapter,
     check_family,
     check_training,
+    is_complete,
     last_complete,
     training_state,
 )
+from .routing import REPORT_FILE
+
+logger = logging.getLogger(__name__)
+
+_ASIDE = "_replaced-"
+"""Before the name of a checkpoint while another one of the same number is written. Upstream neither takes that for a checkpoint nor
+uploads it."""
 
 
 class CheckpointsMixin(SFTTrainer):
     """Saving and resuming of [`ElasticDistillationTrainer`]."""
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in `Trainer`. `resume_from_checkpoint=True` takes the last checkpoint that was saved completely."""
+        """As in `Trainer`. `resume_from_checkpoint=True` takes the last checkpoint that was saved completely. If the run ends, or a
+        callback ends it, before `router_steps`, the router decides as it is then."""
         if resume_from_checkpoint is True:
+            if self.args.should_save:
+                put_back(Path(self.args.output_dir or "."))
+            self.accelerator.wait_for_everyone()
             resume_from_checkpoint = last_complete(self.args.output_dir)
         result = super().train(resume_from_checkpoint, *args, **kwargs)
-        if self._undecided and self.state.global_step >= self.args.router_steps:
+        if self._undecided:
+            if self.state.global_step < self.args.router_steps:
+                logger.warning(
+                    "the run ended after %d steps, before the %d of router_steps: the router decides as it is now.",
+                    self.state.global_step,
+                    self.args.router_steps,
+                )
             self._undecided.decide()
         return result
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # Upstream looks at max_steps after a step, so a run that is resumed from its last one would make another.
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:
+            self.control.should_training_stop = True
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save a checkpoint, or leave none: a part of one, after a full disk, would be in the way of resuming."""
+        """Save a checkpoint, or leave what was there: a part of one, after a full disk, would be in the way of resuming."""
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-        existed = folder.exists()
-        try:
+        with replaced(folder) if self.args.should_save else nullcontext():
+            self.accelerator.wait_for_everyone()  # or another rank writes into what is moved aside
             if self.args.should_save:
                 self._save_own_state(folder)
             super()._save_checkpoint(model, trial)
-        except BaseException:
-            if self.args.should_save and not existed:
-                shutil.rmtree(folder, ignore_errors=True)
-            raise
 
     def _save_own_state(self, folder: Path) -> None:
-        # Upstream writes this file last: until then, the folder is not complete.
-        (folder / "trainer_state.json").unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(training_state(self.curriculum, self.args, self._total_train_tokens), indent=2)
         (folder / STATE_FILE).write_text(text + "\n", encoding="utf-8")
         if self.routing is not None:
             self.routing.save(folder)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Upstream pushes copies of the files that it knows; a config that describes a router is of no use without it."""
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if self.is_world_process_zero() and (self.args.hub_always_push or not busy):
+            for name in (ROUTER_FILE, REPORT_FILE, FAMILY_FILE):
+                if (file := Path(checkpoint_folder) / name).exists():
+                    shutil.copy(file, Path(self.args.output_dir or ".") / name)
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save the model, or its adapter with the description of the family that it is of."""
@@ -95,3 +127,33 @@ class CheckpointsMixin(SFTTrainer):
     def _load_weights(self, folder: Any) -> None:
         saved = ElasticForCausalLM.from_pretrained(folder, dtype=self._elastic.dtype)
         self._elastic.load_state_dict(saved.state_dict())
+
+
+@contextmanager
+def replaced(folder: Path) -> Iterator[None]:
+    """Write a checkpoint inside a `with` block. If that fails, the folder has the one that was there before, or is not there."""
+    aside = folder.with_name(_ASIDE + folder.name)
+    shutil.rmtree(aside, ignore_errors=True)
+    if is_complete(folder):
+        folder.rename(aside)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        if aside.exists():
+            aside.rename(folder)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def put_back(output_dir: Path) -> None:
+    """Undo what a process that was killed while it replaced a checkpoint could not undo."""
+    for aside in output_dir.glob(f"{_ASIDE}checkpoint-*"):
+        folder = aside.with_name(aside.name.removeprefix(_ASIDE))
+        if is_complete(folder):
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+            aside.rename(folder)

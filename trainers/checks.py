@@ -30,11 +30,13 @@ def refuse_ignored(args: ElasticDistillationConfig, kwargs: Mapping[str, Any]) -
 
 
 def check_columns(dataset: Any, name: str, args: ElasticDistillationConfig, formatting_func: Any) -> None:
-    """Raise for a dataset, or one of a dict of them, without any of the sets of columns that `SFTTrainer` reads."""
+    """Raise for a dataset, or one of a dict of them, without rows or any of the sets of columns that `SFTTrainer` reads."""
     skipped = (args.dataset_kwargs or {}).get("skip_prepare_dataset", False)
     if dataset is None or formatting_func is not None or skipped:
         return
     for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
+        if hasattr(part, "__len__") and len(part) == 0:
+            raise ElasticConfigError(f"{name} is empty.")
         columns = set(getattr(part, "column_names", None) or next(iter(part)))
         known = [{"input_ids"}, {args.dataset_text_field}, {"messages"}, {"conversations"}, {"prompt", "completion"}]
         if not any(needed <= columns for needed in known):

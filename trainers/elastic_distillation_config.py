@@ -113,8 +113,8 @@ class ElasticDistillationConfig(SFTConfig):
             except json.JSONDecodeError as error:
                 raise ElasticConfigError(f"stages={self.stages!r} is not JSON: {error}.") from error
         super().__post_init__()
-        if not self.temperature > 0:
-            raise ElasticConfigError(f"temperature={self.temperature} must be above 0.")
+        if not 0 < self.temperature < math.inf:
+            raise ElasticConfigError(f"temperature={self.temperature} must be a finite number above 0.")
         if not 0 <= self.beta <= 1:
             raise ElasticConfigError(f"beta={self.beta} must be in [0, 1].")
         if self.loss_chunk_size < 1:
@@ -126,7 +126,7 @@ class ElasticDistillationConfig(SFTConfig):
                 raise ElasticConfigError(
                     f"{what} does not work with freeze_router=True: nothing trains a frozen router."
                 )
-        elif bool(self.router_targets) != (self.router_steps > 0):
+        elif bool(self.router_targets) != (self.router_steps > 0) or self.router_steps < 0:
             raise ElasticConfigError(
                 f"router_steps={self.router_steps} with router_targets={self.router_targets!r}: give both, or neither."
             )
@@ -134,10 +134,10 @@ class ElasticDistillationConfig(SFTConfig):
             raise ElasticConfigError("router_learning_rate and router_loss_weight must be above 0.")
         if not 0 <= self.router_hard_share <= 1:
             raise ElasticConfigError(f"router_hard_share={self.router_hard_share} must be in [0, 1].")
-        if self.packing or self.padding_free:
+        if self.packing or self.eval_packing or self.padding_free:
             raise ElasticConfigError(
-                "packing and padding_free join documents, whose Mamba states then leak into each other without the CUDA kernels; "
-                "set them to False."
+                "packing, eval_packing and padding_free join documents, whose Mamba states then leak into each other without the CUDA "
+                "kernels; set them to False."
             )
         if isinstance(self.stages, list) and self.max_steps < 0:
             entries = [stage for stage in self.stages if isinstance(stage, dict)]

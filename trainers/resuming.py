@@ -41,6 +41,26 @@ _INCIDENTAL = (
 """Fields of a parent's config that trainers and tokenizers set, and that change no weight."""
 
 
+_ARGUMENTS = (
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "assistant_only_loss",
+    "completion_only_loss",
+    "data_seed",
+    "learning_rate",
+    "lr_scheduler_kwargs",
+    "lr_scheduler_type",
+    "max_grad_norm",
+    "max_length",
+    "optim",
+    "warmup_steps",
+    "weight_decay",
+)
+"""What else decides what a step does. Upstream takes the rates and the optimizer's constants from the checkpoint, and says nothing."""
+
+_ROUTER_ARGUMENTS = ("router_hard_share", "router_learning_rate", "router_loss_weight", "router_steps")
+
 _INCIDENTAL_TO_ADAPTERS = (
     "auto_mapping",
     "base_model_name_or_path",
@@ -50,6 +70,9 @@ _INCIDENTAL_TO_ADAPTERS = (
     "task_type",
 )
 """Fields of an adapter's config that say where it is used, not what it is."""
+
+
+_ROWS = "per_device_train_batch_size * gradient_accumulation_steps * processes"
 
 
 def training_state(
@@ -73,13 +96,18 @@ def training_state(
         }
     if args.freeze_model:
         state["freeze_model"] = True
+    given = args.to_dict()
+    state["arguments"] = {name: given[name] for name in _ARGUMENTS} | {_ROWS: args.rows_per_step}
+    if args.router_targets and not args.freeze_router:
+        state["router_arguments"] = {name: given[name] for name in _ROUTER_ARGUMENTS}
     return state if num_tokens is None else {**state, "num_tokens": num_tokens}
 
 
 def check_training(folder: str, ours: Mapping[str, Any]) -> int:
-    """Compare a checkpoint's seed, loss and past stages with the run that wants to go on from it.
+    """Compare a checkpoint's seed, loss, optimizer and past stages with the run that wants to go on from it.
 
-    Stages that had not begun when it was saved may differ, and the current one may get longer.
+    Stages that had not begun when it was saved may differ, and the current one may get longer. Another number of processes may go on with
+    as many rows a step. A router that is frozen from now on no longer needs what it was trained with.
 
     Returns:
         `int`: Tokens that the checkpoint was trained on; 0 if it does not say.
@@ -96,6 +124,12 @@ def check_training(folder: str, ours: Mapping[str, Any]) -> int:
     theirs = json.loads((Path(folder) / STATE_FILE).read_text(encoding="utf-8"))
     tokens = theirs.pop("num_tokens", 0)
     past = [{**run, "stages": _until(run["stages"], state.global_step)} for run in (theirs, ours)]
+    for group in ("arguments", "router_arguments"):
+        found = [run.pop(group, None) for run in past]
+        if None not in found:  # it was saved before there were any, or the router is frozen
+            past = [run | arguments for run, arguments in zip(past, found, strict=True)]
+    if all(stage["learning_rate"] is not None for stage in ours["stages"]):
+        past = [{**run, "learning_rate": None} for run in past]  # which has no effect
     _refuse(folder, "run", differences(past[0], past[1]))
     return tokens
 
@@ -144,10 +178,15 @@ def last_complete(output_dir: str | None) -> str:
         if re.fullmatch(r"checkpoint-\d+", folder.name) and folder.is_dir():
             folders[int(folder.name.partition("-")[2])] = folder
     for step in sorted(folders, reverse=True):
-        if _state_of(folders[step]) is not None:
+        if is_complete(folders[step]):
             return str(folders[step])
         logger.warning("%s was not saved to the end; looking for an older checkpoint.", folders[step])
     raise CheckpointError(f"there is no complete checkpoint in {output_dir} to resume from.")
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a folder holds a checkpoint that was saved to the end: its trainer_state.json is written last."""
+    return _state_of(folder) is not None
 
 
 def _state_of(folder: Path) -> TrainerState | None:

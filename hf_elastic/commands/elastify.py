@@ -132,7 +132,7 @@ def load_calibration(name: str, split: str) -> Any:
     path = Path(name)
     if path.suffix in kinds:
         if not path.exists():
-            raise ElasticConfigError(f"calibration file {name} does not exist.")
+            raise ElasticConfigError(f"file {name} does not exist.")
         return datasets.load_dataset(kinds[path.suffix], data_files=str(path), split="train")
     if path.is_dir():
         return datasets.load_from_disk(name)

@@ -5,10 +5,11 @@ elastic, cuts it to several sizes, solves held-out problems with each, switches 
 without this package, and prints a table. OUTPUT gets the elastic checkpoint, the export, results.json and a chart.
 
 With --train it then learns four sizes in one run, by distillation from the parent (a few minutes), and compares them with the same sizes
-cut without training.
+cut without training. With --learn-sizes a second run learns the sizes, too: a router decides them under targets of active parameters.
 
   hf-elastic lab
   hf-elastic lab --train
+  hf-elastic lab --train --learn-sizes
   hf-elastic lab --from-scratch --seed 1 --output run1
 """
 
@@ -32,7 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--from-scratch", action="store_true", help="train the parent first, instead of taking the one in the package"
     )
     parser.add_argument("--train", action="store_true", help="learn a family of sizes as well; needs trl")
-    parser.add_argument("--steps", type=int, default=1000, help="training steps of the family (default: 1000)")
+    parser.add_argument(
+        "--learn-sizes", action="store_true", help="with --train: a second run, in which a router decides the sizes"
+    )
+    parser.add_argument("--steps", type=int, default=1000, help="training steps of a run (default: 1000)")
     parser.add_argument("--problems", type=int, default=100, help="held-out problems per size (default: 100)")
     parser.add_argument("--letters", type=int, default=12, help="lines per problem, 4 to 12 (default: 12)")
     parser.add_argument("--seed", type=int, default=0, help="seed of training and of the problems (default: 0)")
@@ -44,6 +48,8 @@ def run(args: argparse.Namespace) -> None:
         raise ImportError("the lab draws a chart with matplotlib: pip install 'hf-elastic[lab]'")
     if args.train and importlib.util.find_spec("trl") is None:
         raise ImportError("--train needs trl: pip install 'hf-elastic[train]'")
+    if args.learn_sizes and not args.train:
+        raise ValueError("--learn-sizes needs --train.")
     if args.steps < 4:
         raise ValueError(f"--steps={args.steps} must be at least 4.")
     if args.problems < 1 or not 4 <= args.letters <= 12:
@@ -77,6 +83,8 @@ def run(args: argparse.Namespace) -> None:
     say(render(results, output))
     if args.train:
         results["family"] = _train(parent, tokenizer, output, args, say)
+    if args.learn_sizes:
+        results["learned"] = _learn(parent, tokenizer, output, args, say)
     if quiet:
         print(json.dumps(results, indent=2))
 
@@ -103,13 +111,77 @@ def _train(parent: Any, tokenizer: Any, output: Path, args: argparse.Namespace, 
         "steps": args.steps,
         "untrained": untrained,
         "trained": trained,
-        "history": [{key: entry[key] for key in entry if key == "step" or key.endswith("kl")} for entry in history],
+        "history": _curves(history),
         "seconds": round(time.perf_counter() - start, 1),
     }
     (output / "family.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     family_chart(results, output / "family.png")
     say(render_family(results, output))
     return results
+
+
+def _learn(parent: Any, tokenizer: Any, output: Path, args: argparse.Namespace, say: Any) -> dict[str, Any]:
+    """Learn a family whose sizes a router decides, and measure it."""
+    from ..lab.family import ROUTER_TARGETS, make_open_family, measure_family, train_family
+    from ..trainers.routing import REPORT_FILE
+
+    start = time.perf_counter()
+    family = make_open_family(parent, tokenizer, seed=args.seed)
+    router_steps = max(1, args.steps * 3 // 10)
+    targets = ", ".join(f"{name} ({target})" for name, target in ROUTER_TARGETS.items())
+    say(f"\nlearning the sizes {targets} in the first {router_steps} of {args.steps} steps ...")
+    history = train_family(
+        family,
+        tokenizer,
+        output / "trainer-learned",
+        steps=args.steps,
+        seed=args.seed,
+        progress=not args.json,
+        router_targets=dict(ROUTER_TARGETS),
+        router_steps=router_steps,
+    )
+    options = {"count": args.problems, "letters": args.letters, "seed": args.seed}
+    trained = measure_family(family, tokenizer, {"full": None, **{name: name for name in ROUTER_TARGETS}}, **options)
+    family.save_pretrained(output / "learned")
+    tokenizer.save_pretrained(output / "learned")
+    results = {
+        "task": {"letters": args.letters, "problems": args.problems, "seed": args.seed},
+        "steps": args.steps,
+        "router_steps": router_steps,
+        "report": json.loads((output / "trainer-learned" / REPORT_FILE).read_text(encoding="utf-8")),
+        "trained": trained,
+        "history": _curves(history),
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    (output / "learned.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    say(render_learned(results, output))
+    return results
+
+
+def _curves(history: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{key: entry[key] for key in entry if key == "step" or key.endswith("kl")} for entry in history]
+
+
+def render_learned(results: dict[str, Any], output: Path) -> str:
+    """The family of learned sizes as text."""
+    whole = results["trained"][0]
+    decided = {row["budget"]: row for row in results["report"]}
+    rows = [["budget", "params", "active", "share", "target", "off by", "exact", "thinking", "codes", "sizes"]]
+    for entry in results["trained"]:
+        name, params, active, share, *rest = _row(entry, whole)
+        row = decided.get(name)
+        target = [f"{row['target_value']:,.0f} {row['quantity']}", f"{row['miss']:+.1%}"] if row else ["", ""]
+        rows.append([name, params, active, share, *target, *rest])
+    return "\n".join(
+        [
+            "",
+            table(rows, right=frozenset(range(1, 9))),
+            "",
+            *(f"{name}: {row['why']}" for name, row in decided.items()),
+            f"a router decided the sizes after {results['router_steps']} of {results['steps']} steps. Took {results['seconds']:.0f} s;",
+            f"see {output / 'learned.json'}; the checkpoint, with its router, is {output / 'learned'}",
+        ]
+    )
 
 
 def render_family(results: dict[str, Any], output: Path) -> str:

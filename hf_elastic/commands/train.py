@@ -1,8 +1,9 @@
 """Train all sizes of an elastic checkpoint by distillation from the checkpoint itself, or from another teacher.
 
-CONFIG is a YAML file with the fields below and any field of ElasticDistillationConfig (a trl SFTConfig with budget_probabilities, stages,
-temperature, ...), and with use_peft the fields of LoRA as in trl: lora_r, lora_alpha, lora_target_modules, lora_target_parameters, .... The same fields can follow as options and win over the file. Several processes: torchrun --nproc-per-node 8 -m
-hf_elastic.cli train CONFIG.
+CONFIG is a YAML file with model, dataset, and optionally teacher, dataset_split, eval_dataset, dtype, resume; any field of
+ElasticDistillationConfig (a trl SFTConfig with budget_probabilities, stages, temperature, ...); and with use_peft the fields of LoRA as
+in trl: lora_r, lora_alpha, lora_target_modules, lora_target_parameters, .... The same fields can follow as options and win over the file.
+Several processes: torchrun --nproc-per-node 8 -m hf_elastic.cli train CONFIG.
 
   hf-elastic train recipe.yaml
   hf-elastic train recipe.yaml --learning_rate 5e-5 --output_dir out2
@@ -123,8 +124,10 @@ def train(arguments: TrainArguments, adapter: AdapterArguments, config: Any) -> 
     """Train and save to `output_dir`."""
     from transformers import AutoTokenizer
 
+    from ..decisions import render
     from ..modeling_elastic import ElasticForCausalLM
     from ..trainers import ElasticDistillationTrainer
+    from ..trainers.routing import REPORT_FILE
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model = ElasticForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype)
@@ -145,6 +148,8 @@ def train(arguments: TrainArguments, adapter: AdapterArguments, config: Any) -> 
     trainer.train(resume_from_checkpoint=arguments.resume or None)
     trainer.save_model()
     tokenizer.save_pretrained(config.output_dir)
+    if trainer.routing is not None and trainer.is_world_process_zero():
+        print(f"the router decided (see {Path(config.output_dir) / REPORT_FILE}):\n{render(trainer.routing.report)}")
     if adapter.merge_adapter and trainer.is_world_process_zero():
         merged = Path(config.output_dir) / "merged"
         trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().save_pretrained(merged)

@@ -8,10 +8,12 @@ import json
 import pytest
 import torch
 
+from hf_elastic import ElasticForCausalLM
+from hf_elastic.budgets import parse_limit
 from hf_elastic.cli import main
 from hf_elastic.cost import CostModel
 from hf_elastic.lab.book import evaluate, training_batches, training_dataset
-from hf_elastic.lab.family import BETWEEN, FAMILY, make_family, measure_family, train_family
+from hf_elastic.lab.family import BETWEEN, FAMILY, ROUTER_TARGETS, make_family, measure_family, train_family
 from hf_elastic.lab.parent import load_parent
 
 
@@ -40,6 +42,14 @@ def test_the_family_has_the_shares_it_is_described_by(parent):
     assert family.elastic_config.submodel("third").nests_in(between)
     assert between.nests_in(family.elastic_config.submodel("half"))
     assert list(FAMILY) == ["half", "third", "quarter"]
+
+
+def test_the_routers_targets_are_what_the_family_costs(parent):
+    costs = make_family(*parent, sort=False).elastic_config.costs()
+    assert list(ROUTER_TARGETS) == list(FAMILY)
+    for name, target in ROUTER_TARGETS.items():
+        assert parse_limit(target).quantity == "active"
+        assert parse_limit(target).value == pytest.approx(costs[name].active_params, rel=0.005)
 
 
 @pytest.mark.slow
@@ -89,3 +99,31 @@ def test_the_command_trains_saves_and_tells(tmp_path, capsys):
     assert main(["plan", str(tmp_path / "family"), "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert [entry["name"] for entry in plan["budgets"]] == ["full", *FAMILY]
+
+
+@pytest.mark.slow
+def test_the_command_learns_the_sizes_and_keeps_the_router(tmp_path, capsys):
+    arguments = ["lab", "--train", "--learn-sizes", "--steps", "4", "--problems", "2", "--letters", "4"]
+    assert main([*arguments, "--output", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    saved = json.loads((tmp_path / "learned.json").read_text())
+    assert [entry["name"] for entry in saved["trained"]] == ["full", *ROUTER_TARGETS]
+    assert saved["router_steps"] == 1
+    family = ElasticForCausalLM.from_pretrained(tmp_path / "learned")
+    costs = family.elastic_config.costs()
+    assert family.router.names == ["full", *ROUTER_TARGETS]
+    assert [row["budget"] for row in saved["report"]] == list(ROUTER_TARGETS)
+    for row, entry in zip(saved["report"], saved["trained"][1:], strict=True):
+        name, target = row["budget"], float(ROUTER_TARGETS[row["budget"]].partition("k")[0]) * 1e3
+        assert entry["active_params"] == row["cost"] == costs[name].active_params
+        assert row["miss"] == pytest.approx(costs[name].active_params / target - 1)
+        line = next(line for line in printed.splitlines() if line.startswith(name) and f"{target:,.0f} active" in line)
+        assert f"{entry['active_params']:,}" in line
+        assert f"{row['miss']:+.1%}" in line
+        assert f"{name}: {row['why']}" in printed
+    assert (tmp_path / "family.json").exists()
+
+
+def test_sizes_are_learned_in_training(tmp_path, capsys):
+    assert main(["lab", "--learn-sizes", "--output", str(tmp_path)]) != 0
+    assert "--learn-sizes needs --train" in capsys.readouterr().err

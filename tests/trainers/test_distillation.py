@@ -11,7 +11,7 @@ from by_hand import ByHand
 from cases import BUDGETS, VOCAB, build_parent
 from datasets import Dataset
 from runs import EOS, Recorder, config, family, rows, tokenizer, trainer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import TrlParser
 
 from hf_elastic import ElasticConfigError, ElasticForCausalLM
@@ -74,6 +74,35 @@ def test_steps_over_different_budgets_and_lengths_are_those_written_by_hand(name
     assert len({int(batch["attention_mask"].sum()) for step in recorder.steps for _, batch in step}) >= 4
     assert made.model.is_activation_checkpointing == checkpointing
     assert_run_is_the_one_by_hand(made, recorder, name, clip=0.5)
+
+
+def test_a_dropped_layer_goes_on_by_momentum_and_decay_as_a_dropped_channel_does(tmp_path):
+    made = trainer(
+        tmp_path,
+        stages=[
+            {"steps": 1, "budget_probabilities": {"full": 1.0}},
+            {"steps": 1, "budget_probabilities": {"small": 1.0}},
+        ],
+        teacher_model=build_parent("nano3", 5),
+        max_steps=-1,
+        optim="sgd",
+        optim_args="momentum=0.5",
+        weight_decay=0.1,
+        learning_rate=0.1,
+    )
+    before: list[torch.Tensor] = []
+    weight = made.model.model.layers[3].mixer.gate.weight  # a layer that `small` drops
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            before.append(weight.detach().clone())
+
+    made.add_callback(Watch())
+    made.train()
+    first = before[0] - before[1]  # rate * (gradient + decay * weight)
+    second = 0.5 * first + 0.1 * 0.1 * before[1]
+    assert first.abs().max() > 0
+    torch.testing.assert_close(before[1] - weight.detach(), second, rtol=1e-3, atol=1e-6)
 
 
 def test_checkpointing_is_on_by_default(tmp_path):
@@ -142,6 +171,9 @@ def test_a_dataset_without_the_columns_is_refused(tmp_path):
         trainer(tmp_path, dataset=bad)
     with pytest.raises(ElasticConfigError, match="eval_dataset has the columns sentence"):
         trainer(tmp_path, eval_dataset={"a": rows(), "b": bad})
+    for empty in ([], Dataset.from_dict({"input_ids": []})):
+        with pytest.raises(ElasticConfigError, match="train_dataset is empty"):
+            trainer(tmp_path, dataset=empty)
 
 
 def test_a_batch_without_target_tokens_changes_nothing_and_is_no_error(tmp_path):

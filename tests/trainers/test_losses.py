@@ -178,6 +178,7 @@ def test_message_of_the_config_names_the_option_and_its_range():
     common = {"output_dir": "unused", "use_cpu": True, "bf16": False, "report_to": "none"}
     for field, value, allowed in [
         ("temperature", 0.0, "above 0"),
+        ("temperature", float("inf"), "finite"),
         ("beta", 1.5, "[0, 1]"),
         ("beta", -0.1, "[0, 1]"),
         ("loss_chunk_size", 0, "at least 1"),
@@ -186,6 +187,6 @@ def test_message_of_the_config_names_the_option_and_its_range():
             ElasticConfigError, match=re.escape(f"{field}={value} must be") + ".*" + re.escape(allowed)
         ):
             ElasticDistillationConfig(**common, **{field: value})
-    for field in ("packing", "padding_free"):
+    for field in ("packing", "eval_packing", "padding_free"):
         with pytest.raises(ElasticConfigError, match="join documents.*set them to False"):
             ElasticDistillationConfig(**common, **{field: True})

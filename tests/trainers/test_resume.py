@@ -191,6 +191,15 @@ OTHER = {
         {"stages": [STAGES[0], {**STAGES[1], "budget_probabilities": {"full": 1.0}}]},
         r"stages\[1\]\.budget_probabilities\.full \(0.4 there, 1.0 here\)",
     ),
+    "rate": ({"learning_rate": 1e-4}, r"learning_rate \(0.01 there, 0.0001 here\)"),
+    "schedule": ({"lr_scheduler_type": "linear"}, r"lr_scheduler_type \('cosine' there, 'linear' here\)"),
+    "decay": ({"weight_decay": 0.3}, r"weight_decay \(0.0 there, 0.3 here\)"),
+    "optimizer": ({"optim": "sgd"}, r"optim \('adamw_torch(_fused)?' there, 'sgd' here\)"),
+    "batch": (
+        {"per_device_train_batch_size": 1},
+        r"per_device_train_batch_size \* gradient_accumulation_steps \* processes \(4 there, 2 here\)",
+    ),
+    "length": ({"max_length": 32}, r"max_length \(64 there, 32 here\)"),
     "shorter past": ({"stages": [{**STAGES[0], "steps": 2}, STAGES[1]]}, r"stages\[0\]\.steps \(3 there, 2 here\)"),
 }
 
@@ -214,6 +223,18 @@ def test_tokens_that_come_to_the_same_steps_are_the_same_run(straight, tmp_path)
     shutil.copytree(straight[2] / "checkpoint-4", tmp_path / "checkpoint-4")
     made = resume(tmp_path, 4, stages=[{"tokens": 120, "max_length": 10}, STAGES[1]], save_strategy="no")
     assert_same_weights(made.model, straight[0].model)
+
+
+def test_as_many_rows_a_step_in_other_parts_may_go_on(straight, tmp_path):
+    """On fewer processes, for example; the budgets are drawn anew, as there is one for each part."""
+    shutil.copytree(straight[2] / "checkpoint-4", tmp_path / "checkpoint-4")
+    parts = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "save_strategy": "no"}
+    made = trainer(tmp_path, **{**RUN, **parts})
+    recorder = Recorder().watch(made)
+    made.train(resume_from_checkpoint=True)
+    for ((_, batch),), whole in zip(recorder.steps, straight[1].steps[4:], strict=True):
+        rows = [row[row != 0].tolist() for _, part in whole for row in part["input_ids"]]
+        assert [row[row != 0].tolist() for row in batch["input_ids"]] == rows
 
 
 def test_rates_of_stages_go_on_after_a_kill(tmp_path):
@@ -303,6 +324,64 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_file_leaves_the_old_checkpoint(
     resumed = trainer(tmp_path, **RUN)
     resumed.train(resume_from_checkpoint=True)
     assert_same_weights(resumed.model, straight[0].model)
+
+
+@pytest.mark.parametrize("at", ["weights", "optimizer", "state"])
+def test_a_full_disk_leaves_the_old_checkpoint_of_the_same_number(at, straight, tmp_path, monkeypatch):
+    shutil.copytree(straight[2] / "checkpoint-4", tmp_path / "checkpoint-4")
+    old = files(tmp_path / "checkpoint-4")
+    made = trainer(tmp_path, **{**RUN, "save_steps": 4})
+    target = {"weights": "_save", "optimizer": "_save_optimizer_and_scheduler", "state": "_save_rng_state"}[at]
+
+    def full_disk(output_dir: str, *args, **kwargs) -> None:
+        Path(output_dir).mkdir(exist_ok=True)
+        (Path(output_dir) / "half").write_bytes(b"x")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(made, target, full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        made.train()
+    assert files(tmp_path) == {f"checkpoint-4/{name}": content for name, content in old.items()} | {
+        "README.md": (tmp_path / "README.md").read_bytes()
+    }
+    resumed = trainer(tmp_path, **RUN)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_weights(resumed.model, straight[0].model)
+
+
+def test_a_checkpoint_of_the_same_number_is_replaced(straight, tmp_path):
+    shutil.copytree(straight[2] / "checkpoint-4", tmp_path / "checkpoint-4")
+    (tmp_path / "checkpoint-4" / "old").touch()
+    trainer(tmp_path, **{**RUN, "stages": None, "max_steps": 4, "save_steps": 4}).train()
+    assert not (tmp_path / "checkpoint-4" / "old").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"README.md", "checkpoint-4"}
+    ours, theirs = (ElasticForCausalLM.from_pretrained(f / "checkpoint-4") for f in (tmp_path, straight[2]))
+    assert any(not torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("written", ["half", "whole"])
+def test_a_kill_while_a_checkpoint_is_replaced_loses_none(written, straight, tmp_path):
+    aside = tmp_path / "_replaced-checkpoint-4"
+    shutil.copytree(straight[2] / "checkpoint-4", aside)
+    shutil.copytree(straight[2] / "checkpoint-4", tmp_path / "checkpoint-4")
+    if written == "half":
+        (tmp_path / "checkpoint-4" / "trainer_state.json").unlink()
+        (tmp_path / "checkpoint-4" / "model.safetensors").write_bytes(b"half")
+    resumed = trainer(tmp_path, **RUN)
+    resumed.train(resume_from_checkpoint=True)
+    assert not aside.exists()
+    assert_same_weights(resumed.model, straight[0].model)
+
+
+def test_a_run_that_was_done_makes_no_step_more(tmp_path):
+    """Killed after its last checkpoint, in the middle of an epoch."""
+    fields = {**RUN, "stages": None, "max_steps": 4}
+    made = trainer(tmp_path, **fields)
+    made.train()
+    resumed = trainer(tmp_path, family(seed=5), teacher_model=build_parent("nano3"), **fields)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4
+    assert_same_weights(resumed.model, made.model)
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut off"])

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
+from concurrent.futures import Future
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from cases import build_parent
 from runs import Recorder, config, rows, tokenizer
 from safetensors.torch import load_file
@@ -108,6 +112,31 @@ def test_a_step_is_the_divergence_of_the_mixture_and_the_weighted_resource_loss(
     assert entry["loss"] == pytest.approx(float(loss.detach()), rel=1e-4)
 
 
+def test_the_resource_losses_of_micro_batches_are_averaged(tmp_path):
+    made = trainer(tmp_path, max_steps=1, budget_probabilities={"large": 1.0}, save_strategy="no")
+    made.train()
+    entry = made.state.log_history[0]
+    assert entry["large/resource"] > 0
+    assert entry["loss"] == pytest.approx(entry["large/kl"] + entry["large/resource"], rel=1e-4)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_mixtures_follow_the_schedules(share, tmp_path):
+    made, seen = trainer(tmp_path, router_hard_share=share, save_strategy="no"), []
+    sample = made.routing.router.sample
+
+    def record(budget, temperature, scale, *, hard, generator):
+        seen.append((temperature, scale, hard))
+        return sample(budget, temperature, scale, hard=hard, generator=generator)
+
+    made.routing.router.sample = record
+    made.train()
+    # 4 steps of 2 micro-batches: the temperature falls from 1 to 0.05, the scale rises from 1 to 10
+    wanted = [(1 - 0.95 * p, 1 + 9 * p) for p in (0, 1 / 3, 2 / 3, 1) for _ in range(2)]
+    assert [(temperature, scale) for temperature, scale, _ in seen] == [pytest.approx(pair) for pair in wanted]
+    assert {hard for *_, hard in seen} == {share == 1.0}
+
+
 @pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointed", "plain"])
 def test_the_router_can_be_trained_alone(checkpointing, tmp_path):
     fields = {"freeze_model": True, "max_steps": 4, "gradient_checkpointing": checkpointing, "weight_decay": 0.1}
@@ -163,10 +192,44 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(kill_at, tmp_path):
         assert all(torch.equal(wanted[key], tensor) for key, tensor in ours.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"router_steps": 5}, r"router_steps \(4 there, 5 here\)"),
+        ({"router_loss_weight": 1.0}, r"router_loss_weight \(5.0 there, 1.0 here\)"),
+        ({"router_learning_rate": 0.2}, r"router_learning_rate \(0.05 there, 0.2 here\)"),
+        ({"router_hard_share": 0.5}, r"router_hard_share \(0.004 there, 0.5 here\)"),
+        ({"router_targets": {**TARGETS, "large": 0.8}}, r"router\.targets\.large \(0.75 there, 0.8 here\)"),
+    ],
+)
+def test_a_router_is_not_resumed_by_another_run(fields, message, tmp_path):
+    trainer(tmp_path, max_steps=2, save_steps=1).train()
+    with pytest.raises(ElasticConfigError, match=message):
+        trainer(tmp_path, **fields).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
 def test_a_run_that_ends_when_the_router_is_done_has_decided(tmp_path):
     made = trainer(tmp_path, max_steps=4)
     made.train()
     assert list(made.model.budgets) == ["large", "small"]
+
+
+def test_a_run_that_is_ended_earlier_has_decided(tmp_path, caplog):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 3
+
+    made = trainer(tmp_path)
+    made.add_callback(Stop())
+    made.train()
+    assert made.state.global_step == 3
+    assert list(made.model.budgets) == ["large", "small"]
+    assert "ended after 3 steps, before the 4 of router_steps" in caplog.text
+    resumed = trainer(tmp_path)  # the checkpoint is that of a router that goes on
+    resumed.train(resume_from_checkpoint=True)
+    straight = trainer(tmp_path / "straight")
+    straight.train()
+    assert resumed.model.elastic_config.elastic == straight.model.elastic_config.elastic
 
 
 def test_axes_can_have_a_choice_per_layer(tmp_path):
@@ -216,6 +279,40 @@ def test_the_saved_model_has_the_router_and_what_it_interpolates(tmp_path):
     assert loaded.elastic_config.interpolated
     between = loaded.elastic_config.interpolated[0]["total_params"]
     assert ElasticForCausalLM.from_pretrained(tmp_path / "end", budget=between).num_parameters() == between
+
+
+class FakeHub:
+    """Keeps a copy of every folder that is uploaded, without what is not to be uploaded."""
+
+    def __init__(self, folder):
+        self.folder, self.pushes = folder, []
+
+    def create_repo(self, repo_id, **kwargs):
+        return SimpleNamespace(repo_id=repo_id)
+
+    def upload_folder(self, folder_path, ignore_patterns=(), path_in_repo="", **kwargs):
+        self.pushes.append(self.folder / str(len(self.pushes)))
+        shutil.copytree(folder_path, self.pushes[-1], ignore=shutil.ignore_patterns(*ignore_patterns))
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+
+def test_what_is_pushed_in_between_can_be_loaded(tmp_path, monkeypatch):
+    hub = FakeHub(tmp_path / "hub")
+    monkeypatch.setattr(transformers.trainer, "hf_api", lambda: hub)
+    trainer(tmp_path / "run", max_steps=2, seed=7).train()  # leaves a checkpoint to be replaced
+    made = trainer(tmp_path / "run", push_to_hub=True, hub_model_id="me/family", hub_always_push=True)
+    made.train()
+    assert len(hub.pushes) == 3
+    for push, step in zip(hub.pushes, (2, 4, 6), strict=True):
+        loaded = ElasticForCausalLM.from_pretrained(push)
+        wanted = ElasticForCausalLM.from_pretrained(tmp_path / "run" / f"checkpoint-{step}")
+        for ours, theirs in ((loaded, wanted), (loaded.router, wanted.router)):
+            state = theirs.state_dict()
+            assert all(torch.equal(state[key], tensor) for key, tensor in ours.state_dict().items())
+        assert list(loaded.budgets) == (["large", "small"] if step == 6 else [])
+        assert not [path for path in push.rglob("*") if path.is_dir()]
 
 
 def test_the_report_is_written_and_kept_in_checkpoints(tmp_path, caplog):
@@ -278,10 +375,12 @@ def frozen(folder, model, **fields) -> ElasticDistillationTrainer:
 
 @pytest.mark.parametrize("decided", [True, False])
 def test_a_frozen_router_decides_at_once_and_does_not_change(decided, tmp_path):
-    first = trainer(tmp_path / "first", max_steps=4 if decided else 2, save_strategy="no")
+    first = trainer(tmp_path / "first", max_steps=4)
     first.train()
-    first.save_model(str(tmp_path / "saved"))
-    model = ElasticForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    saved = tmp_path / "first" / "checkpoint-2"
+    if decided:
+        first.save_model(str(saved := tmp_path / "saved"))
+    model = ElasticForCausalLM.from_pretrained(saved, dtype=torch.float32)
     assert list(model.budgets) == (["large", "small"] if decided else [])
     before = {key: tensor.clone() for key, tensor in model.router.state_dict().items()}
     made = frozen(tmp_path / "second", model)
@@ -294,7 +393,7 @@ def test_a_frozen_router_decides_at_once_and_does_not_change(decided, tmp_path):
     assert not any("resource" in key for entry in made.state.log_history for key in entry)
     if decided:
         assert made.model.elastic_config.elastic == first.model.elastic_config.elastic
-    resumed = frozen(tmp_path / "second", ElasticForCausalLM.from_pretrained(tmp_path / "saved"), max_steps=4)
+    resumed = frozen(tmp_path / "second", ElasticForCausalLM.from_pretrained(saved), max_steps=4)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.model.elastic_config.elastic == made.model.elastic_config.elastic
 
@@ -344,6 +443,7 @@ def test_a_frozen_router_does_not_replace_other_budgets(tmp_path):
     [
         ({"router_steps": 0}, "give both, or neither"),
         ({"router_targets": None}, "give both, or neither"),
+        ({"router_targets": None, "router_steps": -1}, "give both, or neither"),
         ({"router_targets": {"large": 2e9}}, "is not below the parent's"),
         ({"router_targets": ["large"]}, "must be a dict"),
         ({"router_learning_rate": 0.0}, "must be above 0"),
