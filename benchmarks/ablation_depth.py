@@ -54,6 +54,7 @@ def main() -> int:
             ways[f"{way}, {when}"] = [entry for entry in run[when] if entry["name"] == way]
     values = compare(report, ways, steps=runs.steps // 4, sizes=found)
     report.settle(CLAIM, values["width, trained", "width", "kl"] / values["depth, trained", "depth", "kl"])
+    runs.say_commits(report)
     return report.finish(options)
 
 

@@ -27,6 +27,7 @@ def main() -> int:
             report.measure(f"{way}: {row['budget']}, distance from its target", "", [row["miss"]], sizes=sizes)
     soft, hard = (sum(values[way, size, "kl"] for size in SIZES) for way in ("soft", "hard"))
     report.settle(CLAIM, soft / hard)
+    runs.say_commits(report)
     return report.finish(options)
 
 

@@ -24,6 +24,7 @@ def main() -> int:
         report, {"uniform": uniform["trained"], "skewed": skewed["trained"]}, steps=runs.steps, probabilities=SKEWED
     )
     report.settle(CLAIM, values["skewed", "full", "kl"] / values["uniform", "full", "kl"])
+    runs.say_commits(report)
     return report.finish(options)
 
 

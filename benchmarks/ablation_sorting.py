@@ -26,6 +26,7 @@ def main() -> int:
         values = compare(report, ways, steps=runs.steps)
         with_order, without = (sum(values[way, size, "kl"] for size in SIZES) for way in ways)
         report.settle(claim.name, with_order / without)
+    runs.say_commits(report)
     return report.finish(options)
 
 

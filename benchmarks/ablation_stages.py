@@ -28,6 +28,7 @@ def main() -> int:
     two = runs.family("stages-two-0", 0, stages=stages, measured={"between": BETWEEN})
     compare(report, {"one stage": one["trained"], "two stages": two["trained"]}, stages=stages)
     report.settle(CLAIM, two["tokens"] / one["tokens"])
+    runs.say_commits(report)
     return report.finish(options)
 
 

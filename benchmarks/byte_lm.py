@@ -157,6 +157,7 @@ def run(options: argparse.Namespace) -> int:
             report.measure(f"{way}: {name}, perplexity per byte", "", [2**value])
     for name in BUDGETS:
         report.settle(BETTER.format(name), ways["family"][name] / ways["untrained"][name])
+    runs.say_commits(report)
     return report.finish(options)
 
 

@@ -84,6 +84,7 @@ def run(options: argparse.Namespace) -> int:
         report.settle(f"family - split: {size}, exact", exact["family", size] - exact["split", size])
         misses = [abs(row["miss"]) for e in done for row in e["router"]["report"] if row["budget"] == size]
         report.settle(f"router: {size}, largest distance of any seed from its target", max(misses))
+    runs.say_commits(report)
     return report.finish(options)
 
 

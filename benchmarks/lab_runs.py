@@ -60,6 +60,8 @@ class Runs:
         self._folder = Path(scratch or options.runs)
         self._folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer = build_tokenizer()
+        self.commits: set[str] = set()
+        """Commits of the code that the runs were done with; kept runs may be older than the result that they are in."""
 
     def parent(self, seed: int) -> Any:
         """The parent of a seed: the one in the package for 0, others are trained once."""
@@ -82,7 +84,13 @@ class Runs:
             print(f"... {name}", flush=True)
             result = {"result": action(), "steps": self.steps, "commit": commit()}
             file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        return json.loads(file.read_text(encoding="utf-8"))["result"]
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        self.commits.add(kept["commit"])
+        return kept["result"]
+
+    def say_commits(self, report: Report) -> None:
+        """Record which code the runs were done with, for who wants to do them again."""
+        report.measure("commits that the runs were done with", "", [len(self.commits)], commits=sorted(self.commits))
 
     def family(self, name: str, seed: int, budgets: Mapping[str, Any] = FAMILY, **options: Any) -> dict[str, Any]:
         """Train budgets of one parent in one run.
