@@ -15,7 +15,7 @@ importance). Nothing in here knows of modules, files or training.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -297,6 +297,14 @@ def take(tensor: torch.Tensor, runs: Sequence[Sequence[Run]]) -> torch.Tensor:
         parts = [tensor.narrow(i, start, stop - start) for start, stop in ranges]
         tensor = parts[0] if len(parts) == 1 else torch.cat(parts, dim=i)
     return tensor
+
+
+def places_of(runs: Sequence[Run]) -> Iterator[tuple[slice, slice]]:
+    """Every range of one dimension, and where it lies when they are joined."""
+    done = 0
+    for start, stop in runs:
+        yield slice(start, stop), slice(done, done + stop - start)
+        done += stop - start
 
 
 def dim(*segment: Factor, **segments: Segment) -> Dim:

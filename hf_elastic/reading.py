@@ -12,7 +12,7 @@ import math
 import os
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .axes import Run
+from .axes import Run, places_of
 from .errors import CheckpointError
 
 _CHUNK_BYTES = 1 << 20  # stays in a core's cache between being read and being cut
@@ -168,14 +168,6 @@ def _chunk(size: int) -> np.ndarray:
 
 def _cut(source: np.ndarray, runs: Sequence[Sequence[Run]], target: np.ndarray) -> None:
     """Copy what is kept along every dimension but the first."""
-    for pairs in product(*(list(_places(ranges)) for ranges in runs)):
+    for pairs in product(*(list(places_of(ranges)) for ranges in runs)):
         kept, place = zip(*pairs, strict=True)
         np.copyto(target[(slice(None), *place)], source[(slice(None), *kept)])
-
-
-def _places(runs: Iterable[Run]) -> Iterator[tuple[slice, slice]]:
-    """Every range, and where it lands when they are joined."""
-    done = 0
-    for start, stop in runs:
-        yield slice(start, stop), slice(done, done + stop - start)
-        done += stop - start
