@@ -84,8 +84,8 @@ def ablations(results: Path) -> str:
         names = [name.removesuffix(", exact") for name in found if name.endswith(", exact")]
         ways = list(dict.fromkeys(name.rpartition(": ")[0] for name in names))
         sizes = list(dict.fromkeys(name.rpartition(": ")[2] for name in names))
-        if not any(sum(f"{way}: {size}" in names for way in ways) > 1 for size in sizes):  # a size per way
-            rows = [[name.partition(":")[0], *_rates(found, name)] for name in names]
+        if len(sizes) < len(ways):  # a row per way
+            rows = [[name.rpartition(":")[0], *_rates(found, name)] for name in names]
             text = _table([f"[`{path.stem}`](../benchmarks/{path.stem}.py)", "exact", "divergence"], rows)
         else:
             head = [f"[`{path.stem}`](../benchmarks/{path.stem}.py)"]
@@ -140,9 +140,9 @@ def draw(results: Path = RESULTS, path: Path = CHART) -> None:
     styles = {"family": "o-", "router": "D-", "alone": "s--", "split": "^--", "scratch": "x:", "untrained": "v:"}
     for way, style in styles.items():
         entries = [
-            {"name": size, "active_params": statistics.fmean(entry["active_params"]), "exact": entry["mean"]}
+            {"name": size, "active_params": statistics.fmean(_active(found, entry, size)), "exact": entry["mean"]}
             for size in SIZES[:4]
-            if (entry := found.get(f"{way}: {size}, exact")) and "active_params" in entry
+            if (entry := found.get(f"{way}: {size}, exact"))
         ]
         if entries:
             lines.append((WAYS[way], style, entries, "exact"))
@@ -174,10 +174,15 @@ def _spread(entry: Result | None) -> str:
     return f"{entry['mean']:.2f}" + (f" ({low:.2f}–{high:.2f})" if low < high else "")
 
 
+def _active(found: Mapping[str, Any], entry: Result, size: str) -> list[int]:
+    """Active parameters; those of the family for a way that has the same sizes and does not say them."""
+    return entry["active_params"] if "active_params" in entry else found[f"family: {size}, exact"]["active_params"]
+
+
 def _rates(found: Mapping[str, Any], name: str) -> list[str]:
     if f"{name}, exact" not in found:
         return ["", ""]
-    return [f"{found[f'{name}, exact']['median']:.2f}", f"{found[f'{name}, kl']['median']:.4f}"]
+    return [f"{found[f'{name}, exact']['median']:.2f}", f"{abs(found[f'{name}, kl']['median']):.4f}"]
 
 
 def _sizes(sizes: Mapping[str, Any]) -> str:

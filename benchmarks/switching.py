@@ -72,8 +72,7 @@ def main() -> int:
         return report.finish(options)
     wide = {"scale": 1, "experts": 16, "layers": "MEM*E", "vocab_size": 16384}
     report.settle(DECODE, speed(report, "published widths, bfloat16", nano_like(torch.bfloat16, **wide)))
-    # Rows of a view lie apart. A processor that streams float32 weights from memory as fast as it can fetches some of what lies between;
-    # in bfloat16 it has more to compute per byte.
+    # Rows of a view lie apart: where memory is streamed as fast as it can be, some of what lies between is fetched as well.
     speed(report, "published widths, float32", nano_like(torch.float32, **wide))
     speed(report, "half of the published widths, bfloat16", nano_like(torch.bfloat16, experts=32))
     speed(report, "half of the published widths, float32", nano_like(torch.float32, experts=32))
