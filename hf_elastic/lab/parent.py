@@ -8,10 +8,11 @@ import json
 import logging
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -110,7 +111,7 @@ def _learning_rate_factor(step: int, steps: int) -> float:
     return min(1.0, warmup, decay)
 
 
-def _new_model(seed: int, overrides: dict[str, Any]) -> NemotronHForCausalLM:
+def _new_model(seed: int, overrides: Mapping[str, Any] = MappingProxyType({})) -> NemotronHForCausalLM:
     # Everything random about a training run besides its data is here, so the caller's generator is left as it was.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
