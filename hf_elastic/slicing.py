@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from .architectures import Architecture
-from .axes import Run, Sizes, TensorRule
+from .axes import Run, Sizes, TensorRule, take
 from .errors import ElasticConfigError, HFElasticError
 from .submodel import Submodel
 
@@ -35,16 +36,16 @@ class Piece:
     def shape(self) -> tuple[int, ...]:
         return self.rule.shape(self.kept)
 
-    @property
+    @cached_property
     def runs(self) -> list[list[Run]]:
         return self.rule.runs(self.full, self.kept)
 
     @property
     def is_view(self) -> bool:
-        return self.rule.is_view(self.full, self.kept)
+        return all(len(runs) == 1 for runs in self.runs)
 
     def narrow(self, tensor: torch.Tensor) -> torch.Tensor:
-        return self.rule.narrow(tensor, self.full, self.kept)
+        return take(tensor, self.runs)
 
 
 def pieces(architecture: Architecture, config: PreTrainedConfig, submodel: Submodel) -> Iterator[Piece]:
@@ -228,9 +229,8 @@ def _view_parameter(view: torch.Tensor, requires_grad: bool, name: str) -> nn.Pa
     contiguous (the last position, when a prompt is read) by a copy of the whole matrix, a third of the time of a prompt in bfloat16. But
     a gradient would end in the view and the parent would never see it, so computing one is an error.
     """
-    requires_grad = (
-        requires_grad and not view.is_inference()
-    )  # a model loaded in inference mode has no gradients to ask for
+    # A model loaded in inference mode has no gradients to ask for.
+    requires_grad = requires_grad and not view.is_inference()
     parameter = nn.Parameter(view, requires_grad=requires_grad)
     if requires_grad:
 
