@@ -9,16 +9,15 @@ from __future__ import annotations
 import sys
 
 from harness import Claim, Report
-from lab_runs import BETWEEN, Runs, compare, lab_arguments
+from lab_runs import BETWEEN, SKEWED, Runs, compare, lab_arguments
 
-SKEWED = {"full": 0.4, "half": 0.3, "third": 0.2, "quarter": 0.1}
 CLAIM = "divergence of the largest size from the parent, skewed / uniform"
 
 
 def main() -> int:
     options = lab_arguments(__doc__).parse_args()
     runs, report = Runs(options), Report("ablation_sampling", [Claim(CLAIM, 1.0)])
-    uniform = runs.family("family-0", 0, measured={"between": BETWEEN})
+    uniform = runs.standard_family(0)
     skewed = runs.family("sampling-skewed-0", 0, budget_probabilities=SKEWED, measured={"between": BETWEEN})
     values = compare(
         report, {"uniform": uniform["trained"], "skewed": skewed["trained"]}, steps=runs.steps, probabilities=SKEWED

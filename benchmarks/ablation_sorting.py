@@ -19,7 +19,7 @@ CLAIMS = [
 def main() -> int:
     options = lab_arguments(__doc__).parse_args()
     runs, report = Runs(options), Report("ablation_sorting", CLAIMS)
-    ordered = runs.family("family-0", 0, measured={"between": BETWEEN})
+    ordered = runs.standard_family(0)
     unordered = runs.family("sorting-none-0", 0, sort=False, measured={"between": BETWEEN})
     for claim, when in zip(CLAIMS, ("untrained", "trained"), strict=True):
         ways = {f"sorted, {when}": ordered[when], f"not sorted, {when}": unordered[when]}

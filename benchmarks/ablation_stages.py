@@ -9,10 +9,9 @@ from __future__ import annotations
 import sys
 
 from harness import Claim, Report
-from lab_runs import BETWEEN, Runs, compare, lab_arguments
+from lab_runs import BETWEEN, SKEWED, Runs, compare, lab_arguments
 
 SHORT_TOKENS = 80
-SKEWED = {"full": 0.4, "half": 0.3, "third": 0.2, "quarter": 0.1}
 CLAIM = "tokens of two stages / tokens of one"
 
 
@@ -24,7 +23,7 @@ def main() -> int:
         {"steps": first, "max_length": SHORT_TOKENS},
         {"steps": runs.steps - first, "budget_probabilities": SKEWED},
     ]
-    one = runs.family("family-0", 0, measured={"between": BETWEEN})
+    one = runs.standard_family(0)
     two = runs.family("stages-two-0", 0, stages=stages, measured={"between": BETWEEN})
     compare(report, {"one stage": one["trained"], "two stages": two["trained"]}, stages=stages)
     report.settle(CLAIM, two["tokens"] / one["tokens"])

@@ -21,7 +21,7 @@ import sys
 from typing import Any
 
 from harness import Claim, Report
-from lab_runs import BETWEEN, FAMILY, SEEDS, SIZES, Runs, by_name, lab_arguments, mean
+from lab_runs import FAMILY, SEEDS, SIZES, Runs, by_name, lab_arguments, mean
 
 GOALS = {"full": 0.98, "half": 0.98, "third": 0.95}
 """What the family has to reach; for `quarter` nothing had ever been reached."""
@@ -35,7 +35,7 @@ def seed_runs(runs: Runs, seed: int) -> dict[str, Any]:
     alone = {size: {size: FAMILY[size]} for size in SIZES}
     only = {size: {"budget_probabilities": {size: 1.0}} for size in SIZES}
     return {
-        "family": runs.family(f"family-{seed}", seed, measured={"between": BETWEEN}),
+        "family": runs.standard_family(seed),
         "router": runs.learned_family(f"router-{seed}", seed),
         "alone": {s: runs.family(f"alone-{s}-{seed}", seed, alone[s], **only[s]) for s in SIZES},
         "split": {

@@ -32,11 +32,14 @@ from hf_elastic.lab.family import (
     make_open_family,
     measure_family,
     train_family,
+    train_open_family,
 )
 from hf_elastic.lab.parent import load_parent, train_parent
 from hf_elastic.trainers import divergence
 
 LETTERS = 12
+SKEWED = {"full": 0.4, "half": 0.3, "third": 0.2, "quarter": 0.1}
+"""Probabilities that draw the larger sizes more often."""
 SEEDS = (0, 1, 2)
 SIZES = tuple(FAMILY)
 Entry = dict[str, Any]
@@ -113,22 +116,21 @@ class Runs:
         tokens = self._train(family, seed, options)
         return {"untrained": untrained, "trained": self.measure(family, parent, measured), "tokens": tokens}
 
+    def standard_family(self, seed: int) -> dict[str, Any]:
+        """The family as the lab trains it, which ablations compare with."""
+        return self.family(f"family-{seed}", seed, measured={"between": BETWEEN})
+
     def learned_family(
         self, name: str, seed: int, targets: Mapping[str, Any] = ROUTER_TARGETS, **options: Any
     ) -> dict[str, Any]:
         """As `family`, with sizes that a router decides after the first part of the run; `report` says what and why."""
-        options = {
-            "steps": self.steps,
-            "router_targets": dict(targets),
-            "router_steps": self.steps * 3 // 10,
-            **options,
-        }
+        options = {"steps": self.steps, "targets": targets, **options}
         return self.run(name, lambda: self._learned(seed, targets, options))
 
     def _learned(self, seed: int, targets: Any, options: dict[str, Any]) -> dict[str, Any]:
         parent = self.parent(seed)
         family = make_open_family(parent, self.tokenizer, seed=seed)
-        tokens = self._train(family, seed, options)
+        tokens = self._train(family, seed, options, train_open_family)
         count = CostModel(family.elastic_config.parent_config)
         rows = []
         for budget, target in targets.items():
@@ -138,9 +140,9 @@ class Runs:
         trained = self.measure(family, parent, {"full": None, **{budget: budget for budget in targets}})
         return {"trained": trained, "report": rows, "tokens": tokens}
 
-    def _train(self, family: ElasticForCausalLM, seed: int, options: dict[str, Any]) -> int:
+    def _train(self, family: ElasticForCausalLM, seed: int, options: dict[str, Any], train: Any = train_family) -> int:
         with tempfile.TemporaryDirectory(prefix="hf-elastic-lab-") as scratch:
-            history = train_family(family, self.tokenizer, Path(scratch), seed=seed, progress=False, **options)
+            history = train(family, self.tokenizer, Path(scratch), seed=seed, progress=False, **options)
         return int(max(entry.get("num_tokens", 0) for entry in history))
 
     def from_scratch(self, name: str, seed: int, sizes: Mapping[str, Any]) -> Entry:
@@ -149,15 +151,7 @@ class Runs:
         def action() -> Entry:
             config = make_family(load_parent()[0], self.tokenizer, {"size": sizes}).elastic_config
             stock = config.stock_config(config.submodel("size"))
-            fields = (
-                "hidden_size",
-                "mamba_num_heads",
-                "mamba_head_dim",
-                "num_attention_heads",
-                "moe_intermediate_size",
-            )
-            fields += ("moe_shared_expert_intermediate_size",)
-            overrides = {field: getattr(stock, field) for field in fields}
+            overrides = {axis.field: getattr(stock, axis.field) for axis in config.architecture.axes}
             model, _ = train_parent(seed=seed, steps=self.steps, progress=False, **overrides)
             return asdict(evaluate(model, self.tokenizer, letters=LETTERS, count=self.problems))
 
@@ -209,4 +203,16 @@ def lab_arguments(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-__all__ = ["BETWEEN", "FAMILY", "LETTERS", "SEEDS", "SIZES", "Runs", "by_name", "compare", "lab_arguments", "mean"]
+__all__ = [
+    "BETWEEN",
+    "FAMILY",
+    "LETTERS",
+    "SEEDS",
+    "SIZES",
+    "SKEWED",
+    "Runs",
+    "by_name",
+    "compare",
+    "lab_arguments",
+    "mean",
+]

@@ -122,23 +122,15 @@ def _train(parent: Any, tokenizer: Any, output: Path, args: argparse.Namespace, 
 
 def _learn(parent: Any, tokenizer: Any, output: Path, args: argparse.Namespace, say: Any) -> dict[str, Any]:
     """Learn a family whose sizes a router decides, and measure it."""
-    from ..lab.family import ROUTER_TARGETS, make_open_family, measure_family, train_family
+    from ..lab.family import ROUTER_TARGETS, make_open_family, measure_family, router_steps, train_open_family
     from ..trainers.routing import REPORT_FILE
 
     start = time.perf_counter()
     family = make_open_family(parent, tokenizer, seed=args.seed)
-    router_steps = max(1, args.steps * 3 // 10)
     targets = ", ".join(f"{name} ({target})" for name, target in ROUTER_TARGETS.items())
-    say(f"\nlearning the sizes {targets} in the first {router_steps} of {args.steps} steps ...")
-    history = train_family(
-        family,
-        tokenizer,
-        output / "trainer-learned",
-        steps=args.steps,
-        seed=args.seed,
-        progress=not args.json,
-        router_targets=dict(ROUTER_TARGETS),
-        router_steps=router_steps,
+    say(f"\nlearning the sizes {targets} in the first {router_steps(args.steps)} of {args.steps} steps ...")
+    history = train_open_family(
+        family, tokenizer, output / "trainer-learned", steps=args.steps, seed=args.seed, progress=not args.json
     )
     options = {"count": args.problems, "letters": args.letters, "seed": args.seed}
     trained = measure_family(family, tokenizer, {"full": None, **{name: name for name in ROUTER_TARGETS}}, **options)
@@ -147,7 +139,7 @@ def _learn(parent: Any, tokenizer: Any, output: Path, args: argparse.Namespace, 
     results = {
         "task": {"letters": args.letters, "problems": args.problems, "seed": args.seed},
         "steps": args.steps,
-        "router_steps": router_steps,
+        "router_steps": router_steps(args.steps),
         "report": json.loads((output / "trainer-learned" / REPORT_FILE).read_text(encoding="utf-8")),
         "trained": trained,
         "history": _curves(history),

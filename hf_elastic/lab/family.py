@@ -168,3 +168,22 @@ def train_family(
     trainer.train()
     family.eval()
     return trainer.state.log_history
+
+
+def train_open_family(
+    family: ElasticForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    output: Path,
+    *,
+    steps: int = 1000,
+    targets: Mapping[str, Any] = ROUTER_TARGETS,
+    **options: Any,
+) -> list[dict[str, float]]:
+    """As [`train_family`], of a family from [`make_open_family`], whose router decides the sizes in the first 30 % of the steps."""
+    routed: dict[str, Any] = {"router_targets": dict(targets), "router_steps": router_steps(steps)}
+    return train_family(family, tokenizer, output, steps=steps, **(routed | options))
+
+
+def router_steps(steps: int) -> int:
+    """Steps of a run until its router decides."""
+    return max(1, steps * 3 // 10)
