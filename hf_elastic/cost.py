@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from .architectures import Architecture, CacheElements, get_architecture
+from .architectures import Architecture, StateRule, get_architecture
 from .axes import TensorRule
 from .submodel import Submodel
 
@@ -92,13 +92,16 @@ class CostModel:
         self._rules: dict[int | None, list[TensorRule]] = {}
         for rule in self.architecture.rules(config):
             self._rules.setdefault(rule.layer, []).append(rule)
-        full = self.architecture.full(config)
+        self._states: dict[int | None, tuple[StateRule, ...]] = {
+            layer: () if layer is None else self.architecture.states(config.per_layer_config[layer], layer)
+            for layer in self._rules
+        }
         kinds: dict[
             Any, int
         ] = {}  # numbered, as hashing the rules again for every question would take most of the time
         self._kinds = {
             layer: kinds.setdefault(
-                (tuple((rule.template, rule.dims) for rule in rules), self._cache_key(layer, full)), len(kinds)
+                (tuple((rule.template, rule.dims) for rule in rules), self._states[layer]), len(kinds)
             )
             for layer, rules in self._rules.items()
         }
@@ -115,11 +118,6 @@ class CostModel:
         for layer in submodel.layers:
             total += self.part(layer, submodel.at(layer))
         return total
-
-    def _cache_key(self, layer: int | None, full: Submodel) -> Any:
-        if layer is None:
-            return None
-        return self.architecture.cache_elements(self.config.per_layer_config[layer], layer, full.at(layer))
 
     def part(self, layer: int | None, sizes: dict[str, int]) -> Cost:
         """Cost of one layer at these sizes, or of what belongs to no layer (`None`)."""
@@ -143,9 +141,7 @@ class CostModel:
                 if rule.routed:  # exact for integers: the count is a multiple of the experts
                     used = used // sizes["experts"] if isinstance(used, int) else used / sizes["experts"]
                 active += used
-        cache = (
-            CacheElements()
-            if layer is None
-            else self.architecture.cache_elements(self.config.per_layer_config[layer], layer, sizes)
-        )
-        return Cost(total, active, fp32, other, cache.kv, cache.conv, cache.ssm)
+        kept = dict.fromkeys(("keys", "values", "conv", "ssm"), 0)
+        for state in self._states[layer]:
+            kept[state.kind] += state.count(sizes)
+        return Cost(total, active, fp32, other, kept["keys"] + kept["values"], kept["conv"], kept["ssm"])

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from ..errors import UnsupportedArchitectureError, did_you_mean
-from .base import Architecture, Axis, CacheElements, uniform
+from .base import Architecture, Axis, StateRule, uniform
 from .granitemoehybrid import GraniteMoeHybrid
 from .nemotron_h import NemotronH
 
-__all__ = ["ARCHITECTURES", "Architecture", "Axis", "CacheElements", "get_architecture", "uniform"]
+__all__ = ["ARCHITECTURES", "Architecture", "Axis", "StateRule", "get_architecture", "uniform"]
 
 ARCHITECTURES: dict[str, Architecture] = {a.model_type: a for a in (NemotronH(), GraniteMoeHybrid())}
 

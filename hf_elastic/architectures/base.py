@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..axes import Sizes, TensorRule
+from ..axes import Dim, Sizes, TensorRule
 from ..errors import ElasticConfigError, did_you_mean
 from ..submodel import LAYERS, Submodel
 
@@ -42,12 +43,24 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class CacheElements:
-    """Elements that generation keeps for one layer: `kv` per token, `conv` and `ssm` (float32) per sequence."""
+class StateRule:
+    """One tensor that generation keeps for a layer, as `TensorRule` is one of its weights.
 
-    kv: int = 0
-    conv: int = 0
-    ssm: int = 0
+    Args:
+        kind (`str`): `"keys"` or `"values"` (per token), `"conv"` or `"ssm"` (per sequence; `"ssm"` in float32).
+        dims (`tuple[Dim, ...]`): What runs along its dimensions, without those of sequences and tokens.
+        degree (`float`):
+            A submodel with k of the N hidden channels writes it about `(k / N) ** degree` times as large as the parent, because its norms
+            run over fewer channels: 1/2 for what is linear in the normalised hidden state, 1 for products of two such.
+    """
+
+    kind: Literal["keys", "values", "conv", "ssm"]
+    dims: tuple[Dim, ...]
+    degree: float
+
+    def count(self, sizes: Sizes) -> int:
+        """Number of elements for these sizes, per token for keys and values."""
+        return math.prod(dim.size(sizes) for dim in self.dims)
 
 
 class Architecture(ABC):
@@ -79,8 +92,8 @@ class Architecture(ABC):
         """A stock layer from the config of that layer."""
 
     @abstractmethod
-    def cache_elements(self, config: PreTrainedConfig, layer: int, sizes: Sizes) -> CacheElements:
-        """What generation keeps for this layer at these sizes."""
+    def states(self, config: PreTrainedConfig, layer: int) -> tuple[StateRule, ...]:
+        """What generation keeps for this layer, whose own config is given."""
 
     @abstractmethod
     def bias_router(self, router: Any, source: Any, bias: torch.Tensor, top_k: int) -> None:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..axes import Cut, Dim, Sizes, TensorRule, dim
-from .base import CacheElements
+from ..axes import Cut, Dim, TensorRule, dim
+from .base import StateRule
 
 HIDDEN = dim(Cut("hidden"))
 """The residual stream where it is read."""
@@ -44,10 +44,14 @@ def mamba2(
     yield from linear(f"{prefix}.out_proj", layer, RESIDUAL, dim(*inner), bias=proj_bias)
 
 
-def mamba2_cache(sizes: Sizes, *, groups: int, state: int, kernel: int) -> CacheElements:
-    """Convolution window over x, B and C, and one `head_dim x state` matrix per head."""
-    inner = sizes["mamba_heads"] * sizes["mamba_head_dim"]
-    return CacheElements(conv=(inner + 2 * groups * state) * kernel, ssm=inner * state)
+def mamba2_states(*, groups: int, state: int, kernel: int) -> tuple[StateRule, ...]:
+    """Convolution window over x, B and C, `[x + B + C, kernel]`, and one `head_dim x state` matrix per head, the sum of B times x."""
+    heads, head_dim = Cut("mamba_heads", groups=groups), Cut("mamba_head_dim")
+    conv = dim(x=(groups, heads, head_dim), B=(groups, state), C=(groups, state))
+    return (
+        StateRule("conv", (conv, dim(kernel)), degree=0.5),
+        StateRule("ssm", (dim(groups, heads), dim(head_dim), dim(state)), degree=1.0),
+    )
 
 
 def attention(prefix: str, layer: int, *, kv_heads: int, head_dim: int, bias: bool) -> Iterator[TensorRule]:
@@ -58,6 +62,12 @@ def attention(prefix: str, layer: int, *, kv_heads: int, head_dim: int, bias: bo
         yield from linear(f"{prefix}.{name}", layer, out, HIDDEN, bias=bias)
     heads = dim(kv_heads, Cut("attention_heads", groups=kv_heads, gated=True), head_dim)
     yield from linear(f"{prefix}.o_proj", layer, RESIDUAL, heads, bias=bias)
+
+
+def attention_states(*, kv_heads: int, head_dim: int) -> tuple[StateRule, ...]:
+    """Keys and values of every token."""
+    dims = (dim(kv_heads), dim(head_dim))
+    return StateRule("keys", dims, degree=0.5), StateRule("values", dims, degree=0.5)
 
 
 def rms_norm(prefix: str, layer: int | None) -> TensorRule:

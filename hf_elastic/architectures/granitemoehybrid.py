@@ -12,8 +12,8 @@ from transformers.models.granitemoehybrid.modeling_granitemoehybrid import Grani
 
 from ..axes import Cut, Sizes, TensorRule, dim
 from ..errors import ElasticConfigError
-from .base import Architecture, Axis, CacheElements
-from .blocks import HIDDEN, RESIDUAL, attention, linear, mamba2, mamba2_cache, rms_norm
+from .base import Architecture, Axis, StateRule
+from .blocks import HIDDEN, RESIDUAL, attention, attention_states, linear, mamba2, mamba2_states, rms_norm
 
 
 class GraniteMoeHybrid(Architecture):
@@ -77,12 +77,10 @@ class GraniteMoeHybrid(Architecture):
     def build_layer(self, config: PreTrainedConfig, layer: int) -> nn.Module:
         return GraniteMoeHybridDecoderLayer(config, layer)
 
-    def cache_elements(self, config: PreTrainedConfig, layer: int, sizes: Sizes) -> CacheElements:
-        if "mamba_heads" in sizes:
-            return mamba2_cache(
-                sizes, groups=config.mamba_n_groups, state=config.mamba_d_state, kernel=config.mamba_d_conv
-            )
-        return CacheElements(kv=2 * config.num_key_value_heads * _attention_head_dim(config))
+    def states(self, config: PreTrainedConfig, layer: int) -> tuple[StateRule, ...]:
+        if "mamba" in self.parts(config, layer):
+            return mamba2_states(groups=config.mamba_n_groups, state=config.mamba_d_state, kernel=config.mamba_d_conv)
+        return attention_states(kv_heads=config.num_key_value_heads, head_dim=_attention_head_dim(config))
 
     def tied_fields(self, config: PreTrainedConfig, part: str, sizes: Sizes) -> dict[str, Any]:
         # The stock classes take attention's head_dim from hidden_size, and Mamba's inner width as mamba_expand * hidden_size.

@@ -13,8 +13,8 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHBlock
 
 from ..axes import Cut, Sizes, TensorRule, dim
 from ..errors import ElasticConfigError
-from .base import Architecture, Axis, CacheElements
-from .blocks import HIDDEN, RESIDUAL, attention, linear, mamba2, mamba2_cache, rms_norm
+from .base import Architecture, Axis, StateRule
+from .blocks import HIDDEN, RESIDUAL, attention, attention_states, linear, mamba2, mamba2_states, rms_norm
 
 _PARTS = {"linear_attention": "mamba", "full_attention": "attention", "moe": "moe", "mlp": "mlp"}
 
@@ -63,11 +63,13 @@ class NemotronH(Architecture):
     def build_layer(self, config: PreTrainedConfig, layer: int) -> nn.Module:
         return NemotronHBlock(config, layer)
 
-    def cache_elements(self, config: PreTrainedConfig, layer: int, sizes: Sizes) -> CacheElements:
+    def states(self, config: PreTrainedConfig, layer: int) -> tuple[StateRule, ...]:
         part = _PARTS[config.layers_block_type[layer]]
         if part == "mamba":
-            return mamba2_cache(sizes, groups=config.n_groups, state=config.ssm_state_size, kernel=config.conv_kernel)
-        return CacheElements(kv=2 * config.num_key_value_heads * config.head_dim if part == "attention" else 0)
+            return mamba2_states(groups=config.n_groups, state=config.ssm_state_size, kernel=config.conv_kernel)
+        if part == "attention":
+            return attention_states(kv_heads=config.num_key_value_heads, head_dim=config.head_dim)
+        return ()
 
     def check_layer(self, config: PreTrainedConfig, sizes: Sizes, where: str) -> None:
         if "experts" not in sizes:
