@@ -30,6 +30,14 @@ class ExportError(HFElasticError, ValueError):
     """The submodel cannot be written in the requested form."""
 
 
+class PhasePlanError(HFElasticError, ValueError):
+    """A phase plan, or a prompt for it, is not allowed; nothing was generated."""
+
+
+class HandoverError(HFElasticError, ValueError):
+    """A cache cannot be handed from one submodel to another."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ` Did you mean 'x'?` for the nearest of `known`, or an empty string."""
     near = difflib.get_close_matches(str(name).lower(), {str(k).lower(): k for k in known}, n=1, cutoff=0.6)

@@ -1,0 +1,161 @@
+"""What generation keeps, as plain tensors: take the sequences of a batch apart, join others, and hand over to another submodel.
+
+A cache is read into `States`, one dict per layer from the kind of a state (`StateRule.kind`) to its tensor:
+
+```
+keys, values   (batch, kv heads, tokens, head_dim)      conv   (batch, channels, kernel)      ssm   (batch, heads, head_dim, state)
+```
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import Cache, DynamicCache, PreTrainedConfig
+
+from ..architectures import Architecture
+from ..axes import Dim, Sizes
+from ..errors import HandoverError
+from ..submodel import Submodel
+
+States = list[dict[str, torch.Tensor]]
+"""Per layer of a submodel the tensors it keeps, by kind."""
+
+_TOKENS = ("keys", "values")
+"""Kinds that grow with every token; their tokens are dimension 2."""
+
+
+def read_cache(cache: Cache) -> States:
+    """The tensors of a cache; nothing is copied."""
+    states: States = []
+    for layer in cache.layers:
+        found: dict[str, torch.Tensor] = {}
+        if getattr(layer, "is_initialized", False) and getattr(layer, "keys", None) is not None:
+            found.update(keys=layer.keys, values=layer.values)
+        if getattr(layer, "has_previous_state", {}).get(0):
+            found.update(conv=layer.conv_states[0], ssm=layer.recurrent_states[0])
+        states.append(found)
+    return states
+
+
+def write_cache(states: States, config: PreTrainedConfig) -> Cache:
+    """A cache that holds these tensors.
+
+    Args:
+        config (`PreTrainedConfig`): Stock config of the submodel they belong to.
+    """
+    cache = DynamicCache(config=config)
+    for i, found in enumerate(states):
+        if "keys" in found:
+            cache.update(found["keys"], found["values"], i)
+        if "conv" in found:
+            cache.update_conv_state(found["conv"], i, conv_kernel_size=found["conv"].shape[-1])
+            cache.update_recurrent_state(found["ssm"], i)
+    return cache
+
+
+def take_row(states: States, row: int, tokens: int) -> States:
+    """The states of one sequence of a batch, without the padding on its left.
+
+    Args:
+        tokens (`int`): How many tokens of the sequence the cache holds.
+    """
+    return [
+        {
+            kind: tensor[row : row + 1, :, tensor.shape[2] - tokens :] if kind in _TOKENS else tensor[row : row + 1]
+            for kind, tensor in layer.items()
+        }
+        for layer in states
+    ]
+
+
+def join_rows(rows: Sequence[States]) -> States:
+    """One batch out of sequences that may have seen different numbers of tokens; the shorter ones are padded on the left."""
+    joined: States = []
+    for layers in zip(*rows, strict=True):
+        layer = {}
+        for kind in layers[0]:
+            tensors = [found[kind] for found in layers]
+            if kind in _TOKENS:
+                longest = max(tensor.shape[2] for tensor in tensors)
+                tensors = [torch.nn.functional.pad(tensor, (0, 0, longest - tensor.shape[2], 0)) for tensor in tensors]
+            layer[kind] = torch.cat(tensors)
+        joined.append(layer)
+    return joined
+
+
+def hand_over(
+    states: States,
+    architecture: Architecture,
+    config: PreTrainedConfig,
+    source: Submodel,
+    target: Submodel,
+    *,
+    scale: bool = True,
+) -> States:
+    """The states that `target` goes on with where `source` stopped.
+
+    Along every axis entries that both have are kept, and those that only `target` has start at zero, as they have seen nothing. What
+    submodels of different widths write is of different size: the norms in front of the mixers run over fewer channels, so that with k of N
+    channels keys, values and convolution inputs are about sqrt(k / N), SSM states k / N times as large. `scale` corrects for that (measured
+    in the lab: without it a larger submodel cannot go on at all).
+
+    Args:
+        states (`States`): Of `source`, one entry per layer that it keeps.
+        config (`PreTrainedConfig`): The parent's stock config.
+        source, target (`Submodel`): Sizes of the submodel that wrote the states and of the one that goes on.
+        scale (`bool`, *optional*, defaults to `True`): Correct the size of what was written.
+
+    Returns:
+        `States`: One entry per layer of `target`; differentiable in `states`. The same object if the submodels are the same.
+
+    Raises:
+        `HandoverError`: `target` has a layer with a cache that `source` does not have.
+    """
+    check_hand_over(architecture, config, source, target)
+    if source == target:
+        return states
+    full = architecture.full(config)
+    position = {layer: i for i, layer in enumerate(source.layers)}
+    wider = target.at(None)["hidden"] / source.at(None)["hidden"]
+    given: States = []
+    for layer in target.layers:
+        found: dict[str, torch.Tensor] = {}
+        for rule in architecture.states(config.per_layer_config[layer], layer):
+            tensor = states[position[layer]][rule.kind]
+            first, *rest = rule.dims
+            along = {1: first, **dict(enumerate(rest, start=3 if rule.kind in _TOKENS else 2))}
+            for i, dim in along.items():
+                tensor = _move(tensor, i, dim, full.at(layer), source.at(layer), target.at(layer))
+            found[rule.kind] = tensor * wider**rule.degree if scale and wider != 1 else tensor
+        given.append(found)
+    return given
+
+
+def check_hand_over(architecture: Architecture, config: PreTrainedConfig, source: Submodel, target: Submodel) -> None:
+    """Raise [`HandoverError`] if `target` has a layer with a cache that `source` does not have."""
+    missing = [
+        layer
+        for layer in target.layers
+        if layer not in source.layers and architecture.states(config.per_layer_config[layer], layer)
+    ]
+    if missing:
+        raise HandoverError(
+            f"the cache cannot be handed over: layers {missing} keep a cache and were dropped from the submodel before; use "
+            "handover='reprefill'."
+        )
+
+
+def _move(tensor: torch.Tensor, i: int, dim: Dim, full: Sizes, source: Sizes, target: Sizes) -> torch.Tensor:
+    """Dimension `i` of a submodel's tensor as another submodel has it, by way of the parent's."""
+    if dim.runs(full, source) == dim.runs(full, target):
+        return tensor
+    shape = list(tensor.shape)
+    shape[i] = dim.size(full)
+    whole = tensor.new_zeros(shape).index_copy(i, _index(dim, full, source, tensor.device), tensor)
+    return whole.index_select(i, _index(dim, full, target, tensor.device))
+
+
+def _index(dim: Dim, full: Sizes, kept: Sizes, device: torch.device) -> torch.Tensor:
+    return torch.cat([torch.arange(start, stop, device=device) for start, stop in dim.runs(full, kept)])

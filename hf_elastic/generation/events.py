@@ -1,0 +1,146 @@
+"""What phased generation tells while it runs and when it is done."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, TextIO
+
+import torch
+from transformers import PreTrainedTokenizerBase
+from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.streamers import BaseStreamer
+
+EndReason = Literal["marker", "soft cap", "cap", "eos", "length", "stopping criteria"]
+
+
+@dataclass(frozen=True)
+class PhaseEvent:
+    """One thing that happened. Strings and numbers only, so that it can be sent to another process.
+
+    Args:
+        kind (`str`):
+            `"start"`: a phase has read what came before and writes from now on. `"token"`: one more token of one sequence. `"end"`: the phase
+            of one sequence is over. Every phase starts once for all sequences that are in it.
+        phase (`int`): Index of the phase in the plan.
+        name (`str`): Name of the phase.
+        budget (`str`): Name of the submodel that writes, or its sizes if it has none.
+        row (`int`): Index of the sequence; -1 for `"start"`.
+        token_id (`int`, *optional*): Of a `"token"`.
+        inserted (`bool`): Whether the plan put the token there and not the submodel.
+        reason (`str`, *optional*):
+            Why a phase ended: `"marker"`, `"soft cap"` (a sentence or line ended in the grace window), `"cap"`; or why the text ended: `"eos"`,
+            `"length"` (of the call or of the context), `"stopping criteria"`.
+        handover (`str`, *optional*): Of a `"start"` after the first: `"cache"` or `"reprefill"`, as it was done.
+        seconds (`float`): Since generation began.
+    """
+
+    kind: Literal["start", "token", "end"]
+    phase: int
+    name: str
+    budget: str
+    row: int = -1
+    token_id: int | None = None
+    inserted: bool = False
+    reason: EndReason | None = None
+    handover: str | None = None
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return asdict(self)
+
+
+@dataclass
+class PhaseRecord:
+    """What one phase did.
+
+    Args:
+        name, budget (`str`): As in [`PhaseEvent`].
+        handover (`str`, *optional*): How the phase took over, `"cache"` or `"reprefill"`; `None` for the first.
+        generated (`list[int]`): Per sequence the tokens that the submodel wrote in this phase.
+        inserted (`list[int]`): Per sequence the tokens that the plan put there, in front of them (`start`) or behind (`closing`).
+        spans (`list[tuple[int, int]]`): Per sequence where both lie in its row of `sequences`.
+        reasons (`list[str | None]`): Per sequence why it ended; `None` if it did not get here.
+        prefill_seconds (`float`): Switching, hand-over and reading until the first token could be chosen.
+        decode_seconds (`float`): From there to the end of the phase of the last sequence.
+    """
+
+    name: str
+    budget: str
+    handover: str | None = None
+    generated: list[int] = field(default_factory=list)
+    inserted: list[int] = field(default_factory=list)
+    spans: list[tuple[int, int]] = field(default_factory=list)
+    reasons: list[EndReason | None] = field(default_factory=list)
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return asdict(self)
+
+
+@dataclass
+class PhaseOutput(GenerateDecoderOnlyOutput):
+    """As `GenerateDecoderOnlyOutput`, with what every phase did.
+
+    Args:
+        sequences (`torch.LongTensor` of shape `(batch, prompt + new tokens)`): Prompts and what was generated, padded on the right.
+        scores, logits (`tuple[torch.FloatTensor]`, *optional*):
+            Per new token `(batch, vocabulary)`, after and before processing; zeros where a token was inserted or the sequence had ended.
+        phases (`list[PhaseRecord]`): One per phase of the plan.
+    """
+
+    phases: list[PhaseRecord] | None = None
+
+
+class PhaseStreamer(BaseStreamer):
+    """Base class of streamers that are told who writes which token. Unlike others they may follow several sequences at once."""
+
+    def put_event(self, event: PhaseEvent) -> None:
+        """Called for every event, in order."""
+        raise NotImplementedError
+
+    def put(self, value: torch.Tensor) -> None:
+        """The prompt; ignored by default."""
+
+    def end(self) -> None:
+        """Called once when everything is done."""
+
+
+class PhaseTextStreamer(PhaseStreamer):
+    """Prints one sequence as it is written, each phase under a line that names it and its submodel.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): Decodes the tokens.
+        file (`TextIO`, *optional*): Defaults to standard output.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, file: TextIO | None = None):
+        self.tokenizer, self.file = tokenizer, file or sys.stdout
+        self._ids: list[int] = []
+        self._printed = 0
+
+    def put_event(self, event: PhaseEvent) -> None:
+        if event.kind == "start":
+            self._flush()
+            head = "\n" if event.phase else ""
+            print(f"{head}[{event.name} - {event.budget}]", file=self.file, flush=True)
+        elif event.kind == "token" and event.row == 0 and event.token_id is not None:
+            self._ids.append(event.token_id)
+            text = self._text()
+            if not text.endswith("\ufffd"):  # the rest of a character is in a token to come
+                print(text[self._printed :], end="", file=self.file, flush=True)
+                self._printed = len(text)
+
+    def end(self) -> None:
+        self._flush()
+        print(file=self.file, flush=True)
+
+    def _text(self) -> str:
+        return str(self.tokenizer.decode(self._ids, skip_special_tokens=True))
+
+    def _flush(self) -> None:
+        print(self._text()[self._printed :], end="", file=self.file, flush=True)
+        self._ids, self._printed = [], 0

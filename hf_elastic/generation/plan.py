@@ -1,0 +1,213 @@
+"""Phase plans: which submodel writes which part of a text, and how each part ends.
+
+A plan is a sequence of phases. By default there are two, thinking and answering: thinking ends where the model writes `</think>`, or, if
+its cap is near, at the next end of a sentence or line, or at the cap itself, where a closing text is inserted that the answering
+submodel reads like everything else (the Nemotron family's rule; arXiv 2605.07182, and arXiv 2505.05315 for a cap on each part).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+from transformers import GenerationConfig
+
+from ..budgets import Budget
+from ..errors import PhasePlanError, did_you_mean
+
+Handover = Literal["auto", "cache", "reprefill"]
+HANDOVERS: tuple[Handover, ...] = ("auto", "cache", "reprefill")
+
+_OWNED = [
+    "max_new_tokens",
+    "max_length",
+    "min_length",
+    "num_beams",
+    "num_return_sequences",
+    "eos_token_id",
+    "pad_token_id",
+    "bos_token_id",
+    "stop_strings",
+    "max_time",
+    "use_cache",
+    "cache_implementation",
+    "return_dict_in_generate",
+    "output_scores",
+    "output_logits",
+    "output_attentions",
+    "output_hidden_states",
+    "prefill_chunk_size",
+]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One part of a generated text.
+
+    Args:
+        budget (*optional*): The submodel that writes it, as `model.set_budget` takes it; `None` is everything that is loaded.
+        name (`str`, *optional*): What events and results call it.
+        max_new_tokens (`int`, *optional*): Most tokens the submodel writes in it, `end` included; no cap if not given.
+        start (`str`, *optional*): Marker that opens it. It is inserted unless the text already has it open.
+        end (`str`, *optional*): Marker that ends it when the submodel writes it. Without one it ends with its cap or with the text.
+        grace_tokens (`int`, *optional*):
+            The last so many tokens before the cap, in which it ends with the next sentence or line. Defaults to a tenth of the cap, at most 500,
+            where there is an `end`.
+        closing (`str`, *optional*):
+            Inserted if the submodel did not write `end` by the cap; has to hold `end`. Defaults to the end of a sentence, `end` and an empty
+            line as far as the tokenizer has them. After a sentence or line that ended in the grace window its part from `end` on is inserted.
+        handover (`str`, *optional*, defaults to `"auto"`):
+            How it takes over from the phase before: `"cache"` goes on with the other submodel's cache, converted and scaled
+            ([`hf_elastic.generation.caches.hand_over`]), `"reprefill"` reads everything again, and `"auto"` takes the cache where that is exact
+            (the same submodel) or what the family was trained for, and reads again otherwise.
+        generation (`dict[str, Any]`, *optional*): Settings of `GenerationConfig` for this phase (`temperature`, `top_p`, ...).
+    """
+
+    budget: Budget = None
+    name: str = "phase"
+    max_new_tokens: int | None = None
+    start: str | None = None
+    end: str | None = None
+    grace_tokens: int | None = None
+    closing: str | None = None
+    handover: Handover = "auto"
+    generation: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        where = f"phase {self.name!r}"
+        if not isinstance(self.name, str) or not self.name:
+            raise PhasePlanError(f"a phase's name must be a text, not {self.name!r}.")
+        _check_count(self.max_new_tokens, 1, f"{where}: max_new_tokens")
+        _check_count(self.grace_tokens, 0, f"{where}: grace_tokens")
+        if self.handover not in HANDOVERS:
+            raise PhasePlanError(f"{where}: handover={self.handover!r} must be one of {', '.join(HANDOVERS)}.")
+        for key in ("start", "end", "closing"):
+            text = getattr(self, key)
+            if text is not None and (not isinstance(text, str) or not text):
+                raise PhasePlanError(f"{where}: {key}={text!r} must be a text, or None for none.")
+        if self.closing is not None and (self.end is None or self.end not in self.closing):
+            raise PhasePlanError(f"{where}: closing={self.closing!r} must hold the end marker, end={self.end!r}.")
+        if self.grace_tokens and (self.max_new_tokens is None or self.end is None):
+            raise PhasePlanError(f"{where}: grace_tokens needs max_new_tokens and end: it is the end of a cap.")
+        if self.grace_tokens and self.max_new_tokens is not None and self.grace_tokens >= self.max_new_tokens:
+            raise PhasePlanError(
+                f"{where}: grace_tokens={self.grace_tokens} must be less than max_new_tokens={self.max_new_tokens}."
+            )
+        known = [key for key in GenerationConfig().to_dict() if key not in _OWNED]
+        for key in self.generation:
+            if key not in known:
+                why = "is not set per phase" if key in _OWNED else "is no setting of GenerationConfig"
+                raise PhasePlanError(f"{where}: generation setting {key!r} {why}.{did_you_mean(key, known)}")
+
+    @property
+    def grace(self) -> int:
+        """Tokens of the grace window."""
+        if self.grace_tokens is not None or self.max_new_tokens is None or self.end is None:
+            return self.grace_tokens or 0
+        return min(500, self.max_new_tokens // 10)
+
+
+class PhasePlan:
+    """Who thinks and who answers.
+
+    Args:
+        thinking (*optional*): Budget of the thinking phase; `None` is everything that is loaded.
+        answering (*optional*): Budget of the answering phase.
+        max_thinking_tokens (`int`, *optional*): Cap on thinking tokens, `</think>` included.
+        max_answer_tokens (`int`, *optional*): Cap on the tokens of the answer.
+        handover (`str`, *optional*, defaults to `"auto"`): How the answering submodel takes over; see [`Phase`].
+        start, end (`str`, *optional*): Markers around the thinking.
+        thinking_options, answering_options (`dict[str, Any]`, *optional*): Further fields of [`Phase`], such as `generation`.
+        phases (`list[Phase]`, *optional*): The phases themselves, one or more, instead of everything else.
+
+    Raises:
+        `PhasePlanError`: says which field of which phase cannot be, and what can. Budgets, markers and caps are checked against a model and its
+            tokenizer when the plan is used.
+
+    Example:
+
+    ```python
+    >>> plan = PhasePlan(thinking="23b", answering="30b", max_thinking_tokens=2048, handover="cache")
+    >>> model.generate(**inputs, phase_plan=plan, tokenizer=tokenizer)
+    ```
+    """
+
+    phases: tuple[Phase, ...]
+
+    def __init__(
+        self,
+        thinking: Budget = None,
+        answering: Budget = None,
+        *,
+        max_thinking_tokens: int | None = None,
+        max_answer_tokens: int | None = None,
+        handover: Handover = "auto",
+        start: str | None = "<think>",
+        end: str = "</think>",
+        thinking_options: Mapping[str, Any] | None = None,
+        answering_options: Mapping[str, Any] | None = None,
+        phases: list[Phase] | tuple[Phase, ...] | None = None,
+    ):
+        if phases is None:
+            _check_count(max_thinking_tokens, 1, "max_thinking_tokens")
+            _check_count(max_answer_tokens, 1, "max_answer_tokens")
+            first = {"name": "thinking", "max_new_tokens": max_thinking_tokens, "start": start, "end": end}
+            last = {"name": "answering", "max_new_tokens": max_answer_tokens, "handover": handover}
+            phases = [
+                _phase(thinking, first, thinking_options, "thinking_options"),
+                _phase(answering, last, answering_options, "answering_options"),
+            ]
+        elif (thinking, answering, max_thinking_tokens, max_answer_tokens) != (None,) * 4:
+            raise PhasePlanError("give either phases= or thinking= and answering= with their caps, not both.")
+        if not phases or not all(isinstance(phase, Phase) for phase in phases):
+            raise PhasePlanError(f"phases={phases!r} must be a list of one or more Phase objects.")
+        names = [phase.name for phase in phases]
+        if len(set(names)) < len(names):
+            raise PhasePlanError(f"the names of phases must differ, not {names}.")
+        for phase in phases[:-1]:
+            if phase.end is None and phase.max_new_tokens is None:
+                raise PhasePlanError(
+                    f"phase {phase.name!r} would never end: give it max_new_tokens or end, as another phase follows."
+                )
+        self.phases = tuple(phases)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PhasePlan) and self.phases == other.phases
+
+    def __repr__(self) -> str:
+        return f"PhasePlan(phases={list(self.phases)!r})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form; what differs from the defaults of [`Phase`]."""
+        defaults = asdict(Phase())
+        return {
+            "phases": [
+                {k: v for k, v in asdict(phase).items() if k == "name" or v != defaults[k]} for phase in self.phases
+            ]
+        }
+
+    @classmethod
+    def from_dict(cls, plan: Mapping[str, Any]) -> PhasePlan:
+        """The plan that `to_dict` wrote."""
+        if not isinstance(plan, Mapping) or set(plan) != {"phases"} or not isinstance(plan["phases"], list):
+            raise PhasePlanError(f"{plan!r} is no phase plan; it must be {{'phases': [...]}}.")
+        return cls(phases=[_phase(None, phase, None, "phase") for phase in plan["phases"]])
+
+
+def _phase(budget: Budget, values: Any, options: Mapping[str, Any] | None, where: str) -> Phase:
+    if not isinstance(values, Mapping) or not isinstance(options or {}, Mapping):
+        raise PhasePlanError(f"{where}={options or values!r} must be a dict of fields of Phase.")
+    given = {"budget": budget, **values, **(options or {})}
+    known = [f.name for f in fields(Phase)]
+    for key in given:
+        if key not in known:
+            raise PhasePlanError(
+                f"{where}: unknown field {key!r} of a phase; known are {', '.join(known)}.{did_you_mean(key, known)}"
+            )
+    return Phase(**given)
+
+
+def _check_count(value: Any, least: int, where: str) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+        raise PhasePlanError(f"{where}={value!r} must be a whole number of at least {least}, or None for no limit.")
