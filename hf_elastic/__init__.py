@@ -12,10 +12,13 @@ from .errors import (
     CheckpointError,
     ElasticConfigError,
     ExportError,
+    HandoverError,
     HFElasticError,
+    PhasePlanError,
     UnknownBudgetError,
     UnsupportedArchitectureError,
 )
+from .generation import Phase, PhaseEvent, PhaseOutput, PhasePlan, PhaseStreamer, PhaseTextStreamer
 from .importance import Scores, score
 from .masking import masked_model
 from .modeling_elastic import ElasticForCausalLM, ElasticModel
@@ -28,6 +31,14 @@ __all__ = [
     "ElasticModel",
     "ExportError",
     "HFElasticError",
+    "HandoverError",
+    "Phase",
+    "PhaseEvent",
+    "PhaseOutput",
+    "PhasePlan",
+    "PhasePlanError",
+    "PhaseStreamer",
+    "PhaseTextStreamer",
     "Scores",
     "UnknownBudgetError",
     "UnsupportedArchitectureError",

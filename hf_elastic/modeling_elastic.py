@@ -35,6 +35,7 @@ from .checkpoint import Checkpoint, find_files
 from .configuration_elastic import ElasticConfig, plain_parent_error, read_config
 from .errors import CheckpointError, ElasticConfigError, did_you_mean
 from .export import ExportMixin
+from .generation.phases import PhasedGenerationMixin
 from .router import BudgetRouter, read_router
 from .saving import SavingMixin
 from .slicing import use_eager_experts_if_misaligned
@@ -209,7 +210,7 @@ class ElasticPreTrainedModel(SwitchingMixin, SavingMixin, ExportMixin, PreTraine
         return embeddings
 
 
-class ElasticForCausalLM(ElasticPreTrainedModel, GenerationMixin):
+class ElasticForCausalLM(PhasedGenerationMixin, ElasticPreTrainedModel, GenerationMixin):
     """A causal language model with nested sizes.
 
     Example:

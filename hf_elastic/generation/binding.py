@@ -1,0 +1,199 @@
+"""A phase plan for one model and one tokenizer: submodels instead of budgets, token ids instead of texts. Everything is checked here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ..errors import PhasePlanError
+from ..submodel import Submodel
+from .caches import check_hand_over
+from .plan import Phase, PhasePlan
+
+_SENTENCE_END = re.compile(r"\n|[^\d\s][.!?。！？][\"'”’)\]]*\s*$")
+"""A line break, or the end of a sentence; a point after a digit may be one inside a number."""
+
+
+@dataclass(frozen=True)
+class BoundPhase:
+    """A phase as the loop needs it.
+
+    Args:
+        submodel (`Submodel`): Who writes.
+        label (`str`): What events call the submodel.
+        start_id, end_id (`int`, *optional*): The markers.
+        closing_ids (`tuple[int, ...]`): Inserted at the cap.
+        soft_closing_ids (`tuple[int, ...]`): Inserted after a sentence or line that ended in the grace window.
+        handover (`str`, *optional*): `"cache"` or `"reprefill"`, decided; `None` for the first phase.
+    """
+
+    phase: Phase
+    submodel: Submodel
+    label: str
+    start_id: int | None
+    end_id: int | None
+    closing_ids: tuple[int, ...]
+    soft_closing_ids: tuple[int, ...]
+    handover: str | None
+
+
+def bind(model: Any, plan: PhasePlan, tokenizer: PreTrainedTokenizerBase | None) -> list[BoundPhase]:
+    """Check a plan against a model and its tokenizer.
+
+    Raises:
+        `UnknownBudgetError`, `ElasticConfigError`: a budget that the model does not have.
+        `HandoverError`: `handover="cache"` between submodels of which the second has layers with a cache that the first does not have.
+        `PhasePlanError`: a marker that is not one token, a closing text that the tokenizer cannot express, or no tokenizer for either.
+    """
+    if not isinstance(plan, PhasePlan):
+        raise PhasePlanError(f"phase_plan={plan!r} must be a PhasePlan.")
+    bound: list[BoundPhase] = []
+    for phase in plan.phases:
+        submodel = model.elastic_config.resolve(phase.budget, model.dtype)
+        start, end = (_marker_id(tokenizer, text, phase) if text else None for text in (phase.start, phase.end))
+        closing: tuple[int, ...] = ()
+        soft: tuple[int, ...] = ()
+        if phase.end is not None and end is not None and tokenizer is not None:
+            closing = _closing_ids(tokenizer, phase, end)
+            soft = closing[closing.index(end) :]
+        handover = _decide(model, phase, bound[-1].submodel, submodel) if bound else None
+        label = model.elastic_config.name_of(submodel) or _sizes(model, submodel)
+        bound.append(BoundPhase(phase, submodel, label, start, end, closing, soft, handover))
+    return bound
+
+
+def needs_tokenizer(plan: PhasePlan) -> bool:
+    """Whether the plan has texts that have to become tokens."""
+    return any(phase.start or phase.end for phase in plan.phases)
+
+
+def find_tokenizer(model: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the checkpoint that a model was loaded from.
+
+    Raises:
+        `PhasePlanError`: there is none.
+    """
+    where = getattr(model, "name_or_path", "")
+    try:
+        if not where:
+            raise OSError("the model was not loaded from a checkpoint")
+        return AutoTokenizer.from_pretrained(where, **getattr(model, "_hub_kwargs", {}))
+    except (OSError, ValueError) as error:
+        raise PhasePlanError(
+            f"the plan's markers need a tokenizer, and none was found beside the model ({error}); give tokenizer=."
+        ) from error
+
+
+def _sizes(model: Any, submodel: Submodel) -> str:
+    full = model.architecture.full(model.elastic_config.parent_config)
+    return " ".join(f"{axis}={size}" for axis, size in submodel.differs(full).items()) or "full"
+
+
+def _decide(model: Any, phase: Phase, source: Submodel, target: Submodel) -> str:
+    """How a phase takes over; see `Phase.handover`."""
+    if phase.handover == "reprefill" or (phase.handover == "auto" and source != target and not _is_trained(model)):
+        return "reprefill"
+    try:
+        check_hand_over(model.architecture, model.elastic_config.parent_config, source, target)
+    except ValueError:
+        if phase.handover == "cache":
+            raise
+        return "reprefill"
+    return "cache"
+
+
+def _is_trained(model: Any) -> bool:
+    return bool(getattr(model.elastic_config, "handover_trained", False))
+
+
+def _marker_id(tokenizer: PreTrainedTokenizerBase | None, text: str, phase: Phase) -> int:
+    ids = _encode(tokenizer, text)
+    if ids is None or len(ids) != 1:
+        what = "cannot express" if ids is None else f"splits into {tokenizer.convert_ids_to_tokens(ids)}"  # type: ignore[union-attr]
+        raise PhasePlanError(
+            f"phase {phase.name!r}: marker {text!r}, which the tokenizer {what}, has to be one token; give the markers that the model was "
+            "trained with (start=, end=), or None for none."
+        )
+    return ids[0]
+
+
+def _closing_ids(tokenizer: PreTrainedTokenizerBase, phase: Phase, end_id: int) -> tuple[int, ...]:
+    """The closing text as tokens; the default is as much of `.`, line break, end, empty line as the tokenizer has."""
+    forms = (".\n{}\n\n", "\n{}\n\n", "{}\n\n", "{}") if phase.closing is None else (phase.closing,)
+    for form in forms:
+        text = form.format(phase.end) if phase.closing is None else form
+        ids = _encode(tokenizer, text)
+        if ids is not None and ids.count(end_id) == 1:
+            return tuple(ids)
+    raise PhasePlanError(
+        f"phase {phase.name!r}: the tokenizer cannot express closing={phase.closing!r} with its end marker once in it; the model could not "
+        "read it."
+    )
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase | None, text: str) -> list[int] | None:
+    """Token ids that decode to this text again, or `None` if there are none."""
+    if tokenizer is None:
+        return None
+    try:
+        ids = list(tokenizer.encode(text, add_special_tokens=False))
+    except Exception:  # a fast tokenizer without an unknown token raises plain `Exception`
+        return None
+    known = tokenizer.unk_token_id is None or tokenizer.unk_token_id not in ids
+    return ids if ids and known and tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text else None
+
+
+class SentenceEnds:
+    """Tells whether a text ends with the end of a sentence or line; looks at its last two tokens."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None):
+        self._tokenizer = tokenizer
+        self._known: dict[tuple[int, ...], bool] = {}
+
+    def __call__(self, ids: Sequence[int]) -> bool:
+        last = tuple(ids[-2:])
+        if last not in self._known:
+            text = "" if self._tokenizer is None else str(self._tokenizer.decode(list(last)))
+            tail = (
+                text[len(str(self._tokenizer.decode([last[0]]))) - 1 :] if self._tokenizer and len(last) > 1 else text
+            )
+            self._known[last] = bool(_SENTENCE_END.search(tail))
+        return self._known[last]
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], phases: Sequence[BoundPhase], context: int | None) -> None:
+    """Refuse prompts that leave nothing to do.
+
+    Raises:
+        `PhasePlanError`: an empty prompt, one that fills the context, or one in which the first phase is over already.
+    """
+    first = phases[0]
+    for i, ids in enumerate(prompts):
+        if not ids:
+            raise PhasePlanError(f"prompt {i} is empty; there is nothing to go on from.")
+        if context is not None and len(ids) >= context:
+            raise PhasePlanError(
+                f"prompt {i} has {len(ids)} tokens, and the context of the model ends at {context}; shorten it."
+            )
+        if first.end_id is not None and is_over(ids, first):
+            raise PhasePlanError(
+                f"prompt {i} is past phase {first.phase.name!r} already: {first.phase.end!r} was written. Give a plan that starts with the "
+                "phase after it, or take the marker out of the prompt."
+            )
+
+
+def is_open(ids: Sequence[int], phase: BoundPhase) -> bool:
+    """Whether the phase's start marker was written and its end marker was not, after it."""
+    return phase.start_id in ids and not is_over(ids, phase)
+
+
+def is_over(ids: Sequence[int], phase: BoundPhase) -> bool:
+    """Whether the last of the phase's markers in a text is its end."""
+    last: Mapping[int, int] = {token: i for i, token in enumerate(ids)}
+    if phase.end_id not in last:
+        return False
+    return phase.start_id is None or last.get(phase.start_id, -1) < last[phase.end_id]  # type: ignore[index]

@@ -1,0 +1,372 @@
+"""The loop of phased generation: one batch, in which each sequence ends its phases at its own time.
+
+All sequences go through a phase together, and leave the batch when it is over for them; what they keep in the cache is taken along, so the
+next phase can begin with a batch again. Switching submodels happens between phases only.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import torch
+from transformers import Cache, DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+
+from .binding import BoundPhase, SentenceEnds, is_open
+from .caches import States, hand_over, join_rows, read_cache, take_row, write_cache
+from .events import EndReason, PhaseEvent, PhaseOutput, PhaseRecord
+
+
+@dataclass
+class Row:
+    """One sequence.
+
+    Args:
+        ids (`list[int]`): Its tokens so far, without padding.
+        prompt (`int`): How many of them were given.
+        states (`States`, *optional*): What the last phase kept of it, if the next one goes on from that.
+        cached (`int`): How many of its tokens are in `states`.
+        generated (`int`): Tokens that submodels wrote, in all phases.
+        in_phase (`int`): Those of the phase it is in.
+        done (`bool`): Whether the text is over.
+        scores, logits (`list[torch.Tensor]`): One entry per new token, if asked for.
+    """
+
+    ids: list[int]
+    prompt: int
+    states: States | None = None
+    cached: int = 0
+    generated: int = 0
+    in_phase: int = 0
+    done: bool = False
+    scores: list[torch.Tensor | None] = field(default_factory=list)
+    logits: list[torch.Tensor | None] = field(default_factory=list)
+
+
+@dataclass
+class Settings:
+    """What the call says, prepared by the stock `generate`.
+
+    Args:
+        config (`GenerationConfig`): With special tokens as tensors.
+        processors (`LogitsProcessorList`): The caller's own, besides those of the config.
+        criteria (`StoppingCriteriaList`): They end the text of a sequence.
+        max_new_tokens (`int`): Most tokens that submodels write in all phases together.
+        context (`int`, *optional*): Most tokens of a sequence.
+        ends_sentence (`SentenceEnds`): For grace windows.
+        prefix_allowed_tokens_fn (`Callable`, *optional*): As in `generate`.
+    """
+
+    config: GenerationConfig
+    processors: LogitsProcessorList
+    criteria: StoppingCriteriaList
+    max_new_tokens: int
+    context: int | None
+    ends_sentence: SentenceEnds
+    prefix_allowed_tokens_fn: Any = None
+
+
+class PhaseLoop:
+    """Runs bound phases over prompts; see [`run_phases`].
+
+    Between two calls `live` are the indices of the sequences in the running batch, whose tokens `ids` (padded on the left) are all in the
+    cache except for the newest one.
+    """
+
+    def __init__(self, model: Any, phases: Sequence[BoundPhase], prompts: Sequence[Sequence[int]], settings: Settings):
+        self.model, self.phases, self.settings = model, phases, settings
+        self.rows = [Row(list(ids), len(ids)) for ids in prompts]
+        count = len(self.rows)
+        self.records = [
+            PhaseRecord(
+                bound.phase.name, bound.label, None, [0] * count, [0] * count, [(0, 0)] * count, [None] * count
+            )
+            for bound in phases
+        ]
+        self.began = perf_counter()
+        self.index = -1
+        self.live: list[int] = []
+        self.cache: Cache | None = None
+        self.ids = torch.empty(0, 0, dtype=torch.long)
+        self.mask: torch.Tensor | None = None
+        eos = settings.config._eos_token_tensor
+        self.eos_ids = set() if eos is None else set(eos.flatten().tolist())
+        pad = settings.config._pad_token_tensor
+        self.pad_id = int(pad) if pad is not None else 0
+
+    # -- one phase -----------------------------------------------------------------------------------------------------
+
+    def begin(self, index: int) -> list[PhaseEvent]:
+        """Switch, take over, read, and choose nothing yet."""
+        started = perf_counter()
+        source = self.phases[self.index].submodel if index else None
+        self.index, self.live = index, [i for i, row in enumerate(self.rows) if not row.done]
+        bound, record = self.phases[index], self.records[index]
+        events = []
+        for i in self.live:
+            row = self.rows[i]
+            row.in_phase, record.spans[i] = 0, (len(row.ids) - row.prompt,) * 2
+            if bound.start_id is not None and not is_open(row.ids, bound):
+                events += self._insert(i, (bound.start_id,))
+        self.model.set_budget(bound.submodel)
+        record.handover = bound.handover
+        if bound.handover == "cache":
+            assert source is not None
+            self._go_on(source)
+        else:
+            self._read_all()
+        self.processors = self._processors(bound)
+        self._wait()
+        record.prefill_seconds = perf_counter() - started
+        self.unread = False
+        return [self._event("start", handover=bound.handover), *events]
+
+    def step(self) -> list[PhaseEvent]:
+        """One more token for every sequence in the batch."""
+        started = perf_counter()
+        if self.unread:
+            self.logits = self._forward(self.ids, self.cache, 1)
+        bound, record = self.phases[self.index], self.records[self.index]
+        config = self.settings.config
+        logits = self.logits.to(dtype=torch.float32, copy=True)
+        scores = self.processors(self.ids, logits)
+        if self.sampling:
+            chosen = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1).squeeze(1)
+        else:
+            chosen = torch.argmax(scores, dim=-1)
+        self.ids = torch.cat([self.ids, chosen[:, None]], dim=-1)
+        stopped = (
+            self.settings.criteria(self.ids, None).tolist() if self.settings.criteria else [False] * len(self.live)
+        )
+        events, ended = [], []
+        for place, (i, token) in enumerate(zip(self.live, chosen.tolist(), strict=True)):
+            row = self.rows[i]
+            row.ids.append(token)
+            row.generated, row.in_phase = row.generated + 1, row.in_phase + 1
+            record.generated[i] += 1
+            record.spans[i] = (record.spans[i][0], len(row.ids) - row.prompt)
+            if config.output_scores:
+                row.scores.append(scores[place])
+            if config.output_logits:
+                row.logits.append(logits[place])
+            events.append(self._event("token", i, token_id=token))
+            if reason := "stopping criteria" if stopped[place] else self._reason(row, token):
+                ended.append(place)
+                events += self._end(i, place, reason, bound)
+        self._drop(ended)
+        self.unread = True
+        record.decode_seconds += perf_counter() - started
+        return events
+
+    def _reason(self, row: Row, token: int) -> EndReason | None:
+        """Why the phase or text of a sequence is over with this token, if it is."""
+        bound = self.phases[self.index]
+        if bound.end_id is not None and token == bound.end_id:
+            return "marker"
+        if token in self.eos_ids:
+            return "eos"
+        settings, cap = self.settings, bound.phase.max_new_tokens
+        if row.generated >= settings.max_new_tokens or (settings.context and len(row.ids) >= settings.context):
+            return "length"
+        if cap is None:
+            return None
+        if row.in_phase >= cap:
+            return "cap"
+        in_window = row.in_phase >= cap - bound.phase.grace
+        return "soft cap" if bound.phase.grace and in_window and settings.ends_sentence(row.ids) else None
+
+    def _end(self, i: int, place: int, reason: EndReason, bound: BoundPhase) -> list[PhaseEvent]:
+        row = self.rows[i]
+        self.records[self.index].reasons[i] = reason
+        last = self.index + 1 == len(self.phases)
+        row.done = last or reason in ("eos", "length", "stopping criteria")
+        if not row.done and self.phases[self.index + 1].handover == "cache":
+            # everything but the newest token has been read
+            row.cached = len(row.ids) - 1
+            row.states = take_row(self._states(), place, row.cached)
+        closing = {"cap": bound.closing_ids, "soft cap": bound.soft_closing_ids}.get(reason, ())
+        return [*self._insert(i, closing), self._event("end", i, reason=reason)]
+
+    def _insert(self, i: int, ids: Sequence[int]) -> list[PhaseEvent]:
+        row, record = self.rows[i], self.records[self.index]
+        row.ids.extend(ids)
+        record.inserted[i] += len(ids)
+        record.spans[i] = (record.spans[i][0], len(row.ids) - row.prompt)
+        row.scores.extend([None] * len(ids))
+        row.logits.extend([None] * len(ids))
+        return [self._event("token", i, token_id=token, inserted=True) for token in ids]
+
+    def _drop(self, places: Sequence[int]) -> None:
+        """Take sequences out of the batch."""
+        if not places:
+            return
+        kept = [place for place in range(len(self.live)) if place not in places]
+        self.live = [self.live[place] for place in kept]
+        if not kept:
+            self.cache = None
+            return
+        index = torch.tensor(kept, device=self.ids.device)
+        self.ids, self.mask = self.ids[index], None if self.mask is None else self.mask[index]
+        assert self.cache is not None
+        self.cache.reorder_cache(index)
+
+    # -- reading -------------------------------------------------------------------------------------------------------
+
+    def _read_all(self) -> None:
+        """Read everything that is there, as `generate` reads a prompt."""
+        self.ids, self.mask = self._pad(self.live)
+        self.cache = DynamicCache(config=self.model.config)
+        self.logits = self._forward(self.ids, self.cache, self.ids.shape[1])
+
+    def _go_on(self, source: Any) -> None:
+        """Read what the submodel before has not read, on top of what it kept.
+
+        Sequences with as many unread tokens are read together: padding in the middle of a sequence would go through its Mamba states.
+        """
+        groups: dict[int, list[int]] = {}
+        for i in self.live:
+            groups.setdefault(len(self.rows[i].ids) - self.rows[i].cached, []).append(i)
+        config, architecture = self.model.elastic_config.parent_config, self.model.architecture
+        logits: dict[int, torch.Tensor] = {}
+        states: dict[int, States] = {}
+        for unread, members in groups.items():
+            kept = join_rows([self._taken(i) for i in members])
+            given = hand_over(kept, architecture, config, source, self.phases[self.index].submodel)
+            cache = write_cache(given, self.model.config)
+            ids, self.mask = self._pad(members)
+            read = self._forward(ids, cache, unread)
+            logits.update(zip(members, read, strict=True))
+            if len(groups) > 1:
+                states.update(
+                    (i, take_row(read_cache(cache), k, len(self.rows[i].ids))) for k, i in enumerate(members)
+                )
+        self.cache = (
+            cache if len(groups) == 1 else write_cache(join_rows([states[i] for i in self.live]), self.model.config)
+        )
+        self.ids, self.mask = self._pad(self.live)
+        self.logits = torch.stack([logits[i] for i in self.live])
+
+    def _taken(self, i: int) -> States:
+        states, self.rows[i].states = self.rows[i].states, None
+        assert states is not None
+        return states
+
+    def _states(self) -> States:
+        assert self.cache is not None
+        return read_cache(self.cache)
+
+    def _pad(self, members: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Tokens of some sequences, padded on the left, and their mask; `None` if there is no padding."""
+        texts = [self.rows[i].ids for i in members]
+        longest = max(map(len, texts))
+        device = self.model.device
+        ids = torch.tensor([[self.pad_id] * (longest - len(text)) + text for text in texts], device=device)
+        if min(map(len, texts)) == longest:
+            return ids, None
+        return ids, torch.tensor([[0] * (longest - len(text)) + [1] * len(text) for text in texts], device=device)
+
+    def _forward(self, ids: torch.Tensor, cache: Cache | None, unread: int) -> torch.Tensor:
+        """Read the last `unread` tokens; returns the logits after them, `(batch, vocabulary)`."""
+        if self.mask is not None and self.mask.shape[1] < ids.shape[1]:
+            new = self.mask.new_ones(len(ids), ids.shape[1] - self.mask.shape[1])
+            self.mask = torch.cat([self.mask, new], dim=-1)
+        done, length = ids.shape[1] - unread, ids.shape[1]
+        while done < length:
+            count = min(self.settings.config.prefill_chunk_size or unread, length - done)
+            done += count
+            mask = None if self.mask is None else self.mask[:, :done]
+            if mask is None:
+                positions = torch.arange(done - count, done, device=ids.device)[None].expand(len(ids), -1)
+            else:
+                positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -count:]
+            inputs = self.model.prepare_inputs_for_generation(
+                ids[:, :done],
+                next_sequence_length=count,
+                past_key_values=cache,
+                attention_mask=mask,
+                position_ids=positions,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            outputs = self.model(**inputs, return_dict=True)
+        return outputs.logits[:, -1]
+
+    def _processors(self, bound: BoundPhase) -> LogitsProcessorList:
+        config = copy.deepcopy(self.settings.config)
+        config.update(**bound.phase.generation)
+        self.sampling = config.do_sample
+        if bound.end_id is not None:  # ends the phase, as another end-of-sequence token would
+            end = torch.tensor([bound.end_id], device=self.ids.device)
+            eos = config._eos_token_tensor
+            config._eos_token_tensor = end if eos is None else torch.cat([eos.flatten().to(end), end])
+        return self.model._get_logits_processor(
+            generation_config=config,
+            input_ids_seq_length=self.ids.shape[1],
+            encoder_input_ids=self.ids,
+            prefix_allowed_tokens_fn=self.settings.prefix_allowed_tokens_fn,
+            logits_processor=self.settings.processors,
+            device=self.ids.device,
+            model_kwargs={},
+        )
+
+    # -- results -------------------------------------------------------------------------------------------------------
+
+    def _event(self, kind: Any, row: int = -1, **what: Any) -> PhaseEvent:
+        bound = self.phases[self.index]
+        seconds = perf_counter() - self.began
+        return PhaseEvent(kind, self.index, bound.phase.name, bound.label, row, seconds=seconds, **what)
+
+    def _wait(self) -> None:
+        if self.model.device.type != "cpu":  # the first token would pay for what was only put in a queue
+            torch.accelerator.synchronize(self.model.device)
+
+    def output(self, prompt: torch.Tensor) -> PhaseOutput:
+        """What `generate` returns, for the prompts as they were given (`(batch, tokens)`, padded on the left)."""
+        new = [row.ids[row.prompt :] for row in self.rows]
+        longest = max(map(len, new))
+        tokens = torch.tensor([ids + [self.pad_id] * (longest - len(ids)) for ids in new], dtype=prompt.dtype)
+        sequences = torch.cat([prompt, tokens.view(len(new), longest).to(prompt.device)], dim=-1)
+        config = self.settings.config
+        scores = self._stack([row.scores for row in self.rows], longest) if config.output_scores else None
+        logits = self._stack([row.logits for row in self.rows], longest) if config.output_logits else None
+        return PhaseOutput(sequences=sequences, scores=scores, logits=logits, phases=self.records)
+
+    def _stack(self, rows: Sequence[Sequence[torch.Tensor | None]], longest: int) -> tuple[torch.Tensor, ...]:
+        zero = torch.zeros_like(next(t for row in rows for t in row if t is not None))
+        found = [[zero if t is None else t for t in row] + [zero] * (longest - len(row)) for row in rows]
+        return tuple(torch.stack(step) for step in zip(*found, strict=True))
+
+
+@torch.no_grad()
+def run_phases(
+    model: Any, phases: Sequence[BoundPhase], prompt: torch.Tensor, mask: torch.Tensor, settings: Settings
+) -> Generator[PhaseEvent, None, PhaseOutput]:
+    """Generate in phases, one event at a time. While the generator is suspended the model is at the budget of its phase; closing it, or its
+    end, puts the model back.
+
+    Args:
+        model ([`ElasticForCausalLM`]): Switchable between the submodels of the phases.
+        phases (`list[BoundPhase]`): From [`hf_elastic.generation.binding.bind`].
+        prompt (`torch.LongTensor` of shape `(batch, tokens)`): Padded on the left.
+        mask (`torch.LongTensor` of shape `(batch, tokens)`): 0 for padding.
+        settings (`Settings`): What the call says.
+
+    Returns:
+        `PhaseOutput`: The value of the generator.
+    """
+    texts = [ids[seen.bool()].tolist() for ids, seen in zip(prompt, mask, strict=True)]
+    loop = PhaseLoop(model, phases, texts, settings)
+    before = model.submodel
+    try:
+        for index in range(len(phases)):
+            if all(row.done for row in loop.rows):
+                break
+            yield from loop.begin(index)
+            while loop.live:
+                yield from loop.step()
+    finally:
+        model.set_budget(before)
+    return loop.output(prompt)
