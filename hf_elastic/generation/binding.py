@@ -14,8 +14,8 @@ from ..submodel import Submodel
 from .caches import check_hand_over
 from .plan import Phase, PhasePlan
 
-_SENTENCE_END = re.compile(r"\n|[^\d\s][.!?。！？][\"'”’)\]]*\s*$")
-"""A line break, or the end of a sentence; a point after a digit may be one inside a number."""
+_SENTENCE_END = re.compile(r"[^\d\s][.!?。！？][\"'”’)\]]*\s*$")
+"""The end of a sentence; a point after a digit may be one inside a number."""
 
 
 @dataclass(frozen=True)
@@ -157,12 +157,15 @@ class SentenceEnds:
     def __call__(self, ids: Sequence[int]) -> bool:
         last = tuple(ids[-2:])
         if last not in self._known:
-            text = "" if self._tokenizer is None else str(self._tokenizer.decode(list(last)))
-            tail = (
-                text[len(str(self._tokenizer.decode([last[0]]))) - 1 :] if self._tokenizer and len(last) > 1 else text
-            )
-            self._known[last] = bool(_SENTENCE_END.search(tail))
+            self._known[last] = self._ends(last)
         return self._known[last]
+
+    def _ends(self, last: tuple[int, ...]) -> bool:
+        if self._tokenizer is None:
+            return False
+        newest = str(self._tokenizer.decode([last[-1]]))
+        before = str(self._tokenizer.decode(list(last[:-1])))
+        return "\n" in newest or bool(_SENTENCE_END.search(before[-1:] + newest))
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], phases: Sequence[BoundPhase], context: int | None) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
+from ..submodel import Submodel
 from .binding import BoundPhase, SentenceEnds, is_open
 from .caches import States, hand_over, join_rows, read_cache, take_row, write_cache
 from .events import EndReason, PhaseEvent, PhaseOutput, PhaseRecord
@@ -102,7 +103,7 @@ class PhaseLoop:
     def begin(self, index: int) -> list[PhaseEvent]:
         """Switch, take over, read, and choose nothing yet."""
         started = perf_counter()
-        source = self.phases[self.index].submodel if index else None
+        source = self.phases[index - 1].submodel if self.phases[index].handover == "cache" else None
         self.index, self.live = index, [i for i, row in enumerate(self.rows) if not row.done]
         bound, record = self.phases[index], self.records[index]
         events = []
@@ -113,11 +114,9 @@ class PhaseLoop:
                 events += self._insert(i, (bound.start_id,))
         self.model.set_budget(bound.submodel)
         record.handover = bound.handover
-        if bound.handover == "cache":
-            assert source is not None
-            self._go_on(source)
-        else:
-            self._read_all()
+        self._read(source)
+        for i in self.live:
+            self.rows[i].states, self.rows[i].cached = None, 0
         self.processors = self._processors(bound)
         self._wait()
         record.prefill_seconds = perf_counter() - started
@@ -215,44 +214,37 @@ class PhaseLoop:
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
-    def _read_all(self) -> None:
-        """Read everything that is there, as `generate` reads a prompt."""
-        self.ids, self.mask = self._pad(self.live)
-        self.cache = DynamicCache(config=self.model.config)
-        self.logits = self._forward(self.ids, self.cache, self.ids.shape[1])
+    def _read(self, source: Submodel | None) -> None:
+        """Read what is unread: everything, or what the submodel before has not read on top of what it kept (`source`).
 
-    def _go_on(self, source: Any) -> None:
-        """Read what the submodel before has not read, on top of what it kept.
-
-        Sequences with as many unread tokens are read together: padding in the middle of a sequence would go through its Mamba states.
+        Sequences with as many unread tokens are read together. Padding would go through the convolutions of Mamba layers, where it counts if
+        their projections have a bias, and padding in the middle of a sequence would go through their states.
         """
         groups: dict[int, list[int]] = {}
         for i in self.live:
             groups.setdefault(len(self.rows[i].ids) - self.rows[i].cached, []).append(i)
-        config, architecture = self.model.elastic_config.parent_config, self.model.architecture
         logits: dict[int, torch.Tensor] = {}
-        states: dict[int, States] = {}
+        read: dict[int, States] = {}
         for unread, members in groups.items():
-            kept = join_rows([self._taken(i) for i in members])
-            given = hand_over(kept, architecture, config, source, self.phases[self.index].submodel)
-            cache = write_cache(given, self.model.config)
-            ids, self.mask = self._pad(members)
-            read = self._forward(ids, cache, unread)
-            logits.update(zip(members, read, strict=True))
+            cache = self._kept(source, members)
+            self.ids, self.mask = self._pad(members)
+            logits.update(zip(members, self._forward(self.ids, cache, unread), strict=True))
             if len(groups) > 1:
-                states.update(
-                    (i, take_row(read_cache(cache), k, len(self.rows[i].ids))) for k, i in enumerate(members)
-                )
-        self.cache = (
-            cache if len(groups) == 1 else write_cache(join_rows([states[i] for i in self.live]), self.model.config)
-        )
-        self.ids, self.mask = self._pad(self.live)
-        self.logits = torch.stack([logits[i] for i in self.live])
+                states = read_cache(cache)
+                read.update((i, take_row(states, k, len(self.rows[i].ids))) for k, i in enumerate(members))
+        if len(groups) > 1:
+            cache = write_cache(join_rows([read[i] for i in self.live]), self.model.config)
+            self.ids, self.mask = self._pad(self.live)
+        self.cache, self.logits = cache, torch.stack([logits[i] for i in self.live])
 
-    def _taken(self, i: int) -> States:
-        states, self.rows[i].states = self.rows[i].states, None
-        assert states is not None
-        return states
+    def _kept(self, source: Submodel | None, members: Sequence[int]) -> Cache:
+        """A cache of the active submodel with what `source` kept of some sequences; an empty one for `None`."""
+        if source is None:
+            return DynamicCache(config=self.model.config)
+        states = [self.rows[i].states for i in members]
+        joined = join_rows([found for found in states if found is not None])
+        config, target = self.model.elastic_config.parent_config, self.phases[self.index].submodel
+        return write_cache(hand_over(joined, self.model.architecture, config, source, target), self.model.config)
 
     def _states(self) -> States:
         assert self.cache is not None

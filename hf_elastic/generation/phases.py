@@ -138,6 +138,7 @@ class PhasedGenerationMixin:
         super().generate(prompt, custom_generate=take, **kwargs)  # type: ignore[misc]
         prompt, config = taken["prompt"].to(self.device), taken["config"]
         self._check_mode(config, len(prompt), prefix)
+        config.num_return_sequences = None  # the prompts were repeated
         mask = torch.ones_like(prompt) if taken["mask"] is None else taken["mask"].to(prompt.device)
         if config.max_time is not None:
             criteria.append(MaxTimeCriteria(config.max_time))
