@@ -1,0 +1,136 @@
+"""Measure who should think and who should answer: accuracy, tokens, time and modelled cost of phase plans on a task.
+
+  hf-elastic evaluate org/elastic-30b --task gsm8k --thinking 12b --thinking 23b --answering 30b --max-thinking-tokens 512 --output results
+  hf-elastic evaluate FOLDER --task book --max-thinking-tokens 17 --max-thinking-tokens 34 --max-thinking-tokens none --output results
+
+Every thinker is tried with every answerer under every cap. OUTPUT gets plans.json, with the plans that no other one beats, and plans.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from .common import add_json, check_device, table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("repo", metavar="REPO", help="Hub repository or folder of an elastic checkpoint")
+    parser.add_argument(
+        "--task", default="book", help="book (the embedded lab's), or any generating task of lm-eval (default: book)"
+    )
+    parser.add_argument("--include-path", help="folder with further task files for lm-eval")
+    parser.add_argument(
+        "--thinking", action="append", metavar="BUDGET", help="who thinks; repeat it (default: every named size)"
+    )
+    parser.add_argument(
+        "--answering", action="append", metavar="BUDGET", help="who answers; repeat it (default: every named size)"
+    )
+    parser.add_argument(
+        "--max-thinking-tokens",
+        action="append",
+        metavar="CAP",
+        help="cap on thinking tokens, or none; repeat it (default: none)",
+    )
+    parser.add_argument("--max-answer-tokens", type=int, help="cap on the tokens of the answer")
+    parser.add_argument(
+        "--handover", default="auto", choices=("auto", "cache", "reprefill"), help="how the answerer takes over"
+    )
+    parser.add_argument("--count", type=int, default=100, help="problems (default: 100)")
+    parser.add_argument("--letters", type=int, default=12, help="letters of a book problem (default: 12)")
+    parser.add_argument("--batch-size", type=int, default=50, help="problems generated together (default: 50)")
+    parser.add_argument(
+        "--by", default="cost", choices=("cost", "seconds"), help="what the front counts as the price (default: cost)"
+    )
+    parser.add_argument(
+        "--prefill-speed", type=float, help="tokens read in the time in which one is written, for the modelled cost"
+    )
+    parser.add_argument("--dtype", default="auto", help="type of the weights (default: the checkpoint's)")
+    parser.add_argument("--device", help="for example cuda or cpu (default: cuda if there is one)")
+    parser.add_argument("--output", metavar="OUTPUT", help="folder for plans.json and plans.png")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    import torch
+    from tqdm.auto import tqdm
+    from transformers import AutoTokenizer
+
+    from ..errors import ElasticConfigError
+    from ..evaluation import PREFILL_SPEED, measure_plan, plan_matrix, results_file
+    from ..modeling_elastic import ElasticForCausalLM
+    from ..saving import replacing
+
+    caps = [_cap(text) for text in args.max_thinking_tokens or ["none"]]
+    for name in ("count", "batch_size"):
+        if getattr(args, name) < 1:
+            raise ElasticConfigError(f"--{name.replace('_', '-')}={getattr(args, name)} must be at least 1.")
+    if args.prefill_speed is not None and not 0 < args.prefill_speed < float("inf"):
+        raise ElasticConfigError(f"--prefill-speed={args.prefill_speed} must be a positive number.")
+    device = check_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if args.output and Path(args.output).exists() and not Path(args.output).is_dir():
+        raise ElasticConfigError(f"--output={args.output} is a file; give a folder.")
+    task = _task(args)
+    tokenizer = AutoTokenizer.from_pretrained(args.repo)
+    model = ElasticForCausalLM.from_pretrained(args.repo, dtype=args.dtype).to(device)
+    names = list(model.elastic_config.family())
+    options: dict[str, Any] = {"max_answer_tokens": args.max_answer_tokens, "handover": args.handover}
+    plans = plan_matrix(args.thinking or names, args.answering or names, caps, **options)
+    for budget in {phase.budget for plan in plans for phase in plan.phases}:
+        model.elastic_config.resolve(budget, model.dtype)  # all of them, before the first one takes its time
+    speed = args.prefill_speed or PREFILL_SPEED
+    points = [
+        measure_plan(model, tokenizer, task, plan, prefill_speed=speed)
+        for plan in tqdm(plans, desc="plans", unit="plan", disable=args.json)
+    ]
+    results = results_file(args.repo, task.name, points, args.by)
+    if args.output:
+        with replacing(args.output) as folder:
+            (folder / "plans.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        with replacing(args.output) as folder:  # whatever becomes of the chart, the numbers are there
+            _draw(results, model, folder / "plans.png")
+    print(json.dumps(results, indent=1) if args.json else _text(results))
+
+
+def _cap(text: str) -> int | None:
+    from ..errors import PhasePlanError
+
+    if text == "none":
+        return None
+    if not text.isdecimal() or not int(text):
+        raise PhasePlanError(f"--max-thinking-tokens={text!r} must be a whole number of at least 1, or none.")
+    return int(text)
+
+
+def _task(args: argparse.Namespace) -> Any:
+    from ..evaluation import BookTask
+
+    if args.task == "book":
+        return BookTask(letters=args.letters, count=args.count, batch_size=args.batch_size)
+    from ..errors import ElasticConfigError
+
+    raise ElasticConfigError(f"--task={args.task!r} is not known.")
+
+
+def _draw(results: dict[str, Any], model: Any, path: Path) -> None:
+    import sys
+
+    from ..pareto_chart import draw_pareto
+
+    try:
+        draw_pareto(results, path, largest=model.elastic_config.costs()["full"].active_params)
+    except ImportError:
+        print("no plans.png: pip install matplotlib for the chart", file=sys.stderr)
+
+
+def _text(results: dict[str, Any]) -> str:
+    rows = [["thinking", "answering", "cap", "accuracy", "tokens", "seconds", "cost", "best"]]
+    for i, p in enumerate(results["points"]):
+        tokens = f"{p['thinking_tokens']:.0f}+{p['answer_tokens']:.0f}"
+        cap = "" if p["max_thinking_tokens"] is None else str(p["max_thinking_tokens"])
+        best = "*" if i in results["front"] else ""
+        numbers = [f"{p['accuracy']:.3f}", tokens, f"{p['seconds']:.3g}", f"{p['cost']:.3g}"]
+        rows.append([p["thinking"], p["answering"], cap, *numbers, best])
+    return table(rows, frozenset({2, 3, 4, 5, 6}))

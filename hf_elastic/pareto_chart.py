@@ -1,0 +1,75 @@
+"""Accuracy of phase plans against their price, drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_AXES = {
+    "cost": "modelled cost per problem, in tokens of the largest size",
+    "seconds": "measured seconds per problem",
+}
+
+
+def draw_pareto(results: Mapping[str, Any], path: Path, *, largest: float = 1.0) -> None:
+    """Plans of one submodel and of two as points, and the front through the best, as PNG.
+
+    Args:
+        results (`dict[str, Any]`): As [`hf_elastic.evaluation.results_file`] makes it.
+        path (`Path`): File to write.
+        largest (`float`, *optional*): Active parameters of the largest size, by which costs are divided.
+
+    Raises:
+        `ImportError`: matplotlib is not installed.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    points, by = results["points"], results["by"]
+    scale = 1 / largest if by == "cost" else 1.0
+    figure, axes = plt.subplots(figsize=(7.2, 4.4), dpi=150)
+    for same, label, marker, color in ((True, "one size", "s", "#868e96"), (False, "two sizes", "o", "#3b5bdb")):
+        chosen = [p for p in points if (p["thinking"] == p["answering"]) == same]
+        axes.scatter(
+            [p[by] * scale for p in chosen],
+            [p["accuracy"] for p in chosen],
+            s=26,
+            c=color,
+            marker=marker,
+            label=label,
+            alpha=0.75,
+        )
+    front = [points[i] for i in results["front"]]
+    axes.plot(
+        [p[by] * scale for p in front],
+        [p["accuracy"] for p in front],
+        "-",
+        color="#c92a2a",
+        lw=1,
+        zorder=0,
+        label="best",
+    )
+    for p in front:
+        cap = p["max_thinking_tokens"]
+        name = p["thinking"] if p["thinking"] == p["answering"] else f"{p['thinking']}→{p['answering']}"
+        text = name if cap is None else f"{name} {cap}"
+        axes.annotate(
+            text,
+            (p[by] * scale, p["accuracy"]),
+            xytext=(4, -9),
+            textcoords="offset points",
+            fontsize=6.5,
+            color="#495057",
+        )
+    axes.set_title(f"Who thinks and who answers: {results['task']}", fontsize=11, loc="left")
+    axes.set_xlabel(_AXES[by])
+    axes.set_ylabel("accuracy")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
