@@ -73,7 +73,7 @@ class Runs:
         return self.model(f"parent-{seed}", lambda: train_parent(seed=seed, steps=self.steps, progress=False)[0])
 
     def model(self, name: str, train: Callable[[], Any]) -> Any:
-        """The stock model of this name; it is trained if it was not yet."""
+        """The model of this name, stock or elastic; it is trained if it was not yet."""
         folder = self._folder / name
         if not (folder / "config.json").exists():
             print(f"... {name}", flush=True)
@@ -119,6 +119,20 @@ class Runs:
     def standard_family(self, seed: int) -> dict[str, Any]:
         """The family as the lab trains it, which ablations compare with."""
         return self.family(f"family-{seed}", seed, measured={"between": BETWEEN})
+
+    def trained_family(self, name: str, seed: int, **options: Any) -> ElasticForCausalLM:
+        """The weights of a family of this name, trained as the lab does if it was not yet; for who has more to ask than rates.
+
+        Args:
+            options: What `train_family` takes.
+        """
+
+        def train() -> ElasticForCausalLM:
+            family = make_family(self.parent(seed), self.tokenizer, seed=seed)
+            self._train(family, seed, {"steps": self.steps, **options})
+            return family
+
+        return self.model(name, train)
 
     def learned_family(
         self, name: str, seed: int, targets: Mapping[str, Any] = ROUTER_TARGETS, **options: Any

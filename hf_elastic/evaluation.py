@@ -44,19 +44,22 @@ class Task(Protocol):
 
 @dataclass
 class BookTask:
-    """The embedded lab's task; its accuracy is that of the answer's symbols, which falls gently where thinking is cut short.
+    """The embedded lab's task.
 
     Args:
         letters (`int`, *optional*, defaults to 12): Letters per problem.
         count (`int`, *optional*, defaults to 100): Held-out problems.
         batch_size (`int`, *optional*, defaults to 50): Problems generated together.
         seed (`int`, *optional*, defaults to 0): Which problems.
+        metric (`str`, *optional*, defaults to `"code"`):
+            Which rate is the accuracy: `"code"`, symbols of answers, which falls gently where thinking is cut short, or `"exact"`, whole answers.
     """
 
     letters: int = 12
     count: int = 100
     batch_size: int = 50
     seed: int = 0
+    metric: str = "code"
     name: str = field(default="book", init=False)
 
     def score(
@@ -66,7 +69,7 @@ class BookTask:
 
         options = {"letters": self.letters, "count": self.count, "batch_size": self.batch_size, "seed": self.seed}
         result = evaluate(model, tokenizer, **options)  # type: ignore[arg-type]
-        return "code", result.count, {"code": result.code, "exact": result.exact, "trace": result.trace}
+        return self.metric, result.count, {"code": result.code, "exact": result.exact, "trace": result.trace}
 
 
 @dataclass
