@@ -1,0 +1,138 @@
+"""Phase plans measured: what is recorded, what it is modelled to cost, and which plans are kept as the best."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from hf_elastic import ElasticForCausalLM, PhasePlan, PhasePlanError
+from hf_elastic.cli import main
+from hf_elastic.evaluation import BookTask, measure_plan, pareto_front, plan_matrix, planned
+from hf_elastic.lab.family import make_family
+from hf_elastic.lab.parent import load_parent
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory) -> tuple[ElasticForCausalLM, Any, str]:
+    """The untrained lab family with a size that still works, and its folder."""
+    parent, tokenizer = load_parent()
+    family = make_family(parent, tokenizer, {"ffn": {"expert_ffn": 24, "shared_expert_ffn": 48}})
+    folder = str(tmp_path_factory.mktemp("lab") / "family")
+    family.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return family, tokenizer, folder
+
+
+def test_a_plan_is_followed_recorded_and_priced(lab):
+    """Tokens and cost against those counted from the events of the same problems."""
+    family, tokenizer, _ = lab
+    task = BookTask(letters=4, count=6, batch_size=4)
+    plan = PhasePlan("ffn", None, max_thinking_tokens=9, handover="reprefill")
+    point = measure_plan(family, tokenizer, task, plan, prefill_speed=8.0)
+    with planned(family, plan, tokenizer) as recorded:
+        metrics = task.score(family, tokenizer)[2]
+    assert "generate" not in vars(family)
+    assert point["metrics"] == metrics
+    assert point["accuracy"] == metrics["code"]
+    assert metrics["trace"] == 0  # nine tokens are not enough
+    assert [len(prompts) for prompts in recorded.prompts] == [4, 2]
+    active = {name: cost.active_params for name, cost in family.elastic_config.costs().items()}
+    cost = thinking = 0.0
+    for phases, prompts in zip(recorded.phases, recorded.prompts, strict=True):
+        for row, prompt in enumerate(prompts):
+            first, second = phases
+            assert first.generated[row] == 9
+            assert first.inserted[row] == 1
+            assert first.reasons[row] == "cap"
+            thinking += 9
+            cost += active["ffn"] * (9 + (prompt + 1) / 8)  # the marker that ends the thinking has to be read, too
+            cost += active["full"] * (second.generated[row] + (prompt + 10) / 8)
+    assert point["cost"] == pytest.approx(cost / 6)
+    assert point["thinking_tokens"] == thinking / 6
+    assert (point["thinking"], point["answering"], point["max_thinking_tokens"]) == ("ffn", "full", 9)
+    assert PhasePlan.from_dict(point["plan"]) == plan
+    assert point["prompt_tokens"] == sum(map(sum, recorded.prompts)) / 6
+
+
+def test_full_thinking_solves_what_a_cut_does_not(lab):
+    family, tokenizer, _ = lab
+    task = BookTask(letters=4, count=8, metric="exact")
+    scores = [
+        measure_plan(family, tokenizer, task, plan)["accuracy"] for plan in plan_matrix(["ffn"], [None], [None, 2])
+    ]
+    assert scores[0] >= 0.9
+    assert scores[1] <= 0.3
+
+
+def test_the_front_is_what_nothing_beats():
+    """Against the definition, on random points with ties."""
+    rng = random.Random(0)
+    for _ in range(50):
+        points = [{"cost": rng.randrange(5), "accuracy": rng.randrange(5)} for _ in range(8)]
+        front = [points[i] for i in pareto_front(points)]
+        best = {
+            (p["cost"], p["accuracy"])
+            for p in points
+            if not any(q["cost"] <= p["cost"] and q["accuracy"] >= p["accuracy"] and q != p for q in points)
+        }
+        assert [(p["cost"], p["accuracy"]) for p in front] == sorted(best)
+
+
+def test_matrix_is_everybody_with_everybody():
+    plans = plan_matrix(["a", "b"], ["c"], [None, 5], handover="cache")
+    assert [(p.phases[0].budget, p.phases[1].budget, p.phases[0].max_new_tokens) for p in plans] == [
+        ("a", "c", None), ("b", "c", None), ("a", "c", 5), ("b", "c", 5)]  # fmt: skip
+    assert {p.phases[1].handover for p in plans} == {"cache"}
+
+
+def test_a_task_that_writes_nothing_is_refused(lab):
+    class Likelihoods:
+        name = "choices"
+
+        def score(self, model, tokenizer):
+            model(torch.tensor([[2, 3]]))
+            return "acc", 1, {"acc": 1.0}
+
+    with pytest.raises(PhasePlanError, match="'choices' compares likelihoods"):
+        measure_plan(lab[0], lab[1], Likelihoods(), PhasePlan())
+
+
+def test_stop_strings_end_the_text(lab):
+    family, tokenizer, _ = lab
+    inputs = tokenizer("^a4b+3c-1><think>", return_tensors="pt")
+    out = family.generate(**inputs, phase_plan=PhasePlan("ffn"), tokenizer=tokenizer, stop_strings=["="])
+    assert tokenizer.decode(out[0]) == "^a4b+3c-1><think>a4b4+3="
+
+
+def test_command(lab, tmp_path, capsys):
+    out = tmp_path / "results"
+    argv = ["evaluate", lab[2], "--count", "2", "--letters", "3", "--thinking", "ffn", "--max-thinking-tokens", "5"]
+    assert main([*argv, "--max-thinking-tokens", "none", "--output", str(out), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((out / "plans.json").read_text())
+    assert [(p["thinking"], p["answering"], p["max_thinking_tokens"]) for p in printed["points"]] == [
+        ("ffn", "full", 5), ("ffn", "ffn", 5), ("ffn", "full", None), ("ffn", "ffn", None)]  # fmt: skip
+    assert printed["front"] == pareto_front(printed["points"])
+    assert (out / "plans.png").read_bytes().startswith(b"\x89PNG")
+    assert main([*argv, "--by", "seconds"]) == 0
+    assert capsys.readouterr().out.splitlines()[0].split()[:3] == ["thinking", "answering", "cap"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--max-thinking-tokens", "0"], "--max-thinking-tokens='0' must be a whole number of at least 1, or none"),
+        (["--thinking", "fnn"], "fnn"),
+        (["--count", "0"], "--count=0 must be at least 1"),
+        (["--prefill-speed", "-1"], "--prefill-speed=-1.0 must be a positive number"),
+    ],
+)
+def test_command_refuses(lab, tmp_path, capsys, options, message):
+    out = tmp_path / "results"
+    assert main(["evaluate", lab[2], "--output", str(out), *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
