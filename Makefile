@@ -9,8 +9,9 @@ ABLATIONS := $(addprefix ablation_,sampling stages router sorting depth)
 demo: $(VENV)/installed  ## The main job: a reasoning hybrid made elastic, cut, switched, exported and checked
 	$(BIN)/hf-elastic lab --output demo
 
+# Two processes: the models are so small that two of one thread each take half the time of one of two threads.
 test: $(VENV)/installed  ## All tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 quality: $(VENV)/installed  ## What CI checks besides the tests
 	$(BIN)/ruff check .
