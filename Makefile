@@ -9,7 +9,7 @@ ABLATIONS := $(addprefix ablation_,sampling stages router sorting depth)
 demo: $(VENV)/installed  ## The main job: a reasoning hybrid made elastic, cut, switched, exported and checked
 	$(BIN)/hf-elastic lab --output demo
 
-# Two processes: the models are so small that two of one thread each take half the time of one of two threads.
+# Two processes of one thread each: the models are so small that a second thread only waits.
 test: $(VENV)/installed  ## All tests
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
