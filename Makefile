@@ -9,8 +9,9 @@ ABLATIONS := $(addprefix ablation_,sampling stages router sorting depth)
 demo: $(VENV)/installed  ## The main job: a reasoning hybrid made elastic, cut, switched, exported and checked
 	$(BIN)/hf-elastic lab --output demo
 
+# Two processes of one thread each: the models are so small that a second thread only waits.
 test: $(VENV)/installed  ## All tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 quality: $(VENV)/installed  ## What CI checks besides the tests
 	$(BIN)/ruff check .

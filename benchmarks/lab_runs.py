@@ -57,8 +57,9 @@ class Runs:
 
     def __init__(self, options: argparse.Namespace):
         torch.set_num_threads(1)
-        self.steps = 8 if options.quick else 1000
-        self.problems = 4 if options.quick else 200
+        self.steps = 4 if options.quick else 1000
+        self.problems = 2 if options.quick else 200
+        self.letters = 4 if options.quick else LETTERS
         scratch = tempfile.mkdtemp(prefix="hf-elastic-lab-") if options.quick else None
         self._folder = Path(scratch or options.runs)
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -167,14 +168,14 @@ class Runs:
             stock = config.stock_config(config.submodel("size"))
             overrides = {axis.field: getattr(stock, axis.field) for axis in config.architecture.axes}
             model, _ = train_parent(seed=seed, steps=self.steps, progress=False, **overrides)
-            return asdict(evaluate(model, self.tokenizer, letters=LETTERS, count=self.problems))
+            return asdict(evaluate(model, self.tokenizer, letters=self.letters, count=self.problems))
 
         return self.run(name, action)
 
     def measure(self, family: ElasticForCausalLM, parent: Any, budgets: Mapping[str, Any]) -> list[Entry]:
         """Rates by generation on held-out problems, as `measure_family`, and `kl`, the divergence from the parent in nats per token."""
-        entries = measure_family(family, self.tokenizer, budgets, count=self.problems, letters=LETTERS)
-        source = problems("heldout", LETTERS, 1)
+        entries = measure_family(family, self.tokenizer, budgets, count=self.problems, letters=self.letters)
+        source = problems("heldout", self.letters, 1)
         texts = [next(source).text + EOS for _ in range(min(self.problems, 64))]
         ids = torch.tensor(self.tokenizer(texts)["input_ids"])
         start = ids[0].tolist().index(self.tokenizer.convert_tokens_to_ids(THINK_START))

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -30,6 +29,7 @@ import torch
 import transformers
 from datasets import Dataset
 from harness import Claim, Report, arguments, in_turns, seconds
+from processes import in_child
 from synthetic import nano_like
 from trl import SFTConfig, SFTTrainer
 
@@ -143,20 +143,15 @@ def hard_mixture(model: ElasticForCausalLM, submodel: Submodel) -> Mixture:
     return Mixture(choices, probabilities)
 
 
-def peak_bytes(way: str, quick: bool) -> float:
-    """Peak resident memory that three steps of one way add, in a fresh process."""
-    command = [sys.executable, __file__, "--peak-of", way, *(["--quick"] if quick else [])]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
-
-
-def _print_peak(way: str, quick: bool) -> None:
+def peak_bytes(way: str, quick: bool) -> int:
+    """Peak resident memory that three steps of one way add; to be called in a fresh process."""
     _, steps, _ = make_steps(quick)
     steps[way]()  # builds stencils
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far was that of making the model
     before = _status("VmRSS")
     for _ in range(3):
         steps[way]()
-    print(_status("VmHWM") - before)
+    return _status("VmHWM") - before
 
 
 def _status(field: str) -> int:
@@ -178,17 +173,12 @@ def run(options: argparse.Namespace) -> int:
         report.measure(f"{way}: time per step", "s", runs, **about)
         report.measure(f"{way}: throughput", "tokens/s", [tokens / run for run in runs])
     for way in WAYS:
-        report.measure(f"{way}: peak memory added by steps", "bytes", [peak_bytes(way, options.quick)])
+        peak = in_child(peak_bytes, way, options.quick).result
+        report.measure(f"{way}: peak memory added by steps", "bytes", [peak])
     ratios = [fast / slow for fast, slow in zip(times["elastic 50 %"], times["masked 50 %"], strict=True)]
     report.settle(CLAIM, statistics.median(ratios))
     return report.finish(options)
 
 
 if __name__ == "__main__":
-    parser = arguments(__doc__)
-    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
-    parsed = parser.parse_args()
-    if parsed.peak_of:
-        _print_peak(parsed.peak_of, parsed.quick)
-    else:
-        sys.exit(run(parsed))
+    sys.exit(run(arguments(__doc__).parse_args()))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from hf_elastic.lab import book
+from hf_elastic.lab import book, task
 from hf_elastic.lab.book import BOOK, Problem
 
 
@@ -89,9 +89,10 @@ def test_splits_share_no_prompt():
 
 def test_split_is_the_same_in_another_process():
     prompts = [problem.prompt for problem in take(40, "train", 3, 5) + take(40, "heldout", 3, 5)]
-    code = "import sys; from hf_elastic.lab.task import split_of; print(*map(split_of, sys.argv[1:]))"
-    # A process of its own has another hash seed.
-    result = subprocess.run([sys.executable, "-c", code, *prompts], capture_output=True, text=True, check=True)
+    # A process of its own has another hash seed. It runs the file by itself, without the imports of the package.
+    code = "import runpy, sys; print(*map(runpy.run_path(sys.argv[1])['split_of'], sys.argv[2:]))"
+    command = [sys.executable, "-c", code, task.__file__, *prompts]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert result.stdout.split() == ["train"] * 40 + ["heldout"] * 40
 
 

@@ -12,6 +12,7 @@ from hf_elastic import ElasticForCausalLM
 from hf_elastic.budgets import parse_limit
 from hf_elastic.cli import main
 from hf_elastic.cost import CostModel
+from hf_elastic.lab import zero_shot
 from hf_elastic.lab.book import evaluate, training_batches, training_dataset
 from hf_elastic.lab.family import BETWEEN, FAMILY, ROUTER_TARGETS, make_family, measure_family, train_family
 from hf_elastic.lab.parent import load_parent
@@ -59,7 +60,8 @@ def test_a_few_steps_bring_every_budget_nearer_to_the_parent(parent, tmp_path):
     states = []
     for run in range(2):
         family = make_family(model, tokenizer)
-        history = train_family(family, tokenizer, tmp_path / str(run), steps=24, progress=False)
+        options = {"steps": 24, "per_device_train_batch_size": 8, "progress": False}
+        history = train_family(family, tokenizer, tmp_path / str(run), **options)
         states.append({key: tensor.clone() for key, tensor in family.state_dict().items()})
         first, last = {}, {}
         for entry in history:
@@ -86,8 +88,14 @@ def test_measures_are_those_of_the_slice(parent):
     assert family.budget == "full"
 
 
+@pytest.fixture
+def export_unchecked(monkeypatch):
+    """The first chapter's export is not loaded in another process here, which takes seconds; `test_zero_shot` has that."""
+    monkeypatch.setattr(zero_shot, "check_export", lambda *args: 0.0)
+
+
 @pytest.mark.slow
-def test_the_command_trains_saves_and_tells(tmp_path, capsys):
+def test_the_command_trains_saves_and_tells(export_unchecked, tmp_path, capsys):
     arguments = ["lab", "--train", "--steps", "4", "--problems", "2", "--letters", "4", "--json"]
     capsys.readouterr()
     assert main([*arguments, "--output", str(tmp_path)]) == 0
@@ -102,7 +110,7 @@ def test_the_command_trains_saves_and_tells(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_command_learns_the_sizes_and_keeps_the_router(tmp_path, capsys):
+def test_the_command_learns_the_sizes_and_keeps_the_router(export_unchecked, tmp_path, capsys):
     arguments = ["lab", "--train", "--learn-sizes", "--steps", "4", "--problems", "2", "--letters", "4"]
     assert main([*arguments, "--output", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
