@@ -119,6 +119,25 @@ def test_generate_solves_a_problem(elastic, capsys):
     assert capsys.readouterr().out.strip()
 
 
+def test_generate_in_phases(elastic, capsys):
+    """Who wrote what is said; one size in both phases writes what it writes alone."""
+    problem = next(problems("heldout", 4, 0))
+    alone = run_json(capsys, "generate", elastic / "elastic", problem.prompt, "--json")
+    plan = ["--thinking", "full", "--answering", "full"]
+    both = run_json(capsys, "generate", elastic / "elastic", problem.prompt, *plan, "--json")
+    assert both["text"] == alone["text"]
+    assert [phase["generated"] for phase in both["phases"]] == [[21], [7]]
+    assert (
+        main(
+            ["generate", str(elastic / "elastic"), problem.prompt, "--thinking", "wide", "--max-thinking-tokens", "4"]
+        )
+        == 0
+    )
+    out = capsys.readouterr().out
+    assert out.startswith("[thinking - wide]\n")
+    assert "</think>\n[answering - full]\n" in out
+
+
 def test_sampling_follows_the_seed(elastic, capsys):
     def text(seed: int) -> str:
         options = ["--temperature", "3.0", "--raw", "--max-new-tokens", "12", "--json", "--seed", seed]
@@ -141,6 +160,12 @@ def test_sampling_follows_the_seed(elastic, capsys):
         (["slice", "{elastic}", "{tmp}/out", "--budget", "1k"], "no submodel fits"),
         (["slice", "{plain}", "{tmp}/out", "--budget", "small"], "plain nemotron_h checkpoint without budgets"),
         (["export", "{elastic}", "{tmp}/out", "--dtype", "int3"], "dtype"),
+        (["generate", "{elastic}", "^", "--max-thinking-tokens", "0"], "max_thinking_tokens=0 must be a whole number"),
+        (["generate", "{elastic}", "^", "--handover", "cache"], "--handover needs --thinking or --answering"),
+        (
+            ["generate", "{elastic}", "^", "--budget", "1M", "--thinking", "full"],
+            "give either --budget, or --thinking",
+        ),
         (["generate", "{elastic}", "", "--raw"], "prompt is empty"),
         (["generate", "{elastic}", "^", "--max-new-tokens", "0"], "must be at least 1"),
         (["generate", "{elastic}", "^", "--temperature", "-1"], "at least 0"),

@@ -1,6 +1,7 @@
-"""Generate text with one size of an elastic checkpoint.
+"""Generate text with one size of an elastic checkpoint, or let one size think and another answer.
 
   hf-elastic generate org/elastic-30b "Why is the sky blue?" --budget 12b
+  hf-elastic generate org/elastic-30b "Why is the sky blue?" --thinking 12b --answering 30b --max-thinking-tokens 2048
 
 A prompt of - is read from standard input. With a chat template the prompt is a user's message, unless --raw is given.
 """
@@ -11,6 +12,7 @@ import argparse
 import json
 import sys
 import time
+from typing import Any
 
 from .common import add_json, add_source, check_device
 
@@ -18,6 +20,16 @@ from .common import add_json, add_source, check_device
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_source(parser)
     parser.add_argument("prompt", metavar="PROMPT", help="text to continue, or - for standard input")
+    parser.add_argument("--thinking", metavar="BUDGET", help="size that thinks, up to </think>")
+    parser.add_argument("--answering", metavar="BUDGET", help="size that answers")
+    parser.add_argument("--max-thinking-tokens", type=int, help="cap on thinking tokens")
+    parser.add_argument("--max-answer-tokens", type=int, help="cap on the tokens of the answer")
+    parser.add_argument(
+        "--handover",
+        choices=("auto", "cache", "reprefill"),
+        default="auto",
+        help="how the answering size takes over (default: auto)",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=256, help="at most this many tokens (default: 256)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token (default)")
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling (default: 1.0)")
@@ -32,12 +44,14 @@ def run(args: argparse.Namespace) -> None:
     from transformers import AutoTokenizer, TextStreamer, set_seed
 
     from ..errors import ElasticConfigError
+    from ..generation import PhaseTextStreamer
     from ..modeling_elastic import ElasticForCausalLM
 
     if args.max_new_tokens < 1:
         raise ElasticConfigError(f"--max-new-tokens={args.max_new_tokens} must be at least 1.")
     if args.temperature < 0 or not 0 < args.top_p <= 1:
         raise ElasticConfigError("--temperature must be at least 0 and --top-p in (0, 1].")
+    plan = _plan(args)
     device = check_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     tokenizer = AutoTokenizer.from_pretrained(args.repo)
@@ -57,11 +71,20 @@ def run(args: argparse.Namespace) -> None:
         if args.temperature
         else {"do_sample": False}
     )
-    streamer = None if args.json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    sampling |= {"max_new_tokens": args.max_new_tokens}
+    if plan is not None:
+        sampling |= {"phase_plan": plan, "tokenizer": tokenizer, "return_dict_in_generate": True}
+    streamer = None
+    if not args.json:
+        streamer = (
+            PhaseTextStreamer(tokenizer)
+            if plan
+            else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        )
     start = time.perf_counter()
-    output = model.generate(**inputs.to(device), max_new_tokens=args.max_new_tokens, streamer=streamer, **sampling)
+    output = model.generate(**inputs.to(device), streamer=streamer, **sampling)
     seconds = time.perf_counter() - start
-    new = output[0, inputs["input_ids"].shape[1] :]
+    new = (output if plan is None else output.sequences)[0, inputs["input_ids"].shape[1] :]
     if args.json:
         text = tokenizer.decode(new, skip_special_tokens=True)
         result = {
@@ -71,4 +94,23 @@ def run(args: argparse.Namespace) -> None:
             "budget": args.budget,
             "parameters": model.num_parameters(),
         }
+        if plan is not None:
+            result["phases"] = [record.to_dict() for record in output.phases]
         print(json.dumps(result, indent=2))
+
+
+def _plan(args: argparse.Namespace) -> Any:
+    """The plan of the options, if any of them asks for one."""
+    from ..errors import PhasePlanError
+    from ..generation import PhasePlan
+
+    caps = {key: getattr(args, key) for key in ("max_thinking_tokens", "max_answer_tokens")}
+    if args.thinking is None and args.answering is None and not any(cap is not None for cap in caps.values()):
+        if args.handover != "auto":
+            raise PhasePlanError("--handover needs --thinking or --answering.")
+        return None
+    if args.budget is not None:
+        raise PhasePlanError(
+            "give either --budget, or --thinking and --answering: a loaded size has no larger one to answer."
+        )
+    return PhasePlan(args.thinking, args.answering, handover=args.handover, **caps)
