@@ -8,43 +8,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-from ..submodel import Submodel
+from .batch import Batch, Row
 from .binding import BoundPhase, SentenceEnds, is_open
-from .caches import States, hand_over, join_rows, read_cache, take_row, write_cache
 from .events import EndReason, PhaseEvent, PhaseOutput, PhaseRecord
-
-
-@dataclass
-class Row:
-    """One sequence.
-
-    Args:
-        ids (`list[int]`): Its tokens so far, without padding.
-        prompt (`int`): How many of them were given.
-        states (`States`, *optional*): What the last phase kept of it, if the next one goes on from that.
-        cached (`int`): How many of its tokens are in `states`.
-        generated (`int`): Tokens that submodels wrote, in all phases.
-        in_phase (`int`): Those of the phase it is in.
-        done (`bool`): Whether the text is over.
-        scores, logits (`list[torch.Tensor]`): One entry per new token, if asked for.
-    """
-
-    ids: list[int]
-    prompt: int
-    states: States | None = None
-    cached: int = 0
-    generated: int = 0
-    in_phase: int = 0
-    done: bool = False
-    scores: list[torch.Tensor | None] = field(default_factory=list)
-    logits: list[torch.Tensor | None] = field(default_factory=list)
 
 
 @dataclass
@@ -73,8 +46,7 @@ class Settings:
 class PhaseLoop:
     """Runs bound phases over prompts; see [`run_phases`].
 
-    Between two calls `live` are the indices of the sequences in the running batch, whose tokens `ids` (padded on the left) are all in the
-    cache except for the newest one.
+    Between two calls `live` are the indices of the sequences in `batch`, and all of their tokens were read except for the newest one.
     """
 
     def __init__(self, model: Any, phases: Sequence[BoundPhase], prompts: Sequence[Sequence[int]], settings: Settings):
@@ -90,9 +62,6 @@ class PhaseLoop:
         self.began = perf_counter()
         self.index = -1
         self.live: list[int] = []
-        self.cache: Cache | None = None
-        self.ids = torch.empty(0, 0, dtype=torch.long)
-        self.mask: torch.Tensor | None = None
         eos = settings.config._eos_token_tensor
         self.eos_ids = set() if eos is None else set(eos.flatten().tolist())
         pad = settings.config._pad_token_tensor
@@ -114,9 +83,8 @@ class PhaseLoop:
                 events += self._insert(i, (bound.start_id,))
         self.model.set_budget(bound.submodel)
         record.handover = bound.handover
-        self._read(source)
-        for i in self.live:
-            self.rows[i].states, self.rows[i].cached = None, 0
+        chunk = self.settings.config.prefill_chunk_size
+        self.batch = Batch(self.model, [self.rows[i] for i in self.live], source, self.pad_id, chunk)
         self.processors = self._processors(bound)
         self._wait()
         record.prefill_seconds = perf_counter() - started
@@ -126,19 +94,20 @@ class PhaseLoop:
     def step(self) -> list[PhaseEvent]:
         """One more token for every sequence in the batch."""
         started = perf_counter()
+        batch = self.batch
         if self.unread:
-            self.logits = self._forward(self.ids, self.cache, 1)
+            batch.read_newest()
         bound, record = self.phases[self.index], self.records[self.index]
         config = self.settings.config
-        logits = self.logits.to(dtype=torch.float32, copy=True)
-        scores = self.processors(self.ids, logits)
+        logits = batch.logits.to(dtype=torch.float32, copy=True)
+        scores = self.processors(batch.ids, logits)
         if self.sampling:
             chosen = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1).squeeze(1)
         else:
             chosen = torch.argmax(scores, dim=-1)
-        self.ids = torch.cat([self.ids, chosen[:, None]], dim=-1)
+        batch.append(chosen)
         stopped = (
-            self.settings.criteria(self.ids, None).tolist() if self.settings.criteria else [False] * len(self.live)
+            self.settings.criteria(batch.ids, None).tolist() if self.settings.criteria else [False] * len(self.live)
         )
         events, ended = [], []
         for place, (i, token) in enumerate(zip(self.live, chosen.tolist(), strict=True)):
@@ -155,7 +124,8 @@ class PhaseLoop:
             if reason := "stopping criteria" if stopped[place] else self._reason(row, token):
                 ended.append(place)
                 events += self._end(i, place, reason, bound)
-        self._drop(ended)
+        batch.drop(ended)
+        self.live = [i for place, i in enumerate(self.live) if place not in ended]
         self.unread = True
         record.decode_seconds += perf_counter() - started
         return events
@@ -183,9 +153,7 @@ class PhaseLoop:
         last = self.index + 1 == len(self.phases)
         row.done = last or reason in ("eos", "length", "stopping criteria")
         if not row.done and self.phases[self.index + 1].handover == "cache":
-            # everything but the newest token has been read
-            row.cached = len(row.ids) - 1
-            row.states = take_row(self._states(), place, row.cached)
+            self.batch.take(place)
         closing = {"cap": bound.closing_ids, "soft cap": bound.soft_closing_ids}.get(reason, ())
         return [*self._insert(i, closing), self._event("end", i, reason=reason)]
 
@@ -198,109 +166,21 @@ class PhaseLoop:
         row.logits.extend([None] * len(ids))
         return [self._event("token", i, token_id=token, inserted=True) for token in ids]
 
-    def _drop(self, places: Sequence[int]) -> None:
-        """Take sequences out of the batch."""
-        if not places:
-            return
-        kept = [place for place in range(len(self.live)) if place not in places]
-        self.live = [self.live[place] for place in kept]
-        if not kept:
-            self.cache = None
-            return
-        index = torch.tensor(kept, device=self.ids.device)
-        self.ids, self.mask = self.ids[index], None if self.mask is None else self.mask[index]
-        assert self.cache is not None
-        self.cache.reorder_cache(index)
-
-    # -- reading -------------------------------------------------------------------------------------------------------
-
-    def _read(self, source: Submodel | None) -> None:
-        """Read what is unread: everything, or what the submodel before has not read on top of what it kept (`source`).
-
-        Sequences with as many unread tokens are read together. Padding would go through the convolutions of Mamba layers, where it counts if
-        their projections have a bias, and padding in the middle of a sequence would go through their states.
-        """
-        groups: dict[int, list[int]] = {}
-        for i in self.live:
-            groups.setdefault(len(self.rows[i].ids) - self.rows[i].cached, []).append(i)
-        logits: dict[int, torch.Tensor] = {}
-        read: dict[int, States] = {}
-        for unread, members in groups.items():
-            cache = self._kept(source, members)
-            self.ids, self.mask = self._pad(members)
-            logits.update(zip(members, self._forward(self.ids, cache, unread), strict=True))
-            if len(groups) > 1:
-                states = read_cache(cache)
-                read.update((i, take_row(states, k, len(self.rows[i].ids))) for k, i in enumerate(members))
-        if len(groups) > 1:
-            cache = write_cache(join_rows([read[i] for i in self.live]), self.model.config)
-            self.ids, self.mask = self._pad(self.live)
-        self.cache, self.logits = cache, torch.stack([logits[i] for i in self.live])
-
-    def _kept(self, source: Submodel | None, members: Sequence[int]) -> Cache:
-        """A cache of the active submodel with what `source` kept of some sequences; an empty one for `None`."""
-        if source is None:
-            return DynamicCache(config=self.model.config)
-        states = [self.rows[i].states for i in members]
-        joined = join_rows([found for found in states if found is not None])
-        config, target = self.model.elastic_config.parent_config, self.phases[self.index].submodel
-        return write_cache(hand_over(joined, self.model.architecture, config, source, target), self.model.config)
-
-    def _states(self) -> States:
-        assert self.cache is not None
-        return read_cache(self.cache)
-
-    def _pad(self, members: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Tokens of some sequences, padded on the left, and their mask; `None` if there is no padding."""
-        texts = [self.rows[i].ids for i in members]
-        longest = max(map(len, texts))
-        device = self.model.device
-        ids = torch.tensor([[self.pad_id] * (longest - len(text)) + text for text in texts], device=device)
-        if min(map(len, texts)) == longest:
-            return ids, None
-        return ids, torch.tensor([[0] * (longest - len(text)) + [1] * len(text) for text in texts], device=device)
-
-    def _forward(self, ids: torch.Tensor, cache: Cache | None, unread: int) -> torch.Tensor:
-        """Read the last `unread` tokens; returns the logits after them, `(batch, vocabulary)`."""
-        if self.mask is not None and self.mask.shape[1] < ids.shape[1]:
-            new = self.mask.new_ones(len(ids), ids.shape[1] - self.mask.shape[1])
-            self.mask = torch.cat([self.mask, new], dim=-1)
-        done, length = ids.shape[1] - unread, ids.shape[1]
-        while done < length:
-            count = min(self.settings.config.prefill_chunk_size or unread, length - done)
-            done += count
-            mask = None if self.mask is None else self.mask[:, :done]
-            if mask is None:
-                positions = torch.arange(done - count, done, device=ids.device)[None].expand(len(ids), -1)
-            else:
-                positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -count:]
-            inputs = self.model.prepare_inputs_for_generation(
-                ids[:, :done],
-                next_sequence_length=count,
-                past_key_values=cache,
-                attention_mask=mask,
-                position_ids=positions,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            outputs = self.model(**inputs, return_dict=True)
-        return outputs.logits[:, -1]
-
     def _processors(self, bound: BoundPhase) -> LogitsProcessorList:
         config = copy.deepcopy(self.settings.config)
         config.update(**bound.phase.generation)
         self.sampling = config.do_sample
         if bound.end_id is not None:  # ends the phase, as another end-of-sequence token would
-            end = torch.tensor([bound.end_id], device=self.ids.device)
+            end = torch.tensor([bound.end_id], device=self.batch.ids.device)
             eos = config._eos_token_tensor
             config._eos_token_tensor = end if eos is None else torch.cat([eos.flatten().to(end), end])
         return self.model._get_logits_processor(
             generation_config=config,
-            input_ids_seq_length=self.ids.shape[1],
-            encoder_input_ids=self.ids,
+            input_ids_seq_length=self.batch.ids.shape[1],
+            encoder_input_ids=self.batch.ids,
             prefix_allowed_tokens_fn=self.settings.prefix_allowed_tokens_fn,
             logits_processor=self.settings.processors,
-            device=self.ids.device,
+            device=self.batch.ids.device,
             model_kwargs={},
         )
 
