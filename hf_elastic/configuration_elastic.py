@@ -134,6 +134,11 @@ class ElasticConfig(PreTrainedConfig):
         """Submodels without a name that limits between two budgets resolve to, largest first: sizes and exact counts."""
         return self.elastic.get("interpolated", [])
 
+    @property
+    def load_dtype(self) -> torch.dtype:
+        """The type that weights are loaded in if nothing else is asked for, as far as the config says it."""
+        return self.dtype if isinstance(self.dtype, torch.dtype) else torch.get_default_dtype()
+
     def submodel(self, name: str) -> Submodel:
         """The submodel of a named budget, or of `"full"`.
 
@@ -202,7 +207,7 @@ class ElasticConfig(PreTrainedConfig):
                 f"unknown budget {budget!r}; this checkpoint has {self._listing()}.{did_you_mean(str(budget), known)} A number "
                 "of parameters ('1.5B', '300M active') or of bytes ('24GB') selects the largest one that fits."
             )
-        return self._largest(limit, dtype or self._dtype())
+        return self._largest(limit, dtype or self.load_dtype)
 
     def costs(self) -> dict[str, Cost]:
         """Exact cost of every member of the family, in the order of `family`."""
@@ -260,9 +265,6 @@ class ElasticConfig(PreTrainedConfig):
         return {**diff, "parent_config": full["parent_config"], "elastic": full["elastic"]}
 
     # -- helpers -------------------------------------------------------------------------------------------------------
-
-    def _dtype(self) -> torch.dtype:
-        return self.dtype if isinstance(self.dtype, torch.dtype) else torch.get_default_dtype()
 
     def _listing(self) -> str:
         return ", ".join(f"{name!r} ({format_count(cost.total_params)})" for name, cost in self.costs().items())

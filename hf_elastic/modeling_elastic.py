@@ -43,6 +43,7 @@ from .loading import (
     refuse_incomplete,
     unknown_argument,
 )
+from .memory import resolve_for_loading
 from .router import BudgetRouter, read_router
 from .saving import SavingMixin
 from .slicing import use_eager_experts_if_misaligned
@@ -146,7 +147,7 @@ class ElasticPreTrainedModel(SwitchingMixin, SavingMixin, ExportMixin, PreTraine
             config (`ElasticConfig`, *optional*): Use it instead of the checkpoint's `config.json`.
             budget (*optional*):
                 Which size: a name, a number of parameters (`1.2e9`, `"1.2B"`), active parameters (`"300M active"`), weight memory
-                (`"24GB"`), or a dict of sizes; see [`hf_elastic.budgets`]. `None` is the whole parent with all budgets switchable.
+                (`"24GB"`), what is free (`"auto"`, see [`hf_elastic.memory`]), or a dict of sizes; see [`hf_elastic.budgets`]. `None` is the whole parent with all budgets switchable.
             kwargs:
                 As in `PreTrainedModel.from_pretrained` (`dtype`, `device_map`, `attn_implementation`, `output_loading_info`, Hub
                 arguments, ...). Fields of the parent's config override it.
@@ -166,7 +167,7 @@ class ElasticPreTrainedModel(SwitchingMixin, SavingMixin, ExportMixin, PreTraine
         elastic = load_config(pretrained_model_name_or_path, config, hub)
         stock_kwargs = checked_kwargs(kwargs)
         dtype = load_dtype(stock_kwargs, elastic)
-        submodel = elastic.resolve(budget, dtype)
+        submodel = resolve_for_loading(elastic, budget, dtype, kwargs.get("device_map"), kwargs.get("max_memory"))
         checkpoint = Checkpoint(find_files(pretrained_model_name_or_path, kwargs.pop("variant", None), **hub))
         dtype = dtype or checkpoint.dtype()
         concrete = concrete_class(cls, elastic.parent_config)
