@@ -308,9 +308,15 @@ def read_config(repo: Any, plain: bool = False, **hub: Any) -> ElasticConfig:
 
 def plain_parent_error(repo: Any, model_type: Any) -> ElasticConfigError:
     """What to say to a budget for a checkpoint that has none."""
+    from .known import KNOWN
+
+    known = (
+        "its sizes are known, give elastic_config='auto'" if str(repo) in KNOWN else "describe it with elastic_config="
+    )
     return ElasticConfigError(
         f"{repo} is a plain {model_type} checkpoint without budgets. Load it with AutoModelForCausalLM and without budget=, or make it "
-        "elastic with hf_elastic.elastify() or `hf-elastic elastify`."
+        "elastic with hf_elastic.elastify() or `hf-elastic elastify`. If its weights are sorted by importance already, load it with "
+        f"ElasticForCausalLM and {known}."
     )
 
 

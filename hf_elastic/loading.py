@@ -11,9 +11,15 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from .configuration_elastic import ElasticConfig, plain_parent_error, read_config
 from .errors import CheckpointError, ElasticConfigError, did_you_mean
+from .known import described_config
 
 
-def load_config(repo: Any, config: Any, hub: dict[str, Any]) -> ElasticConfig:
+def load_config(repo: Any, config: Any, described: Any, hub: dict[str, Any]) -> ElasticConfig:
+    """The elastic config that was given, that of a plain checkpoint as `elastic_config=` describes it, or the checkpoint's own."""
+    if described is not None:
+        if config is not None and not isinstance(config, PreTrainedConfig):
+            raise ElasticConfigError("give either config= or elastic_config=, not both.")
+        return described_config(repo, described, **hub)
     if isinstance(config, ElasticConfig):
         return config
     if isinstance(config, PreTrainedConfig):

@@ -137,6 +137,7 @@ class ElasticPreTrainedModel(SwitchingMixin, SavingMixin, ExportMixin, PreTraine
         *model_args: Any,
         config: PreTrainedConfig | str | os.PathLike[str] | None = None,
         budget: Budget | Submodel = None,
+        elastic_config: Any = None,
         **kwargs: Any,
     ) -> Any:
         r"""
@@ -148,6 +149,9 @@ class ElasticPreTrainedModel(SwitchingMixin, SavingMixin, ExportMixin, PreTraine
             budget (*optional*):
                 Which size: a name, a number of parameters (`1.2e9`, `"1.2B"`), active parameters (`"300M active"`), weight memory
                 (`"24GB"`), what is free (`"auto"`, see [`hf_elastic.memory`]), or a dict of sizes; see [`hf_elastic.budgets`]. `None` is the whole parent with all budgets switchable.
+            elastic_config (*optional*):
+                For a plain checkpoint whose weights are sorted already, what it nests: `"auto"` for a released family, or an
+                [`ElasticConfig`], its section or budgets; see [`hf_elastic.known.described_config`].
             kwargs:
                 As in `PreTrainedModel.from_pretrained` (`dtype`, `device_map`, `attn_implementation`, `output_loading_info`, Hub
                 arguments, ...). Fields of the parent's config override it.
@@ -164,7 +168,7 @@ class ElasticPreTrainedModel(SwitchingMixin, SavingMixin, ExportMixin, PreTraine
         if pretrained_model_name_or_path is None:
             return _from_state_dict(cls, config, budget, *model_args, **kwargs)
         hub = {key: kwargs.pop(key) for key in _HUB_KWARGS if kwargs.get(key) is not None}
-        elastic = load_config(pretrained_model_name_or_path, config, hub)
+        elastic = load_config(pretrained_model_name_or_path, config, elastic_config, hub)
         stock_kwargs = checked_kwargs(kwargs)
         dtype = load_dtype(stock_kwargs, elastic)
         submodel = resolve_for_loading(elastic, budget, dtype, kwargs.get("device_map"), kwargs.get("max_memory"))
@@ -297,7 +301,7 @@ def _from_state_dict(cls: type, config: Any, budget: Any, *model_args: Any, **kw
 
 
 def _explain_budget(stock: type[PreTrainedModel]) -> None:
-    """Let a stock class say what is wrong with `budget=`, which reaches it when an AutoClass loads a plain parent.
+    """Let a stock class say what is wrong with `budget=` and `elastic_config=`, which reaches it when an AutoClass loads a plain parent.
 
     It would refuse it anyway, with a bare `TypeError` from its `__init__`. Nothing else of it changes, and nothing of its subclasses.
     """
@@ -305,6 +309,10 @@ def _explain_budget(stock: type[PreTrainedModel]) -> None:
 
     @functools.wraps(inherited)
     def from_pretrained(cls: type[PreTrainedModel], repo: Any, *args: Any, **kwargs: Any) -> Any:
+        if cls is stock and "elastic_config" in kwargs:
+            raise ElasticConfigError(
+                "elastic_config= is for ElasticForCausalLM.from_pretrained and ElasticModel.from_pretrained."
+            )
         if cls is stock and "budget" in kwargs:
             raise plain_parent_error(repo, cls.config_class.model_type)
         return inherited(cls, repo, *args, **kwargs)

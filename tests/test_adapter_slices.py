@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import subprocess
 import sys
@@ -232,5 +233,7 @@ def test_peft_sees_the_stock_model_type(name, family_folder):
         model = ElasticForCausalLM.from_pretrained(family_folder(name), budget=budget)
         assert model.config.model_type == ElasticConfig.from_pretrained(family_folder(name)).parent_config.model_type
         if name == "nano3":
+            with pytest.raises(ValueError, match="is incompatible with Mamba-based models"):
+                get_peft_model(copy.deepcopy(model), LoraConfig(target_modules="all-linear"))
             wrapped = get_peft_model(model, LoraConfig())
             assert wrapped.peft_config["default"].target_modules == {"q_proj", "k_proj", "v_proj", "o_proj"}

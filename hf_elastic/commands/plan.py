@@ -15,10 +15,13 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ElasticConfigError
-from .common import add_json, parse_sizes, table
+from .common import add_elastic_config, add_json, parse_sizes, table
+
+if TYPE_CHECKING:
+    from ..configuration_elastic import ElasticConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", help="with --fits: type of the weights and caches, such as bf16 (default: the checkpoint's)"
     )
+    add_elastic_config(parser)
     add_json(parser)
 
 
@@ -57,8 +61,9 @@ def run(args: argparse.Namespace) -> None:
     memory = {key: value for key, value in keys.items() if value is not None}
     if memory and args.fits is None:
         raise ElasticConfigError("--context, --batch-size and --dtype say how much a size needs; give --fits too.")
-    budgets = plan(args.repo, parse_sizes(args.size), args.budget, **hub)
-    found = fits(args.repo, memory, **hub) if memory else {}
+    elastic = _config(args.repo, args.elastic_config, hub)
+    budgets = plan(elastic, parse_sizes(args.size), args.budget)
+    found = fits(elastic, memory) if memory else {}
     if args.json:
         print(json.dumps({"budgets": budgets, **({"fits": found} if found else {})}, indent=2))
     else:
@@ -67,8 +72,15 @@ def run(args: argparse.Namespace) -> None:
             print(f"\n{tell(found)}")
 
 
+def _config(repo: str, described: str | None, hub: dict[str, Any]) -> ElasticConfig:
+    from ..configuration_elastic import read_config
+    from ..known import described_config
+
+    return read_config(repo, plain=True, **hub) if described is None else described_config(repo, described, **hub)
+
+
 def plan(
-    repo: str, sizes: dict[str, Any] | None = None, budgets: Sequence[str] = (), **hub: Any
+    repo: str | ElasticConfig, sizes: dict[str, Any] | None = None, budgets: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
     """Cost and sizes of every size of a checkpoint, of what `budgets` select, and of `sizes` under the name `custom` if there are any.
 
@@ -76,11 +88,11 @@ def plan(
         `list[dict]`: `name` (`None` for sizes between budgets), `total_params`, `active_params`, `weight_bytes` per dtype,
         `kv_bytes_per_token`, `state_bytes`, `sizes`; the whole parent first. What a budget selects has its text as name.
     """
-    from ..configuration_elastic import ElasticConfig, read_config
+    from ..configuration_elastic import read_config
     from ..cost import CostModel
     from ..search import sizes_from_spec
 
-    elastic: ElasticConfig = read_config(repo, plain=True, **hub)
+    elastic = read_config(repo, plain=True) if isinstance(repo, str) else repo
     members = elastic.chain()
     members += [(budget, elastic.resolve(budget)) for budget in budgets]
     if sizes:
@@ -91,7 +103,7 @@ def plan(
     return [{"name": name, **count(member).to_dict(), "sizes": member.to_dict()} for name, member in members]
 
 
-def fits(repo: str, memory: dict[str, Any], **hub: Any) -> dict[str, Any]:
+def fits(elastic: ElasticConfig, memory: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint has for an amount of memory, by what `budget=` would select.
 
     Args:
@@ -102,12 +114,10 @@ def fits(repo: str, memory: dict[str, Any], **hub: Any) -> dict[str, Any]:
         `None` if none does; `between`: whether a size between two budgets is larger and fits, and then its `total_params` and `needs`.
     """
     from ..budgets import parse_limit
-    from ..configuration_elastic import read_config
     from ..cost import CostModel
     from ..errors import UnknownBudgetError
     from ..memory import asks_for_free_memory, with_free_memory
 
-    elastic = read_config(repo, plain=True, **hub)
     if asks_for_free_memory(memory, elastic):
         memory, _ = with_free_memory(memory, elastic)
     limit: Any = parse_limit(memory)
