@@ -15,11 +15,12 @@ from .architectures import Architecture, get_architecture
 from .budgets import FULL, Budget, Limit, format_count, is_limit, parse_limit
 from .cost import Cost, CostModel
 from .errors import CheckpointError, ElasticConfigError, UnknownBudgetError, did_you_mean
+from .remote_code import InstalledCode
 from .section import check_ranking, checked_section, describe_axes
 from .submodel import LAYERS, Submodel, first_layers
 
 
-class ElasticConfig(PreTrainedConfig):
+class ElasticConfig(InstalledCode, PreTrainedConfig):
     r"""
     Configuration of an elastic checkpoint. `config.json` holds the parent's own config under `parent_config` and everything this
     library adds under `elastic`, where unknown keys are errors.
@@ -328,6 +329,7 @@ def parent_from_dict(fields: Mapping[str, Any]) -> PreTrainedConfig:
     fields = dict(fields)
     model_type = fields.pop("model_type", None)
     get_architecture(str(model_type))
+    fields.pop("auto_map", None)  # of the repository's own code, which is not run
     differences = fields.pop("per_layer_config", None)
     config = AutoConfig.for_model(model_type, **fields)
     if differences:

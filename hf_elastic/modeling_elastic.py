@@ -44,6 +44,7 @@ from .loading import (
     unknown_argument,
 )
 from .memory import resolve_for_loading
+from .remote_code import InstalledCode
 from .router import BudgetRouter, read_router
 from .saving import SavingMixin
 from .slicing import use_eager_experts_if_misaligned
@@ -59,7 +60,7 @@ _WHERE_KWARGS = (
 _HUB_KWARGS = (*_WHERE_KWARGS, "force_download", "proxies", "token")
 
 
-class ElasticPreTrainedModel(SwitchingMixin, SavingMixin, ExportMixin, PreTrainedModel):
+class ElasticPreTrainedModel(InstalledCode, SwitchingMixin, SavingMixin, ExportMixin, PreTrainedModel):
     """What both elastic classes share. Use [`ElasticForCausalLM`], [`ElasticModel`] or the AutoClasses."""
 
     config_class = ElasticConfig
