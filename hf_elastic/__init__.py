@@ -6,6 +6,7 @@ Importing this package registers `model_type: "elastic"` with the transformers A
 from __future__ import annotations
 
 from ._version import __version__
+from .adapter_slices import load_adapter, slice_adapter
 from .configuration_elastic import ElasticConfig
 from .elastify import elastify
 from .errors import (
@@ -44,6 +45,8 @@ __all__ = [
     "UnsupportedArchitectureError",
     "__version__",
     "elastify",
+    "load_adapter",
     "masked_model",
     "score",
+    "slice_adapter",
 ]

@@ -29,6 +29,8 @@ from .errors import ElasticConfigError
 from .slicing import Piece
 
 if TYPE_CHECKING:
+    from peft import LoraConfig
+
     from .stencils import Unit
 
 _FUSED = ("out_proj", "conv1d")
@@ -76,28 +78,62 @@ def attached(model: nn.Module) -> tuple[tuple[Any, ...], ...]:
     return tuple((id(m), *getattr(m, "lora_A", ())) for m in model.modules() if is_tuner(m))
 
 
+_STARTS = (True, False, "gaussian", "orthogonal")
+"""Initialisations that leave the weights under the adapter as they are."""
+
+
+def refuse_changed_weights(config: LoraConfig) -> None:
+    """Refuse adapters that are not the whole change, or whose start changed the weights under them."""
+    if config.bias != "none":
+        raise ElasticConfigError(
+            f"bias={config.bias!r} trains biases beside the adapter, which then is not the whole change; leave it at 'none'."
+        )
+    if config.layer_replication:
+        raise ElasticConfigError(
+            f"layer_replication={config.layer_replication!r} makes a parent of another depth; leave it out."
+        )
+    if config.init_lora_weights not in _STARTS:
+        allowed = ", ".join(map(repr, _STARTS))
+        raise ElasticConfigError(
+            f"init_lora_weights={config.init_lora_weights!r} changes the weights under the adapter or needs data; use {allowed}."
+        )
+
+
+def rules_by_name(architecture: Architecture, config: PreTrainedConfig) -> dict[str, TensorRule]:
+    """The rules of a parent by the names of a causal model and by those of a base model."""
+    rules = {rule.name: rule for rule in architecture.rules(config)}
+    prefix = architecture.layers_path.partition(".")[0] + "."
+    return {name.removeprefix(prefix): rule for name, rule in rules.items()} | rules
+
+
+def passed_by(name: str) -> str | None:
+    """What is wrong with an adapter of this module whatever is done with it."""
+    if name.rpartition(".")[2] in _FUSED:
+        return f"the CUDA kernels read the weights of {' and '.join(_FUSED)} beside their modules and would pass the adapter by"
+    return None
+
+
 def refuse_unsupported(model: nn.Module, architecture: Architecture, config: PreTrainedConfig) -> None:
     """Refuse adapters whose slice is not the adapter of the slice, or that a kernel would pass by.
 
     Raises:
         `ElasticConfigError`: names the module, and what can be adapted.
     """
-    rules = {rule.name: rule for rule in architecture.rules(config)}
-    prefix = architecture.layers_path.partition(".")[0] + "."
+    rules = rules_by_name(architecture, config)
     for path, layer in model.named_modules():
         if not is_tuner(layer):
             continue
-        name, problem = path.replace(".base_layer", ""), None
-        leaf = getattr(layer, "parameter_name", "weight")
-        rule = rules.get(f"{name}.{leaf}") or rules.get(f"{prefix}{name}.{leaf}")
+        name = path.replace(".base_layer", "")
+        rule = rules.get(f"{name}.{getattr(layer, 'parameter_name', 'weight')}")
+        problem = None
         if f"{type(layer).__module__}.{type(layer).__name__}" not in _SLICED:
             problem = f"{type(layer).__module__}.{type(layer).__name__} cannot follow a budget"
         elif layer.lora_variant:
             problem = f"{', '.join(type(v).__name__ for v in layer.lora_variant.values())} cannot follow a budget"
         elif any(layer.lora_bias.values()):
             problem = "lora_bias=True cannot follow a budget"
-        elif name.rpartition(".")[2] in _FUSED:
-            problem = f"the CUDA kernels read the weights of {' and '.join(_FUSED)} beside their modules and would pass the adapter by"
+        elif passed_by(name):
+            problem = passed_by(name)
         elif rule is None or rule.layer is None:
             problem = "only tensors of layers can be adapted, no embeddings and no head"
         if problem:

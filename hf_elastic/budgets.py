@@ -8,6 +8,7 @@
 | `"2.1B active"` | ... with at most that many active parameters |
 | `"24GB"`, `"22.5GiB"` | ... whose weights take at most that many bytes at the load dtype |
 | `{"memory": "24GB", "context_length": 32768, "batch_size": 4}` | ... whose weights and caches together do |
+| `"auto"`, `{"memory": "auto", "context_length": 32768}` | ... do so in the memory that is free where the model is loaded (`from_pretrained` only) |
 | `{"hidden": 1920, "expert_ffn": 960}` | exactly these sizes, the parent's elsewhere |
 
 A limit selects among the budgets of the checkpoint and, where a router decided them, the submodels that it interpolates between them.
@@ -26,6 +27,7 @@ from .cost import WEIGHT_DTYPES, Cost
 from .errors import ElasticConfigError, did_you_mean
 
 FULL = "full"
+AUTO = "auto"
 Budget = str | int | float | Mapping[str, Any] | None
 Quantity = Literal["total", "active", "bytes"]
 
@@ -38,7 +40,14 @@ _COUNT_UNITS = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 
 
 _MEMORY_KEYS = ("memory", "context_length", "batch_size", "dtype", "cache_dtype")
-_DTYPES = {**WEIGHT_DTYPES, "float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
+_DTYPES = {
+    **WEIGHT_DTYPES,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+    "float8_e5m2": torch.float8_e5m2,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 
 
 @dataclass(frozen=True)
@@ -93,6 +102,8 @@ def parse_limit(budget: str | int | float | Mapping[str, Any]) -> Limit | None:
     if isinstance(budget, Mapping):
         limit = _parse_memory(budget)
     elif isinstance(budget, str):
+        if budget.strip().lower() == AUTO:
+            raise auto_error(budget)
         if match := _BYTES.fullmatch(budget):
             power = "kmgt".index(match[2].lower()) + 1
             limit = Limit("bytes", float(match[1]) * (1024 if match[3] else 1000) ** power)
@@ -108,6 +119,14 @@ def parse_limit(budget: str | int | float | Mapping[str, Any]) -> Limit | None:
     return limit
 
 
+def auto_error(budget: Any) -> ElasticConfigError:
+    """What to say to `"auto"` where nothing is loaded."""
+    return ElasticConfigError(
+        f"budget={budget!r} asks for the memory that is free where a model is loaded, so only from_pretrained takes it; give an amount here, "
+        "such as '24GB'."
+    )
+
+
 def _parse_memory(budget: Mapping[str, Any]) -> Limit:
     where = f"budget {dict(budget)!r}"
     for key in budget:
@@ -116,6 +135,8 @@ def _parse_memory(budget: Mapping[str, Any]) -> Limit:
                 f"{where}: unknown key {key!r}; a memory budget takes {', '.join(_MEMORY_KEYS)}.{did_you_mean(key, _MEMORY_KEYS)}"
             )
     memory = budget.get("memory")
+    if memory == AUTO:
+        raise auto_error(dict(budget))
     limit = parse_limit(memory) if isinstance(memory, str) else None
     if isinstance(memory, (int, float)) and not isinstance(memory, bool):
         limit = Limit("bytes", float(memory))

@@ -15,11 +15,12 @@ from .architectures import Architecture, get_architecture
 from .budgets import FULL, Budget, Limit, format_count, is_limit, parse_limit
 from .cost import Cost, CostModel
 from .errors import CheckpointError, ElasticConfigError, UnknownBudgetError, did_you_mean
+from .remote_code import InstalledCode
 from .section import check_ranking, checked_section, describe_axes
 from .submodel import LAYERS, Submodel, first_layers
 
 
-class ElasticConfig(PreTrainedConfig):
+class ElasticConfig(InstalledCode, PreTrainedConfig):
     r"""
     Configuration of an elastic checkpoint. `config.json` holds the parent's own config under `parent_config` and everything this
     library adds under `elastic`, where unknown keys are errors.
@@ -134,6 +135,11 @@ class ElasticConfig(PreTrainedConfig):
         """Submodels without a name that limits between two budgets resolve to, largest first: sizes and exact counts."""
         return self.elastic.get("interpolated", [])
 
+    @property
+    def load_dtype(self) -> torch.dtype:
+        """The type that weights are loaded in if nothing else is asked for, as far as the config says it."""
+        return self.dtype if isinstance(self.dtype, torch.dtype) else torch.get_default_dtype()
+
     def submodel(self, name: str) -> Submodel:
         """The submodel of a named budget, or of `"full"`.
 
@@ -202,7 +208,7 @@ class ElasticConfig(PreTrainedConfig):
                 f"unknown budget {budget!r}; this checkpoint has {self._listing()}.{did_you_mean(str(budget), known)} A number "
                 "of parameters ('1.5B', '300M active') or of bytes ('24GB') selects the largest one that fits."
             )
-        return self._largest(limit, dtype or self._dtype())
+        return self._largest(limit, dtype or self.load_dtype)
 
     def costs(self) -> dict[str, Cost]:
         """Exact cost of every member of the family, in the order of `family`."""
@@ -261,9 +267,6 @@ class ElasticConfig(PreTrainedConfig):
 
     # -- helpers -------------------------------------------------------------------------------------------------------
 
-    def _dtype(self) -> torch.dtype:
-        return self.dtype if isinstance(self.dtype, torch.dtype) else torch.get_default_dtype()
-
     def _listing(self) -> str:
         return ", ".join(f"{name!r} ({format_count(cost.total_params)})" for name, cost in self.costs().items())
 
@@ -306,9 +309,15 @@ def read_config(repo: Any, plain: bool = False, **hub: Any) -> ElasticConfig:
 
 def plain_parent_error(repo: Any, model_type: Any) -> ElasticConfigError:
     """What to say to a budget for a checkpoint that has none."""
+    from .known import KNOWN
+
+    known = (
+        "its sizes are known, give elastic_config='auto'" if str(repo) in KNOWN else "describe it with elastic_config="
+    )
     return ElasticConfigError(
         f"{repo} is a plain {model_type} checkpoint without budgets. Load it with AutoModelForCausalLM and without budget=, or make it "
-        "elastic with hf_elastic.elastify() or `hf-elastic elastify`."
+        "elastic with hf_elastic.elastify() or `hf-elastic elastify`. If its weights are sorted by importance already, load it with "
+        f"ElasticForCausalLM and {known}."
     )
 
 
@@ -320,6 +329,7 @@ def parent_from_dict(fields: Mapping[str, Any]) -> PreTrainedConfig:
     fields = dict(fields)
     model_type = fields.pop("model_type", None)
     get_architecture(str(model_type))
+    fields.pop("auto_map", None)  # of the repository's own code, which is not run
     differences = fields.pop("per_layer_config", None)
     config = AutoConfig.for_model(model_type, **fields)
     if differences:

@@ -40,8 +40,9 @@ class HandoverError(HFElasticError, ValueError):
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ` Did you mean 'x'?` for the nearest of `known`, or an empty string."""
-    near = difflib.get_close_matches(str(name).lower(), {str(k).lower(): k for k in known}, n=1, cutoff=0.6)
-    return f" Did you mean {near[0]!r}?" if near else ""
+    written = {str(k).lower(): k for k in known}
+    near = difflib.get_close_matches(str(name).lower(), written, n=1, cutoff=0.6)
+    return f" Did you mean {written[near[0]]!r}?" if near else ""
 
 
 def refuse_misspelt(arguments: Iterable[str], *known: str) -> None:

@@ -21,7 +21,6 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
-    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -32,10 +31,21 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from .architectures import ARCHITECTURES, get_architecture, uniform
 from .budgets import Budget
 from .checkpoint import Checkpoint, find_files
-from .configuration_elastic import ElasticConfig, plain_parent_error, read_config
-from .errors import CheckpointError, ElasticConfigError, did_you_mean
+from .configuration_elastic import ElasticConfig, plain_parent_error
+from .errors import ElasticConfigError
 from .export import ExportMixin
 from .generation.phases import PhasedGenerationMixin
+from .loading import (
+    checked_kwargs,
+    configured,
+    generation_config,
+    load_config,
+    load_dtype,
+    refuse_incomplete,
+    unknown_argument,
+)
+from .memory import resolve_for_loading
+from .remote_code import InstalledCode
 from .router import BudgetRouter, read_router
 from .saving import SavingMixin
 from .slicing import use_eager_experts_if_misaligned
@@ -51,7 +61,7 @@ _WHERE_KWARGS = (
 _HUB_KWARGS = (*_WHERE_KWARGS, "force_download", "proxies", "token")
 
 
-class ElasticPreTrainedModel(SwitchingMixin, SavingMixin, ExportMixin, PreTrainedModel):
+class ElasticPreTrainedModel(InstalledCode, SwitchingMixin, SavingMixin, ExportMixin, PreTrainedModel):
     """What both elastic classes share. Use [`ElasticForCausalLM`], [`ElasticModel`] or the AutoClasses."""
 
     config_class = ElasticConfig
@@ -65,7 +75,8 @@ class ElasticPreTrainedModel(SwitchingMixin, SavingMixin, ExportMixin, PreTraine
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
         stock = _parent_of(config)
         if kwargs:  # what from_pretrained knows was taken out on the way, so this is what nobody knows
-            raise _unknown_argument(next(iter(kwargs)), stock)
+            signature = inspect.signature(type(self).from_pretrained).parameters
+            raise unknown_argument(next(iter(kwargs)), stock, signature)
         with uniform(stock):
             super().__init__(stock, *args)
         if stock.is_heterogeneous:
@@ -128,6 +139,7 @@ class ElasticPreTrainedModel(SwitchingMixin, SavingMixin, ExportMixin, PreTraine
         *model_args: Any,
         config: PreTrainedConfig | str | os.PathLike[str] | None = None,
         budget: Budget | Submodel = None,
+        elastic_config: Any = None,
         **kwargs: Any,
     ) -> Any:
         r"""
@@ -138,7 +150,10 @@ class ElasticPreTrainedModel(SwitchingMixin, SavingMixin, ExportMixin, PreTraine
             config (`ElasticConfig`, *optional*): Use it instead of the checkpoint's `config.json`.
             budget (*optional*):
                 Which size: a name, a number of parameters (`1.2e9`, `"1.2B"`), active parameters (`"300M active"`), weight memory
-                (`"24GB"`), or a dict of sizes; see [`hf_elastic.budgets`]. `None` is the whole parent with all budgets switchable.
+                (`"24GB"`), what is free (`"auto"`, see [`hf_elastic.memory`]), or a dict of sizes; see [`hf_elastic.budgets`]. `None` is the whole parent with all budgets switchable.
+            elastic_config (*optional*):
+                For a plain checkpoint whose weights are sorted already, what it nests: `"auto"` for a released family, or an
+                [`ElasticConfig`], its section or budgets; see [`hf_elastic.known.described_config`].
             kwargs:
                 As in `PreTrainedModel.from_pretrained` (`dtype`, `device_map`, `attn_implementation`, `output_loading_info`, Hub
                 arguments, ...). Fields of the parent's config override it.
@@ -155,10 +170,10 @@ class ElasticPreTrainedModel(SwitchingMixin, SavingMixin, ExportMixin, PreTraine
         if pretrained_model_name_or_path is None:
             return _from_state_dict(cls, config, budget, *model_args, **kwargs)
         hub = {key: kwargs.pop(key) for key in _HUB_KWARGS if kwargs.get(key) is not None}
-        elastic = _load_config(pretrained_model_name_or_path, config, hub)
-        stock_kwargs = _checked_kwargs(cls, elastic, kwargs)
-        dtype = _load_dtype(stock_kwargs, elastic)
-        submodel = elastic.resolve(budget, dtype)
+        elastic = load_config(pretrained_model_name_or_path, config, elastic_config, hub)
+        stock_kwargs = checked_kwargs(kwargs)
+        dtype = load_dtype(stock_kwargs, elastic)
+        submodel = resolve_for_loading(elastic, budget, dtype, kwargs.get("device_map"), kwargs.get("max_memory"))
         checkpoint = Checkpoint(find_files(pretrained_model_name_or_path, kwargs.pop("variant", None), **hub))
         dtype = dtype or checkpoint.dtype()
         concrete = concrete_class(cls, elastic.parent_config)
@@ -172,9 +187,9 @@ class ElasticPreTrainedModel(SwitchingMixin, SavingMixin, ExportMixin, PreTraine
         lazy = checkpoint.lazy_slice(elastic.architecture, elastic.parent_config, submodel, head=head)
         sliced = elastic.restrict(submodel)
         router = read_router(sliced, pretrained_model_name_or_path, **hub)
-        stock = _configured(sliced.parent_config, elastic, stock_kwargs, concrete)
+        stock = configured(sliced.parent_config, elastic, stock_kwargs, concrete)
         stock_kwargs["dtype"] = dtype
-        stock_kwargs.setdefault("generation_config", _generation_config(concrete, pretrained_model_name_or_path, hub))
+        stock_kwargs.setdefault("generation_config", generation_config(concrete, pretrained_model_name_or_path, hub))
         want_info = stock_kwargs.pop("output_loading_info", False)
         use_eager_experts_if_misaligned(stock, elastic.architecture, dtype)
         model, info = PreTrainedModel.from_pretrained.__func__(
@@ -182,7 +197,7 @@ class ElasticPreTrainedModel(SwitchingMixin, SavingMixin, ExportMixin, PreTraine
         )
         # The loader notes which of the Hub's names it met, for saving; it met none here. Without the note, saving uses all of them.
         model.__dict__.pop("_weight_conversions", None)
-        _refuse_incomplete(info, pretrained_model_name_or_path)
+        refuse_incomplete(info, pretrained_model_name_or_path)
         sliced.name_or_path = model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
         model._adopt(sliced, router)
         model._hub_kwargs = {key: hub[key] for key in _WHERE_KWARGS if key in hub}
@@ -281,117 +296,14 @@ def _from_state_dict(cls: type, config: Any, budget: Any, *model_args: Any, **kw
         concrete, None, *model_args, config=_parent_of(config), **kwargs | {"output_loading_info": True}
     )
     model, info = loaded
-    _refuse_incomplete(info, "the state dict")
+    refuse_incomplete(info, "the state dict")
     if isinstance(config, ElasticConfig):
         model._adopt(config)
     return (model, info) if kwargs.get("output_loading_info") else model
 
 
-def _load_config(repo: Any, config: Any, hub: dict[str, Any]) -> ElasticConfig:
-    if isinstance(config, ElasticConfig):
-        return config
-    if isinstance(config, PreTrainedConfig):
-        raise plain_parent_error(repo, config.model_type)
-    return read_config(config if config is not None else repo, **hub)
-
-
-def _checked_kwargs(cls: type, elastic: ElasticConfig, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Refuse what cannot be honoured, and what nobody knows."""
-    if kwargs.get("use_safetensors") is False:
-        raise ElasticConfigError("use_safetensors=False: elastic checkpoints are read from safetensors only.")
-    if kwargs.get("state_dict") is not None:
-        raise ElasticConfigError("give either a checkpoint or state_dict=, not both.")
-    if adapter := (kwargs.get("adapter_kwargs") or {}).get("_adapter_model_path"):
-        raise ElasticConfigError(
-            f"{adapter} holds an adapter, which is not loaded along. Load the family it was trained on, then attach it: "
-            f"PeftModel.from_pretrained(family, {str(adapter)!r}); merge_and_unload() gives the family with what was learned."
-        )
-    if kwargs.get("ignore_mismatched_sizes"):
-        raise ElasticConfigError("ignore_mismatched_sizes would leave weights at random values; it is refused.")
-    return {key: value for key, value in kwargs.items() if key != "variant"}
-
-
-def _load_dtype(kwargs: dict[str, Any], elastic: ElasticConfig) -> torch.dtype | None:
-    """What the user asked for, otherwise what the config says; `None` if neither does."""
-    dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", None) or "auto"
-    kwargs.pop("dtype", None)
-    if dtype == "auto" and (dtype := elastic.dtype) is None:
-        return None
-    given = dtype
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ElasticConfigError(
-            f"dtype={given!r} must be 'auto', a floating-point torch.dtype or its name, such as 'bfloat16'."
-        )
-    return dtype
-
-
-_CONSUMED = {"output_attentions": False, "output_hidden_states": False, "return_dict": True}
-"""Arguments that the AutoClasses write into the elastic config because it has such a field, with the value that says nothing."""
-
-
-def _configured(
-    stock: PreTrainedConfig, elastic: ElasticConfig, kwargs: dict[str, Any], concrete: type[PreTrainedModel]
-) -> PreTrainedConfig:
-    """Move what the user said about the config from the arguments, where the AutoClasses leave it, to the stock config.
-
-    Raises:
-        `ElasticConfigError`: a field that would change which tensors there are, or their shapes.
-    """
-    stock._attn_implementation = kwargs.pop("attn_implementation", elastic._attn_implementation)
-    stock._experts_implementation = kwargs.pop("experts_implementation", elastic._experts_implementation)
-    architecture = elastic.architecture
-    for axis in architecture.axes:
-        if axis.field in kwargs:
-            raise ElasticConfigError(
-                f"{axis.field}={kwargs[axis.field]!r} is a size, and the weights have one; choose a smaller one with "
-                f"budget={{{axis.name!r}: ...}}."
-            )
-    given = {key: value for key, value in _CONSUMED.items() if getattr(elastic, key) != value}
-    fields = {key: getattr(elastic, key) for key in given}
-    known = set(inspect.signature(PreTrainedModel.from_pretrained).parameters)
-    for key in [key for key in kwargs if key not in known and not key.startswith("_") and hasattr(stock, key)]:
-        fields[key] = kwargs.pop(key)
-    before = architecture.rules(stock)
-    for key, value in fields.items():
-        setattr(stock, key, value)
-        if architecture.rules(stock) != before:
-            raise ElasticConfigError(f"{key}={value!r} does not fit the weights: they were saved with another {key}.")
-    return stock
-
-
-def _unknown_argument(name: str, stock: PreTrainedConfig) -> TypeError:
-    known = {
-        *inspect.signature(ElasticForCausalLM.from_pretrained).parameters,
-        "dtype",
-        "device_map",
-        *stock.to_dict(),
-    }
-    return TypeError(
-        f"unexpected argument {name!r}: neither an argument of from_pretrained nor a field of {type(stock).__name__}."
-        f"{did_you_mean(name, known)}"
-    )
-
-
-def _generation_config(concrete: type[PreTrainedModel], repo: Any, hub: dict[str, Any]) -> GenerationConfig | None:
-    if not concrete.can_generate():
-        return None
-    try:
-        return GenerationConfig.from_pretrained(repo, **hub)
-    except OSError:  # none was saved: the stock class makes one from the config
-        return None
-
-
-def _refuse_incomplete(info: dict[str, Any], repo: Any) -> None:
-    """The table covers every tensor, so any of these means that upstream changed under us; never go on with random weights."""
-    for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs", "conversion_errors"):
-        if info.get(key):
-            raise CheckpointError(f"loading {repo} left {key}: {sorted(map(str, info[key]))[:5]}.")
-
-
 def _explain_budget(stock: type[PreTrainedModel]) -> None:
-    """Let a stock class say what is wrong with `budget=`, which reaches it when an AutoClass loads a plain parent.
+    """Let a stock class say what is wrong with `budget=` and `elastic_config=`, which reaches it when an AutoClass loads a plain parent.
 
     It would refuse it anyway, with a bare `TypeError` from its `__init__`. Nothing else of it changes, and nothing of its subclasses.
     """
@@ -399,6 +311,10 @@ def _explain_budget(stock: type[PreTrainedModel]) -> None:
 
     @functools.wraps(inherited)
     def from_pretrained(cls: type[PreTrainedModel], repo: Any, *args: Any, **kwargs: Any) -> Any:
+        if cls is stock and "elastic_config" in kwargs:
+            raise ElasticConfigError(
+                "elastic_config= is for ElasticForCausalLM.from_pretrained and ElasticModel.from_pretrained."
+            )
         if cls is stock and "budget" in kwargs:
             raise plain_parent_error(repo, cls.config_class.model_type)
         return inherited(cls, repo, *args, **kwargs)

@@ -17,6 +17,7 @@ from .architectures import uniform
 from .budgets import Budget
 from .configuration_elastic import ElasticConfig
 from .errors import CheckpointError, ElasticConfigError, refuse_misspelt
+from .remote_code import AUTO_MAP, write_module
 from .router import ROUTER_FILE, BudgetRouter
 from .section import checked_section
 
@@ -151,6 +152,7 @@ class SavingMixin:
                             "elastic_config describes another router than the one that is attached; call attach_router()."
                         )
                     self.router.save(scratch)
+                write_module(scratch)
                 self._written_config(elastic).save_pretrained(scratch)
         if push_to_hub:
             repo_id = hub.pop("repo_id", Path(save_directory).name)
@@ -195,4 +197,5 @@ class SavingMixin:
         elastic.parent_config.dtype = self.dtype  # type: ignore[attr-defined]
         facade = "ElasticForCausalLM" if self.can_generate() else "ElasticModel"  # type: ignore[attr-defined]
         elastic.architectures = [facade]
+        elastic.auto_map = dict(AUTO_MAP)
         return elastic

@@ -14,10 +14,10 @@ from torch import nn
 from trl import SFTTrainer
 
 from hf_elastic import ElasticForCausalLM
+from hf_elastic.adapter_slices import FAMILY_FILE
 from hf_elastic.router import ROUTER_FILE
 
 from .resuming import (
-    FAMILY_FILE,
     STATE_FILE,
     check_adapter,
     check_family,

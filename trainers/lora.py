@@ -14,15 +14,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_elastic import ElasticForCausalLM
-from hf_elastic.adapters import attached, disabled, refuse_unsupported
+from hf_elastic.adapters import attached, disabled, refuse_changed_weights, refuse_unsupported
 from hf_elastic.errors import ElasticConfigError
 from hf_elastic.slicing import build_meta
 from hf_elastic.stencils import uninstalled
 
 from .losses import Head
-
-_STARTS = (True, False, "gaussian", "orthogonal")
-"""Initialisations that leave the weights under the adapter as they are; they are the teacher's."""
 
 
 def base_of(model: Any) -> Any:
@@ -50,7 +47,7 @@ def check_adapters(model: ElasticForCausalLM, peft_config: PeftConfig) -> PeftCo
             "adapters are attached to the model already, so peft_config would add a second one; merge or unload them, or pass the "
             "PeftModel without peft_config to train them further."
         )
-    _refuse_changed_weights(peft_config)
+    refuse_changed_weights(peft_config)
     config = copy.deepcopy(peft_config)
     if config.target_modules is None and not config.target_parameters:
         known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -68,25 +65,9 @@ def check_attached(model: PeftModel) -> None:
     for config in model.peft_config.values():
         if not isinstance(config, LoraConfig):
             raise ElasticConfigError(f"the model has {type(config).__name__} adapters; only those of LoRA can be cut.")
-        _refuse_changed_weights(config)
+        refuse_changed_weights(config)
     base: Any = model.get_base_model()
     refuse_unsupported(base, base.architecture, base.config)
-
-
-def _refuse_changed_weights(config: LoraConfig) -> None:
-    if config.bias != "none":
-        raise ElasticConfigError(
-            f"bias={config.bias!r} trains biases beside the adapter, which then is not the whole change; leave it at 'none'."
-        )
-    if config.layer_replication:
-        raise ElasticConfigError(
-            f"layer_replication={config.layer_replication!r} makes a parent of another depth; leave it out."
-        )
-    if config.init_lora_weights not in _STARTS:
-        allowed = ", ".join(map(repr, _STARTS))
-        raise ElasticConfigError(
-            f"init_lora_weights={config.init_lora_weights!r} changes the weights under the adapter or needs data; use {allowed}."
-        )
 
 
 @contextmanager

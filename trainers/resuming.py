@@ -14,6 +14,7 @@ from transformers.trainer_callback import TrainerState
 from transformers.utils import logging
 
 from hf_elastic import ElasticConfig
+from hf_elastic.adapter_slices import FAMILY_FILE
 from hf_elastic.errors import CheckpointError, ElasticConfigError
 
 from .curriculum import Curriculum
@@ -23,9 +24,6 @@ logger = logging.get_logger(__name__)
 
 STATE_FILE = "elastic_training.json"
 """Beside `trainer_state.json`: what the budget stream and the loss depend on."""
-
-FAMILY_FILE = "elastic_config.json"
-"""Beside an adapter: the description of the family that it was trained on. A `config.json` there would say that the model is, too."""
 
 _INCIDENTAL = (
     "architectures",

@@ -92,7 +92,16 @@ def add_source(parser: argparse.ArgumentParser, output: str | None = None) -> No
     if output:
         parser.add_argument("output", metavar="OUTPUT", help=output)
     parser.add_argument("--budget", help=BUDGET_HELP)
+    add_elastic_config(parser)
     parser.add_argument("--dtype", default="auto", help="type of the weights (default: the checkpoint's)")
+
+
+def add_elastic_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--elastic-config",
+        metavar="FAMILY",
+        help="REPO is a plain checkpoint, sorted already: auto, or the name of the known family that it is a copy of",
+    )
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

@@ -23,7 +23,9 @@ def run(args: argparse.Namespace) -> None:
     from ..modeling_elastic import ElasticForCausalLM
 
     check_output(args.output, args.repo)
-    model = ElasticForCausalLM.from_pretrained(args.repo, budget=args.budget, dtype=args.dtype)
+    model = ElasticForCausalLM.from_pretrained(
+        args.repo, budget=args.budget, elastic_config=args.elastic_config, dtype=args.dtype
+    )
     model.export(args.output, heterogeneous=args.heterogeneous)
     save_tokenizer(args.repo, args.output)
     print(f"exported {model.num_parameters():,} parameters to {args.output}")

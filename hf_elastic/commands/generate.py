@@ -55,7 +55,9 @@ def run(args: argparse.Namespace) -> None:
     device = check_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     tokenizer = AutoTokenizer.from_pretrained(args.repo)
-    model = ElasticForCausalLM.from_pretrained(args.repo, budget=args.budget, dtype=args.dtype).to(device)
+    model = ElasticForCausalLM.from_pretrained(
+        args.repo, budget=args.budget, elastic_config=args.elastic_config, dtype=args.dtype
+    ).to(device)
     if tokenizer.chat_template and not args.raw:
         message = [{"role": "user", "content": prompt}]
         inputs = tokenizer.apply_chat_template(

@@ -6,6 +6,7 @@ that a router found between two budgets; limits (--budget) select them too.
 
   hf-elastic plan org/elastic-30b
   hf-elastic plan org/elastic-30b --budget "2.4B active"
+  hf-elastic plan org/elastic-30b --fits 24GB --context 32768 --dtype bf16
   hf-elastic plan org/plain-30b --size hidden=1920 --size expert_ffn=960
 """
 
@@ -14,9 +15,13 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .common import add_json, parse_sizes, table
+from ..errors import ElasticConfigError
+from .common import add_elastic_config, add_json, parse_sizes, table
+
+if TYPE_CHECKING:
+    from ..configuration_elastic import ElasticConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,20 +37,50 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--budget", action="append", default=[], help="show what this budget selects; may be given several times"
     )
+    parser.add_argument(
+        "--fits",
+        metavar="MEMORY",
+        help="find the largest size whose weights and caches fit: an amount such as 24GB, or auto for nine tenths of what is free on this machine",
+    )
+    parser.add_argument(
+        "--context", type=int, metavar="TOKENS", help="with --fits: leave room for caches of so many tokens"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, metavar="N", help="with --fits: ... of so many sequences (default: 1)"
+    )
+    parser.add_argument(
+        "--dtype", help="with --fits: type of the weights and caches, such as bf16 (default: the checkpoint's)"
+    )
+    add_elastic_config(parser)
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     hub = {"revision": args.revision} if args.revision else {}
-    budgets = plan(args.repo, parse_sizes(args.size), args.budget, **hub)
+    keys = {"memory": args.fits, "context_length": args.context, "batch_size": args.batch_size, "dtype": args.dtype}
+    memory = {key: value for key, value in keys.items() if value is not None}
+    if memory and args.fits is None:
+        raise ElasticConfigError("--context, --batch-size and --dtype say how much a size needs; give --fits too.")
+    elastic = _config(args.repo, args.elastic_config, hub)
+    budgets = plan(elastic, parse_sizes(args.size), args.budget)
+    found = fits(elastic, memory) if memory else {}
     if args.json:
-        print(json.dumps({"budgets": budgets}, indent=2))
+        print(json.dumps({"budgets": budgets, **({"fits": found} if found else {})}, indent=2))
     else:
         print(render(budgets))
+        if found:
+            print(f"\n{tell(found)}")
+
+
+def _config(repo: str, described: str | None, hub: dict[str, Any]) -> ElasticConfig:
+    from ..configuration_elastic import read_config
+    from ..known import described_config
+
+    return read_config(repo, plain=True, **hub) if described is None else described_config(repo, described, **hub)
 
 
 def plan(
-    repo: str, sizes: dict[str, Any] | None = None, budgets: Sequence[str] = (), **hub: Any
+    repo: str | ElasticConfig, sizes: dict[str, Any] | None = None, budgets: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
     """Cost and sizes of every size of a checkpoint, of what `budgets` select, and of `sizes` under the name `custom` if there are any.
 
@@ -53,11 +88,11 @@ def plan(
         `list[dict]`: `name` (`None` for sizes between budgets), `total_params`, `active_params`, `weight_bytes` per dtype,
         `kv_bytes_per_token`, `state_bytes`, `sizes`; the whole parent first. What a budget selects has its text as name.
     """
-    from ..configuration_elastic import ElasticConfig, read_config
+    from ..configuration_elastic import read_config
     from ..cost import CostModel
     from ..search import sizes_from_spec
 
-    elastic: ElasticConfig = read_config(repo, plain=True, **hub)
+    elastic = read_config(repo, plain=True) if isinstance(repo, str) else repo
     members = elastic.chain()
     members += [(budget, elastic.resolve(budget)) for budget in budgets]
     if sizes:
@@ -66,6 +101,62 @@ def plan(
         members.append(("custom", elastic.architecture.submodel(elastic.parent_config, spec, "--size")))
     count = CostModel(elastic.parent_config)
     return [{"name": name, **count(member).to_dict(), "sizes": member.to_dict()} for name, member in members]
+
+
+def fits(elastic: ElasticConfig, memory: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint has for an amount of memory, by what `budget=` would select.
+
+    Args:
+        memory (`dict[str, Any]`): A memory budget, see [`hf_elastic.budgets`]; `"auto"` is what is free.
+
+    Returns:
+        `dict`: `limit` in words, `bytes`, `dtype`; `needs`: bytes per name of a size, largest first; `budget`: the largest named size that fits,
+        `None` if none does; `between`: whether a size between two budgets is larger and fits, and then its `total_params` and `needs`.
+    """
+    from ..budgets import parse_limit
+    from ..cost import CostModel
+    from ..errors import UnknownBudgetError
+    from ..memory import asks_for_free_memory, with_free_memory
+
+    if asks_for_free_memory(memory, elastic):
+        memory, _ = with_free_memory(memory, elastic)
+    limit: Any = parse_limit(memory)
+    count = CostModel(elastic.parent_config)
+    needs = {name: limit.measure(count(member), elastic.load_dtype) for name, member in elastic.family().items()}
+    fitting = [name for name, size in needs.items() if size <= limit.value]
+    found = {
+        "limit": str(limit),
+        "bytes": limit.value,
+        "dtype": str(limit.dtype or elastic.load_dtype).removeprefix("torch."),
+        "needs": needs,
+    }
+    found |= {"budget": max(fitting, key=lambda name: needs[name], default=None), "between": None}
+    try:
+        chosen = elastic.resolve(memory)
+    except UnknownBudgetError:
+        return found
+    if elastic.name_of(chosen) is None:
+        cost = count(chosen)
+        found["between"] = {"total_params": cost.total_params, "needs": limit.measure(cost, elastic.load_dtype)}
+    return found
+
+
+def tell(found: dict[str, Any]) -> str:
+    """The answer of `fits` in a sentence or two."""
+    from ..budgets import format_bytes, format_count
+
+    name, needs, between = found["budget"], found["needs"], found["between"]
+    room = f"{found['limit']} in {found['dtype']}"
+    lines = [f"largest in {room}: {name}, which needs {format_bytes(needs[name])}"] if name is not None else []
+    if between:
+        size = f"a size between two budgets, {format_count(between['total_params'])}, needs {format_bytes(between['needs'])} and fits"
+        lines.append(
+            f"{size}, too; a limit selects it, a name does not" if lines else f"{room}: no budget fits, but {size}"
+        )
+    if not lines:
+        least = min(needs, key=lambda name: needs[name])
+        lines.append(f"nothing fits into {room}: the smallest, {least}, needs {format_bytes(needs[least])}")
+    return "\n".join(lines)
 
 
 def render(budgets: list[dict[str, Any]]) -> str:

@@ -19,7 +19,9 @@ def run(args: argparse.Namespace) -> None:
     from .plan import plan, render
 
     check_output(args.output, args.repo)
-    model = ElasticForCausalLM.from_pretrained(args.repo, budget=args.budget, dtype=args.dtype)
+    model = ElasticForCausalLM.from_pretrained(
+        args.repo, budget=args.budget, elastic_config=args.elastic_config, dtype=args.dtype
+    )
     model.save_pretrained(args.output)
     save_tokenizer(args.repo, args.output)
     print(render(plan(args.output)))

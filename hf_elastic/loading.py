@@ -1,0 +1,122 @@
+"""What `from_pretrained` does with its arguments before and after the stock loader: which are refused, which go into the stock config."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from .configuration_elastic import ElasticConfig, plain_parent_error, read_config
+from .errors import CheckpointError, ElasticConfigError, did_you_mean
+from .known import described_config
+
+
+def load_config(repo: Any, config: Any, described: Any, hub: dict[str, Any]) -> ElasticConfig:
+    """The elastic config that was given, that of a plain checkpoint as `elastic_config=` describes it, or the checkpoint's own."""
+    if described is not None:
+        if config is not None and not isinstance(config, PreTrainedConfig):
+            raise ElasticConfigError("give either config= or elastic_config=, not both.")
+        return described_config(repo, described, **hub)
+    if isinstance(config, ElasticConfig):
+        return config
+    if isinstance(config, PreTrainedConfig):
+        raise plain_parent_error(repo, config.model_type)
+    return read_config(config if config is not None else repo, **hub)
+
+
+def checked_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Refuse what cannot be honoured, and what nobody knows."""
+    if kwargs.get("use_safetensors") is False:
+        raise ElasticConfigError("use_safetensors=False: elastic checkpoints are read from safetensors only.")
+    if kwargs.get("state_dict") is not None:
+        raise ElasticConfigError("give either a checkpoint or state_dict=, not both.")
+    if adapter := (kwargs.get("adapter_kwargs") or {}).get("_adapter_model_path"):
+        raise ElasticConfigError(
+            f"{adapter} holds an adapter, which is not loaded along. Load the family it was trained on, then attach it: "
+            f"PeftModel.from_pretrained(family, {str(adapter)!r}); merge_and_unload() gives the family with what was learned."
+        )
+    if kwargs.get("ignore_mismatched_sizes"):
+        raise ElasticConfigError("ignore_mismatched_sizes would leave weights at random values; it is refused.")
+    return {key: value for key, value in kwargs.items() if key != "variant"}
+
+
+def load_dtype(kwargs: dict[str, Any], elastic: ElasticConfig) -> torch.dtype | None:
+    """What the user asked for, otherwise what the config says; `None` if neither does."""
+    dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", None) or "auto"
+    kwargs.pop("dtype", None)
+    if dtype == "auto" and (dtype := elastic.dtype) is None:
+        return None
+    given = dtype
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ElasticConfigError(
+            f"dtype={given!r} must be 'auto', a floating-point torch.dtype or its name, such as 'bfloat16'."
+        )
+    return dtype
+
+
+_CONSUMED = {"output_attentions": False, "output_hidden_states": False, "return_dict": True}
+"""Arguments that the AutoClasses write into the elastic config because it has such a field, with the value that says nothing."""
+
+
+def configured(
+    stock: PreTrainedConfig, elastic: ElasticConfig, kwargs: dict[str, Any], concrete: type[PreTrainedModel]
+) -> PreTrainedConfig:
+    """Move what the user said about the config from the arguments, where the AutoClasses leave it, to the stock config.
+
+    Raises:
+        `ElasticConfigError`: a field that would change which tensors there are, or their shapes.
+    """
+    stock._attn_implementation = kwargs.pop("attn_implementation", elastic._attn_implementation)
+    stock._experts_implementation = kwargs.pop("experts_implementation", elastic._experts_implementation)
+    architecture = elastic.architecture
+    for axis in architecture.axes:
+        if axis.field in kwargs:
+            raise ElasticConfigError(
+                f"{axis.field}={kwargs[axis.field]!r} is a size, and the weights have one; choose a smaller one with "
+                f"budget={{{axis.name!r}: ...}}."
+            )
+    given = {key: value for key, value in _CONSUMED.items() if getattr(elastic, key) != value}
+    fields = {key: getattr(elastic, key) for key in given}
+    known = set(inspect.signature(PreTrainedModel.from_pretrained).parameters)
+    for key in [key for key in kwargs if key not in known and not key.startswith("_") and hasattr(stock, key)]:
+        fields[key] = kwargs.pop(key)
+    before = architecture.rules(stock)
+    for key, value in fields.items():
+        setattr(stock, key, value)
+        if architecture.rules(stock) != before:
+            raise ElasticConfigError(f"{key}={value!r} does not fit the weights: they were saved with another {key}.")
+    return stock
+
+
+def unknown_argument(name: str, stock: PreTrainedConfig, signature: Iterable[str]) -> TypeError:
+    known = {
+        *signature,
+        "dtype",
+        "device_map",
+        *stock.to_dict(),
+    }
+    return TypeError(
+        f"unexpected argument {name!r}: neither an argument of from_pretrained nor a field of {type(stock).__name__}."
+        f"{did_you_mean(name, known)}"
+    )
+
+
+def generation_config(concrete: type[PreTrainedModel], repo: Any, hub: dict[str, Any]) -> GenerationConfig | None:
+    if not concrete.can_generate():
+        return None
+    try:
+        return GenerationConfig.from_pretrained(repo, **hub)
+    except OSError:  # none was saved: the stock class makes one from the config
+        return None
+
+
+def refuse_incomplete(info: dict[str, Any], repo: Any) -> None:
+    """The table covers every tensor, so any of these means that upstream changed under us; never go on with random weights."""
+    for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs", "conversion_errors"):
+        if info.get(key):
+            raise CheckpointError(f"loading {repo} left {key}: {sorted(map(str, info[key]))[:5]}.")

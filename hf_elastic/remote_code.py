@@ -1,0 +1,38 @@
+"""`trust_remote_code=True` for programs that never import this package: a small module beside the weights that imports it for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+MODULE = "modeling_elastic"
+AUTO_MAP = {
+    "AutoConfig": f"{MODULE}.ElasticConfig",
+    "AutoModel": f"{MODULE}.ElasticModel",
+    "AutoModelForCausalLM": f"{MODULE}.ElasticForCausalLM",
+}
+"""What `config.json` says under `auto_map`."""
+
+_SOURCE = '''\
+"""Lets programs that never import hf_elastic load this checkpoint, with trust_remote_code=True. Nothing else is in here."""
+
+try:
+    from hf_elastic import ElasticConfig, ElasticForCausalLM, ElasticModel
+except ImportError as error:
+    raise ImportError("this elastic checkpoint is loaded by the package hf_elastic: pip install hf-elastic") from error
+
+__all__ = ["ElasticConfig", "ElasticForCausalLM", "ElasticModel"]
+'''
+
+
+def write_module(directory: Path) -> None:
+    """Write the module that `AUTO_MAP` names."""
+    (directory / f"{MODULE}.py").write_text(_SOURCE, encoding="utf-8")
+
+
+class InstalledCode:
+    """For classes that a checkpoint's module only passes on: they are not saved beside the weights as if they were defined there."""
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """The AutoClasses call this for every class that comes from a checkpoint; these come from the installed package."""

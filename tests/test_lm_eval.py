@@ -1,0 +1,154 @@
+"""Programs that never import this package: trust_remote_code, and lm-eval from its command line. Nothing is fetched."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from cases import VOCAB
+from compare import assert_same_weights
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from hf_elastic import ElasticConfigError, ElasticForCausalLM
+from hf_elastic.evaluating_lm import evaluate_with_lm_eval
+from hf_elastic.remote_code import AUTO_MAP
+
+OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+TASK = """\
+task: words
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{prompt}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+metric_list: [{{metric: acc}}]
+"""
+
+
+@pytest.fixture(scope="module")
+def repository(family_folder, tmp_path_factory):
+    """A saved family with a tokenizer of one word per id, and a task of 24 questions with four answers each."""
+    folder = tmp_path_factory.mktemp("repository")
+    ElasticForCausalLM.from_pretrained(family_folder("nano3")).save_pretrained(folder)
+    names = ["<unk>", "<eos>", *(f"t{i}" for i in range(2, VOCAB))]
+    words = Tokenizer(WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", pad_token="<unk>", eos_token="<eos>"
+    )
+    tokenizer.save_pretrained(folder)
+    tasks = tmp_path_factory.mktemp("tasks")
+    generator = torch.Generator().manual_seed(5)
+    questions = []
+    for _ in range(24):
+        ids = torch.randint(2, VOCAB, (9,), generator=generator).tolist()
+        answers = [f"t{i}" for i in ids[5:]]
+        questions.append({"prompt": " ".join(f"t{i}" for i in ids[:5]), "choices": answers, "answer": ids[0] % 4})
+    (tasks / "questions.json").write_text("\n".join(map(json.dumps, questions)))
+    (tasks / "words.yaml").write_text(TASK.format(data=tasks / "questions.json"))
+    return folder, tokenizer, tasks, questions
+
+
+def by_hand(model, tokenizer, questions) -> float:
+    """Share of questions whose right answer has the largest probability."""
+    right = 0
+    for question in questions:
+        prompt = tokenizer(question["prompt"], return_tensors="pt").input_ids
+        scores = model(prompt, use_cache=False).logits[0, -1]
+        choices = [scores[int(answer[1:])].item() for answer in question["choices"]]
+        right += choices.index(max(choices)) == question["answer"]
+    return right / len(questions)
+
+
+def test_the_checkpoint_says_where_its_classes_are(repository, tmp_path):
+    folder, *_ = repository
+    assert json.loads((folder / "config.json").read_text())["auto_map"] == AUTO_MAP
+    small = ElasticForCausalLM.from_pretrained(folder, budget="small", trust_remote_code=True)
+    small.save_pretrained(tmp_path / "slice")
+    assert (tmp_path / "slice" / "modeling_elastic.py").read_text() == (folder / "modeling_elastic.py").read_text()
+    small.export(tmp_path / "plain")
+    assert not list((tmp_path / "plain").glob("*.py"))
+    assert "auto_map" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+
+
+@pytest.mark.slow
+def test_remote_code_is_the_installed_package(repository, tmp_path):
+    """In a process that never imports it; saved again, the checkpoint has no other code. Without the package, how to get it is said."""
+    folder, *_ = repository
+    code = """
+import sys
+from transformers import AutoConfig, AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, budget="small")
+assert model.budget == "small", model.budget
+assert type(model).__module__ == "hf_elastic.modeling_elastic", type(model)
+model.save_pretrained(sys.argv[2])
+for name in [name for name in sys.modules if name.startswith("hf_elastic") or "transformers_modules" in name]:
+    del sys.modules[name]
+sys.modules["hf_elastic"] = None
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+CONFIG_MAPPING._extra_content.pop("elastic")
+try:
+    AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True)
+except ImportError as error:
+    assert "pip install hf-elastic" in str(error), error
+else:
+    raise AssertionError
+"""
+    env = {**OFFLINE, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    arguments = [sys.executable, "-c", code, str(folder), str(tmp_path / "again")]
+    done = subprocess.run(arguments, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [file.name for file in (tmp_path / "again").glob("*.py")] == ["modeling_elastic.py"]
+    assert_same_weights(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "again"),
+        AutoModelForCausalLM.from_pretrained(folder, budget="small"),
+    )
+
+
+def test_tasks_run_at_the_active_budget(repository):
+    pytest.importorskip("lm_eval")
+    folder, tokenizer, tasks, questions = repository
+    family = ElasticForCausalLM.from_pretrained(folder)
+    found = {}
+    options = {"include_path": tasks, "include_defaults": False, "bootstrap_iters": 0}
+    for budget in (None, "small"):
+        with family.at(budget):
+            found[budget] = evaluate_with_lm_eval(family, tokenizer, "words", **options)
+            assert found[budget]["words"]["acc,none"] == pytest.approx(by_hand(family, tokenizer, questions))
+            few = evaluate_with_lm_eval(family, tokenizer, ["words"], limit=10, **options)
+            assert few["words"]["acc,none"] == pytest.approx(by_hand(family, tokenizer, questions[:10]))
+    assert found[None]["words"]["acc,none"] != found["small"]["words"]["acc,none"]
+    with pytest.raises(ElasticConfigError, match="lm-eval has no task 'word'. Did you mean 'words'"):
+        evaluate_with_lm_eval(family, tokenizer, "word", **options)
+
+
+@pytest.mark.slow
+def test_lm_eval_from_its_command_line(repository, tmp_path):
+    pytest.importorskip("lm_eval")
+    folder, tokenizer, tasks, questions = repository
+    arguments = f"pretrained={folder},budget=small,trust_remote_code=True,dtype=float32"
+    # Its own tasks, thousands of files that take seconds to read, are left out; otherwise as `lm_eval` starts.
+    code = """
+import functools
+import lm_eval.tasks
+lm_eval.tasks.TaskManager = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
+from lm_eval.__main__ import cli_evaluate
+cli_evaluate()
+"""
+    command = [sys.executable, "-c", code, "--model", "hf", "--model_args", arguments, "--tasks", "words"]
+    command += ["--include_path", str(tasks), "--output_path", str(tmp_path / "out"), "--device", "cpu"]
+    env = {**OFFLINE, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_DATASETS_CACHE": str(tmp_path / "datasets")}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = json.loads(next((tmp_path / "out").rglob("*.json")).read_text())["results"]
+    small = AutoModelForCausalLM.from_pretrained(folder, budget="small")
+    assert results["words"]["acc,none"] == pytest.approx(by_hand(small, tokenizer, questions))
