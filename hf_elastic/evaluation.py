@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import itertools
 import platform
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -31,19 +32,24 @@ PREFILL_SPEED = 16.0
 """Tokens that are read in the time in which one is written, where nobody measured it. It only moves `cost`."""
 
 
-class Task(Protocol):
+class Task(ABC):
     """Something to be good at, by writing text."""
 
     name: str
 
+    @abstractmethod
     def score(
         self, model: ElasticForCausalLM, tokenizer: PreTrainedTokenizerBase
     ) -> tuple[str, int, dict[str, float]]:
         """Solve it with `model.generate`; returns which rate is the accuracy, the number of problems and all rates."""
 
+    def follow(self, plan: PhasePlan, tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> PhasePlan:
+        """The plan for one call of `generate`, whose arguments may be changed in place; for a task that knows nothing of phases."""
+        return plan
+
 
 @dataclass
-class BookTask:
+class BookTask(Task):
     """The embedded lab's task.
 
     Args:
@@ -81,12 +87,15 @@ class Recorded:
 
 
 @contextmanager
-def planned(model: ElasticForCausalLM, plan: PhasePlan, tokenizer: PreTrainedTokenizerBase) -> Iterator[Recorded]:
+def planned(
+    model: ElasticForCausalLM, plan: PhasePlan, tokenizer: PreTrainedTokenizerBase, task: Task
+) -> Iterator[Recorded]:
     """Have every `model.generate` inside a `with` block follow a plan, whoever calls it, and record what it did."""
     recorded = Recorded()
 
     def generate(*args: Any, **kwargs: Any) -> torch.Tensor:
-        kwargs |= {"phase_plan": plan, "tokenizer": tokenizer, "return_dict_in_generate": True}
+        followed = task.follow(plan, tokenizer, kwargs)
+        kwargs |= {"phase_plan": followed, "tokenizer": tokenizer, "return_dict_in_generate": True}
         output: PhaseOutput = type(model).generate(model, *args, **kwargs)
         ids = kwargs.get("input_ids", args[0] if args else None)
         mask = kwargs.get("attention_mask")
@@ -135,7 +144,7 @@ def measure_plan(
     Raises:
         `PhasePlanError`: the task does not generate, so that no plan can be followed.
     """
-    with planned(model, plan, tokenizer) as recorded:
+    with planned(model, plan, tokenizer, task) as recorded:
         main, count, metrics = task.score(model, tokenizer)
     if not recorded.phases:
         raise PhasePlanError(

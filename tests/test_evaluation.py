@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from typing import Any
@@ -11,9 +12,10 @@ import torch
 
 from hf_elastic import ElasticForCausalLM, PhasePlan, PhasePlanError
 from hf_elastic.cli import main
-from hf_elastic.evaluation import BookTask, measure_plan, pareto_front, plan_matrix, planned
+from hf_elastic.evaluation import BookTask, Task, measure_plan, pareto_front, plan_matrix, planned
 from hf_elastic.lab.family import make_family
 from hf_elastic.lab.parent import load_parent
+from hf_elastic.lab.task import problems
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,7 @@ def test_a_plan_is_followed_recorded_and_priced(lab):
     task = BookTask(letters=4, count=6, batch_size=4)
     plan = PhasePlan("ffn", None, max_thinking_tokens=9, handover="reprefill")
     point = measure_plan(family, tokenizer, task, plan, prefill_speed=8.0)
-    with planned(family, plan, tokenizer) as recorded:
+    with planned(family, plan, tokenizer, task) as recorded:
         metrics = task.score(family, tokenizer)[2]
     assert "generate" not in vars(family)
     assert point["metrics"] == metrics
@@ -90,7 +92,7 @@ def test_matrix_is_everybody_with_everybody():
 
 
 def test_a_task_that_writes_nothing_is_refused(lab):
-    class Likelihoods:
+    class Likelihoods(Task):
         name = "choices"
 
         def score(self, model, tokenizer):
@@ -122,9 +124,52 @@ def test_command(lab, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[0].split()[:3] == ["thinking", "answering", "cap"]
 
 
+LINES = """\
+task: lines
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+output_type: generate_until
+test_split: test
+doc_to_text: "{{{{prompt}}}}"
+doc_to_target: "{{{{answer}}}}"
+generation_kwargs: {{until: ["<eos>", "="], max_gen_toks: 7, do_sample: false}}
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+"""
+
+
+@pytest.mark.slow
+def test_a_task_of_lm_eval(lab, tmp_path, capsys, monkeypatch):
+    """Its stop string occurs in every line of thinking, and its length is that of the answer: neither may end the thinking."""
+    pytest.importorskip("lm_eval")
+    for offline in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(offline, "1")
+    source = problems("heldout", 4, 3)
+    lines = [json.dumps({"prompt": p.prompt, "answer": p.answer}) for p in itertools.islice(source, 3)]
+    (tmp_path / "data.json").write_text("\n".join(lines))
+    (tmp_path / "lines.yaml").write_text(LINES.format(data=tmp_path / "data.json"))
+    argv = [
+        "evaluate",
+        lab[2],
+        "--task",
+        "lines",
+        "--include-path",
+        str(tmp_path),
+        "--thinking",
+        "ffn",
+        "--answering",
+        "full",
+    ]
+    capsys.readouterr()
+    assert main([*argv, "--max-thinking-tokens", "none", "--max-thinking-tokens", "3", "--json"]) == 0
+    whole, cut = json.loads(capsys.readouterr().out)["points"]
+    assert (whole["accuracy"], whole["thinking_tokens"], whole["answer_tokens"], whole["n"]) == (1.0, 21, 7, 3)
+    assert (cut["accuracy"] < 1, cut["thinking_tokens"]) == (True, 3)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--metric", "acc"], "--metric='acc' must be code or exact"),
         (["--max-thinking-tokens", "0"], "--max-thinking-tokens='0' must be a whole number of at least 1, or none"),
         (["--thinking", "fnn"], "fnn"),
         (["--count", "0"], "--count=0 must be at least 1"),

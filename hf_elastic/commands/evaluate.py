@@ -39,8 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--handover", default="auto", choices=("auto", "cache", "reprefill"), help="how the answerer takes over"
     )
     parser.add_argument("--count", type=int, default=100, help="problems (default: 100)")
+    parser.add_argument(
+        "--metric",
+        help="which rate is the accuracy: code (symbols) or exact (answers) for book, or one of lm-eval's, such as exact_match,none",
+    )
     parser.add_argument("--letters", type=int, default=12, help="letters of a book problem (default: 12)")
-    parser.add_argument("--batch-size", type=int, default=50, help="problems generated together (default: 50)")
+    parser.add_argument("--batch-size", type=int, default=50, help="book problems generated together (default: 50)")
     parser.add_argument(
         "--by", default="cost", choices=("cost", "seconds"), help="what the front counts as the price (default: cost)"
     )
@@ -105,13 +109,19 @@ def _cap(text: str) -> int | None:
 
 
 def _task(args: argparse.Namespace) -> Any:
+    from ..errors import ElasticConfigError
     from ..evaluation import BookTask
 
     if args.task == "book":
-        return BookTask(letters=args.letters, count=args.count, batch_size=args.batch_size)
-    from ..errors import ElasticConfigError
+        metric = args.metric or "code"
+        if metric not in ("code", "exact"):
+            raise ElasticConfigError(f"--metric={metric!r} must be code or exact for the book task.")
+        return BookTask(letters=args.letters, count=args.count, batch_size=args.batch_size, metric=metric)
+    from ..evaluating_lm import LmEvalTask
 
-    raise ElasticConfigError(f"--task={args.task!r} is not known.")
+    return LmEvalTask(
+        args.task, limit=args.count, include_path=args.include_path, metric=args.metric, think_end_token="</think>"
+    )
 
 
 def _draw(results: dict[str, Any], model: Any, path: Path) -> None:
