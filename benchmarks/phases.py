@@ -64,7 +64,8 @@ def run(options: argparse.Namespace) -> int:
         name = f"{point['thinking']} thinks, {point['answering']} answers, cap {point['max_thinking_tokens']}"
         for rate in ("exact", "code"):
             report.measure(f"{name}: {rate}", "share", point["runs"][rate], mean=point[rate])
-        report.measure(f"{name}: modelled time", "s", [point["seconds"]])
+        about = {key: value for key, value in point.items() if key not in ("runs", "seconds")}
+        report.measure(f"{name}: modelled time", "s", [point["seconds"]], **about)
     gains = {rate: compare(report, points, rate) for rate in ("exact", "code")}
     report.settle(GAINED, gains["exact"][0])
     report.settle(SAVED, gains["exact"][1])

@@ -1,7 +1,7 @@
 """Write what README and model cards say of results from the files in `results/`, so that no number there is typed by hand.
 
 `python benchmarks/report.py` rewrites the blocks between markers (`<!-- results:begin -->` to `<!-- results:end -->`, and the same for
-`family`, `ablations` and `bytes`) and draws `model_cards/lab_family.png`; `--check` only tells whether the texts are up to date.
+`family`, `ablations`, `bytes`, `phases` and `handover`) and draws the charts of `model_cards/`; `--check` only tells whether the texts are up to date.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (ROOT / "README.md", ROOT / "model_cards" / "lab_family.md")
-CHART = ROOT / "model_cards" / "lab_family.png"
+CARDS = ROOT / "model_cards"
 SIZES = ("full", "half", "third", "quarter", "between")
 WAYS = {
     "family": "one run",
@@ -118,18 +118,69 @@ def byte_lm(results: Path) -> str:
     )
 
 
+def phases(results: Path) -> str:
+    """Whole answers by who thinks and who answers, without a cap, and what plans of two sizes gain."""
+    if (result := _load(results / "phases.json")) is None:
+        return "Not measured yet.\n"
+    found = _by_name(result)
+    rows = []
+    for thinker in SIZES[:4]:
+        names = [f"{thinker} thinks, {answerer} answers, cap None" for answerer in SIZES[:4]]
+        times = [f"{found[f'{name}: modelled time']['median']:.2f} s" for name in names]
+        cells = [f"{found[f'{name}: exact']['mean']:.2f} · {time}" for name, time in zip(names, times, strict=True)]
+        rows.append([f"{thinker} thinks", *cells])
+    text = _table(["", *(f"{size} answers" for size in SIZES[:4])], rows)
+    said = []
+    for rate, what in (("exact", "whole answers"), ("code", "symbols")):
+        gained, saved = (
+            found[f"{rate}: gained at no more time"],
+            found[f"{rate}: time of one size / of a plan as accurate"],
+        )
+        best = found[f"{rate}: plans of two sizes among the best"]
+        said.append(
+            f"By {what}, plans of two sizes are {best['median']:.0f} of the {best['of']} best; at no more time than one size they gain up to "
+            f"{gained['median']:.3f} ({gained['plan'] or 'none'}), and what one size reaches they reach up to {saved['median']:.2f}x as fast "
+            f"({saved['plan'] or 'none'})."
+        )
+    return f"{text}\n\n{' '.join(said)}\n\n{_conditions(result)}\n"
+
+
 _BLOCKS: Mapping[str, Callable[[Path], str]] = {
     "results": claims,
     "family": family,
     "ablations": ablations,
     "bytes": byte_lm,
+    "phases": phases,
 }
 
 
 # -- the chart ---------------------------------------------------------------------------------------------------------
 
 
-def draw(results: Path = RESULTS, path: Path = CHART) -> None:
+def draw(results: Path = RESULTS, folder: Path = CARDS) -> None:
+    """All charts."""
+    draw_family(results, folder / "lab_family.png")
+    draw_phases(results, folder / "phases.png")
+
+
+def draw_phases(results: Path, path: Path) -> None:
+    """Symbols of answers against the modelled time of every plan."""
+    from hf_elastic.evaluation import pareto_front
+    from hf_elastic.pareto_chart import draw_pareto
+
+    if (result := _load(results / "phases.json")) is None:
+        return
+    timed = [entry for entry in result["measurements"] if entry["name"].endswith(": modelled time")]
+    points = [{**entry, "seconds": entry["median"], "accuracy": entry["code"]} for entry in timed]
+    task = "symbols of answers, book, three seeds"
+    draw_pareto(
+        {"task": task, "by": "seconds", "points": points, "front": pareto_front(points, "seconds")},
+        path,
+        timed="modelled",
+    )
+
+
+def draw_family(results: Path, path: Path) -> None:
     """Exact answers against active parameters, a line per way."""
     from hf_elastic.lab.chart import draw_lines
 

@@ -8,17 +8,18 @@ from typing import Any
 
 _AXES = {
     "cost": "modelled cost per problem, in tokens of the largest size",
-    "seconds": "measured seconds per problem",
+    "seconds": "{timed} seconds per problem",
 }
 
 
-def draw_pareto(results: Mapping[str, Any], path: Path, *, largest: float = 1.0) -> None:
+def draw_pareto(results: Mapping[str, Any], path: Path, *, largest: float = 1.0, timed: str = "measured") -> None:
     """Plans of one submodel and of two as points, and the front through the best, as PNG.
 
     Args:
         results (`dict[str, Any]`): As [`hf_elastic.evaluation.results_file`] makes it.
         path (`Path`): File to write.
         largest (`float`, *optional*): Active parameters of the largest size, by which costs are divided.
+        timed (`str`, *optional*, defaults to `"measured"`): How seconds came about.
 
     Raises:
         `ImportError`: matplotlib is not installed.
@@ -65,7 +66,7 @@ def draw_pareto(results: Mapping[str, Any], path: Path, *, largest: float = 1.0)
             color="#495057",
         )
     axes.set_title(f"Who thinks and who answers: {results['task']}", fontsize=11, loc="left")
-    axes.set_xlabel(_AXES[by])
+    axes.set_xlabel(_AXES[by].format(timed=timed))
     axes.set_ylabel("accuracy")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
