@@ -1,31 +1,26 @@
-"""Safetensors files of an elastic checkpoint: find them, check them against the table, read only what a submodel keeps.
+"""Safetensors files of an elastic checkpoint, opened: check them against the table, read only what a submodel keeps.
 
 Files are checked by their headers before a byte of weights is read; pickle files are never opened.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
-from transformers.utils import cached_file
 
 from .architectures import Architecture
-from .axes import Run
+from .axes import Run, TensorRule
 from .errors import CheckpointError
-from .reading import Block, Stack, TensorFile
+from .reading import Block, Joined, Stack, TensorFile
 from .slicing import Piece, pieces
 from .submodel import Submodel
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
 _ROTARY = r"rotary_emb\.inv_freq$"  # computed, but saved by old versions
 
 
@@ -59,6 +54,9 @@ class Checkpoint:
         return key in self._where
 
     def shape(self, key: str) -> tuple[int, ...]:
+        return self._stored_shape(key)
+
+    def _stored_shape(self, key: str) -> tuple[int, ...]:
         return tuple(self._where[key][0].get_slice(key).get_shape())
 
     def dtype(self) -> torch.dtype:
@@ -93,19 +91,16 @@ class Checkpoint:
         """
         problems: list[str] = []
         known: set[str] = set()
-        for piece in pieces(architecture, config, architecture.full(config)):
-            sources = self._sources(piece, architecture)
-            known.update(sources)
-            if piece.rule.tied or not (head or piece.rule.name.startswith(_base(architecture))):
+        for key, shape, required in self._expected(architecture, config, head):
+            known.add(key)
+            if not required:
                 continue
-            shape = piece.shape[1:] if _is_split(sources, piece) else piece.shape
-            for source in sources:
-                if source not in self:
-                    problems.append(f"{source} is missing")
-                elif self.shape(source) != shape:
-                    problems.append(f"{source} is {self.shape(source)} in the file, the config says {shape}")
-                elif self._stored_dtype(source) not in _DTYPES:
-                    problems.append(f"{source} is stored as {self._stored_dtype(source)}, not as {', '.join(_DTYPES)}")
+            if key not in self._where:
+                problems.append(f"{key} is missing")
+            elif self._stored_shape(key) != shape:
+                problems.append(f"{key} is {self._stored_shape(key)} in the file, the config says {shape}")
+            elif self._stored_dtype(key) not in _DTYPES:
+                problems.append(f"{key} is stored as {self._stored_dtype(key)}, not as {', '.join(_DTYPES)}")
         patterns = [re.compile(pattern) for pattern in (*ignored, _ROTARY)]
         unknown = sorted(key for key in self._where.keys() - known if not any(p.search(key) for p in patterns))
         problems += [f"{key} belongs to no part of this {architecture.model_type}" for key in unknown]
@@ -116,9 +111,19 @@ class Checkpoint:
                 + ". Nothing was loaded; the checkpoint is incomplete or its config.json belongs to other weights."
             )
 
+    def _expected(
+        self, architecture: Architecture, config: PreTrainedConfig, head: bool
+    ) -> Iterator[tuple[str, tuple[int, ...], bool]]:
+        """Every tensor that may be in the files: its name, its shape, and whether it has to be there."""
+        for piece in pieces(architecture, config, architecture.full(config)):
+            sources = self._sources(piece, architecture)
+            required = not piece.rule.tied and (head or is_base(piece.rule.name, architecture))
+            shape = piece.shape[1:] if _is_split(sources, piece) else piece.shape
+            yield from ((source, shape, required) for source in sources)
+
     def lazy_slice(
         self, architecture: Architecture, config: PreTrainedConfig, submodel: Submodel, *, head: bool = True
-    ) -> dict[str, Block | Stack | torch.Tensor]:
+    ) -> dict[str, Block | Joined | Stack | torch.Tensor]:
         """The submodel as a state dict of unread tensors under the live model's names. Call `check` first.
 
         Args:
@@ -127,44 +132,65 @@ class Checkpoint:
             submodel (`Submodel`): What to keep.
             head (`bool`, *optional*, defaults to `True`): `False` leaves out what only the causal model has.
         """
-        lazy: dict[str, Block | Stack | torch.Tensor] = {}
+        lazy: dict[str, Block | Joined | Stack | torch.Tensor] = {}
         for piece in pieces(architecture, config, submodel):
-            if piece.rule.tied or not (head or piece.rule.name.startswith(_base(architecture))):
+            if piece.rule.tied or not (head or is_base(piece.rule.name, architecture)):
                 continue
             sources, runs = self._sources(piece, architecture), piece.runs
             if _is_split(sources, piece):
                 kept = [expert for start, stop in runs[0] for expert in range(start, stop)]
-                lazy[piece.target.name] = Stack([self._block(sources[expert], runs[1:]) for expert in kept])
+                lazy[piece.target.name] = Stack([self.block(sources[expert], runs[1:]) for expert in kept])
             else:
-                block = self._block(sources[0], runs)
+                block = self.block(sources[0], runs)
                 # A whole tensor is mapped, as the stock loader maps it: its pages are read when they are used.
-                lazy[piece.target.name] = (
-                    self._where[sources[0]][0].get_tensor(sources[0]) if block.is_whole else block
-                )
+                if isinstance(block, Block) and block.is_whole:
+                    lazy[piece.target.name] = self._where[block.key][0].get_tensor(block.key)
+                else:
+                    lazy[piece.target.name] = block
         return lazy
 
-    def _block(self, key: str, runs: list[list[Run]]) -> Block:
-        return Block(self._where[key][1], key, self.shape(key), _DTYPES[self._stored_dtype(key)], runs)
+    def block(self, key: str, runs: list[list[Run]]) -> Block | Joined:
+        """A part of a tensor, not read yet."""
+        return self._stored_block(key, runs)
+
+    def _stored_block(self, key: str, runs: list[list[Run]]) -> Block:
+        return Block(self._where[key][1], key, self._stored_shape(key), _DTYPES[self._stored_dtype(key)], runs)
 
     def _sources(self, piece: Piece, architecture: Architecture) -> list[str]:
         """Names under which a tensor of the parent is stored, whichever experts are kept: one, or one per expert."""
         rule = piece.rule
         if not rule.stacked or rule.name in self:  # stacked experts were saved with save_original_format=False
-            return [self._present(rule.name, rule.disk_name() if not rule.stacked else rule.name, architecture)]
-        names = [rule.disk_name(expert) for expert in range(rule.shape(piece.full)[0])]
-        return [self._present(_live_prefix(name, architecture), name, architecture) for name in names]
+            return [self._present(stored_names(rule, architecture))]
+        return [self._present(stored_names(rule, architecture, expert)) for expert in range(rule.shape(piece.full)[0])]
 
-    def _present(self, live: str, disk: str, architecture: Architecture) -> str:
-        """The name under which a tensor is stored: Hub layout, live layout, or a base model's without the prefix."""
-        for name in (disk, live, disk.removeprefix(architecture.disk_prefix), live.removeprefix(_base(architecture))):
-            if name in self:
-                return name
-        return disk
+    def _present(self, names: tuple[str, ...]) -> str:
+        return next((name for name in names if name in self), names[0])
+
+
+def stored_names(rule: TensorRule, architecture: Architecture, expert: int | None = None) -> tuple[str, ...]:
+    """The names a tensor can have in a file: Hub layout, live layout, and a base model's without the prefix of either.
+
+    Args:
+        rule (`TensorRule`): The tensor.
+        expert (`int`, *optional*): Which expert's, where they are stored one by one.
+    """
+    live = disk = rule.name
+    if expert is not None:
+        disk = rule.disk_name(expert)
+        live = _live_prefix(disk, architecture)
+    elif not rule.stacked:
+        disk = rule.disk_name()
+    return disk, live, disk.removeprefix(architecture.disk_prefix), live.removeprefix(_base(architecture))
 
 
 def _base(architecture: Architecture) -> str:
     """Prefix of the base model's tensors in the live causal model."""
     return architecture.layers_path.partition(".")[0] + "."
+
+
+def is_base(name: str, architecture: Architecture) -> bool:
+    """Whether a tensor of the live causal model belongs to its base model."""
+    return name.startswith(_base(architecture))
 
 
 def _is_split(sources: list[str], piece: Piece) -> bool:
@@ -176,63 +202,6 @@ def _live_prefix(disk: str, architecture: Architecture) -> str:
     """A name of the Hub layout under the live model's prefix."""
     prefix = architecture.disk_prefix
     return _base(architecture) + disk.removeprefix(prefix) if disk.startswith(prefix) else disk
-
-
-def find_files(repo: str | os.PathLike[str], variant: str | None = None, **hub: Any) -> list[Path]:
-    """The safetensors files of a folder or Hub repository, fetched into the cache if they are remote.
-
-    Args:
-        repo (`str` or `os.PathLike`): Folder or repository id.
-        variant (`str`, *optional*): As in `from_pretrained`.
-        hub: `cache_dir`, `revision`, `token`, `subfolder`, ... as `transformers.utils.cached_file` takes them.
-
-    Raises:
-        `CheckpointError`: there are none. Pickled weights (`.bin`) are named, but never loaded.
-    """
-
-    def get(name: str) -> Path | None:
-        if variant:  # before the last ending, as upstream writes it: model.safetensors.index.fp16.json
-            stem, _, ending = name.rpartition(".")
-            name = f"{stem}.{variant}.{ending}"
-        path = cached_file(repo, name, _raise_exceptions_for_missing_entries=False, **hub)
-        return Path(path) if path else None
-
-    single = get(SINGLE_NAME)  # first, as upstream does where a folder holds both
-    if single is not None:
-        return [single]
-    index = get(INDEX_NAME)
-    if index is None:
-        raise CheckpointError(
-            f"{repo} holds neither {SINGLE_NAME} nor {INDEX_NAME}. Elastic checkpoints are read from safetensors only; pickled "
-            "weights (.bin) are not loaded, convert them with the stock model's save_pretrained."
-        )
-    return [_shard(repo, index, name, hub) for name in _shard_names(index)]
-
-
-def _shard_names(index: Path) -> list[str]:
-    try:
-        weight_map: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
-        if not names:
-            raise ValueError("no files")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is no index of safetensors files ({error!r}).") from error
-    for name in names:
-        if not name.endswith(".safetensors") or Path(name).name != name:
-            raise CheckpointError(
-                f"{index} names {name!r}, which is not a safetensors file beside it; it is not opened."
-            )
-    return names
-
-
-def _shard(repo: str | os.PathLike[str], index: Path, name: str, hub: Mapping[str, Any]) -> Path:
-    beside = index.parent / name
-    if beside.exists():
-        return beside
-    path = cached_file(repo, name, _raise_exceptions_for_missing_entries=False, **hub)
-    if path is None:
-        raise CheckpointError(f"{name} is missing, though {index.name} lists it; the checkpoint is incomplete.")
-    return Path(path)
 
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

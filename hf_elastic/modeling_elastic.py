@@ -30,7 +30,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from .architectures import ARCHITECTURES, get_architecture, uniform
 from .budgets import Budget
-from .checkpoint import Checkpoint, find_files
 from .configuration_elastic import ElasticConfig, plain_parent_error
 from .errors import ElasticConfigError
 from .export import ExportMixin
@@ -45,6 +44,7 @@ from .loading import (
     unknown_argument,
 )
 from .memory import resolve_for_loading
+from .nested import open_checkpoint
 from .remote_code import InstalledCode
 from .router import BudgetRouter, read_router
 from .saving import SavingMixin
@@ -174,7 +174,8 @@ class ElasticPreTrainedModel(InstalledCode, SwitchingMixin, SavingMixin, ExportM
         stock_kwargs = checked_kwargs(kwargs)
         dtype = load_dtype(stock_kwargs, elastic)
         submodel = resolve_for_loading(elastic, budget, dtype, kwargs.get("device_map"), kwargs.get("max_memory"))
-        checkpoint = Checkpoint(find_files(pretrained_model_name_or_path, kwargs.pop("variant", None), **hub))
+        variant = kwargs.pop("variant", None)
+        checkpoint = open_checkpoint(pretrained_model_name_or_path, elastic, submodel, variant, **hub)
         dtype = dtype or checkpoint.dtype()
         concrete = concrete_class(cls, elastic.parent_config)
         head = concrete._stock_class is elastic.architecture.causal_class

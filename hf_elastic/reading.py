@@ -84,6 +84,8 @@ class Block:
         full (`tuple[int, ...]`): Its shape there.
         dtype (`torch.dtype`): Its type there.
         runs (`list[list[tuple[int, int]]]`): What is kept along each dimension.
+        places (`list[list[tuple[int, int]]]`, *optional*):
+            Where every run of every dimension belongs in the tensor that is read into; one after the other if not given.
     """
 
     file: TensorFile
@@ -91,6 +93,7 @@ class Block:
     full: tuple[int, ...]
     dtype: torch.dtype
     runs: list[list[Run]]
+    places: list[list[Run]] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -110,28 +113,33 @@ class Block:
         for start, stop in self.runs[0]:
             self.file.announce(self._row(start), (stop - start) * self._row_bytes)
 
+    @property
+    def extent(self) -> list[Run]:
+        """The ranges of bytes in the file that hold the kept rows."""
+        return [(self._row(start), self._row(stop)) for start, stop in self.runs[0]]
+
     def read_into(self, tensor: torch.Tensor) -> None:
-        """Fill a contiguous tensor of this shape."""
+        """Fill a contiguous tensor: all of one of this shape, or the places of a larger one."""
         # As bytes along the last dimension: numpy has no bfloat16, and unlike torch's its copies start no threads of their own.
         size = self.dtype.itemsize
-        *inner, last = [*self.runs[1:], [(0, 1)]] if len(self.full) == 1 else self.runs[1:]
-        kept = [*inner, [(start * size, stop * size) for start, stop in last]]
+        pairs = [_pairs(runs, self.places[i] if self.places else None) for i, runs in enumerate(self.runs)]
+        rows, *inner = [*pairs, [(slice(0, 1), slice(0, 1))]] if len(self.full) == 1 else pairs
+        inner[-1] = [(_scaled(run, size), _scaled(place, size)) for run, place in inner[-1]]
         shape = (*self.full[1:-1], self.full[-1] * size) if len(self.full) > 1 else (size,)
-        target = tensor.view(*tensor.shape, 1).flatten(len(kept)).view(torch.uint8).numpy()
-        whole = all(runs == [(0, n)] for runs, n in zip(kept, shape, strict=True))
+        target = tensor.view(*tensor.shape, 1).flatten(len(inner)).view(torch.uint8).numpy()
+        whole = target.shape[1:] == shape and all(
+            along == [(slice(0, n), slice(0, n))] for along, n in zip(inner, shape, strict=True)
+        )
         step = max(1, _CHUNK_BYTES // self._row_bytes)
-        done = 0
-        for start, stop in self.runs[0]:
+        for run, place in rows:
             if whole:
-                self.file.read_into(target[done : done + stop - start].reshape(-1), self._row(start))
-                done += stop - start
+                self.file.read_into(target[place].reshape(-1), self._row(run.start))
                 continue
-            for first in range(start, stop, step):
-                count = min(step, stop - first)
+            for done in range(0, run.stop - run.start, step):
+                count = min(step, run.stop - run.start - done)
                 chunk = _chunk(count * self._row_bytes)
-                self.file.read_into(chunk, self._row(first))
-                _cut(chunk.reshape(count, *shape), kept, target[done : done + count])
-                done += count
+                self.file.read_into(chunk, self._row(run.start + done))
+                _cut(chunk.reshape(count, *shape), inner, target[place.start + done : place.start + done + count])
 
     @property
     def _row_bytes(self) -> int:
@@ -142,13 +150,44 @@ class Block:
 
 
 @dataclass(frozen=True)
+class Joined:
+    """Blocks of one tensor that lie in several places, in several files. Indexing it reads them all.
+
+    Args:
+        shape (`tuple[int, ...]`): Of the tensor.
+        blocks (`list[Block]`): With places that cover it, each element once.
+    """
+
+    shape: tuple[int, ...]
+    blocks: list[Block]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.blocks[0].dtype
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        self.announce()
+        tensor = torch.empty(self.shape, dtype=self.dtype)
+        self.read_into(tensor)
+        return tensor[index]
+
+    def announce(self) -> None:
+        for block in self.blocks:
+            block.announce()
+
+    def read_into(self, tensor: torch.Tensor) -> None:
+        for block in self.blocks:
+            block.read_into(tensor)
+
+
+@dataclass(frozen=True)
 class Stack:
-    """Blocks of one shape as one tensor, along a new first dimension: experts that are stored one by one.
+    """Tensors of one shape as one tensor, along a new first dimension: experts that are stored one by one.
 
     Merging them here rather than in the stock loader spares it thousands of names, and every expert is read to its place at once.
     """
 
-    blocks: list[Block]
+    blocks: Sequence[Block | Joined]
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         for block in self.blocks:
@@ -166,8 +205,19 @@ def _chunk(size: int) -> np.ndarray:
     return _chunks.buffer[:size]
 
 
-def _cut(source: np.ndarray, runs: Sequence[Sequence[Run]], target: np.ndarray) -> None:
+def _pairs(runs: Sequence[Run], places: Sequence[Run] | None) -> list[tuple[slice, slice]]:
+    """Every range of one dimension, and where it belongs."""
+    if not places:
+        return list(places_of(runs))
+    return [(slice(*run), slice(*place)) for run, place in zip(runs, places, strict=True)]
+
+
+def _scaled(run: slice, size: int) -> slice:
+    return slice(run.start * size, run.stop * size)
+
+
+def _cut(source: np.ndarray, pairs: Sequence[Sequence[tuple[slice, slice]]], target: np.ndarray) -> None:
     """Copy what is kept along every dimension but the first."""
-    for pairs in product(*(list(places_of(ranges)) for ranges in runs)):
-        kept, place = zip(*pairs, strict=True)
+    for chosen in product(*pairs):
+        kept, place = zip(*chosen, strict=True)
         np.copyto(target[(slice(None), *place)], source[(slice(None), *kept)])

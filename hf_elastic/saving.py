@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import shutil
@@ -9,22 +10,28 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
 from .architectures import uniform
 from .budgets import Budget
+from .checkpoint import Checkpoint
 from .configuration_elastic import ElasticConfig
 from .errors import CheckpointError, ElasticConfigError, refuse_misspelt
+from .files import INDEX_NAME, find_files
+from .nested import FOLDER, write_nested
 from .remote_code import AUTO_MAP, write_module
 from .router import ROUTER_FILE, BudgetRouter
 from .section import checked_section
 
 _HUB_KWARGS = ("repo_id", "commit_message", "create_pr", "private", "token")
 _WEIGHT_FILE = re.compile(
-    r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?|" + re.escape(ROUTER_FILE)
+    r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?"
+    rf"|{re.escape(ROUTER_FILE)}"
+    rf"|{FOLDER}/[^/]+/((model|added)(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?|(generation_)?config\.json)"
 )
+Layout = Literal["stock", "nested"]
 
 
 @contextmanager
@@ -54,18 +61,24 @@ def replacing(directory: str | os.PathLike[str]) -> Iterator[Path]:
 
 def _exchange(scratch: Path, target: Path) -> None:
     """Move the files of `scratch` over those of `target`, all of them or none."""
-    names = {file.name for file in scratch.iterdir()}
+    names = {file.relative_to(scratch).as_posix() for file in scratch.rglob("*") if file.is_file()}
     for name in names:
         if (target / name).is_dir():
             raise CheckpointError(
                 f"{target / name} is a folder, and a file of that name has to be written; move it away."
             )
+        if (above := (target / name).parent) != target and above.exists() and not above.is_dir():
+            raise CheckpointError(f"{above} is a file, and a folder of that name has to be made; move it away.")
     stale = set()
     if any(_WEIGHT_FILE.fullmatch(name) for name in names):
-        stale = {file.name for file in target.iterdir() if _WEIGHT_FILE.fullmatch(file.name)} - names
+        files = [*target.iterdir(), *(target / FOLDER).rglob("*")]
+        stale = {name for file in files if _WEIGHT_FILE.fullmatch(name := file.relative_to(target).as_posix())} - names
     there = {name for name in names | stale if (target / name).exists()}
     old = Path(tempfile.mkdtemp(prefix=".old-", dir=scratch))
     try:
+        for name in names | stale:
+            for folder in (old, target):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
         # config.json last: until it is there, a reader sees either the old pair or a config that refuses the new weights.
         for name in sorted(names, key=lambda n: (n == "config.json", n)):
             if name in there:
@@ -80,6 +93,10 @@ def _exchange(scratch: Path, target: Path) -> None:
             elif name not in there and not (scratch / name).exists():
                 (target / name).unlink()
         raise
+    finally:
+        for folder in (*(target / FOLDER).glob("*/"), target / FOLDER):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
 
 
 def _keep(file: Path, copy: Path) -> None:
@@ -104,7 +121,9 @@ class SavingMixin:
     def attach_router(self, router: BudgetRouter | None) -> None:
         """Have a router saved with the model from now on; `None` takes it off. Slices (`budget=`) are saved without it."""
         section = {
-            key: value for key, value in self.elastic_config.elastic.items() if key not in ("router", "version")
+            key: value
+            for key, value in self.elastic_config.elastic.items()
+            if key not in ("router", "files", "version")
         }
         if router is not None:
             section["router"] = router.describe()
@@ -116,6 +135,7 @@ class SavingMixin:
         save_directory: str | os.PathLike[str],
         *args: Any,
         budget: Budget = None,
+        layout: Layout = "stock",
         push_to_hub: bool = False,
         is_main_process: bool = True,
         **kwargs: Any,
@@ -127,10 +147,14 @@ class SavingMixin:
         Args:
             save_directory (`str` or `os.PathLike`): Folder to write into. If saving fails, what it held before is untouched.
             budget (*optional*): Save only this size and what nests in it, without the router.
+            layout (`str`, *optional*, defaults to `"stock"`):
+                `"stock"` writes the weights as the stock class does. `"nested"` writes files per budget, so that who wants one downloads
+                exactly what it needs, see [`hf_elastic.nested`]; the folder then needs room for two copies while it is saved.
             push_to_hub (`bool`, *optional*, defaults to `False`): As in `PreTrainedModel.save_pretrained`.
             kwargs: As in `PreTrainedModel.save_pretrained` (`max_shard_size`, `variant`, ...).
         """
-        refuse_misspelt(kwargs, "budget")
+        refuse_misspelt(kwargs, "budget", "layout")
+        _check_layout(layout, kwargs)
         if push_to_hub and budget is not None:  # pushing saves again, and knows of no budget
             raise ElasticConfigError(
                 f"push_to_hub=True pushes everything that is loaded, not budget={budget!r}; save that budget into a folder, load it "
@@ -146,6 +170,7 @@ class SavingMixin:
             self._check_state_dict(kwargs.get("state_dict"))
             with replacing(save_directory) as scratch:
                 self._write_stock(scratch, *args, **kwargs)
+                files = self._nest(scratch, elastic, kwargs.get("max_shard_size")) if layout == "nested" else None
                 if (described := elastic.elastic.get("router")) is not None:
                     if self.router is None or self.router.describe() != described:
                         raise CheckpointError(
@@ -153,10 +178,25 @@ class SavingMixin:
                         )
                     self.router.save(scratch)
                 write_module(scratch)
-                self._written_config(elastic).save_pretrained(scratch)
+                self._written_config(elastic, files).save_pretrained(scratch)
         if push_to_hub:
             repo_id = hub.pop("repo_id", Path(save_directory).name)
             super().push_to_hub(repo_id, **hub)  # type: ignore[misc]
+
+    def _nest(
+        self, folder: Path, elastic: ElasticConfig, max_shard_size: int | str | None
+    ) -> dict[str, dict[str, int]]:
+        """Turn a folder in the stock layout into the nested one; returns the files per budget."""
+        stock = find_files(folder)
+        files = write_nested(folder, Checkpoint(stock), elastic, max_shard_size or "5GB")
+        for file in (*stock, folder / INDEX_NAME):
+            file.unlink(missing_ok=True)
+        smallest = list(elastic.family().values())[-1]
+        place = (folder / next(iter(files[next(iter(files))]))).parent
+        self._write_stock_config(elastic.stock_config(smallest), smallest, place)  # type: ignore[attr-defined]
+        if (generation := folder / "generation_config.json").exists():
+            shutil.copyfile(generation, place / generation.name)
+        return files
 
     def _check_state_dict(self, state_dict: Mapping[str, torch.Tensor] | None) -> None:
         """Refuse weights of another size than what is saved, such as a state dict that was taken while a smaller budget was active."""
@@ -192,10 +232,24 @@ class SavingMixin:
         rules = self.elastic_config.architecture.rules(self.elastic_config.parent_config)
         return {rule.name for rule in rules if rule.tied}
 
-    def _written_config(self, elastic: ElasticConfig) -> ElasticConfig:
+    def _written_config(self, elastic: ElasticConfig, files: dict[str, dict[str, int]] | None = None) -> ElasticConfig:
         elastic.dtype = self.dtype  # type: ignore[attr-defined]
         elastic.parent_config.dtype = self.dtype  # type: ignore[attr-defined]
         facade = "ElasticForCausalLM" if self.can_generate() else "ElasticModel"  # type: ignore[attr-defined]
         elastic.architectures = [facade]
         elastic.auto_map = dict(AUTO_MAP)
-        return elastic
+        if files is None:
+            return elastic
+        written = copy.copy(elastic)
+        section = {key: value for key, value in elastic.elastic.items() if key != "version"}
+        written.elastic = checked_section(elastic.parent_config, {**section, "files": files})
+        return written
+
+
+def _check_layout(layout: Any, kwargs: Mapping[str, Any]) -> None:
+    if layout not in get_args(Layout):
+        raise ElasticConfigError(f"layout={layout!r} must be one of {', '.join(map(repr, get_args(Layout)))}.")
+    if layout == "nested" and kwargs.get("variant") is not None:
+        raise ElasticConfigError(
+            f"variant={kwargs['variant']!r}: the nested layout has no variants; use layout='stock'."
+        )

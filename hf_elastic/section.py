@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,10 +15,12 @@ from .cost import CostModel
 from .errors import ElasticConfigError, did_you_mean
 from .submodel import LAYERS, Submodel
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Version of the section on disk. A reader refuses newer ones; a writer writes the oldest that holds what it has to say."""
 
-_SECTION_KEYS = {1: {"version", "axes", "budgets"}, 2: {"version", "axes", "budgets", "interpolated", "router"}}
+_SECTION_KEYS = {1: {"version", "axes", "budgets"}}
+_SECTION_KEYS[2] = _SECTION_KEYS[1] | {"interpolated", "router"}
+_SECTION_KEYS[3] = _SECTION_KEYS[2] | {"files"}
 _ROUTER_KEYS = {"targets", "per_layer", "width"}
 _AXIS_KEYS = {"choices", "policy", "ranking"}
 _BUDGET_KEYS = {"sizes", "total_params", "active_params"}
@@ -62,7 +65,7 @@ def checked_section(parent: PreTrainedConfig, section: Any) -> dict[str, Any]:
         raise ElasticConfigError(
             "config.json has no `elastic` section; elastify() or ElasticConfig.from_parent() writes one."
         )
-    needed = 1 if section.keys() <= _SECTION_KEYS[1] else FORMAT_VERSION
+    needed = next((n for n, keys in _SECTION_KEYS.items() if section.keys() <= keys), FORMAT_VERSION)
     version = section.get("version", needed)
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
         raise ElasticConfigError(f"elastic.version={version!r} must be a whole number of at least 1.")
@@ -102,6 +105,10 @@ def checked_section(parent: PreTrainedConfig, section: Any) -> dict[str, Any]:
         checked["interpolated"] = [entry for name, _, entry in entries if name is None]
     if "router" in section:
         checked["router"] = _checked_router(section["router"])
+    if "files" in section:
+        full = architecture.full(parent)
+        whole = next((name for name, submodel in submodels.items() if submodel == full), FULL)
+        checked["files"] = _checked_files(section["files"], whole, {*budgets, whole})
     return checked
 
 
@@ -241,6 +248,48 @@ def _checked_router(router: Any) -> dict[str, Any]:
     if missing := sorted(_ROUTER_KEYS - router.keys()):
         raise ElasticConfigError(f"elastic.router does not say {missing[0]}; config.json was edited or damaged.")
     return copy.deepcopy(dict(router))
+
+
+def _checked_files(files: Any, whole: str, budgets: set[str]) -> dict[str, dict[str, int]]:
+    """The files that every budget adds in the nested layout, and their bytes.
+
+    Args:
+        whole (`str`): Name of the budget that is the whole parent.
+        budgets (`set[str]`): Names of all budgets.
+    """
+    if not isinstance(files, Mapping):
+        raise ElasticConfigError(f"elastic.files={files!r} must be a dict from budget to files.")
+    if stray := sorted(map(str, files.keys() - budgets)):
+        raise ElasticConfigError(
+            f"elastic.files has files for {stray[0]!r}, which is no budget; there are {sorted(budgets)}."
+        )
+    if whole not in files:
+        raise ElasticConfigError(
+            f"elastic.files has no files for {whole!r}, the whole parent; the checkpoint is incomplete."
+        )
+    seen: set[str] = set()
+    for name, entry in files.items():
+        where = f"elastic.files[{name!r}]"
+        if not isinstance(entry, Mapping):
+            raise ElasticConfigError(f"{where}={entry!r} must be a dict from file to bytes.")
+        for path, size in entry.items():
+            if not is_inner_path(path):
+                raise ElasticConfigError(
+                    f"{where} names {path!r}, which is not a safetensors file in the checkpoint's folder; it is not opened."
+                )
+            if path.lower() in seen:
+                raise ElasticConfigError(f"elastic.files names {path!r} twice, or in two spellings.")
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ElasticConfigError(f"{where}[{path!r}]={size!r} must be a number of bytes.")
+            seen.add(path.lower())
+    return {name: dict(entry) for name, entry in files.items()}
+
+
+def is_inner_path(path: Any) -> bool:
+    """Whether a text names a safetensors file in a folder or below it, on every system."""
+    if not isinstance(path, str) or not path.endswith(".safetensors") or re.search(r'[\\:*?"<>|\x00-\x1f]', path):
+        return False
+    return all(part.strip(". ") for part in path.split("/"))
 
 
 def _why_not_nested(inner: Submodel, outer: Submodel) -> str:

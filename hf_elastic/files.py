@@ -1,0 +1,123 @@
+"""Where the files of a checkpoint are: in a folder, or in the Hub's cache, into which they are fetched.
+
+An index or a config says which files there are. What it names has to lie in the checkpoint's folder; anything else is not opened.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import cached_file
+
+from .errors import CheckpointError
+from .section import is_inner_path
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+
+def find_files(repo: str | os.PathLike[str], variant: str | None = None, **hub: Any) -> list[Path]:
+    """The safetensors files of a folder or Hub repository in the stock layout, fetched into the cache if they are remote.
+
+    Args:
+        repo (`str` or `os.PathLike`): Folder or repository id.
+        variant (`str`, *optional*): As in `from_pretrained`.
+        hub: `cache_dir`, `revision`, `token`, `subfolder`, ... as `transformers.utils.cached_file` takes them.
+
+    Raises:
+        `CheckpointError`: there are none. Pickled weights (`.bin`) are named, but never loaded.
+    """
+
+    def get(name: str) -> Path | None:
+        if variant:  # before the last ending, as upstream writes it: model.safetensors.index.fp16.json
+            stem, _, ending = name.rpartition(".")
+            name = f"{stem}.{variant}.{ending}"
+        return find_file(repo, name, hub)
+
+    single = get(SINGLE_NAME)  # first, as upstream does where a folder holds both
+    if single is not None:
+        return [single]
+    index = get(INDEX_NAME)
+    if index is None:
+        raise CheckpointError(
+            f"{repo} holds neither {SINGLE_NAME} nor {INDEX_NAME}. Elastic checkpoints are read from safetensors only; pickled "
+            "weights (.bin) are not loaded, convert them with the stock model's save_pretrained."
+        )
+    return [_listed(repo, name, index.name, hub) for name in shard_names(index)]
+
+
+def find_nested_files(
+    repo: str | os.PathLike[str], files: Iterable[Mapping[str, int]], variant: str | None = None, **hub: Any
+) -> list[Path]:
+    """The files of some budgets in the nested layout, fetched into the cache if they are remote.
+
+    Args:
+        files (`Iterable[dict[str, int]]`): Per budget its files and their bytes.
+
+    Raises:
+        `CheckpointError`: one is missing, or has another size.
+    """
+    if variant:
+        raise CheckpointError(f"variant={variant!r}: {repo} is in the nested layout, which has no variants.")
+    found = []
+    for name, size in ((name, size) for entry in files for name, size in entry.items()):
+        path = _listed(repo, name, "config.json", hub)
+        if (there := path.stat().st_size) != size:
+            raise CheckpointError(
+                f"{path} has {there:,} bytes, config.json says {size:,}: it was not completely written or uploaded, or belongs to "
+                "another save. Fetch or save it again."
+            )
+        found.append(path)
+    return found
+
+
+def find_file(repo: str | os.PathLike[str], name: str, hub: Mapping[str, Any]) -> Path | None:
+    """A file of a folder or Hub repository, `None` if there is none of that name."""
+    path = cached_file(repo, name, _raise_exceptions_for_missing_entries=False, **hub)
+    return Path(path) if path else None
+
+
+def shard_names(index: Path) -> list[str]:
+    """The files that an index of the stock layout lists.
+
+    Raises:
+        `CheckpointError`: it is none, or names something that is not a safetensors file beside it.
+    """
+    try:
+        weight_map: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+        if not names:
+            raise ValueError("no files")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is no index of safetensors files ({error!r}).") from error
+    for name in names:
+        if not is_inner_path(name) or "/" in name:
+            raise CheckpointError(
+                f"{index} names {name!r}, which is not a safetensors file beside it; it is not opened."
+            )
+    return names
+
+
+def _listed(repo: str | os.PathLike[str], name: str, listing: str, hub: Mapping[str, Any]) -> Path:
+    path = find_file(repo, name, hub)
+    if path is None:
+        raise CheckpointError(f"{name} is missing, though {listing} lists it; the checkpoint is incomplete.")
+    if os.path.isdir(repo):
+        _refuse_outside(Path(repo), path)
+    return path
+
+
+def _refuse_outside(folder: Path, path: Path) -> None:
+    """Refuse a link out of a folder; a folder of the Hub's cache links to its blobs."""
+    folder = folder.resolve()
+    inside = [folder]
+    if (snapshots := next((parent for parent in folder.parents if parent.name == "snapshots"), None)) is not None:
+        inside.append(snapshots.parent / "blobs")
+    if not any(path.resolve().is_relative_to(place) for place in inside):
+        raise CheckpointError(
+            f"{path} is a link out of {folder}, to {path.resolve()}; it is not opened. Put the file itself there, or a hard link."
+        )

@@ -1,0 +1,316 @@
+"""The nested layout: files per budget, so that a size needs exactly the files up to its own.
+
+```
+config.json                                 elastic; `elastic.files` lists the files of every budget and their bytes
+budgets/12b/config.json model.safetensors   the smallest budget: a stock checkpoint of that size
+budgets/23b/added.safetensors               what 23b keeps and 12b does not
+budgets/full/added.safetensors              what the parent keeps and 23b does not
+```
+
+A tensor of the parent is cut into *parts*: the smallest budget's region of it, and for every larger budget what its region has more.
+Regions are products of ranges along the dimensions, nested in each other, so the rest of one without the other is at most one block per
+dimension: new rows over all columns, then new columns of the old rows. Parts do not overlap, so together they are as large as the parent.
+
+In the smallest budget's files tensors have the names that they have in a stock checkpoint of that size. Elsewhere the name is the parent's
+with `.level1.dim0` behind it: what the first larger budget adds along dimension 0; `.level1` alone where nothing smaller has the tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors.torch import save_file
+from transformers import PreTrainedConfig
+
+from .architectures import Architecture
+from .axes import Run, TensorRule
+from .checkpoint import Checkpoint, is_base, stored_names
+from .configuration_elastic import ElasticConfig
+from .errors import CheckpointError
+from .files import INDEX_NAME, find_files, find_nested_files
+from .reading import Block, Joined
+from .slicing import Piece, pieces
+from .submodel import Submodel
+
+FOLDER = "budgets"
+Region = list[list[Run]]
+"""Per dimension the ranges that are kept of a tensor of the parent."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A block of a tensor of the parent that is stored as a tensor.
+
+    Args:
+        level (`int`): Which budget's files hold it, 0 for the smallest.
+        name (`str`): Its name there.
+        region (`list[list[tuple[int, int]]]`): What it holds.
+    """
+
+    level: int
+    name: str
+    region: Region
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(sum(stop - start for start, stop in runs) for runs in self.region)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of the parent's stock checkpoint, and the parts that hold it in the nested layout."""
+
+    rule: TensorRule
+    name: str
+    shape: tuple[int, ...]
+    parts: list[Part]
+
+
+def split(name: str, first: str, regions: Sequence[Region | None]) -> Iterator[Part]:
+    """Cut a tensor into the parts that every budget adds.
+
+    Args:
+        name (`str`): Its name in the parent.
+        first (`str`): Its name in the smallest budget.
+        regions (`list`): What every budget keeps of it, smallest first; `None` where it keeps nothing.
+    """
+    old: Region | None = None
+    for level, region in enumerate(regions):
+        if region is None:
+            continue
+        if old is None:
+            yield Part(level, first if level == 0 else f"{name}.level{level}", region)
+        else:
+            for i, runs in enumerate(region):
+                if added := without(runs, old[i]):
+                    yield Part(level, f"{name}.level{level}.dim{i}", [*old[:i], added, *region[i + 1 :]])
+        old = region
+
+
+def without(runs: Sequence[Run], taken: Sequence[Run]) -> list[Run]:
+    """The indices of `runs` that are not in `taken`, both in order."""
+    left: list[Run] = []
+    for start, stop in runs:
+        for first, last in taken:
+            if first < stop and last > start:
+                if start < first:
+                    left.append((start, first))
+                start = max(start, last)
+        if start < stop:
+            left.append((start, stop))
+    return left
+
+
+def common(runs: Sequence[Run], others: Sequence[Run]) -> Iterator[tuple[Run, Run]]:
+    """The indices in both, as ranges of positions: in what `runs` keeps, and in what `others` keep."""
+    at = 0
+    for start, stop in runs:
+        other_at = 0
+        for first, last in others:
+            low, high = max(start, first), min(stop, last)
+            if low < high:
+                yield (at + low - start, at + high - start), (other_at + low - first, other_at + high - first)
+            other_at += last - first
+        at += stop - start
+
+
+def layouts(
+    rule: TensorRule, levels: Sequence[Piece | None], architecture: Architecture
+) -> Iterator[tuple[Stored, ...]]:
+    """The ways in which a tensor may be stored: under each of the names it can have, and experts one by one or stacked.
+
+    Args:
+        rule (`TensorRule`): Tensor of the parent.
+        levels (`list[Piece | None]`): What every budget keeps of it, smallest first.
+    """
+    shape = rule.shape(next(piece.full for piece in levels if piece is not None))
+    whole = [None if piece is None else piece.runs for piece in levels]
+    target = rule if levels[0] is None else levels[0].target
+    if rule.stacked:
+        positions = [{} if runs is None else _positions(runs[0]) for runs in whole]
+        for style in range(4):
+            tensors = []
+            for expert in range(shape[0]):
+                name = stored_names(rule, architecture, expert)[style]
+                first = stored_names(target, architecture, positions[0].get(expert, expert))[style]
+                regions = [
+                    runs[1:] if runs and expert in at else None for runs, at in zip(whole, positions, strict=True)
+                ]
+                tensors.append(Stored(rule, name, shape[1:], list(split(name, first, regions))))
+            yield tuple(tensors)
+    for name, first in zip(stored_names(rule, architecture), stored_names(target, architecture), strict=True):
+        yield (Stored(rule, name, shape, list(split(name, first, whole))),)
+
+
+def _positions(runs: Sequence[Run]) -> dict[int, int]:
+    return {old: new for new, old in enumerate(i for start, stop in runs for i in range(start, stop))}
+
+
+def _tensors(
+    architecture: Architecture,
+    config: PreTrainedConfig,
+    levels: Sequence[Submodel],
+    fits: Callable[[Stored], bool],
+) -> Iterator[Stored]:
+    """Every stored tensor, in the layout whose first tensor `fits`; in the Hub's where none does.
+
+    Args:
+        levels (`list[Submodel]`): Nested budgets, smallest first.
+    """
+    kept = [{piece.rule.name: piece for piece in pieces(architecture, config, level)} for level in levels]
+    for name, largest in kept[-1].items():
+        if not largest.rule.tied:
+            here = [level.get(name) for level in kept]
+            found = (tensors for tensors in layouts(largest.rule, here, architecture) if fits(tensors[0]))
+            yield from next(found, None) or next(layouts(largest.rule, here, architecture))
+
+
+class NestedCheckpoint(Checkpoint):
+    """The files of one or more budgets of the nested layout, opened: to whoever asks, the stock checkpoint that they are parts of.
+
+    Args:
+        files (`list[Path]`): Files of all budgets of `levels`.
+        architecture (`Architecture`): Table of the parent.
+        config (`PreTrainedConfig`): The parent's stock config.
+        levels (`list[Submodel]`): Those budgets, smallest first, without gaps.
+    """
+
+    def __init__(
+        self, files: list[Path], architecture: Architecture, config: PreTrainedConfig, levels: Sequence[Submodel]
+    ):
+        super().__init__(files)
+        tensors = _tensors(architecture, config, levels, lambda tensor: tensor.parts[0].name in self._where)
+        self._stored = {tensor.name: tensor for tensor in tensors if tensor.parts}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._stored
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self._stored[key].shape
+
+    def check(
+        self, architecture: Architecture, config: PreTrainedConfig, *, head: bool = True, ignored: Iterable[str] = ()
+    ) -> None:
+        super().check(architecture, config, head=head, ignored=ignored)
+        for tensor in self._stored.values():
+            types = {self._stored_dtype(part.name) for part in tensor.parts if part.name in self._where}
+            if len(types) > 1:
+                raise CheckpointError(f"the parts of {tensor.name} are stored as {' and '.join(sorted(types))}.")
+
+    def _expected(
+        self, architecture: Architecture, config: PreTrainedConfig, head: bool
+    ) -> Iterator[tuple[str, tuple[int, ...], bool]]:
+        for tensor in self._stored.values():
+            required = head or is_base(tensor.rule.name, architecture)
+            yield from ((part.name, part.shape, required) for part in tensor.parts)
+
+    def block(self, key: str, runs: Region) -> Block | Joined:
+        shape, blocks = Part(0, key, runs).shape, []
+        for part in self._stored[key].parts:
+            pairs = [list(common(region, kept)) for region, kept in zip(part.region, runs, strict=True)]
+            if all(pairs):
+                block = self._stored_block(part.name, [[run for run, _ in along] for along in pairs])
+                if block.shape == shape:
+                    return block
+                blocks.append(replace(block, places=[[place for _, place in along] for along in pairs]))
+        return Joined(shape, blocks)
+
+
+def write_nested(
+    directory: Path, source: Checkpoint, elastic: ElasticConfig, max_shard_size: int | str = "5GB"
+) -> dict[str, dict[str, int]]:
+    """Write the weight files of the nested layout from a checkpoint in the stock layout; one file is in memory at a time.
+
+    Args:
+        directory (`Path`): Root of the new checkpoint.
+        source (`Checkpoint`): The parent's weights.
+        elastic (`ElasticConfig`): Its config; every member of the family gets files.
+        max_shard_size (`int` or `str`, *optional*, defaults to `"5GB"`): Of one file.
+
+    Returns:
+        `dict[str, dict[str, int]]`: Per budget its files and their bytes, the `elastic.files` of the config.
+    """
+    family = dict(reversed(elastic.family().items()))
+    contents: list[dict[str, Block | Joined]] = [{} for _ in family]
+
+    levels = list(family.values())
+    for tensor in _tensors(elastic.architecture, elastic.parent_config, levels, lambda tensor: tensor.name in source):
+        if tensor.name in source:  # a base model has no head
+            for part in tensor.parts:
+                contents[part.level][part.name] = source.block(tensor.name, part.region)
+    files: dict[str, dict[str, int]] = {}
+    for (name, folder), content in zip(folder_names(list(family)).items(), contents, strict=True):
+        place = f"{FOLDER}/{folder}"
+        (directory / place).mkdir(parents=True)
+        stem = "model" if content is contents[0] else "added"
+        files[name] = {}
+        for file in _write_shards(directory / place, stem, content, max_shard_size):
+            files[name][f"{place}/{file}"] = (directory / place / file).stat().st_size
+    return files
+
+
+def _write_shards(folder: Path, stem: str, content: dict[str, Any], max_shard_size: int | str) -> list[str]:
+    if not content:  # a budget that differs in what has no weights, such as experts per token
+        return []
+    shards = split_state_dict_into_shards_factory(
+        content, get_storage_size=_bytes, filename_pattern=stem + "{suffix}.safetensors", max_shard_size=max_shard_size
+    )
+    for file, keys in shards.filename_to_tensors.items():
+        save_file({key: content[key][...] for key in keys}, folder / file, metadata={"format": "pt"})
+    if shards.is_sharded and stem == "model":
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return list(shards.filename_to_tensors)
+
+
+def _bytes(block: Any) -> int:
+    return int(torch.Size(block.shape).numel()) * block.dtype.itemsize
+
+
+def folder_names(budgets: Sequence[str]) -> dict[str, str]:
+    """A folder for every budget, named after it as far as names of folders go, and no two alike on any system."""
+    folders: dict[str, str] = {}
+    for name in budgets:
+        stem = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "budget"
+        folder, count = stem, 1
+        while folder.lower() in {other.lower() for other in folders.values()}:
+            count += 1
+            folder = f"{stem}-{count}"
+        folders[name] = folder
+    return folders
+
+
+def levels_for(elastic: ElasticConfig, submodel: Submodel) -> dict[str, Submodel]:
+    """The budgets whose files a submodel needs, smallest first: up to the first that it nests in."""
+    levels: dict[str, Submodel] = {}
+    for name, member in reversed(elastic.family().items()):
+        if name in elastic.elastic["files"]:
+            levels[name] = member
+            if submodel.nests_in(member):
+                break
+    return levels
+
+
+def open_checkpoint(
+    repo: str | os.PathLike[str], elastic: ElasticConfig, submodel: Submodel, variant: str | None = None, **hub: Any
+) -> Checkpoint:
+    """The files of a checkpoint in either layout that a submodel needs.
+
+    Args:
+        repo (`str` or `os.PathLike`): Folder or repository id.
+        elastic (`ElasticConfig`): Its config.
+        hub: As `find_files` takes them.
+    """
+    if "files" not in elastic.elastic:
+        return Checkpoint(find_files(repo, variant, **hub))
+    levels = levels_for(elastic, submodel)
+    files = find_nested_files(repo, [elastic.elastic["files"][name] for name in levels], variant, **hub)
+    return NestedCheckpoint(files, elastic.architecture, elastic.parent_config, list(levels.values()))
