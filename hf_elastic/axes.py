@@ -299,6 +299,20 @@ def take(tensor: torch.Tensor, runs: Sequence[Sequence[Run]]) -> torch.Tensor:
     return tensor
 
 
+def without(runs: Sequence[Run], taken: Sequence[Run]) -> list[Run]:
+    """The indices of `runs` that are not in `taken`, both in order."""
+    left: list[Run] = []
+    for start, stop in runs:
+        for first, last in taken:
+            if first < stop and last > start:
+                if start < first:
+                    left.append((start, first))
+                start = max(start, last)
+        if start < stop:
+            left.append((start, stop))
+    return left
+
+
 def places_of(runs: Sequence[Run]) -> Iterator[tuple[slice, slice]]:
     """Every range of one dimension, and where it lies when they are joined."""
     done = 0

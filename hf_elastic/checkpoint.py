@@ -133,21 +133,34 @@ class Checkpoint:
             head (`bool`, *optional*, defaults to `True`): `False` leaves out what only the causal model has.
         """
         lazy: dict[str, Block | Joined | Stack | torch.Tensor] = {}
+        for name, part in self._parts(architecture, config, submodel, head):
+            # A whole tensor is mapped, as the stock loader maps it: its pages are read when they are used.
+            mapped = isinstance(part, Block) and part.is_whole
+            lazy[name] = self._where[part.key][0].get_tensor(part.key) if mapped else part  # type: ignore[union-attr]
+        return lazy
+
+    def extents(
+        self, architecture: Architecture, config: PreTrainedConfig, submodel: Submodel, *, head: bool = True
+    ) -> dict[Path, list[Run]]:
+        """Per file the ranges of bytes that `lazy_slice` of the same arguments reads."""
+        ranges: dict[Path, list[Run]] = {}
+        for _, part in self._parts(architecture, config, submodel, head):
+            for block in part.leaves():
+                ranges.setdefault(block.file.path, []).extend(block.extent)
+        return ranges
+
+    def _parts(
+        self, architecture: Architecture, config: PreTrainedConfig, submodel: Submodel, head: bool
+    ) -> Iterator[tuple[str, Block | Joined | Stack]]:
         for piece in pieces(architecture, config, submodel):
             if piece.rule.tied or not (head or is_base(piece.rule.name, architecture)):
                 continue
             sources, runs = self._sources(piece, architecture), piece.runs
             if _is_split(sources, piece):
                 kept = [expert for start, stop in runs[0] for expert in range(start, stop)]
-                lazy[piece.target.name] = Stack([self.block(sources[expert], runs[1:]) for expert in kept])
+                yield piece.target.name, Stack([self.block(sources[expert], runs[1:]) for expert in kept])
             else:
-                block = self.block(sources[0], runs)
-                # A whole tensor is mapped, as the stock loader maps it: its pages are read when they are used.
-                if isinstance(block, Block) and block.is_whole:
-                    lazy[piece.target.name] = self._where[block.key][0].get_tensor(block.key)
-                else:
-                    lazy[piece.target.name] = block
-        return lazy
+                yield piece.target.name, self.block(sources[0], runs)
 
     def block(self, key: str, runs: list[list[Run]]) -> Block | Joined:
         """A part of a tensor, not read yet."""

@@ -5,13 +5,16 @@ An index or a config says which files there are. What it names has to lie in the
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import cached_file
+from huggingface_hub import ResolvedRevision, try_to_load_from_cache
+from transformers.utils import cached_file, resolve_revision
 
 from .errors import CheckpointError
 from .section import is_inner_path
@@ -32,22 +35,29 @@ def find_files(repo: str | os.PathLike[str], variant: str | None = None, **hub: 
         `CheckpointError`: there are none. Pickled weights (`.bin`) are named, but never loaded.
     """
 
-    def get(name: str) -> Path | None:
-        if variant:  # before the last ending, as upstream writes it: model.safetensors.index.fp16.json
-            stem, _, ending = name.rpartition(".")
-            name = f"{stem}.{variant}.{ending}"
-        return find_file(repo, name, hub)
-
-    single = get(SINGLE_NAME)  # first, as upstream does where a folder holds both
+    single = find_file(
+        repo, with_variant(SINGLE_NAME, variant), hub
+    )  # first, as upstream does where a folder holds both
     if single is not None:
         return [single]
-    index = get(INDEX_NAME)
+    index = find_file(repo, with_variant(INDEX_NAME, variant), hub)
     if index is None:
-        raise CheckpointError(
-            f"{repo} holds neither {SINGLE_NAME} nor {INDEX_NAME}. Elastic checkpoints are read from safetensors only; pickled "
-            "weights (.bin) are not loaded, convert them with the stock model's save_pretrained."
-        )
+        raise no_weights(repo)
     return [_listed(repo, name, index.name, hub) for name in shard_names(index)]
+
+
+def with_variant(name: str, variant: str | None) -> str:
+    """Before the last ending, as upstream writes it: `model.safetensors.index.fp16.json`."""
+    stem, _, ending = name.rpartition(".")
+    return f"{stem}.{variant}.{ending}" if variant else name
+
+
+def no_weights(repo: str | os.PathLike[str]) -> CheckpointError:
+    """What to say to a folder or repository without weights that are read."""
+    return CheckpointError(
+        f"{repo} holds neither {SINGLE_NAME} nor {INDEX_NAME}. Elastic checkpoints are read from safetensors only; pickled "
+        "weights (.bin) are not loaded, convert them with the stock model's save_pretrained."
+    )
 
 
 def find_nested_files(
@@ -73,6 +83,13 @@ def find_nested_files(
             )
         found.append(path)
     return found
+
+
+def pinned(repo: str | os.PathLike[str], hub: Mapping[str, Any]) -> dict[str, Any]:
+    """`hub` with the commit that its revision is now, so that all files of one load are of one commit."""
+    where = {key: hub.get(key) for key in ("revision", "token", "cache_dir")}
+    revision = resolve_revision(repo, local_files_only=bool(hub.get("local_files_only")), **where)
+    return dict(hub) if revision is None else {**hub, "revision": revision}
 
 
 def find_file(repo: str | os.PathLike[str], name: str, hub: Mapping[str, Any]) -> Path | None:
@@ -103,12 +120,50 @@ def shard_names(index: Path) -> list[str]:
 
 
 def _listed(repo: str | os.PathLike[str], name: str, listing: str, hub: Mapping[str, Any]) -> Path:
+    """A file that has to be there, because `listing` says so."""
+    if not os.path.isdir(repo):
+        return fetched(repo, name, listing, hub)
     path = find_file(repo, name, hub)
     if path is None:
         raise CheckpointError(f"{name} is missing, though {listing} lists it; the checkpoint is incomplete.")
-    if os.path.isdir(repo):
-        _refuse_outside(Path(repo), path)
+    _refuse_outside(Path(repo), path)
     return path
+
+
+def fetched(repo: str | os.PathLike[str], name: str, listing: str, hub: Mapping[str, Any]) -> Path:
+    """A file of a Hub repository. What was just downloaded has to have the contents that the Hub says it has."""
+    known = find_cached(repo, name, hub)
+    try:
+        path = Path(str(cached_file(repo, name, **hub)))
+    except OSError as error:
+        raise CheckpointError(f"{name}, which {listing} of {repo} lists, cannot be fetched: {error}") from error
+    blob = path.resolve()
+    fresh = known is None or bool(hub.get("force_download"))
+    if fresh and re.fullmatch(r"[0-9a-f]{64}", blob.name) and sha256(blob) != blob.name:
+        path.unlink()
+        blob.unlink()
+        raise CheckpointError(
+            f"{name} of {repo} arrived with other contents than the Hub says it has, and was removed from the cache; fetch it again."
+        )
+    return path
+
+
+def find_cached(repo: str | os.PathLike[str], name: str, hub: Mapping[str, Any]) -> Path | None:
+    """A file of a Hub repository if it is in the ordinary cache already."""
+    revision = hub.get("revision")
+    revision = revision.resolved if isinstance(revision, ResolvedRevision) else revision
+    full = f"{hub['subfolder']}/{name}" if hub.get("subfolder") else name
+    path = try_to_load_from_cache(str(repo), full, cache_dir=hub.get("cache_dir"), revision=revision)
+    return Path(path) if isinstance(path, str) else None
+
+
+def sha256(path: Path) -> str:
+    """Digest of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _refuse_outside(folder: Path, path: Path) -> None:

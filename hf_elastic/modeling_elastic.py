@@ -33,6 +33,7 @@ from .budgets import Budget
 from .configuration_elastic import ElasticConfig, plain_parent_error
 from .errors import ElasticConfigError
 from .export import ExportMixin
+from .files import pinned
 from .generation.phases import PhasedGenerationMixin
 from .loading import (
     checked_kwargs,
@@ -44,7 +45,7 @@ from .loading import (
     unknown_argument,
 )
 from .memory import resolve_for_loading
-from .nested import open_checkpoint
+from .opening import open_checkpoint
 from .remote_code import InstalledCode
 from .router import BudgetRouter, read_router
 from .saving import SavingMixin
@@ -170,21 +171,19 @@ class ElasticPreTrainedModel(InstalledCode, SwitchingMixin, SavingMixin, ExportM
         if pretrained_model_name_or_path is None:
             return _from_state_dict(cls, config, budget, *model_args, **kwargs)
         hub = {key: kwargs.pop(key) for key in _HUB_KWARGS if kwargs.get(key) is not None}
+        hub = pinned(pretrained_model_name_or_path, hub)
         elastic = load_config(pretrained_model_name_or_path, config, elastic_config, hub)
         stock_kwargs = checked_kwargs(kwargs)
         dtype = load_dtype(stock_kwargs, elastic)
         submodel = resolve_for_loading(elastic, budget, dtype, kwargs.get("device_map"), kwargs.get("max_memory"))
         variant = kwargs.pop("variant", None)
-        checkpoint = open_checkpoint(pretrained_model_name_or_path, elastic, submodel, variant, **hub)
-        dtype = dtype or checkpoint.dtype()
         concrete = concrete_class(cls, elastic.parent_config)
         head = concrete._stock_class is elastic.architecture.causal_class
-        checkpoint.check(
-            elastic.architecture,
-            elastic.parent_config,
-            head=head,
-            ignored=concrete._keys_to_ignore_on_load_unexpected or (),
+        ignored = concrete._keys_to_ignore_on_load_unexpected or ()
+        checkpoint = open_checkpoint(
+            pretrained_model_name_or_path, elastic, submodel, variant, head=head, ignored=ignored, **hub
         )
+        dtype = dtype or checkpoint.dtype()
         lazy = checkpoint.lazy_slice(elastic.architecture, elastic.parent_config, submodel, head=head)
         sliced = elastic.restrict(submodel)
         router = read_router(sliced, pretrained_model_name_or_path, **hub)

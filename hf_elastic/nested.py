@@ -18,7 +18,6 @@ with `.level1.dim0` behind it: what the first larger budget adds along dimension
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -31,11 +30,11 @@ from safetensors.torch import save_file
 from transformers import PreTrainedConfig
 
 from .architectures import Architecture
-from .axes import Run, TensorRule
+from .axes import Run, TensorRule, without
 from .checkpoint import Checkpoint, is_base, stored_names
 from .configuration_elastic import ElasticConfig
 from .errors import CheckpointError
-from .files import INDEX_NAME, find_files, find_nested_files
+from .files import INDEX_NAME
 from .reading import Block, Joined
 from .slicing import Piece, pieces
 from .submodel import Submodel
@@ -93,20 +92,6 @@ def split(name: str, first: str, regions: Sequence[Region | None]) -> Iterator[P
                 if added := without(runs, old[i]):
                     yield Part(level, f"{name}.level{level}.dim{i}", [*old[:i], added, *region[i + 1 :]])
         old = region
-
-
-def without(runs: Sequence[Run], taken: Sequence[Run]) -> list[Run]:
-    """The indices of `runs` that are not in `taken`, both in order."""
-    left: list[Run] = []
-    for start, stop in runs:
-        for first, last in taken:
-            if first < stop and last > start:
-                if start < first:
-                    left.append((start, first))
-                start = max(start, last)
-        if start < stop:
-            left.append((start, stop))
-    return left
 
 
 def common(runs: Sequence[Run], others: Sequence[Run]) -> Iterator[tuple[Run, Run]]:
@@ -297,20 +282,3 @@ def levels_for(elastic: ElasticConfig, submodel: Submodel) -> dict[str, Submodel
             if submodel.nests_in(member):
                 break
     return levels
-
-
-def open_checkpoint(
-    repo: str | os.PathLike[str], elastic: ElasticConfig, submodel: Submodel, variant: str | None = None, **hub: Any
-) -> Checkpoint:
-    """The files of a checkpoint in either layout that a submodel needs.
-
-    Args:
-        repo (`str` or `os.PathLike`): Folder or repository id.
-        elastic (`ElasticConfig`): Its config.
-        hub: As `find_files` takes them.
-    """
-    if "files" not in elastic.elastic:
-        return Checkpoint(find_files(repo, variant, **hub))
-    levels = levels_for(elastic, submodel)
-    files = find_nested_files(repo, [elastic.elastic["files"][name] for name in levels], variant, **hub)
-    return NestedCheckpoint(files, elastic.architecture, elastic.parent_config, list(levels.values()))

@@ -12,7 +12,7 @@ import math
 import os
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -36,7 +36,7 @@ class TensorFile:
     """
 
     def __init__(self, path: Path):
-        self._path = path
+        self.path = path
         self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         weakref.finalize(self, os.close, self._descriptor)
         self._lock = threading.Lock()
@@ -61,7 +61,7 @@ class TensorFile:
         while done < target.nbytes:
             count = self._read(target[done:], offset + done)
             if count == 0:
-                raise CheckpointError(f"{self._path} ended while it was read; fetch or save it again.")
+                raise CheckpointError(f"{self.path} ended while it was read; fetch or save it again.")
             done += count
 
     def _read(self, target: np.ndarray, offset: int) -> int:
@@ -108,6 +108,9 @@ class Block:
         tensor = torch.empty(self.shape, dtype=self.dtype)
         self.read_into(tensor)
         return tensor[index]
+
+    def leaves(self) -> Iterator[Block]:
+        yield self
 
     def announce(self) -> None:
         for start, stop in self.runs[0]:
@@ -171,6 +174,9 @@ class Joined:
         self.read_into(tensor)
         return tensor[index]
 
+    def leaves(self) -> Iterator[Block]:
+        yield from self.blocks
+
     def announce(self) -> None:
         for block in self.blocks:
             block.announce()
@@ -188,6 +194,10 @@ class Stack:
     """
 
     blocks: Sequence[Block | Joined]
+
+    def leaves(self) -> Iterator[Block]:
+        for block in self.blocks:
+            yield from block.leaves()
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         for block in self.blocks:

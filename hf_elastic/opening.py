@@ -1,0 +1,109 @@
+"""Opening a checkpoint in either layout, here or on the Hub, with as much of its files as a submodel needs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import Checkpoint
+from .configuration_elastic import ElasticConfig
+from .errors import CheckpointError
+from .fetching import MOSTLY, PartialFile, RangesRefused, commit_of
+from .files import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    fetched,
+    find_cached,
+    find_file,
+    find_files,
+    find_nested_files,
+    no_weights,
+    shard_names,
+    with_variant,
+)
+from .nested import NestedCheckpoint, levels_for
+from .submodel import Submodel
+
+
+def open_checkpoint(
+    repo: str | os.PathLike[str],
+    elastic: ElasticConfig,
+    submodel: Submodel,
+    variant: str | None = None,
+    *,
+    head: bool = True,
+    ignored: Iterable[str] = (),
+    **hub: Any,
+) -> Checkpoint:
+    """Open and check the files that a submodel needs.
+
+    Args:
+        repo (`str` or `os.PathLike`): Folder or repository id.
+        elastic (`ElasticConfig`): Its config.
+        head, ignored: As `Checkpoint.check` takes them.
+        hub: As `find_files` takes them.
+
+    Raises:
+        `CheckpointError`: files are missing, damaged, or disagree with the config.
+    """
+
+    def check(checkpoint: Checkpoint) -> Checkpoint:
+        checkpoint.check(elastic.architecture, elastic.parent_config, head=head, ignored=ignored)
+        return checkpoint
+
+    if "files" in elastic.elastic:
+        levels = levels_for(elastic, submodel)
+        files = find_nested_files(repo, [elastic.elastic["files"][name] for name in levels], variant, **hub)
+        return check(NestedCheckpoint(files, elastic.architecture, elastic.parent_config, list(levels.values())))
+    if os.path.isdir(repo) or hub.get("force_download") or commit_of(hub) is None:
+        return check(Checkpoint(find_files(repo, variant, **hub)))
+
+    def needs(checkpoint: Checkpoint) -> dict[Path, list[tuple[int, int]]]:
+        return check(checkpoint).extents(elastic.architecture, elastic.parent_config, submodel, head=head)
+
+    try:
+        return check(Checkpoint(_fetch_parts(str(repo), variant, needs, hub)))
+    except RangesRefused:
+        return check(Checkpoint(find_files(repo, variant, **hub)))
+
+
+def _fetch_parts(
+    repo: str,
+    variant: str | None,
+    needs: Callable[[Checkpoint], dict[Path, list[tuple[int, int]]]],
+    hub: dict[str, Any],
+) -> list[Path]:
+    """The files of a Hub repository in the stock layout, with at least what is needed of them.
+
+    Args:
+        needs: Gives per file the ranges of bytes that are needed, from headers alone.
+    """
+    single, index = with_variant(SINGLE_NAME, variant), with_variant(INDEX_NAME, variant)
+    try:
+        files = {single: _part(repo, single, hub)}  # first, as upstream does where a repository holds both
+    except FileNotFoundError:
+        listing = find_file(repo, index, hub)
+        if listing is None:
+            raise no_weights(repo) from None
+        files = {}
+        for name in shard_names(listing):
+            try:
+                files[name] = _part(repo, name, hub)
+            except FileNotFoundError as error:
+                raise CheckpointError(f"{error} {index} lists it; the checkpoint is incomplete.") from error
+    paths = {name: file.path if isinstance(file, PartialFile) else file for name, file in files.items()}
+    extents = needs(Checkpoint(list(paths.values())))
+    for name, file in files.items():
+        if isinstance(file, PartialFile):
+            ranges = extents.get(file.path, [])
+            if file.missing(ranges) > MOSTLY * file.size:
+                paths[name] = fetched(repo, name, index, hub)
+            else:
+                file.fetch(ranges)
+    return list(paths.values())
+
+
+def _part(repo: str, name: str, hub: dict[str, Any]) -> Path | PartialFile:
+    return find_cached(repo, name, hub) or PartialFile(repo, name, hub)
