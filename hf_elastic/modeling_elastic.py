@@ -46,6 +46,7 @@ from .loading import (
 )
 from .memory import resolve_for_loading
 from .opening import open_checkpoint
+from .pushing import PushMixin
 from .remote_code import InstalledCode
 from .router import BudgetRouter, read_router
 from .saving import SavingMixin
@@ -62,7 +63,7 @@ _WHERE_KWARGS = (
 _HUB_KWARGS = (*_WHERE_KWARGS, "force_download", "proxies", "token")
 
 
-class ElasticPreTrainedModel(InstalledCode, SwitchingMixin, SavingMixin, ExportMixin, PreTrainedModel):
+class ElasticPreTrainedModel(InstalledCode, SwitchingMixin, SavingMixin, PushMixin, ExportMixin, PreTrainedModel):
     """What both elastic classes share. Use [`ElasticForCausalLM`], [`ElasticModel`] or the AutoClasses."""
 
     config_class = ElasticConfig

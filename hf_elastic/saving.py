@@ -135,7 +135,7 @@ class SavingMixin:
         save_directory: str | os.PathLike[str],
         *args: Any,
         budget: Budget = None,
-        layout: Layout = "stock",
+        layout: Layout | None = None,
         push_to_hub: bool = False,
         is_main_process: bool = True,
         **kwargs: Any,
@@ -147,14 +147,14 @@ class SavingMixin:
         Args:
             save_directory (`str` or `os.PathLike`): Folder to write into. If saving fails, what it held before is untouched.
             budget (*optional*): Save only this size and what nests in it, without the router.
-            layout (`str`, *optional*, defaults to `"stock"`):
-                `"stock"` writes the weights as the stock class does. `"nested"` writes files per budget, so that who wants one downloads
+            layout (`str`, *optional*):
+                `"stock"`, the default for a folder, writes the weights as the stock class does. `"nested"`, the default for the Hub, writes files per budget, so that who wants one downloads
                 exactly what it needs, see [`hf_elastic.nested`]; the folder then needs room for two copies while it is saved.
             push_to_hub (`bool`, *optional*, defaults to `False`): As in `PreTrainedModel.save_pretrained`.
             kwargs: As in `PreTrainedModel.save_pretrained` (`max_shard_size`, `variant`, ...).
         """
         refuse_misspelt(kwargs, "budget", "layout")
-        _check_layout(layout, kwargs)
+        check_layout(layout or "stock", kwargs)
         if push_to_hub and budget is not None:  # pushing saves again, and knows of no budget
             raise ElasticConfigError(
                 f"push_to_hub=True pushes everything that is loaded, not budget={budget!r}; save that budget into a folder, load it "
@@ -181,7 +181,7 @@ class SavingMixin:
                 self._written_config(elastic, files).save_pretrained(scratch)
         if push_to_hub:
             repo_id = hub.pop("repo_id", Path(save_directory).name)
-            super().push_to_hub(repo_id, **hub)  # type: ignore[misc]
+            self.push_to_hub(repo_id, layout=layout or "nested", **hub)  # type: ignore[attr-defined]
 
     def _nest(
         self, folder: Path, elastic: ElasticConfig, max_shard_size: int | str | None
@@ -246,7 +246,8 @@ class SavingMixin:
         return written
 
 
-def _check_layout(layout: Any, kwargs: Mapping[str, Any]) -> None:
+def check_layout(layout: Any, kwargs: Mapping[str, Any]) -> None:
+    """Raise [`ElasticConfigError`] for a layout that there is not, or one that has no place for an argument."""
     if layout not in get_args(Layout):
         raise ElasticConfigError(f"layout={layout!r} must be one of {', '.join(map(repr, get_args(Layout)))}.")
     if layout == "nested" and kwargs.get("variant") is not None:
