@@ -169,7 +169,7 @@ class ElasticConfig(InstalledCode, PreTrainedConfig):
         """All submodels that a limit selects among, each nested in the one before it; the interpolated ones have no name."""
         count = CostModel(self.parent_config)
         members = [*self.family().items(), *((None, submodel) for submodel in self.between())]
-        return sorted(members, key=lambda member: -count(member[1]).total_params)
+        return sorted(members, key=lambda member: (-(cost := count(member[1])).total_params, -cost.active_params))
 
     def resolve(self, budget: Budget | Submodel, dtype: torch.dtype | None = None) -> Submodel:
         """The submodel that a budget asks for.

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 
 from huggingface_hub import (
@@ -42,6 +42,7 @@ _GAP = 1 << 16  # what is cheaper to fetch along than to ask for twice
 _PIECE = 1 << 24  # bytes of one request
 _WORKERS = 8
 _TRIES = 5
+_WAIT = 0.5  # seconds before the first of them, then twice as long each time
 _SECONDS = 2.0  # between two writes of the record
 _LARGEST_HEADER = 100_000_000  # as safetensors itself has it
 
@@ -88,13 +89,14 @@ class PartialFile:
             with self.path.open("rb") as file:
                 length = int.from_bytes(file.read(8), "little")
             if not 0 < length <= min(_LARGEST_HEADER, self.size - 8):
-                self._have = []
-                self._note()
+                self._record.unlink(missing_ok=True)
                 raise CheckpointError(
                     f"{self.name} of {repo} says that its header has {length:,} bytes, of {self.size:,} of the whole file: it is damaged, or "
                     "no safetensors file."
                 )
-            self._fetch([(8, 8 + length)], quiet=True)
+            if self.missing([(8, 8 + length)]):
+                self._fetch([(8, 8 + length)], quiet=True)
+                self._note()
 
     def missing(self, ranges: Sequence[Run]) -> int:
         """How many bytes of some ranges are not there yet."""
@@ -133,7 +135,8 @@ class PartialFile:
             finally:
                 self._stopped = True  # after an error or an interrupt the others end, too
                 pool.shutdown(cancel_futures=True)
-                self._note(file)
+                if not quiet:
+                    self._note(file)
 
     def _get(self, start: int, stop: int, file: Any, bar: Any) -> None:
         """Fetch one range; a broken connection is taken up where it broke."""
@@ -163,11 +166,12 @@ class PartialFile:
                     raise CheckpointError(
                         f"{self.name} of {self._repo} could not be fetched: {error}. What arrived is kept; load again to go on."
                     ) from error
+                sleep(_WAIT * 2 ** (_TRIES - tries))
 
     def _stream(self, start: int, stop: int) -> Iterator[bytes]:
         url, headers = self._address()
         headers |= {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
-        with http_stream_backoff("GET", url, headers=headers, timeout=30, max_retries=1) as response:
+        with http_stream_backoff("GET", url, headers=headers, timeout=30, retry_on_exceptions=()) as response:
             hf_raise_for_status(response)
             if (
                 response.status_code != 206

@@ -67,8 +67,9 @@ def _exchange(scratch: Path, target: Path) -> None:
             raise CheckpointError(
                 f"{target / name} is a folder, and a file of that name has to be written; move it away."
             )
-        if (above := (target / name).parent) != target and above.exists() and not above.is_dir():
-            raise CheckpointError(f"{above} is a file, and a folder of that name has to be made; move it away.")
+        for above in (target / name).parents:
+            if above != target and above.exists() and not above.is_dir():
+                raise CheckpointError(f"{above} is a file, and a folder of that name has to be made; move it away.")
     stale = set()
     if any(_WEIGHT_FILE.fullmatch(name) for name in names):
         files = [*target.iterdir(), *(target / FOLDER).rglob("*")]

@@ -94,7 +94,7 @@ def checked_section(parent: PreTrainedConfig, section: Any) -> dict[str, Any]:
     entries = [(name, submodels[name], entry) for name, entry in budgets.items()]
     entries += [(None, submodel, entry) for submodel, entry in zip(between, interpolated, strict=True)]
     entries = [(name, submodel, _counted(count, name, submodel, entry)) for name, submodel, entry in entries]
-    entries.sort(key=lambda made: -made[2]["total_params"])
+    entries.sort(key=lambda made: (-made[2]["total_params"], -made[2]["active_params"]))
     _check_nesting([(name, submodel) for name, submodel, _ in entries])
     checked: dict[str, Any] = {
         "version": version,
