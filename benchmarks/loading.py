@@ -115,11 +115,11 @@ def _prepare(folders: dict[str, Path], parent: transformers.NemotronHConfig) -> 
 
 
 def _load_slice(folder: Path) -> dict[str, Any]:
-    return _timed(lambda: AutoModelForCausalLM.from_pretrained(folder, budget="half"))
+    return timed(lambda: AutoModelForCausalLM.from_pretrained(folder, budget="half"))
 
 
 def _load_stock(folder: Path) -> dict[str, Any]:
-    return _timed(lambda: AutoModelForCausalLM.from_pretrained(folder))
+    return timed(lambda: AutoModelForCausalLM.from_pretrained(folder))
 
 
 def _load_and_cut(folder: Path) -> dict[str, Any]:
@@ -128,10 +128,11 @@ def _load_and_cut(folder: Path) -> dict[str, Any]:
         config = ElasticConfig.from_parent(model.config, {"half": half_budget(model.config)})
         return slice_state_dict(config.architecture, model.config, model.state_dict(), config.submodel("half"))
 
-    return _timed(cut)
+    return timed(cut)
 
 
-def _timed(load: Any) -> dict[str, Any]:
+def timed(load: Any) -> dict[str, Any]:
+    """Seconds until a loader returned and until every page was read, and bytes read from the disk."""
     read_before = _disk_bytes()
     start = perf_counter()
     loaded = load()

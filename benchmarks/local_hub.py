@@ -13,18 +13,21 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any
 from urllib.parse import unquote
 
 Content = Path | bytes
+_CHUNK = 1 << 20
 
 
 @dataclass
@@ -52,6 +55,7 @@ class LocalHub:
         sent (`Counter[str]`): Bytes of bodies that were sent, per file.
         requests (`list[str]`): Method and address of every request.
         cuts (`dict[str, list[int]]`): Per file after how many bytes of a body the connection is cut, once per entry.
+        limit (`int`): Bytes of bodies after which every connection is cut, if it is not `None`.
         corrupt (`set[str]`): Files of which one byte is sent wrong.
         ranges (`bool`): Whether ranges are honoured; without, the whole file is sent.
     """
@@ -61,8 +65,10 @@ class LocalHub:
         self.sent: Counter[str] = Counter()
         self.requests: list[str] = []
         self.cuts: dict[str, list[int]] = {}
+        self.limit: int | None = None
         self.corrupt: set[str] = set()
         self.ranges = True
+        self.lock = Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self._server.daemon_threads = True
         port = self._server.server_address[1]
@@ -210,23 +216,31 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
 
     def _send(self, name: str, content: Content, headers: Mapping[str, str]) -> None:
-        data = content if isinstance(content, bytes) else content.read_bytes()
-        if name in self.hub.corrupt:
-            data = data[:-1] + bytes([data[-1] ^ 1])
-        start, stop, status, extra = 0, len(data), 200, {"Accept-Ranges": "bytes"}
+        size = _size(content)
+        start, stop, status, extra = 0, size, 200, {"Accept-Ranges": "bytes"}
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         if asked and self.hub.ranges:
-            start, stop = int(asked[1]), min(stop, int(asked[2] or stop) + 1)
-            status, extra = 206, {"Content-Range": f"bytes {start}-{stop - 1}/{len(data)}"}
+            start, stop = int(asked[1]), min(size, int(asked[2] or size) + 1)
+            status, extra = 206, {"Content-Range": f"bytes {start}-{stop - 1}/{size}"}
         self._respond(status, {**headers, **extra, "Content-Length": str(stop - start)})
         if self.command == "HEAD":
             return
-        body = data[start:stop]
         if self.hub.cuts.get(name):
-            body = body[: self.hub.cuts[name].pop(0)]
+            stop = min(stop, start + self.hub.cuts[name].pop(0))
             self.close_connection = True
-        self.hub.sent[name] += len(body)
-        self.wfile.write(body)
+        with io.BytesIO(content) if isinstance(content, bytes) else content.open("rb") as file:
+            file.seek(start)
+            while start < stop and (data := file.read(min(_CHUNK, stop - start))):
+                start += len(data)
+                if start == size and name in self.hub.corrupt:
+                    data = data[:-1] + bytes([data[-1] ^ 1])
+                with self.hub.lock:
+                    left = len(data) if self.hub.limit is None else max(0, self.hub.limit - self.hub.sent.total())
+                    self.hub.sent[name] += min(left, len(data))
+                self.wfile.write(data[:left])
+                if left < len(data):
+                    self.close_connection = True
+                    return
 
     def _json(self, value: Any, status: int = 200) -> None:
         body = json.dumps(value).encode()
@@ -247,7 +261,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _entry(path: str, content: Content) -> dict[str, Any]:
-    entry: dict[str, Any] = {"type": "file", "path": path, "size": _size(content), "oid": _git_digest(content)}
+    entry: dict[str, Any] = {"type": "file", "path": path, "size": _size(content), "oid": _digest(content)[:40]}
     if path.endswith(".safetensors"):
         entry["lfs"] = {"oid": _digest(content), "size": _size(content), "pointerSize": 134}
     return entry
@@ -258,7 +272,19 @@ def _size(content: Content) -> int:
 
 
 def _digest(content: Content) -> str:
-    return hashlib.sha256(content if isinstance(content, bytes) else content.read_bytes()).hexdigest()
+    if isinstance(content, bytes):
+        return hashlib.sha256(content).hexdigest()
+    about = content.stat()
+    return _file_digest(content, about.st_mtime_ns, about.st_size)
+
+
+@cache
+def _file_digest(file: Path, *_: int) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        while data := opened.read(_CHUNK):
+            digest.update(data)
+    return digest.hexdigest()
 
 
 def _git_digest(content: Content) -> str:

@@ -135,7 +135,7 @@ def fetched(repo: str | os.PathLike[str], name: str, listing: str, hub: Mapping[
     known = find_cached(repo, name, hub)
     try:
         path = Path(str(cached_file(repo, name, **hub)))
-    except OSError as error:
+    except Exception as error:  # the client lets errors of its HTTP library through
         raise CheckpointError(f"{name}, which {listing} of {repo} lists, cannot be fetched: {error}") from error
     blob = path.resolve()
     fresh = known is None or bool(hub.get("force_download"))
