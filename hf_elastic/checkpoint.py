@@ -57,7 +57,7 @@ class Checkpoint:
         return self._stored_shape(key)
 
     def _stored_shape(self, key: str) -> tuple[int, ...]:
-        return tuple(self._where[key][0].get_slice(key).get_shape())
+        return self._where[key][1].shapes[key]
 
     def dtype(self) -> torch.dtype:
         """Type of the first floating-point tensor."""
@@ -67,7 +67,7 @@ class Checkpoint:
         raise CheckpointError("the checkpoint holds no floating-point tensor.")
 
     def _stored_dtype(self, key: str) -> str:
-        return str(self._where[key][0].get_slice(key).get_dtype())
+        return self._where[key][1].dtypes[key]
 
     def check(
         self,
@@ -166,8 +166,9 @@ class Checkpoint:
         """A part of a tensor, not read yet."""
         return self._stored_block(key, runs)
 
-    def _stored_block(self, key: str, runs: list[list[Run]]) -> Block:
-        return Block(self._where[key][1], key, self._stored_shape(key), _DTYPES[self._stored_dtype(key)], runs)
+    def _stored_block(self, key: str, runs: list[list[Run]], places: list[list[Run]] | None = None) -> Block:
+        file = self._where[key][1]
+        return Block(file, key, file.shapes[key], _DTYPES[file.dtypes[key]], runs, places)
 
     def _sources(self, piece: Piece, architecture: Architecture) -> list[str]:
         """Names under which a tensor of the parent is stored, whichever experts are kept: one, or one per expert."""

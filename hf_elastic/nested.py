@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -202,10 +202,14 @@ class NestedCheckpoint(Checkpoint):
         for part in self._stored[key].parts:
             pairs = [list(common(region, kept)) for region, kept in zip(part.region, runs, strict=True)]
             if all(pairs):
-                block = self._stored_block(part.name, [[run for run, _ in along] for along in pairs])
-                if block.shape == shape:
-                    return block
-                blocks.append(replace(block, places=[[place for _, place in along] for along in pairs]))
+                sources, places = (
+                    [[run for run, _ in along] for along in pairs],
+                    [[to for _, to in along] for along in pairs],
+                )
+                block = self._stored_block(part.name, sources, places)
+                if block.shape == shape:  # all of it lies here, in order
+                    return self._stored_block(part.name, sources)
+                blocks.append(block)
         return Joined(shape, blocks)
 
 

@@ -29,7 +29,7 @@ _chunks = threading.local()
 
 
 class TensorFile:
-    """Positions of the tensors in a safetensors file that was checked already, and reads at a position.
+    """Positions, shapes and types of the tensors in a safetensors file that was checked already, and reads at a position.
 
     Args:
         path (`Path`): The file. It is closed when nothing refers to this object any more.
@@ -49,6 +49,8 @@ class TensorFile:
         entries = json.loads(header.tobytes())
         entries.pop("__metadata__", None)
         self.offsets = {key: 8 + header.nbytes + entry["data_offsets"][0] for key, entry in entries.items()}
+        self.shapes = {key: tuple(entry["shape"]) for key, entry in entries.items()}
+        self.dtypes = {key: str(entry["dtype"]) for key, entry in entries.items()}
 
     def announce(self, offset: int, size: int) -> None:
         """Let the kernel fetch a range in the background, where it can."""
