@@ -15,7 +15,7 @@ from compare import assert_same_logits, logits
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from hf_elastic import ElasticConfig, ElasticConfigError, ElasticForCausalLM, elastify
+from hf_elastic import ElasticConfig, ElasticConfigError, ElasticForCausalLM, ElasticModel, elastify
 from hf_elastic.adapter_slices import load_adapter, slice_adapter
 
 LAYERED = {"layers_to_transform": [0, 2, 7], "rank_pattern": {"layers.2.mixer.q_proj": 3, "in_proj": 2}}
@@ -185,6 +185,19 @@ def test_a_slice_of_a_slice_of_an_adapter(saved, tmp_path):
     _, once = slice_adapter(wrapped, "small")
     assert twice.keys() == once.keys()
     assert all(torch.equal(tensor, once[key]) for key, tensor in twice.items())
+
+
+def test_adapters_of_the_base_model(family_folder, tmp_path, ids):
+    """Their names lack the prefix of the causal model's."""
+    family, small = (ElasticModel.from_pretrained(family_folder("nano3"), budget=budget) for budget in (None, "small"))
+    plain = small(ids, use_cache=False).last_hidden_state
+    wrapped = perturb(get_peft_model(family, targets("nano3", task_type="FEATURE_EXTRACTION"))).eval()
+    _, state = slice_adapter(wrapped, "small", tmp_path)
+    assert all(key.startswith("base_model.model.layers.") for key in state)
+    found = load_adapter(small, tmp_path).eval()(ids, use_cache=False).last_hidden_state
+    with wrapped.merge_and_unload().at("small"):
+        assert_same_logits(found, family(ids, use_cache=False).last_hidden_state, atol=1e-4)
+    assert (found - plain).abs().max() > 0.05
 
 
 REFUSED = {
