@@ -8,11 +8,9 @@ for DoRA, too. What comes out is an ordinary adapter that plain peft loads on an
 from __future__ import annotations
 
 import copy
-import json
 import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -236,7 +234,7 @@ def _family_beside(source: Any, family: Any) -> ElasticConfig:
         raise ElasticConfigError(
             f"{source} does not say which family it was trained on; pass family=, the elastic checkpoint, its config or the live model."
         )
-    return ElasticConfig.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+    return ElasticConfig.from_json_file(path)
 
 
 def _saved(source: str | os.PathLike[str]) -> tuple[LoraConfig, Weights]:
