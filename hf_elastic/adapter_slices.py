@@ -111,6 +111,8 @@ def load_adapter(model: ElasticPreTrainedModel, source: str | os.PathLike[str], 
 
 def _share_of_rows(key: str, entry: Tensor, piece: Piece, state: Weights, weights: Weights | None) -> torch.Tensor:
     """How long the kept part of every kept row of `W + s B A` is, as a share of the whole row."""
+    if piece.shape[1:] == piece.rule.shape(piece.full)[1:]:
+        return torch.ones(())  # rows stay whole
     if weights is None:
         raise ElasticConfigError(
             f"{key} is the length of rows of weights (DoRA); cut to fewer columns they are shorter, by how much only the weights say. Pass the "

@@ -38,7 +38,7 @@ class Offloaded:
         """Nothing is kept."""
 
 
-class Cut(Mapping[str, torch.Tensor]):
+class CutWeights(Mapping[str, torch.Tensor]):
     """What is fetched for a module of a submodel: the weights of the parent's module, cut.
 
     Args:
@@ -92,7 +92,7 @@ def follow_hooks(
     for name, module in tree.named_modules():
         source = layer.sub(lambda found: f"{found[1]}{submodel.layers[int(found[2])]}", name, count=1)
         for hook in _hooks(theirs[source]):
-            weights = None if hook.weights_map is None else Cut(hook.weights_map, pieces, name)
+            weights = None if hook.weights_map is None else CutWeights(hook.weights_map, pieces, name)
             made = BudgetHook(
                 execution_device=hook.execution_device,
                 offload=hook.offload,

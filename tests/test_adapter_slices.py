@@ -121,6 +121,8 @@ def test_lengths_of_rows_are_not_those_of_the_parent(tmp_path):
     with pytest.raises(ElasticConfigError, match=r"length of rows of weights \(DoRA\).*Pass the live model"):
         slice_adapter(tmp_path, {"hidden": 32}, tmp_path / "out", family=config)
     assert not (tmp_path / "out").exists()
+    _, rows = slice_adapter(tmp_path, {"mamba_heads": 6}, family=config)  # of which none gets shorter
+    assert torch.equal(rows[key], whole)
     family = family_of("nano3")
     again = slice_adapter(tmp_path, {"hidden": 32}, family=family)[1]
     assert all(torch.equal(tensor, state[k]) for k, tensor in again.items())
