@@ -38,7 +38,6 @@ KINDS = {
 CASES = [
     *(("nano3", kind, "small") for kind in KINDS if kind != "bias"),
     ("nano3", "all", "medium"),
-    ("granite", "all", "medium"),
     *(("granite", kind, "small") for kind in ("all", "dora", "bias")),
     ("granite_tied", "all", {"hidden": 24, "mamba_heads": 15, "experts": 5}),
     ("nano3_latent", "all", {"hidden": 32, "experts": 6, "expert_ffn": 8}),
