@@ -8,13 +8,9 @@ for DoRA, too. What comes out is an ordinary adapter that plain peft loads on an
 from __future__ import annotations
 
 import copy
-import json
 import os
 import re
-import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,14 +19,15 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
-from .adapters import FactorRule, factor_rules, is_tuner, passed_by, refuse_changed_weights, rules_by_name
-from .axes import TensorRule, dim, take
+from .adapter_table import NAME, PREFIX, Tensor, Weights, adapter_table, check_fit, shape_of
+from .adapters import is_tuner, refuse_changed_weights, rules_by_name
+from .axes import take
 from .budgets import Budget
 from .configuration_elastic import ElasticConfig, read_config
 from .errors import CheckpointError, ElasticConfigError
 from .modeling_elastic import ElasticForCausalLM, ElasticPreTrainedModel, concrete_class
 from .saving import replacing
-from .slicing import Piece, build_meta, pieces
+from .slicing import Piece, pieces
 from .submodel import Submodel
 
 if TYPE_CHECKING:
@@ -39,30 +36,6 @@ if TYPE_CHECKING:
 WEIGHTS_FILE = "adapter_model.safetensors"
 FAMILY_FILE = "elastic_config.json"
 """Beside an adapter: the description of the family that it was trained on. A `config.json` there would say that the model is, too."""
-_PREFIX = "base_model.model."  # of every key in a saved adapter
-_NAME = "default"
-
-Weights = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """One tensor of a saved adapter: what runs along it, and the module of the model that it belongs to."""
-
-    rule: TensorRule
-    owner: TensorRule
-    layer: Any
-
-    @property
-    def scale(self) -> float | None:
-        return self.layer.scaling[_NAME] if hasattr(self.layer, "scaling") else None
-
-    def key_at(self, key: str, owner: TensorRule) -> str:
-        """The key in an adapter of a model where the module is called as that of `owner`."""
-        old, new = self.owner.module, owner.module
-        if not key.startswith(f"{_PREFIX}{old}."):  # a base model, whose names lack the prefix
-            old, new = (module.partition(".")[2] for module in (old, new))
-        return f"{_PREFIX}{new}{key.removeprefix(_PREFIX + old)}"
 
 
 def slice_adapter(
@@ -71,7 +44,7 @@ def slice_adapter(
     output: str | os.PathLike[str] | None = None,
     *,
     family: ElasticPreTrainedModel | ElasticConfig | str | os.PathLike[str] | None = None,
-    adapter_name: str = _NAME,
+    adapter_name: str = NAME,
 ) -> tuple[LoraConfig, Weights]:
     """Cut an adapter that was trained on a parent to one of its sizes.
 
@@ -94,7 +67,7 @@ def slice_adapter(
     lora, state, elastic, cls, weights = _read(source, family, adapter_name)
     table = adapter_table(elastic, cls, lora)
     submodel = elastic.resolve(budget)
-    _check_fit(table, state, elastic, cls, lora, "slice_adapter() needs an adapter of the whole family")
+    check_fit(table, state, elastic, cls, lora, "slice_adapter() needs an adapter of the whole family")
     kept = {piece.rule.name: piece for piece in pieces(elastic.architecture, elastic.parent_config, submodel)}
     made: Weights = {}
     wanted = {}
@@ -104,7 +77,7 @@ def slice_adapter(
             continue
         cut = Piece(entry.rule, entry.rule, piece.full, piece.kept).narrow(state[key])
         if key.endswith("lora_magnitude_vector"):
-            cut = cut * _share_of_rows(key, entry, piece, state, weights)
+            cut = (cut * _share_of_rows(key, entry, piece, state, weights)).to(cut.dtype)
         new = entry.key_at(key, piece.target)
         made[new] = cut.detach().clone(memory_format=torch.contiguous_format)
         wanted[new] = (tuple(cut.shape), entry.scale)
@@ -132,83 +105,14 @@ def load_adapter(model: ElasticPreTrainedModel, source: str | os.PathLike[str], 
     model._require_full("attaching an adapter")
     lora, state = _saved(source)
     elastic, cls = model.elastic_config, type(model)
-    _check_fit(adapter_table(elastic, cls, lora), state, elastic, cls, lora, "it does not fit this model")
+    check_fit(adapter_table(elastic, cls, lora), state, elastic, cls, lora, "it does not fit this model")
     return PeftModel.from_pretrained(model, source, **kwargs)
-
-
-def adapter_table(elastic: ElasticConfig, cls: type[PreTrainedModel], lora: LoraConfig) -> dict[str, Tensor]:
-    """Every tensor that peft saves for an adapter of a parent, by its key, as a model without storage that it is attached to has them.
-
-    Raises:
-        `ElasticConfigError`: names the module whose adapter cannot be cut.
-        `ValueError`: from peft, targets that the model does not have, or must not have.
-    """
-    rules = rules_by_name(elastic.architecture, elastic.parent_config)
-    table: dict[str, Tensor] = {}
-    for path, layer in _attached_to_meta(elastic, cls, lora).named_modules():
-        if not is_tuner(layer):
-            continue
-        name = path.replace(".base_layer", "")
-        if hasattr(layer, "modules_to_save"):  # trained whole: cut as the module is
-            plain = {leaf: rules[f"{name}.{leaf}"] for leaf, _ in layer.original_module.named_parameters()}
-            table |= {f"{_PREFIX}{path}.{leaf}": Tensor(rule, rule, layer) for leaf, rule in plain.items()}
-            continue
-        owner = rules.get(f"{name}.{getattr(layer, 'parameter_name', 'weight')}")
-        problem = _problem(name, layer, owner)
-        if problem or owner is None:
-            raise ElasticConfigError(f"the adapter of {name or 'the model'} cannot be cut: {problem}.")
-        for leaf, rule in _rules_of(layer, owner).items():
-            table[f"{_PREFIX}{path}.{leaf}"] = Tensor(rule, owner, layer)
-    return table
-
-
-def _attached_to_meta(elastic: ElasticConfig, cls: type[PreTrainedModel], lora: LoraConfig) -> PreTrainedModel:
-    from peft import inject_adapter_in_model
-
-    tree = build_meta(elastic.architecture, copy.deepcopy(elastic.parent_config), cls)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peft says it again where the adapter is loaded
-        inject_adapter_in_model(copy.deepcopy(lora), tree, adapter_name=_NAME, low_cpu_mem_usage=True)
-    return tree
-
-
-def _problem(name: str, layer: Any, rule: TensorRule | None) -> str | None:
-    kind = f"{type(layer).__module__}.{type(layer).__name__}"
-    variants = (
-        {type(variant).__name__ for variant in layer.lora_variant.values()}
-        if hasattr(layer, "lora_variant")
-        else set()
-    )
-    if not kind.startswith("peft.tuners.lora.layer."):
-        return f"{kind} is no adapter whose slice is known"
-    if variants - {"DoraLinearVariant"}:
-        return f"{', '.join(sorted(variants))} has no slice"
-    if rule is None:
-        return "no tensor of the axis tables is adapted by it"
-    return passed_by(name)
-
-
-def _rules_of(layer: Any, owner: TensorRule) -> dict[str, TensorRule]:
-    """What runs along the tensors of one adapter layer, by their endings."""
-
-    def rule(*dims: Any) -> FactorRule:
-        return FactorRule(f"{owner.template}.lora", dims, owner.layer)
-
-    rank = layer.r[_NAME]
-    if _NAME in getattr(layer, "lora_embedding_A", {}):
-        vocabulary, hidden = owner.dims
-        return {"lora_embedding_A": rule(dim(rank), vocabulary), "lora_embedding_B": rule(hidden, dim(rank))}
-    first, second = factor_rules(owner, rank)
-    rules: dict[str, TensorRule] = {"lora_A.weight": first, "lora_B.weight": second}
-    if layer.lora_bias[_NAME]:
-        rules["lora_B.bias"] = rule(owner.dims[0])
-    if _NAME in layer.lora_variant:
-        rules["lora_magnitude_vector"] = rule(owner.dims[0])
-    return rules
 
 
 def _share_of_rows(key: str, entry: Tensor, piece: Piece, state: Weights, weights: Weights | None) -> torch.Tensor:
     """How long the kept part of every kept row of `W + s B A` is, as a share of the whole row."""
+    if piece.shape[1:] == piece.rule.shape(piece.full)[1:]:
+        return torch.ones(())  # rows stay whole
     if weights is None:
         raise ElasticConfigError(
             f"{key} is the length of rows of weights (DoRA); cut to fewer columns they are shorter, by how much only the weights say. Pass the "
@@ -216,7 +120,7 @@ def _share_of_rows(key: str, entry: Tensor, piece: Piece, state: Weights, weight
         )
     stem = key.removesuffix("lora_magnitude_vector")
     a, b = state[f"{stem}lora_A.weight"].float(), state[f"{stem}lora_B.weight"].float()
-    whole = weights[entry.owner.name].to(b.device).float() + entry.layer.scaling[_NAME] * (b @ a)
+    whole = weights[entry.owner.name].to(b.device).float() + entry.layer.scaling[NAME] * (b @ a)
     lengths, kept = torch.linalg.norm(whole, dim=1), torch.linalg.norm(piece.narrow(whole), dim=1)
     return kept / take(lengths, piece.runs[:1])
 
@@ -238,7 +142,7 @@ def _sliced_config(
             found = adapter_table(restricted, cls, candidate)
         except ValueError:  # peft's, for names that no module of the slice has
             continue
-        if {key: (_shape(entry, restricted), entry.scale) for key, entry in found.items()} == wanted:
+        if {key: (shape_of(entry, restricted), entry.scale) for key, entry in found.items()} == wanted:
             return candidate
     raise AssertionError("a slice of an adapter has no config")
 
@@ -259,15 +163,15 @@ def _with_all_names(lora: LoraConfig, table: Mapping[str, Tensor], kept: Mapping
         piece = kept.get(entry.owner.name)
         if piece is None:
             continue
-        path = re.sub(r"(\.base_layer)*\.lora_.*$", "", entry.key_at(key, piece.target).removeprefix(_PREFIX))
+        path = re.sub(r"(\.base_layer)*\.lora_.*$", "", entry.key_at(key, piece.target).removeprefix(PREFIX))
         if hasattr(entry.layer, "modules_to_save"):
             saved.add(path.rpartition(".")[0])
             continue
         leaf = getattr(entry.layer, "parameter_name", None)
         name = path if leaf is None else f"{path}.{leaf}"
         (modules if leaf is None else parameters).add(name)
-        made.rank_pattern[re.escape(name)] = entry.layer.r[_NAME]
-        made.alpha_pattern[re.escape(name)] = entry.layer.lora_alpha[_NAME]
+        made.rank_pattern[re.escape(name)] = entry.layer.r[NAME]
+        made.alpha_pattern[re.escape(name)] = entry.layer.lora_alpha[NAME]
     made.rank_pattern = {name: rank for name, rank in made.rank_pattern.items() if rank != made.r}
     made.alpha_pattern = {name: alpha for name, alpha in made.alpha_pattern.items() if alpha != made.lora_alpha}
     made.target_modules, made.target_parameters = modules or [], sorted(parameters) or None  # type: ignore[assignment]
@@ -332,7 +236,7 @@ def _family_beside(source: Any, family: Any) -> ElasticConfig:
         raise ElasticConfigError(
             f"{source} does not say which family it was trained on; pass family=, the elastic checkpoint, its config or the live model."
         )
-    return ElasticConfig.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+    return ElasticConfig.from_json_file(path)
 
 
 def _saved(source: str | os.PathLike[str]) -> tuple[LoraConfig, Weights]:
@@ -347,48 +251,6 @@ def _saved(source: str | os.PathLike[str]) -> tuple[LoraConfig, Weights]:
         raise CheckpointError(f"{source} holds no {WEIGHTS_FILE}; pickled adapters (.bin) are not loaded.")
     # Where embeddings or the head are adapted, peft saves them along, frozen as they are; the slice has its own.
     return lora, {key: tensor for key, tensor in load_file(path).items() if not key.endswith(".base_layer.weight")}
-
-
-def _shape(entry: Tensor, elastic: ElasticConfig) -> tuple[int, ...]:
-    return entry.rule.shape(elastic.architecture.full(elastic.parent_config).at(entry.rule.layer))
-
-
-def _check_fit(
-    table: Mapping[str, Tensor],
-    state: Weights,
-    elastic: ElasticConfig,
-    cls: type[PreTrainedModel],
-    lora: LoraConfig,
-    where: str,
-) -> None:
-    """Refuse an adapter of another size, or an incomplete one."""
-    shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
-    expected = {key: _shape(entry, elastic) for key, entry in table.items()}
-    if shapes == expected:
-        return
-    wrong = sorted(key for key in expected.keys() & shapes.keys() if expected[key] != shapes[key])
-    wrong += sorted(expected.keys() ^ shapes.keys())
-    first = wrong[0]
-    there, here = (str(known.get(first, "not there")) for known in (shapes, expected))
-    sizes = [name for name, size in elastic.family().items() if _shapes_at(elastic, size, cls, lora) == shapes]
-    hint = (
-        f"It was trained at {sizes[0]!r}: load that size, from_pretrained(..., budget={sizes[0]!r}), and attach it there."
-        if sizes
-        else "It was trained on another model or size; cut it to this one with slice_adapter(), from the family that it was trained on."
-    )
-    raise ElasticConfigError(
-        f"{where}, but {len(wrong)} of its tensors are of another size; the first is {first}: {there} in the adapter, {here} here. {hint}"
-    )
-
-
-def _shapes_at(
-    elastic: ElasticConfig, submodel: Submodel, cls: type[PreTrainedModel], lora: LoraConfig
-) -> dict[str, tuple[int, ...]]:
-    restricted = elastic.restrict(submodel)
-    try:
-        return {key: _shape(entry, restricted) for key, entry in adapter_table(restricted, cls, lora).items()}
-    except ValueError:  # peft's, for names that no module of that size has
-        return {}
 
 
 def _write(lora: LoraConfig, state: Weights, output: str | os.PathLike[str]) -> None:

@@ -18,6 +18,7 @@ from transformers.initialization import no_init_weights
 from .architectures import Architecture
 from .axes import Run, Sizes, TensorRule, take
 from .errors import ElasticConfigError, HFElasticError
+from .offloading import Offloaded, follow_hooks, is_fetched
 from .submodel import Submodel
 
 logger = logging.getLogger(__name__)
@@ -178,7 +179,7 @@ def _version(tensor: torch.Tensor) -> int | None:
 
 def bind_views(
     tree: PreTrainedModel, parent: nn.Module, architecture: Architecture, config: PreTrainedConfig, submodel: Submodel
-) -> list[Bound]:
+) -> list[Bound | Offloaded]:
     """Give a model on `meta` the weights of a submodel, as views of the parent's storage.
 
     Args:
@@ -187,39 +188,59 @@ def bind_views(
         config (`PreTrainedConfig`): The parent's stock config.
 
     Returns:
-        `list[Bound]`: Every tensor of the submodel. Those of which more than one run is kept along a dimension had to be copied (heads
-            cut per group, fused gate and up).
+        `list[Bound | Offloaded]`: Every tensor of the submodel. Those of which more than one run is kept along a dimension had to be copied
+            (heads cut per group, fused gate and up). What accelerate fetches for every forward pass stays without storage, here, too.
 
     Raises:
-        `ElasticConfigError`: the parent's weights are offloaded, so there is nothing to view.
+        `ElasticConfigError`: weights of the parent have no storage, and nothing fetches them.
     """
-    bound: list[Bound] = []
+    bound: list[Bound | Offloaded] = []
+    fetched: set[int] = set()
+    named: dict[str, Piece] = {}
     available = dict(tree.named_parameters()) | dict(tree.named_buffers())
     for piece in pieces(architecture, config, submodel):
         name, source = local_names(piece, architecture, available)
+        named[name or piece.target.name] = piece
         if name is None or piece.rule.tied:
             continue
         owner, _, leaf = source.rpartition(".")
         holder = parent.get_submodule(owner)
         tensor: torch.Tensor = getattr(holder, leaf)
-        if tensor.is_meta:
-            raise ElasticConfigError(
-                f"{source} is offloaded, so its submodels cannot share its storage; load the whole parent without offloading to "
-                "switch budgets, or load one budget with from_pretrained(..., budget=...)."
-            )
         view = piece.narrow(tensor.detach())
-        bound.append(Bound(piece, holder, leaf, tensor, None if piece.is_view else view))
+        if not tensor.is_meta:
+            bound.append(Bound(piece, holder, leaf, tensor, None if piece.is_view else view))
+        elif not any(map(is_fetched, _around(parent, owner))):
+            raise ElasticConfigError(
+                f"{source} has no storage and no hook of accelerate that fetches it, so its submodels have none either; load the whole parent "
+                "to switch budgets, or one budget with from_pretrained(..., budget=...)."
+            )
+        else:
+            bound.append(Offloaded(holder, leaf))
         module = tree.get_submodule(name.rpartition(".")[0])
         if piece.rule.buffer:
             module._buffers[leaf] = view
         else:
-            module._parameters[leaf] = _view_parameter(view, tensor.requires_grad, name)
+            module._parameters[leaf] = _view_parameter(view, tensor.requires_grad and not tensor.is_meta, name)
+        if tensor.is_meta:
+            fetched.add(id(getattr(module, leaf)))
+    follow_hooks(tree, parent, architecture, submodel, named)
     share_constant_buffers(tree, parent)
     tree.tie_weights()
-    left = [name for name, tensor in [*tree.named_parameters(), *tree.named_buffers()] if tensor.is_meta]
+    left = [
+        name
+        for name, tensor in [*tree.named_parameters(), *tree.named_buffers()]
+        if tensor.is_meta and id(tensor) not in fetched
+    ]
     if left:
         raise HFElasticError(f"the {architecture.model_type} table gives no weights for {left[:5]}")
     return bound
+
+
+def _around(model: nn.Module, name: str) -> Iterator[nn.Module]:
+    """A module and those that it lies in."""
+    while name:
+        yield model.get_submodule(name)
+        name = name.rpartition(".")[0]
 
 
 def _view_parameter(view: torch.Tensor, requires_grad: bool, name: str) -> nn.Parameter:

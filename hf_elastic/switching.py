@@ -20,6 +20,7 @@ from .architectures import Architecture
 from .budgets import Budget
 from .configuration_elastic import ElasticConfig
 from .errors import ElasticConfigError, HFElasticError
+from .offloading import Offloaded
 from .slicing import Bound, bind_views, build_meta, use_eager_experts_if_misaligned
 from .stencils import Unit, install, make_units, uninstall
 from .submodel import Submodel
@@ -40,7 +41,7 @@ class Member:
     modules: dict[str, nn.Module]
     config: PreTrainedConfig
     numbers: dict[str, int]
-    bound: list[Bound] = field(default_factory=list)
+    bound: list[Bound | Offloaded] = field(default_factory=list)
     parents: tuple[dict[str, Any], dict[str, Any]] = field(default_factory=lambda: ({}, {}))
 
     def is_current(self, full: Member) -> bool:
@@ -112,8 +113,8 @@ class SwitchingMixin:
             budget: See [`hf_elastic.budgets`]; `None` is everything that is loaded.
 
         Raises:
-            `UnknownBudgetError`, `ElasticConfigError`: the budget does not exist here, or the weights are offloaded. The active
-                budget stays as it was.
+            `UnknownBudgetError`, `ElasticConfigError`: the budget does not exist here, or weights have no storage. The active budget stays as
+                it was. Weights that accelerate offloaded are fetched for every budget as for the parent, but not in training mode.
         """
         submodel = self.elastic_config.resolve(budget, self.dtype)  # type: ignore[attr-defined]
         trains = self.training or self._computing
@@ -218,6 +219,11 @@ class SwitchingMixin:
         adapters = attached(self)  # type: ignore[arg-type]
         stencils = self._stencils if adapters == self._adapters else {}
         if submodel != self._full and submodel not in stencils:
+            if any(parameter.is_meta for parameter in self.parameters()):  # type: ignore[attr-defined]
+                raise ElasticConfigError(
+                    "weights are offloaded, and a budget in training mode computes on the parent's own; load it without offloading, or call "
+                    "eval()."
+                )
             tree = self._meta_tree(submodel)
             config = self.elastic_config.parent_config
             stencils[submodel] = make_units(self, self.architecture, config, tree, submodel)  # type: ignore[arg-type]

@@ -80,40 +80,6 @@ def test_the_checkpoint_says_where_its_classes_are(repository, tmp_path):
     assert "auto_map" not in json.loads((tmp_path / "plain" / "config.json").read_text())
 
 
-@pytest.mark.slow
-def test_remote_code_is_the_installed_package(repository, tmp_path):
-    """In a process that never imports it; saved again, the checkpoint has no other code. Without the package, how to get it is said."""
-    folder, *_ = repository
-    code = """
-import sys
-from transformers import AutoConfig, AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, budget="small")
-assert model.budget == "small", model.budget
-assert type(model).__module__ == "hf_elastic.modeling_elastic", type(model)
-model.save_pretrained(sys.argv[2])
-for name in [name for name in sys.modules if name.startswith("hf_elastic") or "transformers_modules" in name]:
-    del sys.modules[name]
-sys.modules["hf_elastic"] = None
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-CONFIG_MAPPING._extra_content.pop("elastic")
-try:
-    AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True)
-except ImportError as error:
-    assert "pip install hf-elastic" in str(error), error
-else:
-    raise AssertionError
-"""
-    env = {**OFFLINE, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    arguments = [sys.executable, "-c", code, str(folder), str(tmp_path / "again")]
-    done = subprocess.run(arguments, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert [file.name for file in (tmp_path / "again").glob("*.py")] == ["modeling_elastic.py"]
-    assert_same_weights(
-        AutoModelForCausalLM.from_pretrained(tmp_path / "again"),
-        AutoModelForCausalLM.from_pretrained(folder, budget="small"),
-    )
-
-
 def test_tasks_run_at_the_active_budget(repository):
     pytest.importorskip("lm_eval")
     folder, tokenizer, tasks, questions = repository
@@ -131,20 +97,54 @@ def test_tasks_run_at_the_active_budget(repository):
         evaluate_with_lm_eval(family, tokenizer, "word", **options)
 
 
+PROGRAM = """
+import functools, sys
+import lm_eval.tasks
+from lm_eval.__main__ import cli_evaluate
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+repository, again = sys.argv.pop(1), sys.argv.pop(1)
+# lm-eval's own tasks, thousands of files that take seconds to read, are left out; otherwise as `lm_eval` starts.
+lm_eval.tasks.TaskManager = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
+assert not any(name.startswith("hf_elastic") for name in sys.modules)
+cli_evaluate()
+
+model = AutoModelForCausalLM.from_pretrained(repository, trust_remote_code=True, budget="small")
+assert model.budget == "small", model.budget
+assert type(model).__module__ == "hf_elastic.modeling_elastic", type(model)
+model.save_pretrained(again)
+
+for name in [name for name in sys.modules if name.startswith("hf_elastic") or "transformers_modules" in name]:
+    del sys.modules[name]
+sys.modules["hf_elastic"] = None  # not installed
+CONFIG_MAPPING._extra_content.pop("elastic")
+try:
+    AutoConfig.from_pretrained(repository, trust_remote_code=True)
+except ImportError as error:
+    assert "pip install hf-elastic" in str(error), error
+else:
+    raise AssertionError
+"""
+
+
 @pytest.mark.slow
-def test_lm_eval_from_its_command_line(repository, tmp_path):
+def test_a_program_that_never_imports_this_package(repository, tmp_path):
+    """lm-eval from its command line, then the AutoClasses; saved again there is no other code; without the package, how to get it is said."""
     pytest.importorskip("lm_eval")
     folder, tokenizer, tasks, questions = repository
-    arguments = f"pretrained={folder},budget=small,trust_remote_code=True,dtype=float32"
-    # Its own tasks, thousands of files that take seconds to read, are left out; otherwise as `lm_eval` starts.
-    code = """
-import functools
-import lm_eval.tasks
-lm_eval.tasks.TaskManager = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
-from lm_eval.__main__ import cli_evaluate
-cli_evaluate()
-"""
-    command = [sys.executable, "-c", code, "--model", "hf", "--model_args", arguments, "--tasks", "words"]
+    command = [
+        sys.executable,
+        "-c",
+        PROGRAM,
+        str(folder),
+        str(tmp_path / "again"),
+        "--model",
+        "hf",
+        "--tasks",
+        "words",
+    ]
+    command += ["--model_args", f"pretrained={folder},budget=small,trust_remote_code=True,dtype=float32"]
     command += ["--include_path", str(tasks), "--output_path", str(tmp_path / "out"), "--device", "cpu"]
     env = {**OFFLINE, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_DATASETS_CACHE": str(tmp_path / "datasets")}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
@@ -152,3 +152,5 @@ cli_evaluate()
     results = json.loads(next((tmp_path / "out").rglob("*.json")).read_text())["results"]
     small = AutoModelForCausalLM.from_pretrained(folder, budget="small")
     assert results["words"]["acc,none"] == pytest.approx(by_hand(small, tokenizer, questions))
+    assert [file.name for file in (tmp_path / "again").glob("*.py")] == ["modeling_elastic.py"]
+    assert_same_weights(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), small)

@@ -458,19 +458,6 @@ def test_loaded_in_inference_mode(family_folder, sliced, ids):
 # Where it cannot work
 
 
-def test_offloaded_weights_refuse_and_stay(family_folder, tmp_path, ids):
-    parts = {"model.embeddings": "cpu", "model.norm_f": "cpu", "lm_head": "cpu"}
-    parts |= {f"model.layers.{i}": "disk" if i in (1, 2) else "cpu" for i in range(8)}
-    model = load(family_folder("nano3"), device_map=parts, offload_folder=tmp_path)
-    before = logits(model, ids)
-    for switch in (lambda: model.set_budget("small"), lambda: model.at("small").__enter__()):
-        with pytest.raises(ElasticConfigError, match=r"offloaded.*load one budget with from_pretrained"):
-            switch()
-    assert model.budget == "full"
-    assert torch.equal(logits(model, ids), before)
-    model.set_budget(None)
-
-
 @each_model
 def test_base_models_switch(name, family_folder, sliced, ids):
     model = AutoModel.from_pretrained(family_folder(name))

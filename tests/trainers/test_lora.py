@@ -19,7 +19,7 @@ from test_routing import RUN as ROUTED
 from test_routing import undecided
 from transformers import AutoModelForCausalLM
 
-from hf_elastic import CheckpointError, ElasticConfigError, ElasticForCausalLM
+from hf_elastic import CheckpointError, ElasticConfigError, ElasticForCausalLM, slice_adapter
 from hf_elastic.adapters import attached
 from hf_elastic.trainers.lora import check_adapters
 
@@ -184,6 +184,10 @@ def test_a_checkpoint_is_the_adapter_and_what_family_it_is_of(straight, tmp_path
     assert_same_adapters(loaded, made.model)
     merged, expected = loaded.merge_and_unload(), copy.deepcopy(made.model).merge_and_unload()
     assert all(torch.equal(p, expected.state_dict()[key]) for key, p in merged.state_dict().items())
+    _, small = slice_adapter(folder / "checkpoint-6", "small")  # the family is beside it
+    _, live = slice_adapter(made.model, "small")
+    assert small.keys() == live.keys()
+    assert all(torch.equal(tensor, live[key].cpu()) for key, tensor in small.items())
     shutil.copytree(folder / "checkpoint-6", tmp_path / "checkpoint-6")
     with pytest.raises(ElasticConfigError, match="is of another family"):
         trainer(
