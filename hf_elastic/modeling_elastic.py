@@ -35,6 +35,7 @@ from .configuration_elastic import ElasticConfig, plain_parent_error
 from .errors import ElasticConfigError
 from .export import ExportMixin
 from .generation.phases import PhasedGenerationMixin
+from .generation.speculation import SpeculationMixin
 from .loading import (
     checked_kwargs,
     configured,
@@ -225,7 +226,7 @@ class ElasticPreTrainedModel(InstalledCode, SwitchingMixin, SavingMixin, ExportM
         return embeddings
 
 
-class ElasticForCausalLM(PhasedGenerationMixin, ElasticPreTrainedModel, GenerationMixin):
+class ElasticForCausalLM(SpeculationMixin, PhasedGenerationMixin, ElasticPreTrainedModel, GenerationMixin):
     """A causal language model with nested sizes.
 
     Example:
