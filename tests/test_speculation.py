@@ -22,7 +22,7 @@ from hf_elastic import ElasticForCausalLM, UnknownBudgetError
 from hf_elastic.errors import SpeculationError
 from hf_elastic.generation import PhasePlan, snapshots, speculation
 
-SETTINGS = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
+SETTINGS = {"max_new_tokens": 18, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
 DRAFTERS = {"nano3": ["small", "large", {"expert_ffn": 12}], "granite": ["small", "large", {"experts_per_token": 2}]}
 """From a drafter of another depth that is nearly always wrong to one that is often right."""
 
@@ -65,17 +65,16 @@ def test_text_is_the_verifiers(name, families):
     model, shares = families(name), []
     ids = prompt(1)
     alone = plain(model, ids, output_scores=True)
-    for draft, counts in zip(DRAFTERS[name], ((4,), (7,), (1, 4)), strict=True):
-        for k in counts:
-            out = speculative(model, ids, draft, num_draft_tokens=k, output_logits=True, output_scores=True)
-            assert torch.equal(out.sequences, alone.sequences)
-            for kind in ("logits", "scores"):
-                torch.testing.assert_close(torch.cat(out[kind]), torch.cat(alone[kind]), atol=2e-5, rtol=0)
-            # The prompt gives one token, every pass one, and the accepted drafts are the rest.
-            assert out.accepted + out.passes + 1 == SETTINGS["max_new_tokens"]
-            assert out.accepted <= out.drafted <= k * out.passes
-            assert model.budget == "full"
-            shares.append(out.acceptance)
+    for draft, k in zip(DRAFTERS[name], (4, 7, 1), strict=True):
+        out = speculative(model, ids, draft, num_draft_tokens=k, output_logits=True, output_scores=True)
+        assert torch.equal(out.sequences, alone.sequences)
+        for kind in ("logits", "scores"):
+            torch.testing.assert_close(torch.cat(out[kind]), torch.cat(alone[kind]), atol=2e-5, rtol=0)
+        # The prompt gives one token, every pass one, and the accepted drafts are the rest.
+        assert out.accepted + out.passes + 1 == SETTINGS["max_new_tokens"]
+        assert out.accepted <= out.drafted <= k * out.passes
+        assert model.budget == "full"
+        shares.append(out.acceptance)
     assert min(shares) < 0.15 < max(shares)  # both ways of going on were taken
     with model.at("medium"):
         alone = plain(model, ids)
@@ -190,25 +189,23 @@ def test_ends_processors_and_streams(families):
     """All as upstream does it, wherever in an accepted run it happens; several lengths of runs are tried."""
     model, ids, often = families("nano3"), prompt(1), {"expert_ffn": 12}
     text = plain(model, ids).sequences[0].tolist()
-    for new in (1, 2, 6, 7):
+    for new in (1, 6, 7):
         out = speculative(model, ids, often, num_draft_tokens=4, max_new_tokens=new)
         assert out.sequences[0].tolist() == text[: 9 + new]
-    for k in (2, 5):
-        for settings in (
-            {"eos_token_id": text[9 + 6]},
-            {"eos_token_id": [text[9 + 3], text[9 + 9]]},
-            {"stopping_criteria": [Third()]},
-            {"repetition_penalty": 1.7, "min_new_tokens": 9, "eos_token_id": text[9 + 1]},
-            {"logits_processor": LogitsProcessorList([NoTokenTwice()])},
-            {"prefill_chunk_size": 4},
-            {"attention_mask": torch.tensor([[0] * 3 + [1] * 6])},
-        ):
-            theirs, ours = Collector(), Collector()
-            alone = model.generate(ids, streamer=theirs, **SETTINGS | {"max_new_tokens": 12} | settings).sequences
-            out = speculative(model, ids, often, num_draft_tokens=k, streamer=ours, max_new_tokens=12, **settings)
-            assert torch.equal(out.sequences, alone)
-            assert ours.got == theirs.got
-            assert ours.ended == theirs.ended == 1
+    for k, settings in (
+        (5, {"eos_token_id": text[9 + 6]}),
+        (2, {"eos_token_id": [text[9 + 3], text[9 + 9]]}),
+        (5, {"stopping_criteria": [Third()]}),
+        (2, {"repetition_penalty": 1.7, "min_new_tokens": 9, "eos_token_id": text[9 + 1]}),
+        (5, {"logits_processor": LogitsProcessorList([NoTokenTwice()])}),
+        (2, {"prefill_chunk_size": 4, "attention_mask": torch.tensor([[0] * 3 + [1] * 6])}),
+    ):
+        theirs, ours = Collector(), Collector()
+        alone = model.generate(ids, streamer=theirs, **SETTINGS | {"max_new_tokens": 12} | settings).sequences
+        out = speculative(model, ids, often, num_draft_tokens=k, streamer=ours, max_new_tokens=12, **settings)
+        assert torch.equal(out.sequences, alone)
+        assert ours.got == theirs.got
+        assert ours.ended == theirs.ended == 1
     assert torch.equal(
         model.generate(ids, None, draft_budget="small", **SETTINGS | {"return_dict_in_generate": False}),
         plain(model, ids).sequences,
@@ -296,7 +293,7 @@ def test_samples_are_distributed_as_the_verifiers():
     stock = NemotronHForCausalLM(nemotron("M*")).eval()
     randomize(stock, 5)
     model = ElasticForCausalLM.from_pretrained(None, config=stock.config, state_dict=stock.state_dict())
-    ids, heat, runs = prompt(4, 6), 4.0, 400
+    ids, heat, runs = prompt(4, 6), 2.0, 120
 
     def exact(text: torch.Tensor, tokens: int = 3) -> dict[tuple[int, ...], float]:
         if not tokens:
@@ -309,14 +306,14 @@ def test_samples_are_distributed_as_the_verifiers():
         return found
 
     wanted = exact(ids)
-    with model.at({"hidden": 24}):
+    with model.at({"mamba_heads": 8}):
         drafters = exact(ids)
     torch.manual_seed(0)
     counts = dict.fromkeys(wanted, 0)
     drafted = accepted = 0
     for _ in range(runs):
         settings = {"do_sample": True, "top_k": 2, "temperature": heat, "max_new_tokens": 4}
-        out = speculative(model, ids, {"hidden": 24}, num_draft_tokens=2, **settings)
+        out = speculative(model, ids, {"mamba_heads": 8}, num_draft_tokens=2, **settings)
         counts[tuple(out.sequences[0, 6:9].tolist())] += 1
         drafted, accepted = drafted + out.drafted, accepted + out.accepted
     assert 0.2 < accepted / drafted < 0.8
@@ -327,7 +324,7 @@ def test_samples_are_distributed_as_the_verifiers():
         return sum((counts[text] - cell) ** 2 / max(cell, 5.0) for text, cell in cells.items())
 
     assert distance(wanted) < 24.3  # 7 degrees of freedom: exceeded once in 1000 seeds
-    assert distance(drafters) > 100
+    assert distance(drafters) > 60
 
 
 # -- refused -----------------------------------------------------------------------------------------------------------

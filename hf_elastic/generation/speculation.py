@@ -162,11 +162,8 @@ def speculate(
     with model.at(drafter):
         draft = Reader(model, input_ids, generation_config, inputs)
 
-    text, proposed, found = (
-        input_ids,
-        [],
-        verifier.logits.float(),
-    )  # the prompt alone gives the first token: nothing is drafted for it
+    proposed: list[torch.Tensor] = []  # nothing yet: the prompt alone gives the first token
+    text, found = input_ids, verifier.logits.float()
     while True:
         known, drafted = input_ids.shape[1], len(proposed)
         processed = [logits_processor(text[:, : known + i], found[i : i + 1].clone()) for i in range(drafted + 1)]
