@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from hf_elastic.lab.book import THINK_START, problems
 
 DRAFTS = (2, 4, 8)
-FACTORS = (0.0, 0.1, 0.3)
+FACTORS = (0.0, 0.03, 0.1)
 PATTERNS = {"dense": "M-M*" * 4, "experts": "MEM*" * 4}
 MISMATCHES = "trained family, greedy: sequences that differ from the parent's"
 SPEED = "dense, drafter always right: time per token, speculative / alone"
@@ -132,7 +132,7 @@ def _measure(folder: Path, quick: bool) -> list[dict[str, Any]]:
         if key.endswith(ends)
     ]
     ids = torch.randint(3, family.config.vocab_size, (1, 32), generator=torch.Generator().manual_seed(0))
-    tokens, rounds = (8, 1) if quick else (96, 5)
+    tokens, rounds = (8, 1) if quick else (64, 5)
     settings = {"do_sample": False, "max_new_tokens": tokens, "eos_token_id": None, "pad_token_id": 0}
     rows = []
     for factor in FACTORS:
