@@ -163,7 +163,7 @@ def speculate(
         draft = Reader(model, input_ids, generation_config, inputs)
 
     proposed: list[torch.Tensor] = []  # nothing yet: the prompt alone gives the first token
-    text, found = input_ids, verifier.logits.float()
+    text, found = input_ids, verifier.logits.to(device=input_ids.device, dtype=torch.float32)
     while True:
         known, drafted = input_ids.shape[1], len(proposed)
         processed = [logits_processor(text[:, : known + i], found[i : i + 1].clone()) for i in range(drafted + 1)]
