@@ -8,7 +8,8 @@
   larger ones make it err. **The acceptance is thus set by construction, and what is measured is what speculation costs and saves at that
   acceptance**: the time of `generate` per new token, prompts included, speculative and alone in turns. One parent has dense FFNs, the other
   experts, where a pass over several tokens reads more experts than one over a single token. On a CPU without Mamba kernels the scan over a
-  few tokens runs upstream's reference code.
+  few tokens runs upstream's reference code. Passes over several tokens round otherwise than passes over one, and random logits are often
+  nearly tied in bfloat16: how far both texts agree is reported, and not claimed.
 
 Claims: no sequence of the trained family differs; with a drafter that is always right the dense parent takes at most 0.8 of the time.
 """
