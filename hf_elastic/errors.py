@@ -34,6 +34,10 @@ class PhasePlanError(HFElasticError, ValueError):
     """A phase plan, or a prompt for it, is not allowed; nothing was generated."""
 
 
+class SpeculationError(HFElasticError, ValueError):
+    """Drafting with a smaller submodel is not possible with these arguments; nothing was generated."""
+
+
 class HandoverError(HFElasticError, ValueError):
     """A cache cannot be handed from one submodel to another."""
 

@@ -35,6 +35,7 @@ from .errors import ElasticConfigError
 from .export import ExportMixin
 from .files import pinned
 from .generation.phases import PhasedGenerationMixin
+from .generation.speculation import SpeculationMixin
 from .loading import (
     checked_kwargs,
     configured,
@@ -226,7 +227,7 @@ class ElasticPreTrainedModel(InstalledCode, SwitchingMixin, SavingMixin, PushMix
         return embeddings
 
 
-class ElasticForCausalLM(PhasedGenerationMixin, ElasticPreTrainedModel, GenerationMixin):
+class ElasticForCausalLM(SpeculationMixin, PhasedGenerationMixin, ElasticPreTrainedModel, GenerationMixin):
     """A causal language model with nested sizes.
 
     Example:

@@ -115,6 +115,8 @@ def test_generate_solves_a_problem(elastic, capsys):
     result = run_json(capsys, "generate", elastic / "elastic", problem.prompt, "--json")
     assert result["text"].endswith(problem.answer)
     assert (result["budget"], result["parameters"]) == (None, 141_856)
+    drafted = run_json(capsys, "generate", elastic / "elastic", problem.prompt, "--draft-budget", "small", "--json")
+    assert drafted["text"] == result["text"]
     assert main(["generate", str(elastic / "elastic"), problem.prompt, "--raw", "--max-new-tokens", "3"]) == 0
     assert capsys.readouterr().out.strip()
 

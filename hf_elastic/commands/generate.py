@@ -34,6 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token (default)")
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling (default: 1.0)")
     parser.add_argument("--seed", type=int, default=0, help="seed of sampling (default: 0)")
+    parser.add_argument(
+        "--draft-budget", help="a smaller size that drafts for --budget: the same text, possibly sooner"
+    )
     parser.add_argument("--raw", action="store_true", help="do not apply the chat template")
     parser.add_argument("--device", help="for example cuda or cpu (default: cuda if there is one)")
     add_json(parser)
@@ -73,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
         if args.temperature
         else {"do_sample": False}
     )
-    sampling |= {"max_new_tokens": args.max_new_tokens}
+    sampling |= {"max_new_tokens": args.max_new_tokens, "draft_budget": args.draft_budget}
     if plan is not None:
         sampling |= {"phase_plan": plan, "tokenizer": tokenizer, "return_dict_in_generate": True}
     streamer = None
