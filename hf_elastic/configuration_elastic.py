@@ -37,6 +37,7 @@ class ElasticConfig(InstalledCode, PreTrainedConfig):
             - `interpolated` (`list`, *optional*): submodels without a name that a router chose between two budgets; entries as in
               `budgets`, nested with them in one chain. They are what limits between the budgets resolve to.
             - `router` (`dict`, *optional*): what the router beside the weights is rebuilt from, see [`hf_elastic.router.BudgetRouter`].
+            - `handover` (`dict`, *optional*): `trained` (`bool`), whether submodels were trained to go on from each other's caches.
 
     Raises:
         `ElasticConfigError`: says which axis or budget is wrong, what is allowed, and what to do.
@@ -139,6 +140,18 @@ class ElasticConfig(InstalledCode, PreTrainedConfig):
     def load_dtype(self) -> torch.dtype:
         """The type that weights are loaded in if nothing else is asked for, as far as the config says it."""
         return self.dtype if isinstance(self.dtype, torch.dtype) else torch.get_default_dtype()
+
+    @property
+    def handover_trained(self) -> bool:
+        """Whether submodels were trained to go on from each other's caches (`handover_probability` of the trainer)."""
+        return bool(self.elastic.get("handover", {}).get("trained", False))
+
+    @handover_trained.setter
+    def handover_trained(self, trained: bool) -> None:
+        section = {key: value for key, value in self.elastic.items() if key not in ("handover", "version")}
+        if trained:
+            section["handover"] = {"trained": True}
+        self.elastic = checked_section(self.parent_config, section)
 
     def submodel(self, name: str) -> Submodel:
         """The submodel of a named budget, or of `"full"`.
@@ -250,6 +263,8 @@ class ElasticConfig(InstalledCode, PreTrainedConfig):
             section["interpolated"] = [{"sizes": member.within(submodel.layers).to_dict()} for member in between]
         if "router" in self.elastic and submodel == self.architecture.full(self.parent_config):
             section["router"] = self.elastic["router"]
+        if "handover" in self.elastic:
+            section["handover"] = self.elastic["handover"]
         return type(self)(parent_config=stock, elastic=section)
 
     def to_dict(self) -> dict[str, Any]:

@@ -217,6 +217,8 @@ class ElasticPreTrainedModel(InstalledCode, SwitchingMixin, SavingMixin, PushMix
         }
         if old.interpolated:
             section["interpolated"] = [{"sizes": entry["sizes"]} for entry in old.interpolated]
+        if "handover" in old.elastic:
+            section["handover"] = old.elastic["handover"]
         self.elastic_config = ElasticConfig(parent_config=self.config, elastic=section)
         try:
             self.attach_router(None if router is None else router.rebuilt(self.elastic_config))

@@ -20,10 +20,11 @@ FORMAT_VERSION = 3
 
 _SECTION_KEYS = {1: {"version", "axes", "budgets"}}
 _SECTION_KEYS[2] = _SECTION_KEYS[1] | {"interpolated", "router"}
-_SECTION_KEYS[3] = _SECTION_KEYS[2] | {"files"}
+_SECTION_KEYS[3] = _SECTION_KEYS[2] | {"files", "handover"}
 _ROUTER_KEYS = {"targets", "per_layer", "width"}
 _AXIS_KEYS = {"choices", "policy", "ranking"}
 _BUDGET_KEYS = {"sizes", "total_params", "active_params"}
+_HANDOVER_KEYS = {"trained"}
 
 
 def describe_axes(
@@ -109,6 +110,8 @@ def checked_section(parent: PreTrainedConfig, section: Any) -> dict[str, Any]:
         full = architecture.full(parent)
         whole = next((name for name, submodel in submodels.items() if submodel == full), FULL)
         checked["files"] = _checked_files(section["files"], whole, {*budgets, whole})
+    if "handover" in section:
+        checked["handover"] = _checked_handover(section["handover"])
     return checked
 
 
@@ -290,6 +293,16 @@ def is_inner_path(path: Any) -> bool:
     if not isinstance(path, str) or not path.endswith(".safetensors") or re.search(r'[\\:*?"<>|\x00-\x1f]', path):
         return False
     return all(part.strip(". ") for part in path.split("/"))
+
+
+def _checked_handover(handover: Any) -> dict[str, bool]:
+    """What training did for the hand-over of caches between submodels."""
+    if not isinstance(handover, Mapping):
+        raise ElasticConfigError(f"elastic.handover={handover!r} must be a dict.")
+    _refuse_unknown(handover, _HANDOVER_KEYS, "elastic.handover")
+    if not isinstance(handover.get("trained"), bool):
+        raise ElasticConfigError(f"elastic.handover.trained={handover.get('trained')!r} must be true or false.")
+    return dict(handover)
 
 
 def _why_not_nested(inner: Submodel, outer: Submodel) -> str:

@@ -23,6 +23,8 @@ class Stage:
         learning_rate (`float`, *optional*):
             Takes the place of the run's `learning_rate` during the stage; the schedule (warm-up, decay) still multiplies it.
         router_learning_rate (`float`, *optional*): The same for `router_learning_rate`.
+        handover_probability (`float`, *optional*):
+            Takes the place of the run's `handover_probability` during the stage: how often a micro-batch is a hand-over.
     """
 
     steps: int
@@ -31,6 +33,7 @@ class Stage:
     learning_rate_scale: float = 1.0
     learning_rate: float | None = None
     router_learning_rate: float | None = None
+    handover_probability: float = 0.0
 
 
 class Curriculum:
@@ -122,6 +125,7 @@ def make_curriculum(
     context: int | None = None,
     rows: int = 1,
     routed: bool = False,
+    handover: float = 0.0,
 ) -> Curriculum:
     """Check what a config says about budgets and stages, and complete it.
 
@@ -135,6 +139,7 @@ def make_curriculum(
         context (`int`, *optional*): Longest row that the model takes, in tokens.
         rows (`int`, *optional*, defaults to 1): Rows of an optimizer step, of all processes together.
         routed (`bool`, *optional*, defaults to `False`): Whether the run has a router.
+        handover (`float`, *optional*, defaults to 0.0): `handover_probability` of stages that do not say it.
 
     Raises:
         `ElasticConfigError`: unknown budgets or fields, probabilities that do not sum to 1, stages longer than the rows or than the
@@ -144,7 +149,7 @@ def make_curriculum(
     if probabilities is not None:
         default = _checked_probabilities(probabilities, names, "budget_probabilities")
     if stages is None:
-        return Curriculum([Stage(max(1, max_steps), default)], seed)
+        return Curriculum([Stage(max(1, max_steps), default, handover_probability=handover)], seed)
     if isinstance(stages, (str, Mapping)) or not isinstance(stages, Sequence) or not stages:
         raise ElasticConfigError(f"stages={stages!r} must be a list of at least one dict.")
     made = []
@@ -155,7 +160,10 @@ def make_curriculum(
         steps = _checked_steps(entry, where, rows, max_length)
         given = entry.get("budget_probabilities")
         chosen = default if given is None else _checked_probabilities(given, names, f"{where}.budget_probabilities")
-        made.append(Stage(steps, chosen, length, **_checked_rates(entry, where, routed)))
+        rates = _checked_rates(entry, where, routed)
+        made.append(
+            Stage(steps, chosen, length, handover_probability=_checked_handover(entry, where, handover), **rates)
+        )
     curriculum = Curriculum(made, seed)
     if max_steps > 0 and max_steps != curriculum.total_steps:
         raise ElasticConfigError(
@@ -228,6 +236,15 @@ def _checked_rates(entry: Mapping[str, Any], where: str, routed: bool) -> dict[s
             f"{where}.router_learning_rate={given['router_learning_rate']!r} has no router to act on; give router_targets, or leave it out."
         )
     return {name: float(value) for name, value in given.items()}
+
+
+def _checked_handover(entry: Mapping[str, Any], where: str, default: float) -> float:
+    given: Any = entry.get("handover_probability")
+    if given is None:
+        return default
+    if not _number(given) or not 0 <= given <= 1:
+        raise ElasticConfigError(f"{where}.handover_probability={given!r} must be a number in [0, 1].")
+    return float(given)
 
 
 def _checked_probabilities(given: Any, names: Sequence[str], where: str) -> dict[str, float]:

@@ -39,6 +39,14 @@ class ElasticDistillationConfig(SFTConfig):
         hidden_loss_layers (`list[int]`, *optional*):
             Layers of the parent, counted from 0, after which to compare; those that a budget drops are passed over. Defaults to all.
         eval_budgets (`list[str]`, *optional*): Budgets to evaluate, defaults to all.
+        handover_probability (`float`, *optional*, defaults to 0.0):
+            How often a micro-batch trains cache hand-over: its rows begin in another budget, drawn from the same probabilities, and the batch's
+            own goes on with the cache, converted as generation converts it. The loss is on what it reads, and the gradient goes through
+            the cache into both. 0.5 makes every second batch one. The saved config then says so (`handover_trained`). Stages can have their own.
+            Needs `activation_checkpointing=False`, since upstream leaves caches out where it recomputes.
+        handover_token (`str`, *optional*):
+            Where rows are cut: before the last such token, `"</think>"` for example, which the second budget then reads, as in generation. Rows
+            without it, and all rows by default, are cut at the same random share of their length.
         router_targets (`dict[str, str | float | dict]`, *optional*):
             Learn the sizes: per budget what it may cost, a share of the parent's parameters (`0.5`) or `"12B"`, `"2.1B active"`, `"24GB"`, or
             a memory with caches, `{"memory": "24GB", "context_length": 32768, "batch_size": 4, "dtype": "bfloat16"}`. The model then
@@ -85,6 +93,12 @@ class ElasticDistillationConfig(SFTConfig):
         default=None, metadata={"help": "Layers of the parent whose outputs are compared, all by default."}
     )
     eval_budgets: list[str] | None = field(default=None, metadata={"help": "Budgets to evaluate, all by default."})
+    handover_probability: float = field(
+        default=0.0, metadata={"help": "Share of micro-batches that begin in another budget and go on from its cache."}
+    )
+    handover_token: str | None = field(
+        default=None, metadata={"help": "Token before which rows of such batches are cut, at random by default."}
+    )
 
     router_targets: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Learn the sizes: what each budget may cost (share, '12B', '2.1B active')."}
@@ -120,6 +134,7 @@ class ElasticDistillationConfig(SFTConfig):
         if self.loss_chunk_size < 1:
             raise ElasticConfigError(f"loss_chunk_size={self.loss_chunk_size} must be at least 1.")
         self._check_hidden_loss()
+        self._check_handover()
         if self.freeze_router:
             if self.router_steps or self.freeze_model:
                 what = f"router_steps={self.router_steps}" if self.router_steps else "freeze_model=True"
@@ -170,6 +185,33 @@ class ElasticDistillationConfig(SFTConfig):
             raise ElasticConfigError(
                 f"hidden_loss_weight={self.hidden_loss_weight} does not work with router_targets: while sizes are mixed, there is no hidden "
                 "state of one size. Learn the sizes first, and train the model with the decided budgets in a second run."
+            )
+
+    @property
+    def trains_handover(self) -> bool:
+        """Whether the run or one of its stages has hand-overs."""
+        entries = self.stages if isinstance(self.stages, list) else []
+        probabilities = [stage.get("handover_probability") for stage in entries if isinstance(stage, dict)]
+        return self.handover_probability > 0 or any(probabilities)
+
+    def _check_handover(self) -> None:
+        if not 0 <= self.handover_probability <= 1:
+            raise ElasticConfigError(f"handover_probability={self.handover_probability} must be in [0, 1].")
+        if not self.trains_handover:
+            if self.handover_token is not None:
+                raise ElasticConfigError(
+                    f"handover_token={self.handover_token!r} would be ignored: handover_probability is 0. Set it, or leave the token out."
+                )
+            return
+        if self.gradient_checkpointing:
+            raise ElasticConfigError(
+                "handover_probability above 0 does not work with activation checkpointing, where upstream leaves the cache out that is handed "
+                "over; set activation_checkpointing=False."
+            )
+        if self.router_targets or self.freeze_router:
+            raise ElasticConfigError(
+                "handover_probability above 0 does not work with a router: a mixture of sizes has no cache of one size. Learn the sizes first, and "
+                "train hand-over between the decided budgets in a second run."
             )
 
     @property

@@ -22,6 +22,7 @@ from .checks import check_columns, check_layers, check_model, known_budgets, ref
 from .curriculum import make_curriculum
 from .elastic_distillation_config import ElasticDistillationConfig
 from .forward import forward_as, head_of, last_hidden, last_hidden_through, states_after
+from .handover import CUT, Handovers, handed_over, split_rows, token_id
 from .lora import as_teacher, base_of, check_adapters, whole_head_of
 from .losses import chunked_divergence, summed_hidden_distance
 from .optimizing import OptimizingMixin
@@ -107,7 +108,9 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
             context=getattr(model.config, "max_position_embeddings", None),
             rows=args.rows_per_step,
             routed=self.routing is not None and not args.freeze_router,
+            handover=args.handover_probability,
         )
+        self.handovers = Handovers(self.curriculum, model.elastic_config, names) if args.trains_handover else None
         if names[0] not in {name for stage in self.curriculum.stages for name in stage.budget_probabilities}:
             warnings.warn(f"the whole parent ({names[0]!r}) is never drawn: nothing keeps it as it is.", stacklevel=2)
         self._init_reporting(known_budgets(args.eval_budgets, names) if args.eval_budgets else names)
@@ -127,11 +130,19 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
             args.ddp_find_unused_parameters = True
         with without_auxiliary_loss(model, args):
             super().__init__(model=given, args=args, peft_config=peft_config, **kwargs)
+        if self.handovers is not None:
+            self.handovers.token = token_id(args.handover_token, self.processing_class)
+            if self._elastic.is_gradient_checkpointing:
+                raise ElasticConfigError(
+                    "handover_probability above 0 does not work with the model's gradient checkpointing; call "
+                    "gradient_checkpointing_disable() first."
+                )
         check_model(self.model)  # upstream adapts embeddings and head on its own for a chat template with new tokens
         # The loss is divided by the number of target tokens of the whole step already.
         self.loss_is_scaled_for_ga = True
         self.teacher_model = prepare_teacher(teacher, self.accelerator, self.is_fsdp_enabled)
         self._micro_batch = 0
+        self._source: str | None = None
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """The micro-batches of one step, cut to the stage's length before their target tokens are counted."""
@@ -140,6 +151,9 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
         if length is not None:
             batches = [{key: t[:, :length] if t.dim() > 1 else t for key, t in batch.items()} for batch in batches]
         self._micro_batch = 0
+        if self.handovers is not None:
+            step = self.state.global_step
+            batches = [self.handovers.cut(batch, step, i) for i, batch in enumerate(batches)]
         if self.routing is not None:
             self.routing.router.zero_grad()  # upstream clears the gradients of the model, not those of the optimizer
         return batches, self._get_num_items_in_batch(batches, device)
@@ -156,10 +170,14 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         budget = self.curriculum.budget(self.state.global_step, self._micro_batch)
+        drawn = self.handovers.draw(self.state.global_step, self._micro_batch) if self.handovers is not None else None
+        self._source = drawn[0] if drawn else None
         self._micro_batch += 1
         # Backward runs inside: checkpointed layers compute again what they computed.
-        with self._at(budget), self._named(budget):
+        with self._at(budget), self._named(budget if drawn is None else f"{self._source}>{budget}"):
             loss = super().training_step(model, inputs, num_items_in_batch)
+        if drawn is not None and not self._elastic.elastic_config.handover_trained:
+            self._elastic.elastic_config.handover_trained = True
         if self.accelerator.sync_gradients and self._undecided:
             for parameter in self._undecided.router.parameters():  # DDP does not know them
                 if parameter.grad is not None:
@@ -197,7 +215,9 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
         target = labels[:, 1:] != -100  # position t predicts token t + 1
         with self.accelerator.autocast():
             teacher_hidden, teacher_states = self._taught(model, tokens, target)
-            divergence, distance = self._through_wrapper(model, tokens, target, teacher_hidden, teacher_states)
+            divergence, distance = self._through_wrapper(
+                model, tokens, target, teacher_hidden, teacher_states, inputs.get(CUT)
+            )
         loss = divergence + self.args.hidden_loss_weight * distance
         count = target.sum()
         self._record(divergence, distance, count, inputs)
@@ -236,6 +256,7 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
         target: torch.Tensor,
         teacher_hidden: torch.Tensor,
         teacher_states: list[torch.Tensor],
+        cut: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The whole student loss as one call of the wrapped model: DDP and FSDP only see parameters used inside their forward, and
         calling the backbone beside them lets ranks drift apart without an error.
@@ -247,8 +268,12 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
         teacher_head = whole_head_of(student) if teacher is None else head_of(self.accelerator.unwrap_model(teacher))
 
         def student_loss(**kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-            with states_after(self._compared_layers(model), target) as states:
-                hidden = last_hidden(student, kwargs)[:, :-1][target]
+            read, compared = kwargs, target
+            if cut is not None and self._source is not None:
+                before, after, compared = split_rows(kwargs, target, cut)
+                read = {**after, "past_key_values": handed_over(student, self._source, before), "use_cache": True}
+            with states_after(self._compared_layers(model), compared) as states:
+                hidden = last_hidden(student, read)[:, :-1][compared]
             distance = hidden.new_zeros((), dtype=torch.float32)
             if states:
                 distance = summed_hidden_distance(states, teacher_states, kind=self.args.hidden_loss)

@@ -21,10 +21,10 @@ def last_hidden_through(model: nn.Module, tokens: dict[str, torch.Tensor]) -> to
         return model(**tokens)
 
 
-def last_hidden(model: Any, tokens: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Last hidden states `(B, T, width)` of a causal model, wrapped or not."""
+def last_hidden(model: Any, tokens: dict[str, Any]) -> torch.Tensor:
+    """Last hidden states `(B, T, width)` of a causal model, wrapped or not; with a cache only if one is given with `use_cache`."""
     model = base_of(getattr(model, "module", model))
-    return model.base_model(**tokens, use_cache=False).last_hidden_state
+    return model.base_model(**{"use_cache": False, **tokens}).last_hidden_state
 
 
 def head_of(model: PreTrainedModel) -> Head:

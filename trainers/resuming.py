@@ -84,6 +84,9 @@ def training_state(
     stages = [
         {**asdict(stage), "budget_probabilities": dict(stage.budget_probabilities)} for stage in curriculum.stages
     ]
+    for stage in stages:
+        if stage["handover_probability"] == 0:  # a run without it is one from before it existed
+            del stage["handover_probability"]
     state = {"seed": curriculum.seed, "beta": args.beta, "temperature": args.temperature, "stages": stages}
     if args.hidden_loss_weight > 0:  # a run without it is one from before it existed
         layers = args.hidden_loss_layers
@@ -94,6 +97,8 @@ def training_state(
         }
     if args.freeze_model:
         state["freeze_model"] = True
+    if args.handover_token is not None:
+        state["handover_token"] = args.handover_token
     given = args.to_dict()
     state["arguments"] = {name: given[name] for name in _ARGUMENTS} | {_ROWS: args.rows_per_step}
     if args.router_targets and not args.freeze_router:
@@ -132,8 +137,11 @@ def check_training(folder: str, ours: Mapping[str, Any]) -> int:
     return tokens
 
 
-def check_family(folder: str, ours: ElasticConfig) -> None:
+def check_family(folder: str, ours: ElasticConfig) -> bool:
     """Compare the parent and the budgets of a checkpoint with a model's.
+
+    Returns:
+        `bool`: Whether hand-over was trained in the checkpoint; the model that goes on from it may not say so yet.
 
     Raises:
         `ElasticConfigError`: names the fields that differ.
@@ -143,8 +151,9 @@ def check_family(folder: str, ours: ElasticConfig) -> None:
     elif (Path(folder) / "config.json").exists():
         saved = ElasticConfig.from_pretrained(folder)
     else:  # sharded checkpoints of FSDP hold only weights
-        return
+        return ours.handover_trained
     _refuse(folder, "family", differences(_description(saved), _description(ours)))
+    return saved.handover_trained
 
 
 def check_adapter(folder: str, ours: PeftConfig) -> None:
@@ -210,7 +219,11 @@ def _description(config: ElasticConfig) -> dict[str, Any]:
     parent = config.to_dict()["parent_config"]
     return {
         "parent_config": {key: value for key, value in parent.items() if key not in _INCIDENTAL},
-        **json.loads(json.dumps(config.elastic)),
+        **{
+            key: value
+            for key, value in json.loads(json.dumps(config.elastic)).items()
+            if key not in ("handover", "version")
+        },
     }
 
 
