@@ -132,7 +132,7 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
             super().__init__(model=given, args=args, peft_config=peft_config, **kwargs)
         if self.handovers is not None:
             self.handovers.token = token_id(args.handover_token, self.processing_class)
-            if self._elastic.is_gradient_checkpointing:
+            if self._elastic.is_activation_checkpointing:
                 raise ElasticConfigError(
                     "handover_probability above 0 does not work with the model's gradient checkpointing; call "
                     "gradient_checkpointing_disable() first."

@@ -145,7 +145,7 @@ def cut_rows(
 def split_rows(tokens: Tokens, target: torch.Tensor, cut: torch.Tensor) -> tuple[Tokens, Tokens, torch.Tensor]:
     """Rows that are cut at different columns as two batches: the first is padded on the left, so that all rows go on at the same column.
 
-    (A left-padded row is what it is alone, but for the first three tokens of models whose Mamba projection has a bias, as in generation.)
+    (A left-padded row is what it is alone, except where Mamba's projection has a bias: it then reaches the first tokens through the convolution.)
 
     Args:
         tokens (`dict[str, torch.Tensor]`): `input_ids`, and optionally `attention_mask` and `position_ids`, `(B, T)`.

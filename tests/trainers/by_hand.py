@@ -48,18 +48,20 @@ class ByHand:
         if budget is None:
             with torch.no_grad(), _recorded(self.elastic.architecture.layers_of(self.parent), states):
                 return self.parent(**tokens).logits
-        submodel = self.elastic.submodel(budget)
-        free = dict(self.parameters if weights is None else weights)
-        used = dict(free)
+        model, used = self.masked(budget, self.parameters if weights is None else weights)
+        with _recorded(self.elastic.architecture.layers_of(model), states):
+            return functional_call(model, used, (), tokens).logits
+
+    def masked(self, budget: str, weights: Mapping[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+        """The parent as a budget's masks leave it, and the weights to call it with."""
+        submodel, used = self.elastic.submodel(budget), dict(weights)
         for piece in pieces(self.elastic.architecture, self.parent.config, submodel):
             if piece.rule.buffer or piece.rule.tied:
                 continue
-            used[piece.rule.name] = free[piece.rule.name] * piece.rule.mask(piece.full, piece.kept)
+            used[piece.rule.name] = used[piece.rule.name] * piece.rule.mask(piece.full, piece.kept)
             if piece.rule.norm:
                 used[piece.rule.name] *= math.sqrt(math.prod(piece.shape) / piece.rule.count(piece.full))
-        model = masked_model(self.parent, submodel).train()
-        with _recorded(self.elastic.architecture.layers_of(model), states):
-            return functional_call(model, used, (), tokens).logits
+        return masked_model(self.parent, submodel).train(), used
 
     def distance(
         self, budget: str, batch: Batch, kind: str, layers: Sequence[int] | None, weights: dict[str, Tensor]

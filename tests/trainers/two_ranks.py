@@ -27,6 +27,13 @@ TRAINED = {
     "checkpointed": {"gradient_accumulation_steps": 2, "seed": 13},
     "plain": {"gradient_accumulation_steps": 2, "seed": 13, "gradient_checkpointing": False},
     "hidden": {"gradient_accumulation_steps": 2, "seed": 13, "hidden_loss_weight": 2.0},
+    "handover": {
+        "gradient_accumulation_steps": 2,
+        "seed": 13,
+        "activation_checkpointing": False,
+        "handover_probability": 0.7,
+        "handover_token": "A",
+    },
     "only_small": {"budget_probabilities": {"small": 1.0}},
     "lora": {"gradient_accumulation_steps": 2, "seed": 13},
 }
