@@ -22,7 +22,7 @@ from .checks import check_columns, check_layers, check_model, known_budgets, ref
 from .curriculum import make_curriculum
 from .elastic_distillation_config import ElasticDistillationConfig
 from .forward import forward_as, head_of, last_hidden, last_hidden_through, states_after
-from .handover import CUT, Handovers, handed_over, split_rows, token_id
+from .handover import CUT, Handovers, handed_over, refuse_checkpointing, split_rows, token_id
 from .lora import as_teacher, base_of, check_adapters, whole_head_of
 from .losses import chunked_divergence, summed_hidden_distance
 from .optimizing import OptimizingMixin
@@ -132,11 +132,7 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
             super().__init__(model=given, args=args, peft_config=peft_config, **kwargs)
         if self.handovers is not None:
             self.handovers.token = token_id(args.handover_token, self.processing_class)
-            if self._elastic.is_activation_checkpointing:
-                raise ElasticConfigError(
-                    "handover_probability above 0 does not work with the model's gradient checkpointing; call "
-                    "gradient_checkpointing_disable() first."
-                )
+            refuse_checkpointing(self._elastic, self.accelerator)
         check_model(self.model)  # upstream adapts embeddings and head on its own for a chat template with new tokens
         # The loss is divided by the number of target tokens of the whole step already.
         self.loss_is_scaled_for_ga = True

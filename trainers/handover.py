@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from torch import nn
 from torch.nn import functional as F
 from transformers import DynamicCache
 
@@ -107,6 +109,20 @@ def token_id(token: str | None, tokenizer: Any) -> int | None:
     return int(ids[0])
 
 
+def refuse_checkpointing(model: ElasticForCausalLM, accelerator: Accelerator) -> None:
+    """Raise for layers that are computed again in backward by other means than the run's own option, which its config refuses."""
+    if model.is_activation_checkpointing:
+        raise ElasticConfigError(
+            "handover_probability above 0 does not work with the model's activation checkpointing; call "
+            "model.activation_checkpointing_disable() first."
+        )
+    if getattr(getattr(accelerator.state, "fsdp_plugin", None), "activation_checkpointing", False):
+        raise ElasticConfigError(
+            "handover_probability above 0 does not work with FSDP's activation checkpointing, which would write the cache twice; set "
+            "activation_checkpointing to false in fsdp_config."
+        )
+
+
 def _possible(config: ElasticConfig, source: str, target: str) -> bool:
     if source == target:
         return False
@@ -181,8 +197,21 @@ def handed_over(model: ElasticForCausalLM, source: str, tokens: Tokens) -> Dynam
     with model.computing(source):
         given, cache = model.submodel, DynamicCache(config=config.stock_config(model.submodel))
         model.base_model(**tokens, past_key_values=cache, use_cache=True)
-    states = hand_over(read_cache(cache), model.architecture, config.parent_config, given, target)
+    kept = read_cache(cache)
+    layers = model.architecture.layers_of(model)
+    for i, found in zip(given.layers, kept, strict=True):
+        _gather_in_backward(layers[i], found)
+    states = hand_over(kept, model.architecture, config.parent_config, given, target)
     made: Any = write_cache(states, config.stock_config(target))
     # Nobody reads where the rest ends, and upstream would write it over a state that backward may need.
     made.update_recurrent_state = lambda recurrent_states, *args, **kwargs: recurrent_states
     return made
+
+
+def _gather_in_backward(layer: nn.Module, found: Mapping[str, torch.Tensor]) -> None:
+    """Have a sharded layer gathered before the gradient of what it keeps goes into it. FSDP does that for the gradient of its output, which
+    comes later, or never."""
+    sharded: list[Any] = [module for module in layer.modules() if hasattr(module, "unshard")]
+    for tensor in found.values():
+        if sharded and tensor.requires_grad:
+            tensor.register_hook(lambda _: [module.unshard() for module in sharded] and None)

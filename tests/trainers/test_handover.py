@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch.func import functional_call
 from transformers import DynamicCache
 
 from hf_elastic import ElasticConfig, ElasticConfigError, ElasticForCausalLM
-from hf_elastic.trainers.handover import CUT, cut_rows
+from hf_elastic.trainers.handover import CUT, cut_rows, refuse_checkpointing
 
 HANDOVER: dict[str, Any] = {"handover_probability": 0.6, "activation_checkpointing": False}
 ALWAYS = {**HANDOVER, "handover_probability": 1.0}
@@ -273,9 +274,13 @@ def test_what_cannot_be_is_refused(case, tmp_path):
 
 def test_a_model_that_checkpoints_is_refused(tmp_path):
     model = family()
-    model.gradient_checkpointing_enable()
-    with pytest.raises(ElasticConfigError, match="does not work with the model's gradient checkpointing"):
+    model.activation_checkpointing_enable()
+    with pytest.raises(ElasticConfigError, match="does not work with the model's activation checkpointing"):
         trainer(tmp_path, model, **HANDOVER)
+    model.activation_checkpointing_disable()
+    state = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=SimpleNamespace(activation_checkpointing=True)))
+    with pytest.raises(ElasticConfigError, match="does not work with FSDP's activation checkpointing"):
+        refuse_checkpointing(model, state)
 
 
 def test_what_the_config_says_about_hand_over(tmp_path):

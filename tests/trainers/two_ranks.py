@@ -43,6 +43,7 @@ SHARDED = {
     "checkpointed": (["small"], ["full", "medium"], ["small", "small"]),
     "hidden": (["small"], ["full", "medium"], ["small", "small"]),
     "lora": (["small"], ["full", "small"], ["medium", "full", "small"]),
+    "handover": (["full>small"], ["full>large", "small"], ["small>medium", "full", "large>full"]),
 }
 """Budgets per step and micro-batch of the runs on `fully_shard`."""
 
@@ -119,13 +120,14 @@ def route(folder: Path, ranks: int) -> dict[str, Any]:
 def shard(name: str, rank: int, ranks: int) -> dict[str, Any]:
     """The trainer's loss on `fully_shard`, which accelerate does not apply on a CPU: every rank has its share of six rows."""
     from hf_elastic.trainers.forward import forward_as, head_of, last_hidden, last_hidden_through, states_after
+    from hf_elastic.trainers.handover import handed_over, split_rows
     from hf_elastic.trainers.lora import as_teacher, base_of, whole_head_of
     from hf_elastic.trainers.losses import chunked_divergence, summed_hidden_distance
     from hf_elastic.trainers.teacher import shard_teacher
 
     model, teacher = student(name), None if name == "lora" else family()
     base, before = base_of(model), nullcontext if teacher else lambda: as_teacher(base)
-    if name != "accumulated":
+    if name not in ("accumulated", "handover"):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     kinds = set()
     if ranks > 1:
@@ -149,7 +151,8 @@ def shard(name: str, rank: int, ranks: int) -> dict[str, Any]:
     losses = []
     for budgets in SHARDED[name]:
         total = 0.0
-        for i, budget in enumerate(budgets):
+        for i, given in enumerate(budgets):
+            source, _, budget = given.rpartition(">")
             if ranks > 1:
                 model.set_requires_gradient_sync(i == len(budgets) - 1)
             inputs = {"input_ids": ids[rank::ranks]}
@@ -162,8 +165,20 @@ def shard(name: str, rank: int, ranks: int) -> dict[str, Any]:
                 target = last_hidden_through(teacher or model, inputs).flatten(0, 1)
 
             def loss_of(
-                input_ids: torch.Tensor, layers: Any = layers, target: torch.Tensor = target, wanted: Any = wanted
+                input_ids: torch.Tensor,
+                layers: Any = layers,
+                target: torch.Tensor = target,
+                wanted: Any = wanted,
+                source: str = source,
             ) -> torch.Tensor:
+                if source:  # everything after the first five tokens
+                    cut = torch.full((len(input_ids),), 5)
+                    behind = torch.arange(input_ids.shape[1]) >= 5
+                    first, rest, _ = split_rows({"input_ids": input_ids}, everywhere, cut)
+                    read = {**rest, "past_key_values": handed_over(base, source, first), "use_cache": True}
+                    states = last_hidden(model, read).flatten(0, 1)
+                    chosen = target.unflatten(0, (len(input_ids), -1))[:, behind].flatten(0, 1)
+                    return chunked_divergence(states, chosen, head_of(base), whole_head_of(teaching), chunk_size=10)
                 with states_after([base.model.layers[i] for i in layers], everywhere) as found:
                     states = last_hidden(model, {"input_ids": input_ids}).flatten(0, 1)
                 loss = chunked_divergence(states, target, head_of(base), whole_head_of(teaching), chunk_size=10)
