@@ -190,10 +190,10 @@ def test_hidden_states_are_compared_after_the_cut(tmp_path):
 
 
 def test_stages_have_probabilities_of_their_own_and_leave_the_other_draws_alone(tmp_path):
-    stages = [{"steps": 1}, {"steps": 2, "handover_probability": 1.0}]
+    stages = [{"steps": 1}, {"steps": 1, "handover_probability": 1.0}]
     logs, given = [], []
     for i, options in enumerate(({"stages": stages, "max_steps": -1, **HANDOVER, "handover_probability": 0.0}, {})):
-        made = trainer(tmp_path / str(i), gradient_accumulation_steps=3, seed=3, **{"max_steps": 3, **options})
+        made = trainer(tmp_path / str(i), gradient_accumulation_steps=3, seed=3, **{"max_steps": 2, **options})
         recorder = Recorder().watch(made)
         made.train()
         logs.append(made.state.log_history[0])
@@ -202,8 +202,7 @@ def test_stages_have_probabilities_of_their_own_and_leave_the_other_draws_alone(
     for ours, plain in zip(*given, strict=True):
         assert [name.rpartition(">")[2] for name, _ in ours] == [name for name, _ in plain]
         assert all(torch.equal(a["input_ids"], b["input_ids"]) for (_, a), (_, b) in zip(ours, plain, strict=True))
-    named = [name for step in given[0][1:] for name, _ in step]
-    # nothing goes on where small or medium stopped but what keeps no more layers with a cache
+    named = [name for name, _ in given[0][1]]
     assert all(">" in name for name in named)
     assert {tuple(name.split(">")) for name in named} <= POSSIBLE
 
@@ -230,9 +229,9 @@ def test_a_killed_run_goes_on_with_the_same_hand_overs(tmp_path):
     ):
         with pytest.raises(ElasticConfigError, match=rf"stages\[0\]\.handover_probability \({there}"):
             trainer(tmp_path / "killed", **{**run, **other}).train(resume_from_checkpoint=str(folder))
-    later = trainer(tmp_path / "later", **{**run, "max_steps": 3, "stages": None})
+    later = trainer(tmp_path / "later", **{**run, "max_steps": 2})
     assert not later.model.elastic_config.handover_trained
-    later.train(resume_from_checkpoint=str(folder))
+    later.train(resume_from_checkpoint=str(folder))  # which is at its end
     assert later.model.elastic_config.handover_trained
 
 

@@ -48,6 +48,12 @@ def test_the_lab_recipe_trains_the_lab_family(tmp_path):
         ElasticDistillationTrainer(model, args=args, train_dataset=text, processing_class=tokenizer).train()
 
 
+def test_the_lab_recipe_takes_hand_overs():
+    assert "--handover_probability 0.5 --handover_token" in (RECIPES / "lab.yaml").read_text(encoding="utf-8")
+    args = recipe("lab", "--handover_probability", "0.5", "--handover_token", "</think>")[2]
+    assert (args.handover_probability, args.handover_token, args.trains_handover) == (0.5, "</think>", True)
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_published_run_has_the_published_tokens_lengths_and_batches(name, monkeypatch):
     monkeypatch.setattr(ElasticDistillationConfig, "world_size", property(lambda self: GPUS))
