@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from harness import Claim, Report, in_turns
 from lab_runs import LETTERS, SEEDS, SIZES, Runs, lab_arguments, mean
-from synthetic import half_budget, nano_like, write_checkpoint
+from synthetic import NANO_LAYERS, half_budget, nano_like, write_checkpoint
 
 from hf_elastic import ElasticForCausalLM
 from hf_elastic.evaluation import planned
@@ -199,7 +199,7 @@ def time(options: argparse.Namespace, report: Report) -> None:
     if options.quick:
         config = nano_like(torch.float32, scale=8, experts=8, layers="ME*E", vocab_size=512)
     else:
-        config = nano_like(torch.float32, scale=4, experts=32, vocab_size=16384)
+        config = nano_like(torch.float32, scale=4, experts=64, layers=NANO_LAYERS[:7], vocab_size=16384)
     config.max_position_embeddings = 2 * LENGTHS[-1]
     with tempfile.TemporaryDirectory(prefix="hf-elastic-handover-") as folder:
         write_checkpoint(Path(folder), config, {"half": half_budget(config)})

@@ -208,20 +208,29 @@ def test_stages_have_probabilities_of_their_own_and_leave_the_other_draws_alone(
 
 
 def test_a_killed_run_goes_on_with_the_same_hand_overs(tmp_path):
-    run = {**RUN, "stages": None, "max_steps": 4, "seed": 3, **HANDOVER}
+    run = {
+        **RUN,
+        "stages": None,
+        "max_steps": 2,
+        "save_steps": 1,
+        "gradient_accumulation_steps": 3,
+        "seed": 3,
+        **HANDOVER,
+    }
     reference = trainer(tmp_path / "straight", **run)
     given = Recorder().watch(reference)
     reference.train()
     with pytest.raises(KeyboardInterrupt):
-        trainer(tmp_path / "killed", callbacks=[StopAt(3)], **run).train()
+        trainer(tmp_path / "killed", callbacks=[StopAt(1)], **run).train()
     resumed = trainer(tmp_path / "killed", **run)
     recorder = Recorder().watch(resumed)
     resumed.train(resume_from_checkpoint=True)
     assert [[name for name, _ in step] for step in recorder.steps] == [
-        [name for name, _ in step] for step in given.steps[2:]
+        [name for name, _ in step] for step in given.steps[1:]
     ]
+    assert all(any(">" in name for name, _ in step) for step in given.steps)
     assert_same_weights(resumed.model, reference.model)
-    folder = tmp_path / "killed" / "checkpoint-2"
+    folder = tmp_path / "killed" / "checkpoint-1"
     assert ElasticForCausalLM.from_pretrained(folder).elastic_config.handover_trained
     for other, there in (
         ({"handover_probability": 0.3}, "0.6 there, 0.3"),
@@ -229,7 +238,7 @@ def test_a_killed_run_goes_on_with_the_same_hand_overs(tmp_path):
     ):
         with pytest.raises(ElasticConfigError, match=rf"stages\[0\]\.handover_probability \({there}"):
             trainer(tmp_path / "killed", **{**run, **other}).train(resume_from_checkpoint=str(folder))
-    later = trainer(tmp_path / "later", **{**run, "max_steps": 2})
+    later = trainer(tmp_path / "later", **{**run, "max_steps": 1})
     assert not later.model.elastic_config.handover_trained
     later.train(resume_from_checkpoint=str(folder))  # which is at its end
     assert later.model.elastic_config.handover_trained
