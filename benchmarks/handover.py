@@ -31,14 +31,14 @@ from typing import Any
 
 import torch
 from harness import Claim, Report, in_turns
-from lab_runs import LETTERS, SEEDS, SIZES, Runs, lab_arguments, mean
+from lab_runs import SEEDS, SIZES, Runs, lab_arguments, mean
 from synthetic import NANO_LAYERS, half_budget, nano_like, write_checkpoint
 
 from hf_elastic import ElasticForCausalLM
-from hf_elastic.evaluation import planned
-from hf_elastic.generation import Phase, PhasePlan, engine
+from hf_elastic.evaluation import BookTask, measure_plan
+from hf_elastic.generation import Phase, PhasePlan, batch
 from hf_elastic.generation.caches import States, hand_over, read_cache, write_cache
-from hf_elastic.lab.book import EOS, THINK_END, evaluate, problems
+from hf_elastic.lab.book import EOS, THINK_END, problems
 from hf_elastic.trainers import divergence
 
 NAMES = ("full", *SIZES)
@@ -62,12 +62,12 @@ CLAIMS = [
 @contextmanager
 def unscaled() -> Iterator[None]:
     """Generation hands caches over as they are."""
-    before = engine.hand_over
-    engine.hand_over = partial(before, scale=False)  # type: ignore[assignment]
+    before = batch.hand_over
+    batch.hand_over = partial(before, scale=False)  # type: ignore[assignment]
     try:
         yield
     finally:
-        engine.hand_over = before
+        batch.hand_over = before
 
 
 class Pairs:
@@ -84,8 +84,8 @@ class Pairs:
 
     def family(self, trained: bool) -> ElasticForCausalLM:
         if trained:
-            return self.runs.trained_family(f"handover-family-{self.seed}", self.seed, **TRAINING)
-        return self.runs.trained_family(f"plain-family-{self.seed}", self.seed)
+            return self.runs.trained_family(f"trained-handover-{self.seed}", self.seed, **TRAINING)
+        return self.runs.trained_family(f"trained-{self.seed}", self.seed)
 
     def results(self) -> dict[str, Any]:
         """Per family what was measured, by `way: thinker > answerer`."""
@@ -114,14 +114,13 @@ class Pairs:
         return found
 
     def rates(self, model: ElasticForCausalLM, thinker: str, answerer: str, handover: Any) -> dict[str, float]:
-        plan = PhasePlan(thinker, answerer, handover=handover)
-        with planned(model, plan, self.runs.tokenizer):
-            result = evaluate(model, self.runs.tokenizer, letters=LETTERS, count=self.runs.problems)  # type: ignore[arg-type]
-        return {"exact": result.exact, "code": result.code}
+        task = BookTask(letters=self.runs.letters, count=self.runs.problems)
+        point = measure_plan(model, self.runs.tokenizer, task, PhasePlan(thinker, answerer, handover=handover))
+        return {rate: point["metrics"][rate] for rate in ("exact", "code")}
 
     @torch.no_grad()
     def fidelity(self, model: ElasticForCausalLM, thinker: str, answerer: str, scale: bool) -> dict[str, float]:
-        source = problems("heldout", LETTERS, 1)
+        source = problems("heldout", self.runs.letters, 1)
         texts = [next(source).text + EOS for _ in range(min(self.runs.problems, 64))]
         ids = torch.tensor(self.runs.tokenizer(texts)["input_ids"])
         cut = ids[0].tolist().index(self.runs.tokenizer.convert_tokens_to_ids(THINK_END))
