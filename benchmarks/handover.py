@@ -13,7 +13,7 @@ per token of all of it, and the cosine between the cache handed over and the ans
 **Time** to the first token of the answer by cache and by re-prefill, after 1,024, 4,096 and 16,384 tokens, of a model with random weights that
 is large enough for its size to decide (the tokens are a prompt that the thinking size reads, which leaves the state that writing leaves).
 
-Runs are kept, see `lab_runs`: two trainings and 76 evaluations a seed. `--seeds 1` does only the runs of that seed, beside others, and writes
+Runs are kept, see `lab_runs`: two trainings and 68 evaluations a seed. `--seeds 1` does only the runs of that seed, beside others, and writes
 no result; `--only accuracy` or `--only time` does one part, and writes none either.
 """
 
