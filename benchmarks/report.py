@@ -145,12 +145,40 @@ def phases(results: Path) -> str:
     return f"{text}\n\n{' '.join(said)}\n\n{_conditions(result)}\n"
 
 
+def handover(results: Path) -> str:
+    """Whole answers of every pair of sizes by how the second took over, and the time until its first token."""
+    if (result := _load(results / "handover.json")) is None:
+        return "Not measured yet.\n"
+    found = _by_name(result)
+    ways = ("re-prefill", "as is", "scaled", "trained re-prefill", "trained")
+    head = ["thinks → answers", "read again", "cache as is", "cache, scaled", "trained: read again", "trained: cache"]
+    rows = []
+    for thinker in SIZES[:4]:
+        for answerer in SIZES[:4]:
+            if thinker != answerer:
+                cells = [f"{found[f'{way}: {thinker} > {answerer}, exact']['mean']:.2f}" for way in ways]
+                rows.append([f"{thinker} → {answerer}", *cells])
+    entry = found["re-prefill: half > full, exact"]
+    about = f"Whole answers right, {entry['problems']} problems, mean of seeds {', '.join(map(str, entry['seeds']))}."
+    times = []
+    for length in (1024, 4096, 16384):
+        cache, again = (
+            found[f"first answer token after {length} tokens: {way}"]["median"] for way in ("cache", "reprefill")
+        )
+        times.append(f"{length:,} tokens: {cache:.2f} s against {again:.1f} s")
+    return (
+        f"{_table(head, rows)}\n\n{about}\n\nTime to the first token of the answer by cache, against reading again, of a random model of "
+        f"{found['first answer token after 1024 tokens: cache']['full'] / 1e6:.0f}M parameters on a CPU: {'; '.join(times)}.\n\n{_conditions(result)}\n"
+    )
+
+
 _BLOCKS: Mapping[str, Callable[[Path], str]] = {
     "results": claims,
     "family": family,
     "ablations": ablations,
     "bytes": byte_lm,
     "phases": phases,
+    "handover": handover,
 }
 
 
