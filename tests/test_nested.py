@@ -256,6 +256,7 @@ def test_layouts_replace_each_other(folder, folders):
     left = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
     assert left == {
         "notes.txt",
+        "modeling_elastic.py",
         "budgets/small/notes.txt",
         "config.json",
         "generation_config.json",
