@@ -178,16 +178,15 @@ def test_resizing_the_vocabulary_keeps_it(folders, tmp_path):
 
 def test_it_is_pushed(folders, monkeypatch):
     pushed = []
-    hub = SimpleNamespace(create_repo=lambda repo, **kwargs: SimpleNamespace(repo_id=repo))
-    monkeypatch.setattr("transformers.utils.hub.hf_api", lambda: hub)
-    card = SimpleNamespace(save=lambda file: None)
-    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *args, **kwargs: card)
-    monkeypatch.setattr(
-        "transformers.utils.hub.PushToHubMixin._upload_modified_files",
-        lambda self, folder, *args, **kwargs: pushed.extend(file.name for file in Path(folder).iterdir()),
+    hub = SimpleNamespace(
+        create_repo=lambda repo, **kwargs: SimpleNamespace(repo_id=repo),
+        upload_folder=lambda folder_path, **kwargs: pushed.extend(file.name for file in Path(folder_path).rglob("*")),
     )
+    monkeypatch.setattr("hf_elastic.pushing.hf_api", lambda: hub)
+    card = SimpleNamespace(save=lambda file: None)
+    monkeypatch.setattr("hf_elastic.pushing.create_and_tag_model_card", lambda *args, **kwargs: card)
     ElasticForCausalLM.from_pretrained(folders("nano3")).push_to_hub("me/tiny")
-    assert {"config.json", "model.safetensors", ROUTER_FILE} <= set(pushed)
+    assert {"config.json", "model.safetensors", "added.safetensors", ROUTER_FILE} <= set(pushed)
 
 
 # Files that are not what the config says
