@@ -205,6 +205,8 @@ class PartialFile:
             about = get_hf_file_metadata(self._resolve, token=self._token)
         except EntryNotFoundError as error:
             raise FileNotFoundError(f"{self._repo} has no {self.name}.") from error
+        except Exception as error:  # the client lets errors of its HTTP library through
+            raise CheckpointError(f"{self.name} of {self._repo} cannot be asked for: {error}") from error
         if not about.etag or not about.size or os.path.basename(about.etag) != about.etag:
             raise RangesRefused(f"the server does not say what {self.name} of {self._repo} is.")
         self.etag, self.size, self._url = about.etag, about.size, about.location

@@ -42,7 +42,7 @@ def find_files(repo: str | os.PathLike[str], variant: str | None = None, **hub: 
         return [single]
     index = find_file(repo, with_variant(INDEX_NAME, variant), hub)
     if index is None:
-        raise no_weights(repo)
+        raise no_weights(repo, hub)
     return [_listed(repo, name, index.name, hub) for name in shard_names(index)]
 
 
@@ -52,10 +52,16 @@ def with_variant(name: str, variant: str | None) -> str:
     return f"{stem}.{variant}.{ending}" if variant else name
 
 
-def no_weights(repo: str | os.PathLike[str]) -> CheckpointError:
-    """What to say to a folder or repository without weights that are read."""
+def no_weights(repo: str | os.PathLike[str], hub: Mapping[str, Any]) -> CheckpointError:
+    """What to say to a folder or repository without weights that are read; of a repository, also why, as it may only be out of reach."""
+    reason = ""
+    if not os.path.isdir(repo):
+        try:
+            cached_file(repo, SINGLE_NAME, **hub)
+        except Exception as error:  # the client lets errors of its HTTP library through
+            reason = f" ({error})"
     return CheckpointError(
-        f"{repo} holds neither {SINGLE_NAME} nor {INDEX_NAME}. Elastic checkpoints are read from safetensors only; pickled "
+        f"{repo} holds neither {SINGLE_NAME} nor {INDEX_NAME}{reason}. Elastic checkpoints are read from safetensors only; pickled "
         "weights (.bin) are not loaded, convert them with the stock model's save_pretrained."
     )
 

@@ -86,7 +86,7 @@ def _fetch_parts(
     except FileNotFoundError:
         listing = find_file(repo, index, hub)
         if listing is None:
-            raise no_weights(repo) from None
+            raise no_weights(repo, hub) from None
         files = {}
         for name in shard_names(listing):
             try:

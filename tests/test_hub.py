@@ -185,6 +185,19 @@ def test_half_uploaded_repositories(repo, missing, message, hub, load, no_weight
         load(repo, "medium")
 
 
+@pytest.mark.parametrize("repo", ["org/nested", "org/stock", "org/sharded"])
+def test_weights_out_of_reach_are_not_called_missing(repo, hub, tmp_path, no_weights_placed):
+    """The configuration is in the cache, and then the connection is gone."""
+    ElasticConfig.from_pretrained(repo, cache_dir=tmp_path / "cache")
+    hub.repositories[repo].token = "hf_now_private"
+    for how, message in (
+        ({}, "(?s)cannot be asked for: 401|not a valid model identifier.*pass a token"),
+        ({"local_files_only": True}, "couldn't connect to"),
+    ):
+        with pytest.raises(OSError, match=message):
+            ElasticForCausalLM.from_pretrained(repo, budget="small", cache_dir=tmp_path / "cache", **how)
+
+
 def test_another_save_of_the_same_file_is_refused(hub, load, folders, no_weights_placed):
     files = dict(hub.repositories["org/nested"].commits[hub.repositories["org/nested"].refs["main"]])
     files[MEDIUM] = (folders / "nested/budgets/large/added.safetensors").read_bytes()
