@@ -4,7 +4,8 @@ Budget control with one size is what everybody has: a size, and a cap on its thi
 another answer (arXiv 2605.07182). Here every size of the lab's trained family thinks, every size answers, under four caps.
 
 - Accuracy is measured: whole answers (`exact`) and symbols of answers (`code`) of held-out `book` problems of 12 lines, by generation, with
-  re-reading at the hand-over, as the papers count it. Mean of three seeds.
+  re-reading at the hand-over, as the papers count it. Mean of three seeds. The same is done for families that were trained to hand over their
+  caches, which are then handed over (`by cache`).
 - Time is measured where size decides and not Python: seconds per written token and per text that is read, of every size of a random
   family whose sizes have the lab's shares of active parameters, in bfloat16, one sequence at a time. The time of a plan is modelled from
   these and the tokens the lab's plan read and wrote: reading the prompt, thinking, reading prompt and thinking again if another size
@@ -31,8 +32,10 @@ from transformers import AutoModelForCausalLM
 
 from hf_elastic import ElasticConfig, ElasticForCausalLM, Phase, PhasePlan
 from hf_elastic.evaluation import BookTask, measure_plan, pareto_front, plan_matrix
+from hf_elastic.lab.book import THINK_END
 
 FAMILY = ("full", *SIZES)
+HANDOVER = {"handover_probability": 0.5, "handover_token": THINK_END}
 CAPS = (18, 36, 54, None)
 """A quarter, a half, three quarters and all of the 69 thinking tokens of a problem, `</think>` included."""
 GAINED = "whole answers right: gained by plans of two sizes at no more time"
@@ -48,6 +51,7 @@ def run(options: argparse.Namespace) -> int:
     report = Report("phases", CLAIMS)
     seeds = [0] if options.quick else options.seeds or list(SEEDS)
     done = [runs.run(f"phases-{seed}", lambda seed=seed: matrix(runs, seed, options.quick)) for seed in seeds]
+    cached = [runs.run(f"phases-cache-{seed}", lambda s=seed: matrix(runs, s, options.quick, True)) for seed in seeds]
     if options.seeds and not options.quick:
         return 0
     speed = in_child(measure_speed, options.quick).result
@@ -59,27 +63,32 @@ def run(options: argparse.Namespace) -> int:
     worst = [max(ratio, 1 / ratio) for ratio in speed["modelled"].values()]
     report.measure("random family: modelled / measured time of whole plans", "", list(speed["modelled"].values()))
     report.settle(MODEL, max(worst))
-    points = averaged(done, speed["sizes"])
-    for point in points:
-        name = f"{point['thinking']} thinks, {point['answering']} answers, cap {point['max_thinking_tokens']}"
-        for rate in ("exact", "code"):
-            report.measure(f"{name}: {rate}", "share", point["runs"][rate], mean=point[rate])
-        about = {key: value for key, value in point.items() if key not in ("runs", "seconds")}
-        report.measure(f"{name}: modelled time", "s", [point["seconds"]], **about)
-    gains = {rate: compare(report, points, rate) for rate in ("exact", "code")}
-    report.settle(GAINED, gains["exact"][0])
-    report.settle(SAVED, gains["exact"][1])
+    for way, matrices in (("", done), ("by cache: ", cached)):
+        points = averaged(matrices, speed["sizes"])
+        for point in points:
+            name = f"{way}{point['thinking']} thinks, {point['answering']} answers, cap {point['max_thinking_tokens']}"
+            for rate in ("exact", "code"):
+                report.measure(f"{name}: {rate}", "share", point["runs"][rate], mean=point[rate])
+            about = {key: value for key, value in point.items() if key not in ("runs", "seconds")}
+            report.measure(f"{name}: modelled time", "s", [point["seconds"]], **about)
+        gained, saved = [compare(report, points, rate, way) for rate in ("code", "exact")][-1]
+        if not way:
+            report.settle(GAINED, gained)
+            report.settle(SAVED, saved)
     runs.say_commits(report)
     return report.finish(options)
 
 
-def matrix(runs: Runs, seed: int, quick: bool) -> list[dict[str, Any]]:
-    """Every plan on the trained family of a seed."""
-    family = runs.trained_family(f"trained-{seed}", seed)
+def matrix(runs: Runs, seed: int, quick: bool, by_cache: bool = False) -> list[dict[str, Any]]:
+    """Every plan on the trained family of a seed, or on that which was trained to hand over its caches."""
+    if by_cache:
+        family = runs.trained_family(f"trained-handover-{seed}", seed, **HANDOVER)
+    else:
+        family = runs.trained_family(f"trained-{seed}", seed)
     caps = CAPS[-1:] if quick else CAPS
     sizes = FAMILY[:2] if quick else FAMILY
     task = BookTask(letters=LETTERS, count=4 if quick else 100, batch_size=100)
-    plans = plan_matrix(sizes, sizes, caps, handover="reprefill")
+    plans = plan_matrix(sizes, sizes, caps, handover="cache" if by_cache else "reprefill")
     return [measure_plan(family, runs.tokenizer, task, plan) for plan in plans]
 
 
@@ -87,7 +96,7 @@ def averaged(done: Sequence[Sequence[Mapping[str, Any]]], sizes: Mapping[str, An
     """One point per plan: rates averaged over seeds, and the modelled time of its mean tokens."""
     points = []
     for same in zip(*done, strict=True):
-        point = {key: same[0][key] for key in ("thinking", "answering", "max_thinking_tokens")}
+        point = {key: same[0][key] for key in ("thinking", "answering", "max_thinking_tokens", "handover")}
         rates = {rate: [p["metrics"][rate] for p in same] for rate in ("exact", "code", "trace")}
         tokens = {key: mean([p[key] for p in same]) for key in ("prompt_tokens", "thinking_tokens", "answer_tokens")}
         point |= {"runs": rates, **{rate: mean(values) for rate, values in rates.items()}, **tokens}
@@ -99,7 +108,7 @@ def modelled(point: Mapping[str, Any], sizes: Mapping[str, Any]) -> float:
     """Seconds of a plan from the rates of its sizes."""
     prompt, thinking, answer = (point[key] for key in ("prompt_tokens", "thinking_tokens", "answer_tokens"))
     first, last = sizes[point["thinking"]], sizes[point["answering"]]
-    again = 0.0 if point["thinking"] == point["answering"] else read_time(last, prompt + thinking)
+    again = 0.0 if point["handover"] == "cache" or first is last else read_time(last, prompt + thinking)
     decode = [statistics.median(numbers["decode"]) for numbers in (first, last)]
     return read_time(first, prompt) + thinking * decode[0] + again + answer * decode[1]
 
@@ -110,7 +119,7 @@ def read_time(numbers: Mapping[str, Any], length: float) -> float:
     return fast + (length - short) * (slow - fast) / (long - short)
 
 
-def compare(report: Report, points: list[dict[str, Any]], rate: str) -> tuple[float, float]:
+def compare(report: Report, points: list[dict[str, Any]], rate: str, way: str) -> tuple[float, float]:
     """The most accuracy gained at no more time, and the most time saved at no less accuracy, over plans of one size."""
     rated = [{**point, "accuracy": point[rate]} for point in points]
     single = [p for p in rated if p["thinking"] == p["answering"]]
@@ -129,13 +138,13 @@ def compare(report: Report, points: list[dict[str, Any]], rate: str) -> tuple[fl
             gain = plan["accuracy"] - one["accuracy"]
             gains.append((gain, name, f"{one['thinking']}, cap {one['max_thinking_tokens']}"))
     gained, saved = max(gains), max(savings)
-    report.measure(f"{rate}: gained at no more time", "share", [gained[0]], plan=gained[1], one_size=gained[2])
+    report.measure(f"{way}{rate}: gained at no more time", "share", [gained[0]], plan=gained[1], one_size=gained[2])
     report.measure(
-        f"{rate}: time of one size / of a plan as accurate", "", [saved[0]], plan=saved[1], one_size=saved[2]
+        f"{way}{rate}: time of one size / of a plan as accurate", "", [saved[0]], plan=saved[1], one_size=saved[2]
     )
     front = [rated[i] for i in pareto_front(rated, "seconds")]
     two = sum(p["thinking"] != p["answering"] for p in front)
-    report.measure(f"{rate}: plans of two sizes among the best", "plans", [two], of=len(front))
+    report.measure(f"{way}{rate}: plans of two sizes among the best", "plans", [two], of=len(front))
     return gained[0], saved[0]
 
 
@@ -184,7 +193,7 @@ def measure_speed(quick: bool) -> dict[str, Any]:
         measured = statistics.median(
             [seconds(lambda plan=plan: generate(family, ids[:, :37], plan)) for _ in range(rounds)]
         )
-        point = {"thinking": thinker, "answering": answerer}
+        point = {"thinking": thinker, "answering": answerer, "handover": plan.phases[1].handover}
         point |= {"prompt_tokens": 37, "thinking_tokens": thinking, "answer_tokens": answer}
         ratios[f"{thinker} -> {answerer}"] = modelled(point, found) / measured
     return {"sizes": found, "modelled": ratios}

@@ -30,6 +30,8 @@ WAYS = {
 }
 """Columns of the family's table: names in the result file and in the table."""
 
+RATES = (("exact", "whole answers"), ("code", "symbols"))
+
 Result = Mapping[str, Any]
 
 
@@ -123,26 +125,30 @@ def phases(results: Path) -> str:
     if (result := _load(results / "phases.json")) is None:
         return "Not measured yet.\n"
     found = _by_name(result)
-    rows = []
-    for thinker in SIZES[:4]:
-        names = [f"{thinker} thinks, {answerer} answers, cap None" for answerer in SIZES[:4]]
-        times = [f"{found[f'{name}: modelled time']['median']:.2f} s" for name in names]
-        cells = [f"{found[f'{name}: exact']['mean']:.2f} · {time}" for name, time in zip(names, times, strict=True)]
-        rows.append([f"{thinker} thinks", *cells])
-    text = _table(["", *(f"{size} answers" for size in SIZES[:4])], rows)
-    said = []
-    for rate, what in (("exact", "whole answers"), ("code", "symbols")):
-        gained, saved = (
-            found[f"{rate}: gained at no more time"],
-            found[f"{rate}: time of one size / of a plan as accurate"],
-        )
-        best = found[f"{rate}: plans of two sizes among the best"]
-        said.append(
-            f"By {what}, plans of two sizes are {best['median']:.0f} of the {best['of']} best; at no more time than one size they gain up to "
-            f"{gained['median']:.3f} ({gained['plan'] or 'none'}), and what one size reaches they reach up to {saved['median']:.2f}x as fast "
-            f"({saved['plan'] or 'none'})."
-        )
-    return f"{text}\n\n{' '.join(said)}\n\n{_conditions(result)}\n"
+    parts = []
+    for way, what in (("", "everything is read again"), ("by cache: ", "trained hand-over, by cache")):
+        rows = []
+        for thinker in SIZES[:4]:
+            names = [f"{way}{thinker} thinks, {answerer} answers, cap None" for answerer in SIZES[:4]]
+            times = [f"{found[f'{name}: modelled time']['median']:.2f} s" for name in names]
+            cells = [
+                f"{found[f'{name}: exact']['mean']:.3f} · {time}" for name, time in zip(names, times, strict=True)
+            ]
+            rows.append([f"{thinker} thinks", *cells])
+        text = _table([what, *(f"{size} answers" for size in SIZES[:4])], rows)
+        parts.append(f"{text}\n\n{' '.join(_gains(found, way, *rate) for rate in RATES)}")
+    return "\n\n".join([*parts, _conditions(result)]) + "\n"
+
+
+def _gains(found: Mapping[str, Any], way: str, rate: str, name: str) -> str:
+    gained = found[f"{way}{rate}: gained at no more time"]
+    saved = found[f"{way}{rate}: time of one size / of a plan as accurate"]
+    best = found[f"{way}{rate}: plans of two sizes among the best"]
+    return (
+        f"By {name}, {best['median']:.0f} of the {best['of']} best plans have two sizes; at no more time than one size they gain up to "
+        f"{gained['median']:.3f} ({gained['plan'] or 'none'}), and what one size reaches they reach up to {saved['median']:.2f} times as fast "
+        f"({saved['plan'] or 'none'})."
+    )
 
 
 def handover(results: Path) -> str:
@@ -199,6 +205,7 @@ def draw_phases(results: Path, path: Path) -> None:
     if (result := _load(results / "phases.json")) is None:
         return
     timed = [entry for entry in result["measurements"] if entry["name"].endswith(": modelled time")]
+    timed = [entry for entry in timed if not entry["name"].startswith("by cache: ")]
     points = [{**entry, "seconds": entry["median"], "accuracy": entry["code"]} for entry in timed]
     task = "symbols of answers, book, three seeds"
     draw_pareto(
