@@ -1,17 +1,34 @@
-"""The second chapter of the lab: all sizes of the `book` model learned in one run, by distillation from the parent."""
+"""The second chapter of the lab: all sizes of the `book` model learned in one run, by distillation from the parent.
+
+A trained family ships with the package, see [`load_family`]. `python -m hf_elastic.lab.family --output DIR` trains it again.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
+import logging
+import platform
+import tempfile
+import time
 from collections.abc import Mapping
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+import torch
+import transformers
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 
 from ..cost import CostModel
 from ..elastify import elastify
 from ..modeling_elastic import ElasticForCausalLM
 from .book import calibration_dataset, evaluate, training_dataset
+
+logger = logging.getLogger(__name__)
+
+FAMILY_DIR = Path(str(resources.files("hf_elastic.lab"))) / "assets" / "family"
+"""Folder of the shipped family: its checkpoint, its tokenizer and `training.json`, the record of its training."""
 
 FAMILY: dict[str, dict[str, Any]] = {
     "half": {"hidden": 32, "expert_ffn": 16, "shared_expert_ffn": 32},
@@ -187,3 +204,73 @@ def train_open_family(
 def router_steps(steps: int) -> int:
     """Steps of a run until its router decides."""
     return max(1, steps * 3 // 10)
+
+
+def load_family() -> tuple[ElasticForCausalLM, PreTrainedTokenizerBase]:
+    """Loads the trained family that ships with the package. Needs no network.
+
+    Returns:
+        `tuple[ElasticForCausalLM, PreTrainedTokenizerBase]`: The whole family, in float32 and evaluation mode, and its tokenizer.
+
+    Example:
+
+    ```python
+    >>> from hf_elastic.lab.family import load_family
+    >>> family, tokenizer = load_family()
+    >>> inputs = tokenizer("^a6b-1c-5d-4><think>", return_tensors="pt")
+    >>> with family.at("third"):
+    ...     tokenizer.decode(family.generate(**inputs)[0])
+    '^a6b-1c-5d-4><think>a6b6-1=5c5-5=0d0-4=6</think>bLcLdJ<eos>'
+    ```
+    """
+    family = ElasticForCausalLM.from_pretrained(FAMILY_DIR, dtype=torch.float32)
+    return family, AutoTokenizer.from_pretrained(FAMILY_DIR)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Trains the family from the parent in the package, measures it and saves it with its tokenizer and a record."""
+    from .parent import load_parent
+
+    parser = argparse.ArgumentParser(prog="python -m hf_elastic.lab.family", description=main.__doc__)
+    parser.add_argument("--output", type=Path, required=True, help="folder to save to")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the problems and of the budgets (default: 0)")
+    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps (default: 1000)")
+    parser.add_argument("--problems", type=int, default=200, help="problems per measurement (default: 200)")
+    options = parser.parse_args(arguments)
+
+    torch.set_num_threads(1)  # the model is so small that a second thread waits more than it works
+    started = time.perf_counter()
+    parent, tokenizer = load_parent()
+    family = make_family(parent, tokenizer, seed=options.seed)
+    with tempfile.TemporaryDirectory(prefix="hf-elastic-lab-") as scratch:
+        history = train_family(family, tokenizer, Path(scratch), steps=options.steps, seed=options.seed)
+    seconds = time.perf_counter() - started
+    measured = measure_family(
+        family, tokenizer, {"full": None, **{name: name for name in FAMILY}}, count=options.problems
+    )
+    family.save_pretrained(options.output)
+    tokenizer.save_pretrained(options.output)
+    record = {
+        "seed": options.seed,
+        "steps": options.steps,
+        "seconds": round(seconds, 1),
+        "num_threads": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "evaluation": {"letters": 12, "count": options.problems, "budgets": measured},
+        "history": [
+            {key: round(value, 4) for key, value in entry.items() if key == "step" or key.endswith("kl")}
+            for entry in history
+        ],
+    }
+    for entry in measured:
+        logger.info("%s: exact %.3f, thinking %.3f", entry["name"], entry["exact"], entry["trace"])
+    (options.output / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    main()
