@@ -229,6 +229,7 @@ def load_family() -> tuple[ElasticForCausalLM, PreTrainedTokenizerBase]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Trains the family from the parent in the package, measures it and saves it with its tokenizer and a record."""
+    from .book import build_tokenizer
     from .parent import load_parent
 
     parser = argparse.ArgumentParser(prog="python -m hf_elastic.lab.family", description=main.__doc__)
@@ -240,7 +241,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     torch.set_num_threads(1)  # the model is so small that a second thread waits more than it works
     started = time.perf_counter()
-    parent, tokenizer = load_parent()
+    parent, tokenizer = load_parent()[0], build_tokenizer()
     family = make_family(parent, tokenizer, seed=options.seed)
     with tempfile.TemporaryDirectory(prefix="hf-elastic-lab-") as scratch:
         history = train_family(family, tokenizer, Path(scratch), steps=options.steps, seed=options.seed)

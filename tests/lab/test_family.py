@@ -14,7 +14,17 @@ from hf_elastic.cli import main
 from hf_elastic.cost import CostModel
 from hf_elastic.lab import zero_shot
 from hf_elastic.lab.book import evaluate, training_batches, training_dataset
-from hf_elastic.lab.family import BETWEEN, FAMILY, ROUTER_TARGETS, make_family, measure_family, train_family
+from hf_elastic.lab.family import (
+    BETWEEN,
+    FAMILY,
+    FAMILY_DIR,
+    ROUTER_TARGETS,
+    load_family,
+    make_family,
+    measure_family,
+    train_family,
+)
+from hf_elastic.lab.family import main as train_command
 from hf_elastic.lab.parent import load_parent
 
 
@@ -135,3 +145,29 @@ def test_the_command_learns_the_sizes_and_keeps_the_router(export_unchecked, tmp
 def test_sizes_are_learned_in_training(tmp_path, capsys):
     assert main(["lab", "--learn-sizes", "--output", str(tmp_path)]) != 0
     assert "--learn-sizes needs --train" in capsys.readouterr().err
+
+
+def test_the_shipped_family_does_what_its_record_says():
+    """The smallest size alone, and every size's count; a family without training has 0.00 here."""
+    family, tokenizer = load_family()
+    record = json.loads((FAMILY_DIR / "training.json").read_text(encoding="utf-8"))
+    measured = {entry["name"]: entry for entry in record["evaluation"]["budgets"]}
+    assert set(measured) == {"full", *FAMILY}
+    assert {name: cost.active_params for name, cost in family.elastic_config.costs().items()} == {
+        name: entry["active_params"] for name, entry in measured.items()
+    }
+    [entry] = measure_family(family, tokenizer, {"quarter": "quarter"}, count=25)
+    assert measured["quarter"]["exact"] >= 0.9
+    assert entry["exact"] == pytest.approx(measured["quarter"]["exact"], abs=0.1)
+    files = [file for file in FAMILY_DIR.iterdir() if file.name != "training.json"]
+    assert sum(file.stat().st_size for file in files) < 1_000_000
+
+
+def test_the_command_that_trains_it(tmp_path):
+    train_command(["--output", str(tmp_path), "--steps", "4", "--problems", "1"])
+    record = json.loads((tmp_path / "training.json").read_text(encoding="utf-8"))
+    assert record["steps"] == 4
+    assert {entry["name"] for entry in record["evaluation"]["budgets"]} == {"full", *FAMILY}
+    assert [entry["step"] for entry in record["history"] if len(entry) > 1]
+    assert {file.name for file in FAMILY_DIR.iterdir()} == {file.name for file in tmp_path.iterdir()}
+    assert ElasticForCausalLM.from_pretrained(tmp_path, budget="third").elastic_config.parent_config.hidden_size == 24
