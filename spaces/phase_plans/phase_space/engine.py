@@ -57,7 +57,9 @@ class Ask:
         """Refuse what no engine would run.
 
         Raises:
-            `RequestError`: an empty or far too long prompt, control characters, caps above `limit`, a temperature or seed out of range.
+            `RequestError`: an empty or far too long prompt, control characters or an end marker in it, caps above `limit`, a temperature or seed
+                out of range.
+            `PhasePlanError`: caps that are no caps.
         """
         question = self.messages[-1][1] if self.messages else ""
         if not question.strip():
@@ -66,6 +68,11 @@ class Ask:
             raise RequestError(f"The prompt has {len(question):,} characters; at most {MAX_CHARACTERS:,} are read.")
         if strange := sorted({c for c in question if unicodedata.category(c) == "Cc" and c not in "\n\r\t"}):
             raise RequestError(f"The prompt has control characters ({_name(strange)}). Take them out.")
+        for phase in self.plan().phases:
+            if phase.end and phase.end in question:  # a chat template would put its own start behind it, and hide it
+                raise RequestError(
+                    f"The prompt is past the {phase.name} already: it holds {phase.end}, the end marker. Take it out."
+                )
         for name, cap in (("thinking", self.max_thinking_tokens), ("answer", self.max_answer_tokens)):
             if cap is not None and cap > limit:
                 raise RequestError(f"At most {limit} {name} tokens can be asked for here, not {cap}.")

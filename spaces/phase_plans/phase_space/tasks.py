@@ -73,6 +73,8 @@ then 4, always modulo 10, and give every step a letter.
 - It **thinks** by working out the steps: `a6 b6-1=5 c5-5=0 d0-4=6` (without the spaces).
 - It **answers** with a code for every step, `bL cL dJ`, which it looks up in a table of 100 entries that it has learned by heart.
 
+Speed hardly depends on the size here: a step of such a small model is nearly all overhead. What larger models gain is in the compute.
+
 Thinking is easy and the table is hard, so a small submodel can think for a large one. Problems with 4 to 12 letters can be expected to work;
 “New problem” makes one that was held out of training.
 

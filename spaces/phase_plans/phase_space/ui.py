@@ -198,7 +198,7 @@ def build(engine: Engine, measurements: Sequence[view.Point] = (), stream: Strea
                 with gr.Column(scale=3, min_width=320):
                     bot = gr.Chatbot(label="Chat", elem_id="chat", height=420, show_label=False, buttons=["copy"],
                                      placeholder="Ask; one submodel thinks, another answers.")  # fmt: skip
-                    box = gr.Textbox(label="Question", show_label=False, placeholder="Ask…", submit_btn=True,
+                    box = gr.Textbox(label="Question", show_label=False, placeholder=f"Such as {engine.task.examples[0]}" if engine.task else "Ask…", submit_btn=True,
                                      elem_id="msg", lines=1, max_lines=6)  # fmt: skip
                     fresh = gr.Button("New problem", size="sm", elem_id="fresh", visible=engine.task is not None)
                     examples = gr.Column()

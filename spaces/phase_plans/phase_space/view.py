@@ -253,7 +253,7 @@ def pareto_svg(points: Sequence[Point], sizes: Sequence[Size], axis: str = "cost
     best = frontier(shown, axis)
     path = " ".join(f"{x(p[axis]):.1f},{y(p['accuracy']):.1f}" for p in best)
     svg.append(f'<polyline class="pp-frontier" points="{path}"/>')
-    for i, point in placed:
+    for i, point in sorted(placed, key=lambda item: any(item[1] is p for p in best)):  # the labelled ones lie on top
         svg.append(_dot(i, point, x(point[axis]), y(point["accuracy"]), sizes, any(point is p for p in best)))
     return "".join(svg) + "</svg>"
 
