@@ -52,6 +52,8 @@ def served() -> Iterator[SimpleNamespace]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket, "getaddrinfo", watched)
+        for setting in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):  # gradio's client asks the Hub, not the Space
+            patch.setattr(f"huggingface_hub.constants.{setting}", True)
         patch.setenv("PHASE_QUEUE", "4")
         patch.delenv("GRADIO_SERVER_PORT", raising=False)
         from phase_space.fake import FakeEngine

@@ -182,7 +182,7 @@ def test_a_character_of_several_tokens_comes_in_one_piece():
 
 def test_a_stop_is_heeded_before_and_during_a_run():
     engine = FakeEngine(sleep=0)
-    [trace] = follow(engine.stream(ask(engine)), lambda: True)
+    *_, trace = follow(engine.stream(ask(engine)), lambda: True)
     assert (trace.stopped, trace.parts, engine.most) == (True, [], 0)
     asked = iter([False] * 20 + [True])
     trace = list(follow(engine.stream(ask(engine)), lambda: next(asked)))[-1]

@@ -136,12 +136,16 @@ def follow(
 ) -> Generator[Trace, None, None]:
     """The same growing [`Trace`] again and again: at every start and end of a phase, and about 12 times a second between.
 
+    The first one is empty and comes before the engine begins: gradio closes a generator only if it got something from it, so a visitor who left
+    earlier would else leave the engine running.
+
     Args:
         events: Are closed when this generator is, when the visitor stops, and at the end.
         is_stopped (`Callable`): Asked before every event.
     """
     trace, shown = Trace(), 0.0
     try:
+        yield trace
         while not is_stopped():
             event = next(events, None)
             if event is None:

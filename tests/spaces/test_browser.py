@@ -1,0 +1,235 @@
+"""The Space as a visitor sees it, in headless Chromium, with the engine that needs no model.
+
+States are waited for, never times: everything of ours has an `elem_id`, and cards say `data-state`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+pytest.importorskip("gradio")
+pytest.importorskip("playwright")
+
+from conftest import LOOPBACK
+from playwright.sync_api import BrowserContext, ConsoleMessage, Page, expect, sync_playwright
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+ARGUMENTS += ["--disable-component-update", "--disable-sync"]
+PATIENCE = 20_000  # milliseconds; on a busy machine
+expect.set_options(timeout=PATIENCE)
+
+
+@pytest.fixture(scope="module")
+def browser(chromium) -> Iterator[BrowserContext]:
+    with sync_playwright() as playwright, tempfile.TemporaryDirectory() as profile:
+        context = playwright.chromium.launch_persistent_context(
+            profile, executable_path=chromium, headless=True, args=ARGUMENTS, viewport={"width": 1280, "height": 860}
+        )
+        context.set_default_timeout(PATIENCE)
+        yield context
+        context.close()
+
+
+@pytest.fixture
+def visitor(browser, served) -> Iterator[Any]:
+    """Opens pages, and fails if any of them asked another machine for something or wrote an error to its console."""
+    faults: list[str] = []
+    pages: list[Page] = []
+
+    def hear(message: ConsoleMessage) -> None:
+        if message.type == "error":
+            faults.append(f"console: {message.text}")
+
+    def open_page(query: str = "") -> Page:
+        page = browser.new_page()
+        page.on("console", hear)
+        page.on("pageerror", lambda error: faults.append(f"page: {error}"))
+        page.on(
+            "request",
+            lambda request: (
+                urlsplit(request.url).hostname in LOOPBACK or faults.append(f"left loopback: {request.url}")
+            ),
+        )
+        page.goto(served.url + query)
+        page.locator("#msg textarea").wait_for()
+        pages.append(page)
+        return page
+
+    yield SimpleNamespace(open=open_page, faults=faults)
+    for page in pages:
+        page.close()
+    wait_until(lambda: served.engine.running == 0)
+    served.engine.sleep = 0.005
+    assert faults == []
+
+
+def wait_until(condition: Any, page: Page | None = None, seconds: float = 20.0) -> None:
+    import time
+
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        page.wait_for_timeout(20) if page else time.sleep(0.02)
+
+
+def ask(page: Page, text: str) -> None:
+    page.locator("#msg textarea").fill(text)
+    page.locator("#msg textarea").press("Enter")
+
+
+def state(page: Page, phase: str, panel: str = "panel") -> Any:
+    return page.locator(f"#{panel} [data-phase={phase}]")
+
+
+def test_both_phases_stream_and_the_thought_opens(visitor, served):
+    page = visitor.open()
+    served.engine.sleep = 0.03
+    ask(page, "Why is the sky blue?")
+    expect(state(page, "thinking")).to_have_attribute("data-state", "running")
+    expect(state(page, "answering")).to_have_attribute("data-state", "idle")
+    expect(page.locator("#msg .stop-button")).to_be_visible()
+    expect(state(page, "answering")).to_have_attribute("data-state", "done")
+    expect(page.locator("#panel [data-tokens]")).to_have_text(["XS 48", "L 12"])
+    expect(page.locator("#msg .submit-button")).to_be_visible()
+    assert served.engine.most == 1
+    thought = page.get_by_text("Thinking · XS", exact=False).first
+    expect(page.locator("#chat")).to_contain_text("48 tokens")
+    hidden = page.locator("#chat .thought-group .content, #chat .thinking-content, #chat .thought-content")
+    before = page.locator("#chat").inner_text()
+    page.locator("#chat").get_by_text("Thinking · XS").click()
+    wait_until(lambda: len(page.locator("#chat").inner_text()) > len(before) + 40, page)
+    assert thought is not None
+    assert hidden is not None
+
+
+def test_a_stop_while_running_and_one_while_waiting(visitor, served):
+    """Two visitors: the second one's request waits behind the first one's, is stopped there, and never reaches the engine."""
+    served.engine.sleep = 0.2
+    first, second = visitor.open(), visitor.open()
+    ask(first, "one one one")
+    expect(state(first, "thinking")).to_have_attribute("data-state", "running")
+    ask(second, "two two two")
+    expect(second.locator("#msg .stop-button")).to_be_visible()
+    expect(second.locator("#chat")).to_contain_text("queue:")
+    second.locator("#msg .stop-button").click()
+    served.engine.most = 0
+    first.locator("#msg .stop-button").click()
+    expect(state(first, "thinking")).to_have_attribute("data-state", "stopped")
+    expect(first.locator("#chat")).to_contain_text("Stopped.")
+    expect(second.locator("#chat")).to_contain_text("Stopped before it began.")
+    assert served.engine.most == 0
+    for page in (first, second):
+        expect(page.locator("#msg .submit-button")).to_be_visible()
+        assert page.locator("#chat .error").count() == 0
+    served.engine.sleep = 0.005
+    ask(second, "three")  # the next one is served, and nobody sees another's words
+    expect(state(second, "answering")).to_have_attribute("data-state", "done")
+    assert "one" not in second.locator("#chat").inner_text()
+
+
+def test_a_closed_tab_frees_the_engine(visitor, served):
+    served.engine.sleep = 0.2  # the whole would take 12 seconds
+    page = visitor.open()
+    ask(page, "anybody there")
+    expect(state(page, "thinking")).to_have_attribute("data-state", "running")
+    page.close()
+    wait_until(lambda: served.engine.running == 0, seconds=5)
+    assert len(served.space.flags) == 0
+
+
+def test_compare_runs_one_plan_after_the_other(visitor, served):
+    page = visitor.open()
+    page.get_by_role("tab", name="Compare").click()
+    served.engine.most = 0
+    page.locator("#go").click()
+    expect(page.locator("#difference [data-state]")).to_have_attribute("data-state", "done")
+    expect(page.locator("#difference")).to_contain_text("of A's compute")
+    assert served.engine.most == 1
+    for side, budgets in (("a", ["XS 48", "L 12"]), ("b", ["L 48", "L 12"])):
+        expect(page.locator(f"#panel-{side} [data-tokens]")).to_have_text(budgets)
+        expect(page.locator(f"#chat-{side}")).to_contain_text("Why is the sky blue?")
+    served.engine.sleep = 0.2
+    page.locator("#go").click()
+    expect(state(page, "thinking", "panel-a")).to_have_attribute("data-state", "running")
+    page.locator("#halt").click()
+    expect(page.locator("#go")).to_be_visible()
+    expect(page.locator("#chat-b")).to_contain_text("Stopped before it began.")
+
+
+def test_a_point_of_the_chart_sets_the_plan(visitor):
+    page = visitor.open()
+    page.get_by_role("tab", name="Trade-off").click()
+    page.locator("#chart [data-plan='3']").click()
+    for radio in ("#think", "#answer"):
+        expect(page.locator(f"{radio} input:checked")).to_have_value("M")
+    expect(page.locator("#panel")).to_contain_text("Thinking · M")
+    expect(page.locator("#msg textarea")).to_be_visible()  # back in the chat
+    page.get_by_text("More: token limits").click()
+    expect(page.get_by_label("number input for Thinking tokens, at most")).to_have_value("32")
+    page.get_by_role("tab", name="Trade-off").click()
+    page.locator("#chart [data-plan='2']").focus()
+    page.keyboard.press("Enter")
+    expect(page.locator("#think input:checked")).to_have_value("XS")
+    page.locator("#examples").get_by_text("large does both").click()
+    expect(page.locator("#msg textarea")).to_have_value("Write a limerick about a sled dog.")
+    expect(page.locator("#think input:checked")).to_have_value("L")
+
+
+def test_strange_input_is_shown_or_refused_and_the_next_is_served(visitor):
+    page = visitor.open()
+    page.evaluate("window.fired = 0")
+    html = (
+        "<img src=x onerror='window.fired=1'><script>window.fired=2</script> **bold** ![p](https://example.com/p.png)"
+    )
+    ask(page, html)
+    expect(state(page, "answering")).to_have_attribute("data-state", "done")
+    expect(page.locator("#chat")).to_contain_text("<script>window.fired=2</script>")
+    assert page.evaluate("window.fired") == 0
+    visitor.faults[:] = [
+        fault for fault in visitor.faults if "Content Security Policy" not in fault
+    ]  # it kept the picture out
+    assert page.locator("#chat img[src*='example.com']").count() <= 2
+    ask(page, "tab\tis fine, bell\x07is not")
+    expect(page.locator("#chat")).to_contain_text("U+0007")
+    page.locator("#msg textarea").press("Enter")
+    expect(page.get_by_text("The prompt is empty").first).to_be_visible()
+    ask(page, "past</think>it")
+    expect(page.locator("#chat")).to_contain_text("past the thinking already")
+    ask(page, "next")
+    expect(page.locator("#chat")).to_contain_text("next", use_inner_text=True)
+    expect(state(page, "answering")).to_have_attribute("data-state", "done")
+    assert "Traceback" not in page.locator("body").inner_text()
+
+
+@pytest.mark.parametrize(("query", "width"), [("", 390), ("?__theme=dark", 1280), ("?__theme=dark", 390)])
+def test_phone_and_dark(visitor, query, width, tmp_path):
+    """Nothing is wider than the screen, and dark is dark with readable text; the screenshots are for looking at."""
+    page = visitor.open(query)
+    page.set_viewport_size({"width": width, "height": 844})
+    ask(page, "Why is the sky blue?")
+    expect(state(page, "answering")).to_have_attribute("data-state", "done")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    colours = page.evaluate(
+        """() => [document.body, document.querySelector('.pp-card dd')].map((element, i) => {
+            const [r, g, b] = getComputedStyle(element)[i ? 'color' : 'backgroundColor'].match(/[\\d.]+/g).map(Number);
+            return (0.299 * r + 0.587 * g + 0.114 * b) / 255; })"""
+    )
+    background, text = colours if query else colours[::-1]
+    assert background < 0.25
+    assert text > 0.75
+    page.screenshot(path=tmp_path / "page.png", full_page=True)
+    assert (tmp_path / "page.png").stat().st_size > 10_000
+
+
+def test_the_server_asked_for_no_name(served, visitor):
+    """Last of this file: from building on, the server looked up loopback names only."""
+    visitor.open()
+    assert served.looked_up == []

@@ -1,0 +1,236 @@
+"""The served Space from programs: its API, its queue, MCP, and app.py itself."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import logging
+import sys
+import time
+from types import ModuleType, SimpleNamespace
+
+import pytest
+from conftest import LOOPBACK, SPACE
+
+pytest.importorskip("gradio")
+pytest.importorskip("mcp")
+
+from gradio_client import Client
+from gradio_client.exceptions import AppError
+from gradio_client.utils import QueueError
+from phase_space import view
+from phase_space.engine import ElasticEngine
+from phase_space.ui import FAILED, Space
+
+from hf_elastic.lab.book import problems
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+PLAN = ("XS", "L")
+
+
+@pytest.fixture
+def client(served) -> Client:
+    return Client(served.url, verbose=False)
+
+
+def wait_until(condition, seconds=10.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def test_the_api_is_two_documented_endpoints(client):
+    endpoints = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
+    assert set(endpoints) == {"/generate", "/budgets"}
+    described = {
+        p["parameter_name"]: (p["python_type"]["type"], p["parameter_default"])
+        for p in endpoints["/generate"]["parameters"]
+    }
+    assert described == {
+        "prompt": ("str", None), "thinking": ("str", "XS"), "answering": ("str", "L"), "max_thinking_tokens": ("int", 512),
+        "max_answer_tokens": ("int", 256), "temperature": ("float", 0.0), "seed": ("int", 0),
+    }  # fmt: skip
+    assert endpoints["/generate"]["returns"]
+    assert "submodel" in endpoints["/generate"]["description"]
+    assert [size["name"] for size in client.predict(api_name="/budgets")] == ["XS", "S", "M", "L"]
+
+
+def test_generate_streams_both_phases(client):
+    job = client.submit("alpha beta", api_name="/generate")
+    seen = list(job)
+    assert len(seen) > 2
+    assert all(
+        later["thinking"].startswith(earlier["thinking"]) for earlier, later in zip(seen, seen[1:], strict=False)
+    )
+    last = seen[-1]
+    assert last["done"]
+    assert not any(state["done"] for state in seen[:-2])
+    assert [(p["budget"], p["generated_tokens"], p["reason"]) for p in last["phases"]] == [
+        ("XS", 48, "marker"),
+        ("L", 12, "eos"),
+    ]
+    assert client.predict("alpha beta", "S", "M", 5, 3, api_name="/generate")["phases"][0]["budget"] == "S"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("",), "empty"),
+        (("x", "XXL"), "unknown budget 'XXL'"),
+        (("x", *PLAN, 0), "at least 1"),
+        (("a\x00b",), "control"),
+    ],
+    ids=["empty", "budget", "cap", "control"],
+)
+def test_errors_are_messages_and_the_next_request_is_served(client, caplog, capfd, arguments, message):
+    with pytest.raises(AppError, match=message):
+        client.submit(*arguments, api_name="/generate").result(timeout=20)
+    assert client.predict("next", *PLAN, 2, 2, api_name="/generate")["done"]
+    assert "Traceback" not in capfd.readouterr().err + caplog.text
+
+
+def test_ten_at_once_are_served_or_told_that_the_queue_is_full(served):
+    """One runs, four may wait; each that is served has its own words and nobody else's."""
+    served.engine.most = 0
+    clients = [Client(served.url, verbose=False) for _ in range(10)]
+    words = [f"secret{i}" for i in range(10)]
+    jobs = [c.submit(word, *PLAN, 40, 12, api_name="/generate") for c, word in zip(clients, words, strict=True)]
+    results = []
+    for job in jobs:
+        try:
+            results.append(job.result(timeout=60))
+        except (AppError, QueueError) as error:
+            results.append(str(error))
+    full = [result for result in results if isinstance(result, str)]
+    assert all("Queue is full" in message for message in full)
+    assert 1 <= len(full) <= 6  # at least those beyond one that runs and four that wait, unless one was done early
+    for word, result in zip(words, results, strict=True):
+        if not isinstance(result, str):
+            text = result["thinking"] + result["answer"]
+            assert text.count(word) == 13  # every fourth of 40 and of 12
+            assert not [other for other in words if other != word and other in text]
+    assert served.engine.most == 1
+    assert len(served.space.flags) == 0
+
+
+def test_a_client_that_goes_away_frees_the_engine(served, client):
+    served.engine.sleep = 0.2  # of a token: the whole would take 12 seconds
+    try:
+        job = client.submit("a b c", api_name="/generate")
+        wait_until(lambda: served.engine.running == 1)
+        job.cancel()
+        wait_until(lambda: served.engine.running == 0, seconds=5)
+    finally:
+        served.engine.sleep = 0.005
+    assert client.predict("next", *PLAN, 2, 2, api_name="/generate")["done"]
+
+
+def test_mcp_answers(served):
+    from mcp import ClientSession
+    from mcp.client.streamable_http import streamablehttp_client
+
+    async def talk():
+        async with (
+            streamablehttp_client(f"{served.url}gradio_api/mcp/") as (read, write, _),
+            ClientSession(read, write) as session,
+        ):
+            await session.initialize()
+            tools = {tool.name: tool for tool in (await session.list_tools()).tools}
+            [generate] = [tool for name, tool in tools.items() if name.endswith("generate")]
+            result = await session.call_tool(generate.name, {"prompt": "hello agent", "max_thinking_tokens": 4})
+            return tools, generate, "".join(part.text for part in result.content)
+
+    tools, generate, text = asyncio.run(talk())
+    assert len(tools) == 2
+    assert "submodel" in generate.description
+    assert "Cap on the thinking" in generate.inputSchema["properties"]["max_thinking_tokens"]["description"]
+    assert "hello" in text
+    assert "answer" in text
+
+
+def test_nothing_was_looked_up_and_no_flag_is_left(served):
+    """Last of the served tests of this file: building, launching and all requests before asked for no name but loopback's."""
+    assert served.looked_up == []
+    assert served.engine.running == 0
+    assert "huggingface.co" not in LOOPBACK
+
+
+# -- without a server ----------------------------------------------------------------------------------------------------
+
+
+def test_the_chat_on_the_real_engine():
+    """A turn, an error, the next turn; the thought closes and the answer is the solution."""
+    space = Space(ElasticEngine.lab())
+    problem = next(problems("heldout", 5, 1))
+    settings = ("third", "full", 64, 32, 0.0, 0)
+    *growing, (history, panel) = space.chat([view.question(problem.prompt)], *settings)
+    assert [message["role"] for message in history] == ["user", "assistant", "assistant"]
+    assert (history[1]["content"], history[2]["content"]) == (problem.thinking, problem.answer)
+    assert panel.count('data-state="done"') == 2
+    assert growing
+    [(refused, _)] = space.chat([*history, view.question("<b>hi</b>")], *settings)
+    assert "does not know" in refused[-1]["content"]
+    assert (
+        list(space.chat([*refused, view.question(problem.prompt)], *settings))[-1][0][-1]["content"] == problem.answer
+    )
+    assert list(space.chat([], *settings)) == []
+    assert len(space.flags) == 0
+    *_, (a, _, b, _, line) = space.compare(problem.prompt, "quarter", "full", "full", "full", 64, 32, 0.0, 0)
+    assert a[-1]["content"] == b[-1]["content"] == problem.answer
+    assert "the same answer" in line
+
+
+def test_a_bug_is_not_shown_to_visitors(caplog):
+    engine = ElasticEngine.lab()
+
+    def broken(ask):
+        yield from ()
+        raise RuntimeError("secret detail")
+
+    space = Space(engine, stream=broken)
+    with caplog.at_level(logging.ERROR):
+        [(history, _)] = space.chat([view.question("^a6b-1>")], "full", "full", 8, 8, 0.0, 0)
+    assert history[-1]["content"] == FAILED
+    assert "secret detail" in caplog.text
+
+
+def load_app(monkeypatch, package):
+    """app.py under a name of its own, with this in place of the package `spaces`."""
+    monkeypatch.setenv("PHASE_ENGINE", "fake")
+    monkeypatch.setitem(sys.modules, "spaces", package)
+    spec = importlib.util.spec_from_file_location("phase_plans_app", SPACE / "app.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_app_borrows_a_gpu_on_zerogpu(monkeypatch):
+    """The decorator is applied to a generator of plain values, with the function that says how long it takes."""
+    borrowed = []
+
+    def decorate(duration):
+        def wrap(function):
+            borrowed.append((function.__name__, duration))
+            return function
+
+        return wrap
+
+    module = load_app(monkeypatch, SimpleNamespace(GPU=decorate))
+    [(name, duration)] = borrowed
+    assert (name, module.demo.space.stream) == ("stream", module.stream)
+    ask = SimpleNamespace(max_thinking_tokens=100, max_answer_tokens=100)
+    assert duration(ask) == 20
+
+
+def test_app_runs_where_a_folder_passes_for_the_package(monkeypatch):
+    module = load_app(monkeypatch, ModuleType("spaces"))
+    assert not hasattr(sys.modules["spaces"], "GPU")
+    assert module.demo.space.engine.fake
+    monkeypatch.setenv("PHASE_ENGINE", "feak")
+    with pytest.raises(ValueError, match="'fake' or 'elastic'"):
+        module.load_engine()
+
+
+def test_no_file_hides_the_package():
+    assert not list(SPACE.parent.glob("__init__.py")) + list(SPACE.glob("__init__.py"))
