@@ -17,7 +17,7 @@ pytest.importorskip("gradio")
 pytest.importorskip("playwright")
 
 from conftest import LOOPBACK
-from playwright.sync_api import BrowserContext, ConsoleMessage, Page, expect, sync_playwright
+from playwright.sync_api import BrowserContext, Page, expect, sync_playwright
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -42,28 +42,25 @@ def browser(chromium) -> Iterator[BrowserContext]:
 def visitor(browser, served) -> Iterator[Any]:
     """Opens pages, and fails if any of them asked another machine for something or wrote an error to its console."""
     faults: list[str] = []
+    kept_in: list[str] = []
     pages: list[Page] = []
-
-    def hear(message: ConsoleMessage) -> None:
-        if message.type == "error":
-            faults.append(f"console: {message.text}")
 
     def open_page(query: str = "") -> Page:
         page = browser.new_page()
-        page.on("console", hear)
-        page.on("pageerror", lambda error: faults.append(f"page: {error}"))
-        page.on(
-            "request",
-            lambda request: (
-                urlsplit(request.url).hostname in LOOPBACK or faults.append(f"left loopback: {request.url}")
-            ),
-        )
+        page.on("console", lambda said: faults.append(said.text) if said.type == "error" else None)
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on("requestfinished", lambda request: went(request.url, None))
+        page.on("requestfailed", lambda request: went(request.url, request.failure))
         page.goto(served.url + query)
         page.locator("#msg textarea").wait_for()
         pages.append(page)
         return page
 
-    yield SimpleNamespace(open=open_page, faults=faults)
+    def went(url: str, failure: str | None) -> None:
+        if urlsplit(url).scheme in ("http", "https") and urlsplit(url).hostname not in LOOPBACK:
+            (kept_in if failure == "csp" else faults).append(url)
+
+    yield SimpleNamespace(open=open_page, faults=faults, kept_in=kept_in)
     for page in pages:
         page.close()
     wait_until(lambda: served.engine.running == 0)
@@ -100,14 +97,10 @@ def test_both_phases_stream_and_the_thought_opens(visitor, served):
     expect(page.locator("#panel [data-tokens]")).to_have_text(["XS 48", "L 12"])
     expect(page.locator("#msg .submit-button")).to_be_visible()
     assert served.engine.most == 1
-    thought = page.get_by_text("Thinking · XS", exact=False).first
     expect(page.locator("#chat")).to_contain_text("48 tokens")
-    hidden = page.locator("#chat .thought-group .content, #chat .thinking-content, #chat .thought-content")
     before = page.locator("#chat").inner_text()
     page.locator("#chat").get_by_text("Thinking · XS").click()
     wait_until(lambda: len(page.locator("#chat").inner_text()) > len(before) + 40, page)
-    assert thought is not None
-    assert hidden is not None
 
 
 def test_a_stop_while_running_and_one_while_waiting(visitor, served):
@@ -193,20 +186,20 @@ def test_strange_input_is_shown_or_refused_and_the_next_is_served(visitor):
     expect(state(page, "answering")).to_have_attribute("data-state", "done")
     expect(page.locator("#chat")).to_contain_text("<script>window.fired=2</script>")
     assert page.evaluate("window.fired") == 0
-    visitor.faults[:] = [
-        fault for fault in visitor.faults if "Content Security Policy" not in fault
-    ]  # it kept the picture out
-    assert page.locator("#chat img[src*='example.com']").count() <= 2
+    # the browser names the picture, twice or more, and does not fetch it
+    wait_until(lambda: visitor.kept_in, page)
+    assert set(visitor.kept_in) == {"https://example.com/p.png"}
     ask(page, "tab\tis fine, bell\x07is not")
     expect(page.locator("#chat")).to_contain_text("U+0007")
     page.locator("#msg textarea").press("Enter")
-    expect(page.get_by_text("The prompt is empty").first).to_be_visible()
+    expect(page.locator("#chat")).to_contain_text("The prompt is empty")
     ask(page, "past</think>it")
     expect(page.locator("#chat")).to_contain_text("past the thinking already")
     ask(page, "next")
     expect(page.locator("#chat")).to_contain_text("next", use_inner_text=True)
     expect(state(page, "answering")).to_have_attribute("data-state", "done")
     assert "Traceback" not in page.locator("body").inner_text()
+    visitor.faults[:] = [fault for fault in visitor.faults if "Content Security Policy" not in fault]
 
 
 @pytest.mark.parametrize(("query", "width"), [("", 390), ("?__theme=dark", 1280), ("?__theme=dark", 390)])
@@ -218,9 +211,9 @@ def test_phone_and_dark(visitor, query, width, tmp_path):
     expect(state(page, "answering")).to_have_attribute("data-state", "done")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     colours = page.evaluate(
-        """() => [document.body, document.querySelector('.pp-card dd')].map((element, i) => {
+        """() => [document.querySelector('.pp-card'), document.querySelector('.pp-card dd')].map((element, i) => {
             const [r, g, b] = getComputedStyle(element)[i ? 'color' : 'backgroundColor'].match(/[\\d.]+/g).map(Number);
-            return (0.299 * r + 0.587 * g + 0.114 * b) / 255; })"""
+            return (0.299 * r + 0.587 * g + 0.114 * b) / 255; })"""  # brightness from 0 to 1
     )
     background, text = colours if query else colours[::-1]
     assert background < 0.25

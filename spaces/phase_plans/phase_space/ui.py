@@ -86,7 +86,8 @@ class Space:
         """Answers the last message of the history."""
         plan = {"thinking": thinking, "answering": answering}
         try:
-            if not history or history[-1]["role"] != "user":
+            if not history or history[-1]["role"] != "user":  # there was nothing to send
+                yield history, self.panel(None, plan)
                 return
             ask = Ask(view.said(history), thinking, answering, int(cap), int(answer_cap), temperature, int(seed))
             trace: Trace | None = None
@@ -142,8 +143,7 @@ class Space:
     def arm(self, text: str, history: list[Any], request: gr.Request | None = None) -> tuple[Any, list[Any]]:
         """The question is in the chat and can be stopped, also while it waits."""
         if not text.strip():
-            gr.Warning("The prompt is empty. Write a question first.")
-            return gr.skip(), gr.skip()
+            return gr.skip(), [*history, view.notice("The prompt is empty. Write a question first.")]
         self.flags.get(request, "chat")
         return gr.Textbox(value="", submit_btn=False, stop_btn=True), [*history, view.question(text)]
 
