@@ -4,10 +4,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ABLATIONS := $(addprefix ablation_,sampling stages router sorting depth)
 
-.PHONY: demo test quality style benchmarks evidence clean
+.PHONY: demo space test quality style benchmarks evidence clean
 
 demo: $(VENV)/installed  ## The main job: a reasoning hybrid made elastic, cut, switched, exported and checked
 	$(BIN)/hf-elastic lab --output demo
+
+space: $(VENV)/installed  ## The Space on the embedded model: open the address it prints
+	$(BIN)/python spaces/phase_plans/app.py
 
 # Two processes of one thread each: the models are so small that a second thread only waits.
 test: $(VENV)/installed  ## All tests

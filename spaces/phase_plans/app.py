@@ -31,7 +31,8 @@ def stream(ask: Ask) -> Any:
     yield from engine.stream(ask)
 
 
-demo = build(engine, read_measurements(Path(file), [size.name for size in engine.sizes]) if file else [], stream)
+measured = read_measurements(Path(file), [size.name for size in engine.sizes]) if file else None
+demo = build(engine, measured, stream)
 
 if __name__ == "__main__":
     launch(demo)

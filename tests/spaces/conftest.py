@@ -1,47 +1,25 @@
-"""The Space's own package on the path, a served Space without a model, and a browser."""
+"""A served Space without a model, and a browser."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import socket
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-
-SPACE = Path(__file__).parents[2] / "spaces" / "phase_plans"
-sys.path.insert(0, str(SPACE))
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-
-LOOPBACK = {"127.0.0.1", "localhost", "::1", "0.0.0.0", "", None}
-
-
-def made_up_points() -> list[dict[str, Any]]:
-    """Measurements for the fake engine's sizes; the second is beaten by the first, the fourth has a cap."""
-    from hf_elastic import PhasePlan
-
-    rows = [
-        ("XS", "XS", 0.5, 10, None),
-        ("S", "XS", 0.45, 12, None),
-        ("XS", "L", 0.8, 20, None),
-        ("M", "M", 0.9, 40, 32),
-    ]
-    about = {"n": 50, "tokens": 60.0, "device": "cpu", "dtype": "float32", "commit": "0" * 12, "seconds": None}
-    return [
-        {"plan": PhasePlan(t, a, max_thinking_tokens=cap).to_dict(), "thinking": t, "answering": a, "accuracy": accuracy,
-         "cost": cost, "max_thinking_tokens": cap, **about}
-        for t, a, accuracy, cost, cap in rows
-    ]  # fmt: skip
+from space_tools import LOOPBACK, free_port, made_up_points
 
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[SimpleNamespace]:
-    """A Space with a fake engine of 5 ms per token and four places in its queue: `url`, `engine`, `space`, names that were `looked_up`."""
-    gradio = pytest.importorskip("gradio")
+    """A Space with a fake engine of 5 ms per token and four places in its queue: `url`, `engine`, `space`.
+
+    From building on it must look up no name but loopback's, which is checked at the end.
+    """
+    pytest.importorskip("gradio")
     looked_up: list[Any] = []
     original = socket.getaddrinfo
 
@@ -52,30 +30,23 @@ def served() -> Iterator[SimpleNamespace]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket, "getaddrinfo", watched)
-        for setting in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):  # gradio's client asks the Hub, not the Space
-            patch.setattr(f"huggingface_hub.constants.{setting}", True)
         patch.setenv("PHASE_QUEUE", "4")
         patch.delenv("GRADIO_SERVER_PORT", raising=False)
         from phase_space.fake import FakeEngine
+        from phase_space.measurements import Measurements
         from phase_space.ui import build, launch
 
-        assert gradio is not None
         engine = FakeEngine(sleep=0.005)
         demo = launch(
-            build(engine, made_up_points()),
+            build(engine, Measurements(made_up_points(), "made up")),
             prevent_thread_lock=True,
             quiet=True,
             server_name="127.0.0.1",
             server_port=free_port(),
         )
-        yield SimpleNamespace(url=demo.local_url, engine=engine, space=demo.space, looked_up=looked_up)
+        yield SimpleNamespace(url=demo.local_url, engine=engine, space=demo.space)
         demo.close()
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+        assert looked_up == [], "the server looked up names of other machines"
 
 
 @pytest.fixture(scope="session")

@@ -16,8 +16,8 @@ import pytest
 pytest.importorskip("gradio")
 pytest.importorskip("playwright")
 
-from conftest import LOOPBACK
 from playwright.sync_api import BrowserContext, Page, expect, sync_playwright
+from space_tools import LOOPBACK, wait_until
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -66,15 +66,6 @@ def visitor(browser, served) -> Iterator[Any]:
     wait_until(lambda: served.engine.running == 0)
     served.engine.sleep = 0.005
     assert faults == []
-
-
-def wait_until(condition: Any, page: Page | None = None, seconds: float = 20.0) -> None:
-    import time
-
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        page.wait_for_timeout(20) if page else time.sleep(0.02)
 
 
 def ask(page: Page, text: str) -> None:
@@ -220,9 +211,3 @@ def test_phone_and_dark(visitor, query, width, tmp_path):
     assert text > 0.75
     page.screenshot(path=tmp_path / "page.png", full_page=True)
     assert (tmp_path / "page.png").stat().st_size > 10_000
-
-
-def test_the_server_asked_for_no_name(served, visitor):
-    """Last of this file: from building on, the server looked up loopback names only."""
-    visitor.open()
-    assert served.looked_up == []

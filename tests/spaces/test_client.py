@@ -6,11 +6,10 @@ import asyncio
 import importlib.util
 import logging
 import sys
-import time
 from types import ModuleType, SimpleNamespace
 
 import pytest
-from conftest import LOOPBACK, SPACE
+from space_tools import SPACE, wait_until
 
 pytest.importorskip("gradio")
 pytest.importorskip("mcp")
@@ -18,26 +17,26 @@ pytest.importorskip("mcp")
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 from gradio_client.utils import QueueError
+
+from hf_elastic.lab.book import problems
 from phase_space import view
 from phase_space.engine import ElasticEngine
 from phase_space.ui import FAILED, Space
-
-from hf_elastic.lab.book import problems
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 PLAN = ("XS", "L")
 
 
+@pytest.fixture(autouse=True)
+def _silent_client(monkeypatch):
+    """gradio's client, which is not the Space, would ask the Hub."""
+    for setting in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
+        monkeypatch.setattr(f"huggingface_hub.constants.{setting}", True)
+
+
 @pytest.fixture
 def client(served) -> Client:
     return Client(served.url, verbose=False)
-
-
-def wait_until(condition, seconds=10.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.02)
 
 
 def test_the_api_is_two_documented_endpoints(client):
@@ -147,13 +146,6 @@ def test_mcp_answers(served):
     assert "Cap on the thinking" in generate.inputSchema["properties"]["max_thinking_tokens"]["description"]
     assert "hello" in text
     assert "answer" in text
-
-
-def test_nothing_was_looked_up_and_no_flag_is_left(served):
-    """Last of the served tests of this file: building, launching and all requests before asked for no name but loopback's."""
-    assert served.looked_up == []
-    assert served.engine.running == 0
-    assert "huggingface.co" not in LOOPBACK
 
 
 # -- without a server ----------------------------------------------------------------------------------------------------

@@ -7,15 +7,15 @@ from itertools import islice
 
 import pytest
 import torch
-from phase_space.engine import Ask, Decoder, ElasticEngine, RequestError, seconds_needed
-from phase_space.fake import FakeEngine
-from phase_space.tasks import BOOK_TASK
-from phase_space.trace import Trace, follow
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from hf_elastic import HFElasticError, PhasePlan
 from hf_elastic.lab.book import problems
+from phase_space.engine import Ask, Decoder, ElasticEngine, RequestError, seconds_needed
+from phase_space.fake import FakeEngine
+from phase_space.tasks import BOOK_TASK
+from phase_space.trace import Trace, follow
 
 PROBLEM = next(problems("heldout", 6, 3))
 
@@ -116,7 +116,10 @@ BAD = {
     "no thinking tokens": ({"max_thinking_tokens": 0}, "max_thinking_tokens=0 must be a whole number of at least 1"),
     "fewer than none": ({"max_answer_tokens": -3}, "max_answer_tokens=-3 must be a whole number of at least 1"),
     "half a token": ({"max_thinking_tokens": 1.5}, "max_thinking_tokens=1.5 must be a whole number"),
-    "too many tokens": ({"max_answer_tokens": 10**9}, "At most"),
+    "too many tokens": ({"max_answer_tokens": 10**9}, "From 1 to"),
+    "no cap": ({"max_thinking_tokens": None}, "From 1 to"),
+    "a cap in words": ({"max_answer_tokens": "many"}, "max_answer_tokens='many' must be a whole number"),
+    "not a text": ({"prompt": 5}, "empty"),
     "no prompt": ({"prompt": ""}, "empty"),
     "blank prompt": ({"prompt": " \n "}, "empty"),
     "control characters": ({"prompt": "^a6\x07b-1\x1b[31m>"}, r"control characters \(U\+0007, U\+001B\)"),
@@ -125,6 +128,7 @@ BAD = {
     "too hot": ({"temperature": 3.0}, "temperature"),
     "not a temperature": ({"temperature": float("nan")}, "temperature"),
     "seed out of range": ({"seed": -1}, "seed"),
+    "no seed": ({"seed": None}, "seed"),
 }
 BAD_FOR_THE_LAB = {
     "html": ({"prompt": "<b>hello</b>"}, "does not know"),

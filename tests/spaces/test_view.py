@@ -7,8 +7,9 @@ import re
 from dataclasses import replace
 
 import pytest
-from conftest import SPACE, made_up_points
-from phase_space import view
+from space_tools import SPACE, made_up_points
+
+from phase_space import chart, view
 from phase_space.engine import Ask, ElasticEngine
 from phase_space.fake import FakeEngine
 from phase_space.measurements import read_measurements
@@ -81,14 +82,14 @@ def test_names_are_escaped_everywhere():
     sizes = [replace(ENGINE.sizes[0], name=evil), *ENGINE.sizes[1:]]
     trace = run()
     trace.parts[0].budget = trace.parts[0].name = trace.parts[0].handover = trace.parts[0].reason = evil
-    point = made_up_points()[0] | {"thinking": evil, "task": evil, "commit": evil, "device": evil}
+    point = made_up_points()[0] | {"thinking": evil}
     shown = [
         view.panel(trace, sizes, {evil: evil}),
         view.panel(None, sizes, {"thinking": evil}),
         view.ribbon(trace, sizes),
-        view.pareto_svg([point], sizes),
-        view.legend(sizes),
-        view.source([point]),
+        chart.pareto_svg([point], sizes),
+        chart.legend(sizes),
+        chart.source(evil),
         view.notice(evil)["content"],
     ]
     assert not [html for html in shown if "<script>" in html]
@@ -110,46 +111,48 @@ def test_the_difference_counts_compute():
     assert 'data-state="idle"' in view.difference(None, None, [])
 
 
-def test_the_frontier_is_what_nothing_beats():
-    points = [
-        {"cost": c, "accuracy": a} for c, a in [(1, 0.2), (2, 0.2), (3, 0.5), (3, 0.6), (4, 0.4), (5, 0.6), (6, 0.9)]
-    ]
-
-    def beaten(p):
-        return any(q["cost"] <= p["cost"] and q["accuracy"] >= p["accuracy"] and q != p for q in points)
-
-    assert view.frontier(points, "cost") == [p for p in points if not beaten(p)]
-
-
 def test_the_chart_has_every_measured_plan_and_no_other():
+    """The front is what nothing beats; positions rise with price and accuracy."""
     points = made_up_points()
-    svg = view.pareto_svg(points, ENGINE.sizes)
+    svg = chart.pareto_svg(points, ENGINE.sizes)
     assert sorted(re.findall(r'data-plan="(\d)"', svg)) == ["0", "1", "2", "3"]
     assert re.findall(r'pp-best" data-plan="(\d)"', svg) == ["0", "2", "3"]
     assert "M → M, ≤ 32" in svg
-    assert "been measured" in view.pareto_svg(points, ENGINE.sizes, "seconds")  # nobody timed them: no points
-    timed = [points[0] | {"seconds": 1.5}, *points[1:]]
-    assert re.findall(r'data-plan="(\d)"', view.pareto_svg(timed, ENGINE.sizes, "seconds")) == ["0"]
-    places = {i: float(x) for i, x in re.findall(r'data-plan="(\d)".*?<circle class="pp-hit" cx="([\d.]+)"', svg)}
-    assert sorted(places, key=places.__getitem__) == ["0", "1", "2", "3"]  # from cheap to dear
+    places = {
+        i: (float(x), float(y))
+        for i, x, y in re.findall(r'data-plan="(\d)".*?pp-hit" cx="([\d.]+)" cy="([\d.]+)"', svg)
+    }
+    assert sorted(places, key=lambda i: places[i][0]) == ["0", "1", "2", "3"]  # from cheap to dear
+    assert sorted(places, key=lambda i: -places[i][1]) == ["1", "0", "2", "3"]  # upwards
+    assert chart.axes_of(points) == ["cost"]  # nobody timed them
+    assert "been measured" in chart.pareto_svg(points, ENGINE.sizes, "seconds")
+    timed = [point | {"seconds": 1.5} for point in points]
+    assert chart.axes_of(timed) == ["cost", "seconds"]
+    assert re.findall(r'pp-best" data-plan="(\d)"', chart.pareto_svg(timed, ENGINE.sizes, "seconds")) == ["3"]
 
 
 def test_the_shipped_measurements_are_of_the_shipped_model(tmp_path):
-    """Costs follow from the tokens and the active parameters; points of other models are left out; a damaged file is refused."""
+    """Costs hold against active parameters and tokens; points of other models are left out; a damaged file is refused."""
     sizes = {size.name: size for size in ElasticEngine.lab().sizes}
     file = SPACE / "data" / "measurements.json"
-    points = read_measurements(file, list(sizes))
-    assert {(p["thinking"], p["answering"]) for p in points} == {(a, b) for a in sizes for b in sizes}
-    for point in points:
-        active = sorted(sizes[point[key]].active_params for key in ("thinking", "answering"))
-        assert active[0] * point["tokens"] <= point["cost"] + 1e-6
-        assert point["cost"] <= active[1] * point["tokens"] + 1e-6
+    measured = read_measurements(file, list(sizes))
+    assert {(p["thinking"], p["answering"]) for p in measured.points} == {(a, b) for a in sizes for b in sizes}
+    for point in measured.points:
+        written = sizes[point["thinking"]].active_params * point["thinking_tokens"]
+        written += sizes[point["answering"]].active_params * point["answer_tokens"]
+        assert written <= point["cost"] <= 1.2 * written  # what is read is added, at a 16th each
         assert 0 <= point["accuracy"] <= 1
-        assert round(point["accuracy"] * point["n"]) == pytest.approx(point["accuracy"] * point["n"])
-    assert read_measurements(file, ["quarter"]) == [p for p in points if p["thinking"] == p["answering"] == "quarter"]
+        if point["max_thinking_tokens"]:
+            assert point["thinking_tokens"] <= point["max_thinking_tokens"]
+    assert "task book" in measured.about
+    only = read_measurements(file, ["quarter"]).points
+    assert only == [p for p in measured.points if p["thinking"] == p["answering"] == "quarter"]
     damaged = tmp_path / "m.json"
-    damaged.write_text(json.dumps([{"thinking": "full"}]))
-    with pytest.raises(ValueError, match="measurement 0 lacks plan, answering"):
+    damaged.write_text(json.dumps({"points": [{"thinking": "full"}]}))
+    with pytest.raises(ValueError, match="point 0 lacks plan, answering"):
+        read_measurements(damaged, list(sizes))
+    damaged.write_text("[]")
+    with pytest.raises(ValueError, match="plans.json of hf-elastic evaluate"):
         read_measurements(damaged, list(sizes))
 
 

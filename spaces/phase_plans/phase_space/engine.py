@@ -50,8 +50,12 @@ class Ask:
 
     def plan(self) -> PhasePlan:
         """Its phase plan."""
-        caps = {"max_thinking_tokens": self.max_thinking_tokens, "max_answer_tokens": self.max_answer_tokens}
-        return PhasePlan(self.thinking, self.answering, **caps)
+        return PhasePlan(
+            self.thinking,
+            self.answering,
+            max_thinking_tokens=self.max_thinking_tokens,
+            max_answer_tokens=self.max_answer_tokens,
+        )
 
     def check(self, limit: int) -> None:
         """Refuse what no engine would run.
@@ -62,7 +66,7 @@ class Ask:
             `PhasePlanError`: caps that are no caps.
         """
         question = self.messages[-1][1] if self.messages else ""
-        if not question.strip():
+        if not isinstance(question, str) or not question.strip():
             raise RequestError("The prompt is empty. Write a question first.")
         if len(question) > MAX_CHARACTERS:
             raise RequestError(f"The prompt has {len(question):,} characters; at most {MAX_CHARACTERS:,} are read.")
@@ -74,12 +78,12 @@ class Ask:
                     f"The prompt is past the {phase.name} already: it holds {phase.end}, the end marker. Take it out."
                 )
         for name, cap in (("thinking", self.max_thinking_tokens), ("answer", self.max_answer_tokens)):
-            if cap is not None and cap > limit:
-                raise RequestError(f"At most {limit} {name} tokens can be asked for here, not {cap}.")
-        if not 0 <= self.temperature <= 2:
+            if cap is None or cap > limit:
+                raise RequestError(f"From 1 to {limit} {name} tokens can be asked for here, not {cap}.")
+        if not _is_number(self.temperature, float) or not 0 <= self.temperature <= 2:
             raise RequestError(f"The temperature must be from 0 to 2, not {self.temperature}.")
-        if not 0 <= self.seed < 2**31:
-            raise RequestError(f"The seed must be from 0 to {2**31 - 1}, not {self.seed}.")
+        if not _is_number(self.seed, int) or not 0 <= self.seed < 2**31:
+            raise RequestError(f"The seed must be a whole number from 0 to {2**31 - 1}, not {self.seed}.")
 
 
 @dataclass(frozen=True)
@@ -177,7 +181,8 @@ class ElasticEngine:
         from hf_elastic.lab.family import load_family
 
         torch.set_num_threads(1)  # the model is so small that a second thread waits more than it works
-        return cls(*load_family(), name="book family (embedded lab)", task=BOOK_TASK)
+        model, tokenizer = load_family()
+        return cls(model, tokenizer, "book family (embedded lab)", BOOK_TASK)
 
     @classmethod
     def from_repo(cls, repo: str) -> ElasticEngine:
@@ -275,6 +280,10 @@ def seconds_needed(ask: Ask) -> int:
     """Upper bound on a request's time, which is what a ZeroGPU Space asks a GPU for. `PHASE_TOKENS_PER_SECOND` says how fast the model is."""
     speed = float(os.environ.get("PHASE_TOKENS_PER_SECOND", "20"))
     return min(300, 10 + int((ask.max_thinking_tokens + ask.max_answer_tokens) / speed))
+
+
+def _is_number(value: object, kind: type) -> bool:
+    return isinstance(value, (int, kind)) and not isinstance(value, bool)
 
 
 def _name(characters: Sequence[str]) -> str:

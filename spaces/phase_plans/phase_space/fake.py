@@ -12,6 +12,7 @@ from typing import Any
 from hf_elastic.errors import UnknownBudgetError
 
 from .engine import Ask, RequestError, Size, TextEvent
+from .tasks import Task
 
 _WORDS = (
     "so",
@@ -43,7 +44,8 @@ class FakeEngine:
         sleep (`float`, *optional*): Instead of `FAKE_SLEEP`.
     """
 
-    name, device, dtype, task, limit, fake = "no model: made-up words", "cpu", "bfloat16", None, 4096, True
+    name, device, dtype, limit, fake = "no model: made-up words", "cpu", "bfloat16", 4096, True
+    task: Task | None = None
 
     def __init__(self, sleep: float | None = None):
         self.sleep = float(os.environ.get("FAKE_SLEEP", "0.02")) if sleep is None else sleep
@@ -79,8 +81,9 @@ class FakeEngine:
         budgets = (("thinking", ask.thinking), ("answering", ask.answering))
         for index, ((name, budget), (length, cap)) in enumerate(zip(budgets, lengths, strict=True)):
 
-            def event(kind: Any, phase: tuple[Any, ...] = (index, name, budget), **what: Any) -> TextEvent:
-                return TextEvent(kind, *phase, seconds=time.perf_counter() - began, **what)
+            def event(kind: Any, phase: Any = (index, name, budget), **what: Any) -> TextEvent:
+                what["seconds"] = time.perf_counter() - began
+                return TextEvent(kind, *phase, **what)
 
             time.sleep(self.sleep)
             yield event("start", context=context, handover="reprefill" if index else None)

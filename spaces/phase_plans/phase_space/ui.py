@@ -6,7 +6,7 @@ import logging
 import os
 import random
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ import gradio as gr
 
 from hf_elastic import HFElasticError, __version__
 
-from . import view
+from . import chart, view
 from .engine import Ask, Engine, TextEvent
+from .measurements import Measurements
 from .pages import HEAD, POINT_CLICK, about, banner, header
 from .trace import Trace, follow
 
@@ -54,12 +55,13 @@ class Space:
 
     Args:
         engine ([`Engine`]): Described in the header and the cards.
-        measurements (`list[dict]`): Points of the chart, see [`phase_space.measurements`].
+        measurements ([`Measurements`], *optional*): Points of the chart.
         stream (`Callable`, *optional*): Runs a request; `engine.stream`, or the same on a borrowed GPU.
     """
 
-    def __init__(self, engine: Engine, measurements: Sequence[view.Point] = (), stream: Stream | None = None):
-        self.engine, self.measurements, self.stream = engine, list(measurements), stream or engine.stream
+    def __init__(self, engine: Engine, measurements: Measurements | None = None, stream: Stream | None = None):
+        self.engine, self.stream = engine, stream or engine.stream
+        self.measurements = measurements or Measurements()
         self.flags = Flags()
         self.names = [size.name for size in engine.sizes]
         self.small, self.large = self.names[0], self.names[-1]
@@ -89,7 +91,8 @@ class Space:
             if not history or history[-1]["role"] != "user":  # there was nothing to send
                 yield history, self.panel(None, plan)
                 return
-            ask = Ask(view.said(history), thinking, answering, int(cap), int(answer_cap), temperature, int(seed))
+            settings: Any = _settings(cap, answer_cap, temperature, seed)
+            ask = Ask(view.said(history), thinking, answering, **settings)
             trace: Trace | None = None
             for trace_or_text in self.run(ask, self.flags.get(request, "chat")):
                 if isinstance(trace_or_text, str):
@@ -106,20 +109,21 @@ class Space:
         temperature: float, seed: float, request: gr.Request | None = None,
     ) -> Iterator[tuple[list[Any], str, list[Any], str, str]]:  # fmt: skip
         """The same question to two plans, one after the other."""
-        plans = [{"thinking": think_a, "answering": answer_a}, {"thinking": think_b, "answering": answer_b}]
+        plans: list[Any] = [{"thinking": think_a, "answering": answer_a}, {"thinking": think_b, "answering": answer_b}]
+        settings: Any = _settings(cap, answer_cap, temperature, seed)
         chats: list[list[Any]] = [[view.question(text)], [view.question(text)]]
         traces: list[Trace | None] = [None, None]
         flag = self.flags.get(request, "compare")
 
         def state() -> tuple[list[Any], str, list[Any], str, str]:
             panels = [self.panel(trace, plan) for trace, plan in zip(traces, plans, strict=True)]
-            line = view.difference(*traces, self.engine.sizes) if finished else view.difference(None, None, [])
+            line = view.difference(traces[0] if finished else None, traces[1], self.engine.sizes)
             return chats[0], panels[0], chats[1], panels[1], line
 
         finished = False
         try:
             for side, plan in enumerate(plans):
-                ask = Ask((("user", text),), *plan.values(), int(cap), int(answer_cap), temperature, int(seed))
+                ask = Ask((("user", text),), **plan, **settings)
                 for trace_or_text in self.run(ask, flag):
                     if isinstance(trace_or_text, str):
                         chats[side] = [*chats[side], view.notice(trace_or_text)]
@@ -165,7 +169,7 @@ class Space:
     def choose(self, event: gr.EventData) -> tuple[Any, ...]:
         """A point of the chart was pressed: its plan goes to the chat."""
         try:
-            point = self.measurements[int(event.plan)]
+            point = self.measurements.points[int(event.plan)]
         except (AttributeError, ValueError, IndexError):  # not from our chart
             return (gr.skip(),) * 5
         thinking, answering = point["thinking"], point["answering"]
@@ -173,7 +177,7 @@ class Space:
         return thinking, answering, cap, self.planned(thinking, answering), gr.Tabs(selected="chat")
 
 
-def build(engine: Engine, measurements: Sequence[view.Point] = (), stream: Stream | None = None) -> gr.Blocks:
+def build(engine: Engine, measurements: Measurements | None = None, stream: Stream | None = None) -> gr.Blocks:
     """The whole Space.
 
     Args:
@@ -236,13 +240,16 @@ def build(engine: Engine, measurements: Sequence[view.Point] = (), stream: Strea
                             talk = gr.Chatbot(label=name, elem_id=f"chat-{name.lower()}", height=260, buttons=[])
                             shown += [talk, gr.HTML(space.planned(thinker, answerer), elem_id=f"panel-{name.lower()}")]
             with gr.Tab("Trade-off", id="tradeoff"):
-                timed = [axis for axis in view.AXES if any(p.get(axis) is not None for p in space.measurements)]
-                axis = gr.Radio([(view.AXES[a], a) for a in timed], value=timed[0] if timed else None, label="Against",
-                                visible=len(timed) > 1, elem_id="axis")  # fmt: skip
-                chart = gr.HTML(
-                    view.pareto_svg(space.measurements, engine.sizes), elem_id="chart", js_on_load=POINT_CLICK
+                points, axes = space.measurements.points, chart.axes_of(space.measurements.points)
+                axis = gr.Radio(
+                    [(chart.AXES[name], name) for name in axes],
+                    value=axes[0] if axes else None,
+                    label="Against",
+                    visible=len(axes) > 1,
+                    elem_id="axis",
                 )
-                gr.HTML(view.legend(engine.sizes) + view.source(space.measurements))
+                plot = gr.HTML(chart.pareto_svg(points, engine.sizes), elem_id="chart", js_on_load=POINT_CLICK)
+                gr.HTML(chart.legend(engine.sizes) + chart.source(space.measurements.about))
             with gr.Tab("How it works", id="about"):
                 gr.Markdown(about(engine))
 
@@ -264,8 +271,8 @@ def build(engine: Engine, measurements: Sequence[view.Point] = (), stream: Strea
             for radio in radios:
                 radio.input(space.planned, radios, html, **FAST)
 
-        chart.click(space.choose, None, [think, answer, cap, panel, tabs], **FAST)
-        axis.input(lambda a: view.pareto_svg(space.measurements, engine.sizes, a), axis, chart, **FAST)
+        plot.click(space.choose, None, [think, answer, cap, panel, tabs], **FAST)
+        axis.input(lambda name: chart.pareto_svg(points, engine.sizes, name), axis, plot, **FAST)
         _add_api(space, heavy)
     return demo
 
@@ -321,7 +328,7 @@ def launch(demo: gr.Blocks, **options: Any) -> gr.Blocks:
     Args:
         options: As for `Blocks.launch`, instead of the ones here or besides them.
     """
-    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # nothing to fetch
+    fonts: Any = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # nothing to fetch
     defaults: dict[str, Any] = {
         "theme": gr.themes.Soft(primary_hue="indigo", **fonts),
         "css_paths": Path(__file__).with_name("style.css"),
@@ -334,6 +341,11 @@ def launch(demo: gr.Blocks, **options: Any) -> gr.Blocks:
     }
     demo.queue(max_size=int(os.environ.get("PHASE_QUEUE", "8"))).launch(**defaults | options)
     return demo
+
+
+def _settings(cap: Any, answer_cap: Any, temperature: Any, seed: Any) -> dict[str, Any]:
+    """What the sliders say, under the names of [`Ask`], which checks it."""
+    return {"max_thinking_tokens": cap, "max_answer_tokens": answer_cap, "temperature": temperature, "seed": seed}
 
 
 def _examples(space: Space) -> list[list[str]]:

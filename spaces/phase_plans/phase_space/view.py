@@ -1,11 +1,10 @@
-"""What visitors see of a trace: chat messages, cards, the ribbon, the comparison, the chart. Pure functions of their arguments, no gradio.
+"""What visitors see of a trace: chat messages, cards, the ribbon, the comparison. Pure functions of their arguments, no gradio.
 
 Text of models and visitors goes into chat messages only, which gradio sanitises; everything in HTML here is escaped.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from html import escape, unescape
 from typing import Any
@@ -16,7 +15,6 @@ from .engine import Size
 from .trace import Part, Trace
 
 Message = dict[str, Any]
-Point = Mapping[str, Any]
 
 TITLES = {"thinking": "Thinking", "answering": "Answer"}
 REASONS = {
@@ -63,7 +61,7 @@ def messages(trace: Trace) -> list[Message]:
         if part.name == "answering":
             shown.append({"role": "assistant", "content": part.text})
             continue
-        metadata = {
+        metadata: Message = {
             "title": f"{TITLES.get(part.name, part.name)} · {part.budget}",
             "log": speed(part),
             "status": "pending" if part.state == "running" else "done",
@@ -190,114 +188,3 @@ def compute(trace: Trace, sizes: Sequence[Size]) -> int:
     if any(part.budget not in active for part in trace.parts):
         return 0
     return sum(active[part.budget] * part.generated for part in trace.parts)
-
-
-# -- chart -------------------------------------------------------------------------------------------------------------
-
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 720, 400, 56, 24, 20, 48
-AXES = {"cost": "active parameters × tokens, per problem", "seconds": "median seconds per problem"}
-
-
-def frontier(points: Sequence[Point], axis: str) -> list[Point]:
-    """Points that no other beats in both: from cheap to dear, each more accurate than all before it."""
-    best: list[Point] = []
-    for point in sorted(points, key=lambda p: (p[axis], -p["accuracy"])):
-        if not best or point["accuracy"] > best[-1]["accuracy"]:
-            best.append(point)
-    return best
-
-
-def pareto_svg(points: Sequence[Point], sizes: Sequence[Size], axis: str = "cost") -> str:
-    """Accuracy of measured plans against what they take. A point's `data-plan` is its place in `points`.
-
-    Args:
-        points (`list[dict]`): Of [`read_measurements`][.measurements]; those without a value on the axis are left out.
-        axis (`str`): `"cost"` or `"seconds"`.
-    """
-    placed = [(i, point) for i, point in enumerate(points) if point.get(axis) is not None]
-    if not placed:
-        return '<p class="pp-note">No plan of this model has been measured.</p>'
-    shown = [point for _, point in placed]
-    low, high = min(p[axis] for p in shown), max(p[axis] for p in shown)
-    pad = (high - low or high or 1) * 0.06
-    low, high = max(0.0, low - pad), high + pad
-    floor = math.floor(min(p["accuracy"] for p in shown) * 10) / 10
-    bottom = max(0.0, floor if floor < 1 else 0.9)
-
-    def x(value: float) -> float:
-        return _LEFT + (value - low) / (high - low) * (_WIDTH - _LEFT - _RIGHT)
-
-    def y(value: float) -> float:
-        return _HEIGHT - _BOTTOM - (value - bottom) / (1 - bottom) * (_HEIGHT - _TOP - _BOTTOM)
-
-    svg = [
-        f'<svg class="pp-chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="group" aria-label="accuracy against {escape(AXES[axis])}">'
-    ]
-    for step in range(6):
-        value = bottom + (1 - bottom) * step / 5
-        svg.append(
-            f'<line class="pp-grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>'
-        )
-        svg.append(
-            f'<text class="pp-tick" x="{_LEFT - 8}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.2f}</text>'
-        )
-        along = low + (high - low) * step / 5
-        tick = format_count(along) if axis == "cost" else f"{along:.2f}"
-        svg.append(f'<text class="pp-tick" x="{x(along):.1f}" y="{_HEIGHT - 26}" text-anchor="middle">{tick}</text>')
-    svg.append(
-        f'<text class="pp-axis" x="{_WIDTH / 2}" y="{_HEIGHT - 6}" text-anchor="middle">{escape(AXES[axis])}</text>'
-    )
-    svg.append(
-        f'<text class="pp-axis" transform="translate(14 {_HEIGHT / 2}) rotate(-90)" text-anchor="middle">accuracy</text>'
-    )
-    best = frontier(shown, axis)
-    path = " ".join(f"{x(p[axis]):.1f},{y(p['accuracy']):.1f}" for p in best)
-    svg.append(f'<polyline class="pp-frontier" points="{path}"/>')
-    for i, point in sorted(placed, key=lambda item: any(item[1] is p for p in best)):  # the labelled ones lie on top
-        svg.append(_dot(i, point, x(point[axis]), y(point["accuracy"]), sizes, any(point is p for p in best)))
-    return "".join(svg) + "</svg>"
-
-
-def _dot(i: int, point: Point, cx: float, cy: float, sizes: Sequence[Size], on_frontier: bool) -> str:
-    name = plan_name(point)
-    title = f"{name}: accuracy {point['accuracy']:.3f} on {point['n']} problems, {point['tokens']:.0f} tokens. Press to use this plan."
-    left = cx > _WIDTH * 0.8
-    label = (
-        f'<text class="pp-label" x="{cx + (-11 if left else 11):.1f}" y="{cy + 4:.1f}" text-anchor="{"end" if left else "start"}">{escape(name)}</text>'
-        if on_frontier
-        else ""
-    )
-    thinker, answerer = (place(point[key], sizes) for key in ("thinking", "answering"))
-    return (
-        f'<g class="pp-point{" pp-best" if on_frontier else ""}" data-plan="{i}" tabindex="0" role="button" aria-label="{escape(title)}">'
-        f'<title>{escape(title)}</title><circle class="pp-hit" cx="{cx:.1f}" cy="{cy:.1f}" r="14"/>'
-        f'<circle class="pp-fill-{thinker}" cx="{cx:.1f}" cy="{cy:.1f}" r="7"/>'
-        f'<path class="pp-fill-{answerer}" d="M {cx:.1f} {cy - 7:.1f} A 7 7 0 0 1 {cx:.1f} {cy + 7:.1f} Z"/>{label}</g>'
-    )
-
-
-def plan_name(point: Point) -> str:
-    """`small → large`, with the cap on thinking if there is one."""
-    cap = f", ≤ {point['max_thinking_tokens']}" if point.get("max_thinking_tokens") else ""
-    return f"{point['thinking']} → {point['answering']}{cap}"
-
-
-def legend(sizes: Sequence[Size]) -> str:
-    """Which colour is which size."""
-    items = "".join(
-        f'<span><i class="pp-dot pp-size-{place(s.name, sizes)}"></i>{escape(s.name)} ({format_count(s.active_params)} active)</span>'
-        for s in sizes
-    )
-    return f'<p class="pp-legend">{items}<span>left half of a point: who thinks; right half: who answers</span></p>'
-
-
-def source(points: Sequence[Point]) -> str:
-    """Where the numbers of the chart come from."""
-    if not points:
-        return ""
-    kinds = sorted({(p["n"], p["device"], p["dtype"], p["commit"], p.get("task", "")) for p in points}, key=str)
-    said = "; ".join(
-        f"{task + ', ' if task else ''}{n} problems, {device}, {dtype}, commit {commit}"
-        for n, device, dtype, commit, task in kinds
-    )
-    return f'<p class="pp-note">Measured, not live: {escape(said)}. Plans that were not measured are not shown.</p>'
