@@ -161,7 +161,7 @@ def test_the_chat_on_the_real_engine():
     assert (history[1]["content"], history[2]["content"]) == (problem.thinking, problem.answer)
     assert panel.count('data-state="done"') == 2
     assert growing
-    [(refused, _)] = space.chat([*history, view.question("<b>hi</b>")], *settings)
+    *_, (refused, _) = space.chat([*history, view.question("<b>hi</b>")], *settings)
     assert "does not know" in refused[-1]["content"]
     assert (
         list(space.chat([*refused, view.question(problem.prompt)], *settings))[-1][0][-1]["content"] == problem.answer
@@ -182,7 +182,7 @@ def test_a_bug_is_not_shown_to_visitors(caplog):
 
     space = Space(engine, stream=broken)
     with caplog.at_level(logging.ERROR):
-        [(history, _)] = space.chat([view.question("^a6b-1>")], "full", "full", 8, 8, 0.0, 0)
+        *_, (history, _) = space.chat([view.question("^a6b-1>")], "full", "full", 8, 8, 0.0, 0)
     assert history[-1]["content"] == FAILED
     assert "secret detail" in caplog.text
 

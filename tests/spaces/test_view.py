@@ -116,7 +116,7 @@ def test_the_chart_has_every_measured_plan_and_no_other():
     points = made_up_points()
     svg = chart.pareto_svg(points, ENGINE.sizes)
     assert sorted(re.findall(r'data-plan="(\d)"', svg)) == ["0", "1", "2", "3"]
-    assert re.findall(r'pp-best" data-plan="(\d)"', svg) == ["0", "2", "3"]
+    assert re.findall(r'pp-best[^"]*" data-plan="(\d)"', svg) == ["0", "2", "3"]
     assert "M → M, ≤ 32" in svg
     places = {
         i: (float(x), float(y))
@@ -126,9 +126,16 @@ def test_the_chart_has_every_measured_plan_and_no_other():
     assert sorted(places, key=lambda i: -places[i][1]) == ["1", "0", "2", "3"]  # upwards
     assert chart.axes_of(points) == ["cost"]  # nobody timed them
     assert "been measured" in chart.pareto_svg(points, ENGINE.sizes, "seconds")
+    assert all(f">{chart.plan_name(point)}</text>" in svg for point in points)
+    close = [points[2] | {"cost": 20 + i, "accuracy": 0.8 + i / 1000} for i in range(3)]
+    far = points[3] | {"cost": 400}
+    svg = chart.pareto_svg(
+        [points[0], *close, far], ENGINE.sizes
+    )  # three names would cover each other: the best one has its
+    assert sorted(re.findall(r'pp-best pp-named" data-plan="(\d)"', svg)) == ["0", "3", "4"]
     timed = [point | {"seconds": 1.5} for point in points]
     assert chart.axes_of(timed) == ["cost", "seconds"]
-    assert re.findall(r'pp-best" data-plan="(\d)"', chart.pareto_svg(timed, ENGINE.sizes, "seconds")) == ["3"]
+    assert re.findall(r'pp-best[^"]*" data-plan="(\d)"', chart.pareto_svg(timed, ENGINE.sizes, "seconds")) == ["3"]
 
 
 def test_the_shipped_measurements_are_of_the_shipped_model(tmp_path):

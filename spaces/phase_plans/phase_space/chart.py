@@ -62,8 +62,10 @@ def pareto_svg(points: Sequence[Point], sizes: Sequence[Size], axis: str = "cost
     front = pareto_front(points, axis)
     path = " ".join(f"{x(prices[i]):.1f},{y(points[i]['accuracy']):.1f}" for i in front)
     drawn.append(f'<polyline class="pp-frontier" points="{path}"/>')
-    for i in sorted(range(len(points)), key=lambda i: i in front):  # those with a label lie on top
-        drawn.append(_point(i, points[i], x(prices[i]), y(points[i]["accuracy"]), sizes, i in front))
+    places = [(x(price), y(point["accuracy"])) for price, point in zip(prices, points, strict=True)]
+    shown = _readable([(i, *places[i], plan_name(points[i])) for i in reversed(front)])
+    for i in sorted(range(len(points)), key=lambda i: (i in front, i in shown)):  # those with a label lie on top
+        drawn.append(_point(i, points[i], *places[i], sizes, best=i in front, named=i in shown))
     label = f"accuracy against {AXES[axis]}"
     return f'<svg class="pp-chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="group" aria-label="{escape(label)}">{"".join(drawn)}</svg>'
 
@@ -73,21 +75,40 @@ def _text(kind: str, x: float, y: float, text: str, anchor: str = "middle", turn
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{turned}>{escape(text)}</text>'
 
 
-def _point(i: int, point: Point, x: float, y: float, sizes: Sequence[Size], best: bool) -> str:
-    """The left half has the colour of who thinks, the right half that of who answers."""
+def _point(i: int, point: Point, x: float, y: float, sizes: Sequence[Size], best: bool, named: bool) -> str:
+    """The left half has the colour of who thinks, the right half that of who answers; those without a name say it when they are looked at."""
     name, tokens = plan_name(point), point["thinking_tokens"] + point["answer_tokens"]
-    title = escape(
-        f"{name}: accuracy {point['accuracy']:.3f} on {point['n']} problems, {tokens:.0f} tokens. Press to use it."
-    )
+    said = f"{name}: accuracy {point['accuracy']:.3f} on {point['n']} problems, {tokens:.0f} tokens. Press to use it."
+    title = escape(said)
     thinker, answerer = (place(point[key], sizes) for key in ("thinking", "answering"))
-    left = x > WIDTH * 0.75
-    label = _text("pp-label", x + (-11 if left else 11), y + 4, name, "end" if left else "start") if best else ""
+    kind = "pp-point" + (" pp-best" if best else "") + (" pp-named" if named else "")
+    left, baseline, end = _label_place(x, y)
     return (
-        f'<g class="pp-point{" pp-best" if best else ""}" data-plan="{i}" tabindex="0" role="button" aria-label="{title}">'
+        f'<g class="{kind}" data-plan="{i}" tabindex="0" role="button" aria-label="{title}">'
         f'<title>{title}</title><circle class="pp-hit" cx="{x:.1f}" cy="{y:.1f}" r="14"/>'
         f'<circle class="pp-fill-{thinker}" cx="{x:.1f}" cy="{y:.1f}" r="7"/>'
-        f'<path class="pp-fill-{answerer}" d="M {x:.1f} {y - 7:.1f} A 7 7 0 0 1 {x:.1f} {y + 7:.1f} Z"/>{label}</g>'
+        f'<path class="pp-fill-{answerer}" d="M {x:.1f} {y - 7:.1f} A 7 7 0 0 1 {x:.1f} {y + 7:.1f} Z"/>'
+        f"{_text('pp-label', left, baseline, name, 'end' if end else 'start')}</g>"
     )
+
+
+def _label_place(x: float, y: float) -> tuple[float, float, bool]:
+    """Where a label starts, or ends: up and to the left, as nothing is there that is cheaper and better, if there is room."""
+    return (x - 10, y - 5, True) if x - LEFT > 170 else (x - 7, y - 11, False)
+
+
+def _readable(labels: Sequence[tuple[int, float, float, str]]) -> list[int]:
+    """Which labels (number, place, text) can be read together; the first ones are taken first."""
+    taken: list[tuple[float, float, float]] = []
+    shown = []
+    for i, x, y, text in labels:
+        anchor, baseline, end = _label_place(x, y)
+        width = 7.0 * len(text)  # about; of 12 pixels
+        left = anchor - width if end else anchor
+        if all(abs(baseline - b) > 14 or left > r or left + width < start for start, r, b in taken):
+            taken.append((left, left + width, baseline))
+            shown.append(i)
+    return shown
 
 
 def plan_name(point: Point) -> str:
