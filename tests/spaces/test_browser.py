@@ -151,7 +151,7 @@ def test_compare_runs_one_plan_after_the_other(visitor, served):
 def test_a_point_of_the_chart_sets_the_plan(visitor):
     page = visitor.open()
     page.get_by_role("tab", name="Trade-off").click()
-    page.locator("#chart [data-plan='3']").click()
+    page.locator("#chart [data-plan='3'] .pp-hit").click()
     for radio in ("#think", "#answer"):
         expect(page.locator(f"{radio} input:checked")).to_have_value("M")
     expect(page.locator("#panel")).to_contain_text("Thinking · M")

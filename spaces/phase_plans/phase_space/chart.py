@@ -66,8 +66,9 @@ def pareto_svg(points: Sequence[Point], sizes: Sequence[Size], axis: str = "cost
     shown = _readable([(i, *places[i], plan_name(points[i])) for i in reversed(front)])
     for i in sorted(range(len(points)), key=lambda i: (i in front, i in shown)):  # those with a label lie on top
         drawn.append(_point(i, points[i], *places[i], sizes, best=i in front, named=i in shown))
-    label = f"accuracy against {AXES[axis]}"
-    return f'<svg class="pp-chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="group" aria-label="{escape(label)}">{"".join(drawn)}</svg>'
+    label = escape(f"accuracy against {AXES[axis]}")
+    svg = f'<svg class="pp-chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="group" aria-label="{label}">{"".join(drawn)}</svg>'
+    return f'<div class="pp-scroll">{svg}</div>'
 
 
 def _text(kind: str, x: float, y: float, text: str, anchor: str = "middle", turn: bool = False) -> str:
