@@ -194,19 +194,19 @@ def build(engine: Engine, measurements: Measurements | None = None, stream: Stre
     def sizes_radio(label: str, value: str, elem_id: str) -> gr.Radio:
         return gr.Radio(space.names, value=value, label=label, elem_id=elem_id, elem_classes="pp-sizes")
 
-    with gr.Blocks(title="Phase plans", analytics_enabled=False, fill_width=False) as demo:
+    with gr.Blocks(title="Phase plans", analytics_enabled=False, fill_width=True) as demo:
         demo.space = space
         gr.HTML(header(engine, __version__) + banner(engine))
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab("Chat", id="chat"), gr.Row():
-                with gr.Column(scale=3, min_width=320):
+                with gr.Column(scale=5, min_width=320):
                     bot = gr.Chatbot(label="Chat", elem_id="chat", height=420, show_label=False, buttons=["copy"],
                                      placeholder="Ask; one submodel thinks, another answers.")  # fmt: skip
                     box = gr.Textbox(label="Question", show_label=False, placeholder=f"Such as {engine.task.examples[0]}" if engine.task else "Ask…", submit_btn=True,
                                      elem_id="msg", lines=1, max_lines=6)  # fmt: skip
                     fresh = gr.Button("New problem", size="sm", elem_id="fresh", visible=engine.task is not None)
                     examples = gr.Column()
-                with gr.Column(scale=2, min_width=320):
+                with gr.Column(scale=4, min_width=320):
                     think = sizes_radio("Think with", space.small, "think")
                     answer = sizes_radio("Answer with", space.large, "answer")
                     with gr.Accordion("More: token limits, sampling", open=False, elem_id="more"):

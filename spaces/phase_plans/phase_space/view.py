@@ -107,7 +107,7 @@ def _card(name: str, budget: str, part: Part | None, sizes: Sequence[Size]) -> s
     if size:
         rows += [
             ("parameters", format_count(size.total_params)),
-            ("active per token", format_count(size.active_params)),
+            ("active", format_count(size.active_params)),
         ]
         rows += [("weights in use", format_bytes(size.weight_bytes))]
     if size and part:
