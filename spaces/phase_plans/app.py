@@ -26,9 +26,15 @@ file = os.environ.get("PHASE_MEASUREMENTS", lab)
 
 
 @GPU(duration=seconds_needed)
-def stream(ask: Ask) -> Any:
+def borrowed(ask: Ask) -> Any:
     """On ZeroGPU this runs in a process of its own; what goes in and out is plain values."""
     yield from engine.stream(ask)
+
+
+def stream(ask: Ask) -> Any:
+    """A request; no GPU is borrowed for one that cannot be run."""
+    engine.check(ask)
+    yield from borrowed(ask)
 
 
 measured = read_measurements(Path(file), [size.name for size in engine.sizes]) if file else None

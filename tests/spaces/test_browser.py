@@ -5,11 +5,13 @@ States are waited for, never times: everything of ours has an `elem_id`, and car
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
 
 import pytest
 
@@ -117,6 +119,30 @@ def test_a_stop_while_running_and_one_while_waiting(visitor, served):
     ask(second, "three")  # the next one is served, and nobody sees another's words
     expect(state(second, "answering")).to_have_attribute("data-state", "done")
     assert "one" not in second.locator("#chat").inner_text()
+
+
+def test_a_full_queue_is_said(visitor, served):
+    """One runs and four wait; the visitor after them is told, can go on writing, and is served later."""
+    served.engine.sleep = 0.1
+    body = json.dumps({"data": ["others", "XS", "L", 20, 2, 0.0, 0]}).encode()
+    for _ in range(5):
+        headers = {"Content-Type": "application/json"}
+        urlopen(Request(f"{served.url}gradio_api/call/generate", body, headers)).read()
+        wait_until(lambda: served.engine.running)
+    page = visitor.open()
+    ask(page, "late")
+    expect(page.locator("#chat")).to_contain_text("Queue is full")
+    expect(page.locator("#msg textarea")).to_have_value("late")  # not lost, and can be sent again
+    expect(page.locator("#msg .submit-button")).to_be_visible()
+    page.get_by_role("tab", name="Compare").click()
+    page.locator("#go").click()
+    expect(page.locator("#difference [data-state]")).to_have_attribute("data-state", "refused")
+    page.get_by_role("tab", name="Chat").click()
+    served.engine.sleep = 0
+    wait_until(lambda: served.engine.running == 0 and not served.space.is_full(), page)
+    page.locator("#msg .submit-button").click()
+    expect(state(page, "answering")).to_have_attribute("data-state", "done")
+    expect(page.locator("#chat")).to_contain_text("late")
 
 
 def test_a_closed_tab_frees_the_engine(visitor, served):

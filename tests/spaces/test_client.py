@@ -19,8 +19,9 @@ from gradio_client.exceptions import AppError
 from gradio_client.utils import QueueError
 
 from hf_elastic.lab.book import problems
+from hf_elastic.lab.family import FAMILY_DIR
 from phase_space import view
-from phase_space.engine import ElasticEngine
+from phase_space.engine import Ask, ElasticEngine, load_engine
 from phase_space.ui import FAILED, Space
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -166,7 +167,7 @@ def test_the_chat_on_the_real_engine():
     assert (
         list(space.chat([*refused, view.question(problem.prompt)], *settings))[-1][0][-1]["content"] == problem.answer
     )
-    assert [history for history, _ in space.chat(refused, *settings)] == [refused]  # nothing was asked
+    assert space.arm(" \n", refused, 3)[2] == 3  # nothing to run
     assert len(space.flags) == 0
     *_, (a, _, b, _, line) = space.compare(problem.prompt, "quarter", "full", "full", "full", 64, 32, 0.0, 0)
     assert a[-1]["content"] == b[-1]["content"] == problem.answer
@@ -198,21 +199,28 @@ def load_app(monkeypatch, package):
 
 
 def test_app_borrows_a_gpu_on_zerogpu(monkeypatch):
-    """The decorator is applied to a generator of plain values, with the function that says how long it takes."""
+    """Per request, for the time that it says it takes; not for one that is refused."""
     borrowed = []
 
     def decorate(duration):
         def wrap(function):
-            borrowed.append((function.__name__, duration))
-            return function
+            def run(ask):
+                borrowed.append(duration(ask))
+                yield from function(ask)
+
+            return run
 
         return wrap
 
     module = load_app(monkeypatch, SimpleNamespace(GPU=decorate))
-    [(name, duration)] = borrowed
-    assert (name, module.demo.space.stream) == ("stream", module.stream)
-    ask = SimpleNamespace(max_thinking_tokens=100, max_answer_tokens=100)
-    assert duration(ask) == 20
+    module.engine.sleep = 0
+    space = module.demo.space
+    *_, (history, _) = space.chat([view.question("hello")], "S", "XXL", 100, 100, 0.0, 0)
+    assert "unknown budget 'XXL'" in history[-1]["content"]
+    assert borrowed == []
+    *_, (history, _) = space.chat([view.question("hello")], "S", "L", 100, 100, 0.0, 0)
+    assert history[-1]["content"].startswith("hello")
+    assert borrowed == [20]
 
 
 def test_app_runs_where_a_folder_passes_for_the_package(monkeypatch):
@@ -222,6 +230,24 @@ def test_app_runs_where_a_folder_passes_for_the_package(monkeypatch):
     monkeypatch.setenv("PHASE_ENGINE", "feak")
     with pytest.raises(ValueError, match="'fake' or 'elastic'"):
         module.load_engine()
+
+
+def test_any_elastic_repository_is_served(monkeypatch):
+    """With its chat template, what was said before, and caps within its context."""
+    monkeypatch.delenv("PHASE_ENGINE", raising=False)
+    monkeypatch.setenv("PHASE_REPO", str(FAMILY_DIR))
+    engine = load_engine()
+    space = Space(engine)
+    assert (engine.task, space.caps) == (None, (256, 256))
+    problem = next(problems("heldout", 5, 1))
+    history = [view.question(problem.prompt)]
+    for _ in range(2):
+        *_, (history, _) = space.chat(history, "third", "full", *space.caps, 0.0, 0)
+        history.append(view.question(problem.prompt))
+    assert history[2]["content"] == problem.answer
+    asked = Ask(view.said(history[:4]), "third", "full")
+    text = engine.tokenizer.decode(engine._encode(asked)["input_ids"][0])
+    assert text == f"{problem.prompt}{problem.answer}<eos>{problem.prompt}<think>"
 
 
 def test_no_file_hides_the_package():

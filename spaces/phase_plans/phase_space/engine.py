@@ -145,12 +145,16 @@ class Engine(Protocol):
     limit: int
     fake: bool
 
-    def stream(self, ask: Ask) -> Generator[TextEvent, None, None]:
-        """Events of a request, in the order of [`PhaseEvent`]. Closing the generator frees the engine.
+    def check(self, ask: Ask) -> None:
+        """Refuse a request without running anything, before a GPU is borrowed for it.
 
         Raises:
             `HFElasticError`: The request cannot be run; the message is for the visitor.
         """
+        ...
+
+    def stream(self, ask: Ask) -> Generator[TextEvent, None, None]:
+        """Events of a request, in the order of [`PhaseEvent`], after the same checks and more. Closing the generator frees the engine."""
         ...
 
 
@@ -190,9 +194,17 @@ class ElasticEngine:
         model = ElasticForCausalLM.from_pretrained(repo, dtype="auto")
         return cls(model.to("cuda" if torch.cuda.is_available() else "cpu"), AutoTokenizer.from_pretrained(repo), repo)
 
+    def check(self, ask: Ask) -> None:
+        """As [`Engine.check`]."""
+        ask.check(self.limit)
+        if self.task is not None:
+            self.task.check(ask.messages[-1][1])
+        for phase in ask.plan().phases:
+            self.model.elastic_config.resolve(phase.budget, self.model.dtype)
+
     def stream(self, ask: Ask) -> Generator[TextEvent, None, None]:
         """As [`Engine.stream`]. Before and after it the model is at everything it has."""
-        ask.check(self.limit)
+        self.check(ask)
         inputs = self._encode(ask)
         sampling = {"do_sample": True, "temperature": ask.temperature} if ask.temperature else {"do_sample": False}
         if not self._lock.acquire(
@@ -209,10 +221,7 @@ class ElasticEngine:
             self._lock.release()
 
     def _encode(self, ask: Ask) -> dict[str, torch.Tensor]:
-        messages = ask.messages
-        if self.task is not None:
-            messages = messages[-1:]
-            self.task.check(messages[0][1])
+        messages = ask.messages if self.task is None else ask.messages[-1:]  # problems do not build on each other
         if self.tokenizer.chat_template:
             said = [{"role": role, "content": text} for role, text in messages]
             kwargs = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}

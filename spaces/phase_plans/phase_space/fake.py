@@ -56,21 +56,24 @@ class FakeEngine:
         """Highest `running` so far."""
         self._lock = threading.Lock()
 
-    def stream(self, ask: Ask) -> Generator[TextEvent, None, None]:
-        """As [`Engine.stream`]."""
+    def check(self, ask: Ask) -> None:
+        """As [`Engine.check`]."""
         ask.check(self.limit)
-        plan, names = ask.plan(), [size.name for size in self.sizes]
-        for phase in plan.phases:
+        names = [size.name for size in self.sizes]
+        for phase in ask.plan().phases:
             if phase.budget not in names:
                 raise UnknownBudgetError(f"unknown budget {phase.budget!r}; this engine has {', '.join(names)}.")
-        question = ask.messages[-1][1]
-        if len(question.split()) > self.limit:
-            raise RequestError(f"The prompt has {len(question.split())} words, and the context ends at {self.limit}.")
+        if (words := len(ask.messages[-1][1].split())) > self.limit:
+            raise RequestError(f"The prompt has {words} words, and the context ends at {self.limit}.")
+
+    def stream(self, ask: Ask) -> Generator[TextEvent, None, None]:
+        """As [`Engine.stream`]."""
+        self.check(ask)
         with self._lock:
             self.running += 1
             self.most = max(self.most, self.running)
         try:
-            yield from self._phases(ask, question.split())
+            yield from self._phases(ask, ask.messages[-1][1].split())
         finally:
             with self._lock:
                 self.running -= 1

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 Stream = Callable[[Ask], Generator[TextEvent, None, None]]
 FAST: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+FULL = "Queue is full: too many requests are waiting. Try again in a moment."
 FAILED = "Something went wrong here, not with your question. The next question will be run as usual."
 
 
@@ -63,10 +64,12 @@ class Space:
         self.engine, self.stream = engine, stream or engine.stream
         self.measurements = measurements or Measurements()
         self.flags = Flags()
+        self.demo: gr.Blocks | None = None
         self.names = [size.name for size in engine.sizes]
         self.small, self.large = self.names[0], self.names[-1]
         task = engine.task
-        self.caps = (task.max_thinking_tokens, task.max_answer_tokens) if task else (512, 256)
+        caps = (task.max_thinking_tokens, task.max_answer_tokens) if task else (512, 256)
+        self.caps = (min(caps[0], engine.limit), min(caps[1], engine.limit))
 
     # -- running -------------------------------------------------------------------------------------------------------
 
@@ -88,9 +91,6 @@ class Space:
         """Answers the last message of the history."""
         plan = {"thinking": thinking, "answering": answering}
         try:
-            if not history or history[-1]["role"] != "user":  # there was nothing to send
-                yield history, self.panel(None, plan)
-                return
             settings: Any = _settings(cap, answer_cap, temperature, seed)
             ask = Ask(view.said(history), thinking, answering, **settings)
             trace: Trace | None = None
@@ -144,22 +144,38 @@ class Space:
     def planned(self, thinking: str, answering: str) -> str:
         return self.panel(None, {"thinking": thinking, "answering": answering})
 
-    def arm(self, text: str, history: list[Any], request: gr.Request | None = None) -> tuple[Any, list[Any]]:
-        """The question is in the chat and can be stopped, also while it waits."""
-        if not text.strip():
-            return gr.skip(), [*history, view.notice("The prompt is empty. Write a question first.")]
+    def refusal(self, text: str) -> str | None:
+        """Why a question would not even get into the queue."""
+        return "The prompt is empty. Write a question first." if not text.strip() else FULL if self.is_full() else None
+
+    def arm(
+        self, text: str, history: list[Any], runs: int, request: gr.Request | None = None
+    ) -> tuple[Any, list[Any], int]:
+        """The question is in the chat and can be stopped, also while it waits. It is run when `runs` changes."""
+        if why := self.refusal(text):
+            return gr.skip(), [*history, view.notice(why)], runs
         self.flags.get(request, "chat")
-        return gr.Textbox(value="", submit_btn=False, stop_btn=True), [*history, view.question(text)]
+        return gr.Textbox(value="", submit_btn=False, stop_btn=True), [*history, view.question(text)], runs + 1
 
-    def arm_compare(self, request: gr.Request | None = None) -> tuple[Any, Any]:
+    def arm_compare(self, text: str, runs: int, request: gr.Request | None = None) -> tuple[Any, Any, Any, int]:
+        """As `arm`, for the comparison."""
+        if why := self.refusal(text):
+            return gr.skip(), gr.skip(), view.difference_notice(why), runs
         self.flags.get(request, "compare")
-        return gr.Button(visible=False), gr.Button(visible=True)
+        return gr.Button(visible=False), gr.Button(visible=True), gr.skip(), runs + 1
 
-    def stop(self, tab: str) -> Callable[..., None]:
-        def press(request: gr.Request) -> None:
-            self.flags.get(request, tab).set()
+    def is_full(self) -> bool:
+        """Whether gradio would refuse one more. Its refusal ends a chain of events without a word, so it is better not to get there."""
+        queue = self.demo._queue if self.demo else None
+        return queue is not None and queue.max_size is not None and len(queue) >= queue.max_size
 
-        return press
+    def stop(self, request: gr.Request) -> Any:
+        self.flags.get(request, "chat").set()
+        return gr.Textbox(submit_btn=True, stop_btn=False)
+
+    def stop_compare(self, request: gr.Request) -> tuple[Any, Any]:
+        self.flags.get(request, "compare").set()
+        return gr.Button(visible=True), gr.Button(visible=False)
 
     def problem(self) -> str:
         """A problem that was held out of training."""
@@ -195,8 +211,10 @@ def build(engine: Engine, measurements: Measurements | None = None, stream: Stre
         return gr.Radio(space.names, value=value, label=label, elem_id=elem_id, elem_classes="pp-sizes")
 
     with gr.Blocks(title="Phase plans", analytics_enabled=False, fill_width=True) as demo:
-        demo.space = space
+        demo.space, space.demo = space, demo
         gr.HTML(header(engine, __version__) + banner(engine))
+        # Runs are started by a number that changes: a chain of events would go on to a full queue, and stop there without a word.
+        runs, comparisons = (gr.Number(0, label=name, visible="hidden") for name in ("runs", "comparisons"))
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab("Chat", id="chat"), gr.Row():
                 with gr.Column(scale=5, min_width=320):
@@ -254,19 +272,19 @@ def build(engine: Engine, measurements: Measurements | None = None, stream: Stre
                 gr.Markdown(about(engine))
 
         settings = [cap, answer_cap, temperature, seed]
-        armed = box.submit(space.arm, [box, bot], [box, bot], **FAST)
-        run = armed.then(space.chat, [bot, think, answer, *settings], [bot, panel], **on_page)
+        box.submit(space.arm, [box, bot, runs], [box, bot, runs], **FAST)
+        run = runs.change(space.chat, [bot, think, answer, *settings], [bot, panel], **on_page)
         run.then(lambda: gr.Textbox(submit_btn=True, stop_btn=False), None, box, **FAST)
-        box.stop(space.stop("chat"), **FAST)
+        box.stop(space.stop, None, box, **FAST)
         fresh.click(space.problem if engine.task else None, None, box, **FAST)
         bot.clear(space.planned, [think, answer], panel, **FAST)
         for radio in (think, answer):
             radio.input(space.planned, [think, answer], panel, **FAST)
 
-        armed = go.click(space.arm_compare, None, [go, halt], **FAST)
-        run = armed.then(space.compare, [question, *choices, *settings], [*shown, line], **on_page)
+        go.click(space.arm_compare, [question, comparisons], [go, halt, line, comparisons], **FAST)
+        run = comparisons.change(space.compare, [question, *choices, *settings], [*shown, line], **on_page)
         run.then(lambda: (gr.Button(visible=True), gr.Button(visible=False)), None, [go, halt], **FAST)
-        halt.click(space.stop("compare"), **FAST)
+        halt.click(space.stop_compare, None, [go, halt], **FAST)
         for radios, html in ((choices[:2], shown[1]), (choices[2:], shown[3])):
             for radio in radios:
                 radio.input(space.planned, radios, html, **FAST)

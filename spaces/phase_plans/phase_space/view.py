@@ -182,6 +182,11 @@ def difference(a: Trace | None, b: Trace | None, sizes: Sequence[Size]) -> str:
     return f'<p class="pp-difference" data-state="{state}"><b>B against A:</b> {escape(" · ".join(facts))}</p>'
 
 
+def difference_notice(text: str) -> str:
+    """Why there is no comparison."""
+    return f'<p class="pp-difference" data-state="refused">{escape(text)}</p>'
+
+
 def compute(trace: Trace, sizes: Sequence[Size]) -> int:
     """Active parameters times tokens written, over all phases; 0 if a size is not known."""
     active = {size.name: size.active_params for size in sizes}
