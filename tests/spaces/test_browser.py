@@ -79,6 +79,13 @@ def state(page: Page, phase: str, panel: str = "panel") -> Any:
     return page.locator(f"#{panel} [data-phase={phase}]")
 
 
+def another_request(served: Any) -> None:
+    """Somebody else's, through the API; it runs or waits when this returns."""
+    body = json.dumps({"data": ["others", "XS", "L", 20, 2, 0.0, 0]}).encode()
+    urlopen(Request(f"{served.url}gradio_api/call/generate", body, {"Content-Type": "application/json"})).read()
+    wait_until(lambda: served.engine.running)
+
+
 def test_both_phases_stream_and_the_thought_opens(visitor, served):
     page = visitor.open()
     served.engine.sleep = 0.03
@@ -124,11 +131,8 @@ def test_a_stop_while_running_and_one_while_waiting(visitor, served):
 def test_a_full_queue_is_said(visitor, served):
     """One runs and four wait; the visitor after them is told, can go on writing, and is served later."""
     served.engine.sleep = 0.1
-    body = json.dumps({"data": ["others", "XS", "L", 20, 2, 0.0, 0]}).encode()
     for _ in range(5):
-        headers = {"Content-Type": "application/json"}
-        urlopen(Request(f"{served.url}gradio_api/call/generate", body, headers)).read()
-        wait_until(lambda: served.engine.running)
+        another_request(served)
     page = visitor.open()
     ask(page, "late")
     expect(page.locator("#chat")).to_contain_text("Queue is full")
@@ -158,8 +162,11 @@ def test_a_closed_tab_frees_the_engine(visitor, served):
 def test_compare_runs_one_plan_after_the_other(visitor, served):
     page = visitor.open()
     page.get_by_role("tab", name="Compare").click()
-    served.engine.most = 0
+    served.engine.most, served.engine.sleep = 0, 0.03
+    another_request(served)  # the comparison waits for it: everything that touches the model is one queue
     page.locator("#go").click()
+    wait_until(lambda: served.engine.running == 0, page)
+    served.engine.sleep = 0.005
     expect(page.locator("#difference [data-state]")).to_have_attribute("data-state", "done")
     expect(page.locator("#difference")).to_contain_text("of A's compute")
     assert served.engine.most == 1
