@@ -26,11 +26,11 @@ style: $(VENV)/installed
 	$(BIN)/ruff format .
 
 benchmarks: $(VENV)/installed  ## Rewrites benchmarks/results
-	for script in loading switching training; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+	for script in loading switching training nested_layout hub_fetch; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 	$(BIN)/python benchmarks/report.py
 
-evidence: $(VENV)/installed  ## The lab's training runs, about two hours; finished runs are kept in benchmarks/.runs
-	for script in lab_family byte_lm $(ABLATIONS); do $(BIN)/python benchmarks/$$script.py || exit 1; done
+evidence: $(VENV)/installed  ## The lab's training runs, about three hours; finished runs are kept in benchmarks/.runs
+	for script in lab_family byte_lm $(ABLATIONS) phases handover speculation; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 	$(BIN)/python benchmarks/report.py
 
 $(VENV)/installed: pyproject.toml constraints.txt
