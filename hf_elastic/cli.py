@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from ._version import __version__
 
-COMMANDS = ("lab", "plan", "elastify", "train", "slice", "export", "generate", "evaluate")
+COMMANDS = ("lab", "plan", "elastify", "train", "slice", "export", "generate", "evaluate", "push")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -14,6 +14,7 @@ from transformers.utils import cached_file
 from .budgets import Budget
 from .configuration_elastic import ElasticConfig
 from .errors import ExportError, refuse_misspelt
+from .origin import CUT_FROM
 from .saving import replacing
 from .submodel import Submodel
 
@@ -85,7 +86,8 @@ class ExportMixin:
         config.dtype = self.dtype  # type: ignore[attr-defined]
         path = directory / "config.json"
         config.to_json_file(path)
-        written = {**json.loads(path.read_text(encoding="utf-8")), **architecture.export_fields(config)}
+        origin = {CUT_FROM: self._cut_from(submodel)}  # type: ignore[attr-defined]
+        written = {**json.loads(path.read_text(encoding="utf-8")), **architecture.export_fields(config), **origin}
         path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -47,6 +47,7 @@ from .loading import (
 )
 from .memory import resolve_for_loading
 from .opening import open_checkpoint
+from .origin import CUT_FROM, cut_from
 from .pushing import PushMixin
 from .remote_code import InstalledCode
 from .router import BudgetRouter, read_router
@@ -188,6 +189,8 @@ class ElasticPreTrainedModel(InstalledCode, SwitchingMixin, SavingMixin, PushMix
         dtype = dtype or checkpoint.dtype()
         lazy = checkpoint.lazy_slice(elastic.architecture, elastic.parent_config, submodel, head=head)
         sliced = elastic.restrict(submodel)
+        if submodel != elastic.architecture.full(elastic.parent_config) or hasattr(elastic, CUT_FROM):
+            sliced.cut_from = cut_from(elastic, submodel, pretrained_model_name_or_path, hub)
         router = read_router(sliced, pretrained_model_name_or_path, **hub)
         stock = configured(sliced.parent_config, elastic, stock_kwargs, concrete)
         stock_kwargs["dtype"] = dtype

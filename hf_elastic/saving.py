@@ -21,9 +21,11 @@ from .configuration_elastic import ElasticConfig
 from .errors import CheckpointError, ElasticConfigError, refuse_misspelt
 from .files import INDEX_NAME, find_files
 from .nested import FOLDER, write_nested
+from .origin import cut_from
 from .remote_code import AUTO_MAP, write_module
 from .router import ROUTER_FILE, BudgetRouter
 from .section import checked_section
+from .submodel import Submodel
 
 _HUB_KWARGS = ("repo_id", "commit_message", "create_pr", "private", "token")
 _WEIGHT_FILE = re.compile(
@@ -163,6 +165,8 @@ class SavingMixin:
             )
         submodel = self.elastic_config.resolve(budget)
         elastic = self.elastic_config if budget is None else self.elastic_config.restrict(submodel)
+        if elastic is not self.elastic_config:
+            elastic.cut_from = self._cut_from(submodel)
         hub = {key: kwargs.pop(key) for key in _HUB_KWARGS if key in kwargs}
         with self.exposed(submodel):  # type: ignore[attr-defined]
             if not is_main_process:  # the main process writes; the others only take part in gathering
@@ -198,6 +202,10 @@ class SavingMixin:
         if (generation := folder / "generation_config.json").exists():
             shutil.copyfile(generation, place / generation.name)
         return files
+
+    def _cut_from(self, submodel: Submodel) -> dict[str, Any]:
+        repo, hub = self.name_or_path, getattr(self, "_hub_kwargs", {})  # type: ignore[attr-defined]
+        return cut_from(self.elastic_config, submodel, repo, hub)
 
     def _check_state_dict(self, state_dict: Mapping[str, torch.Tensor] | None) -> None:
         """Refuse weights of another size than what is saved, such as a state dict that was taken while a smaller budget was active."""
