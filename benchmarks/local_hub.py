@@ -26,6 +26,8 @@ from threading import Lock, Thread
 from typing import Any
 from urllib.parse import unquote
 
+import yaml
+
 Content = Path | bytes
 _CHUNK = 1 << 20
 
@@ -124,7 +126,8 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/api/repos/create":
             return self._create(json.loads(body))
         if path == "/api/validate-yaml":
-            return self._json({"errors": [], "warnings": []})
+            errors = [{"message": message} for message in metadata_errors(json.loads(body)["content"])]
+            return self._json({"errors": errors, "warnings": []}, 400 if errors else 200)
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/([a-z-]+)/?([^/]*))?(?:/.*)?", path):
             return self._api(match[1], match[2] or "revision", match[3] or "main", body)
         self._error(404, "", "no such address")
@@ -258,6 +261,33 @@ class _Handler(BaseHTTPRequestHandler):
         for key, value in headers.items():
             self.send_header(key, value)
         self.end_headers()
+
+
+def metadata_errors(content: str) -> list[str]:
+    """A part of what the Hub checks of a model card's metadata; a card without errors here can still have some there."""
+    block = re.match(r"---\n(.*?)\n---\n", content, re.DOTALL)
+    try:
+        fields = yaml.safe_load(block[1]) if block else {}
+    except yaml.YAMLError as error:
+        return [f"no YAML: {error}"]
+    if not isinstance(fields, dict):
+        return ["the metadata is no mapping"]
+    errors = [
+        f"{key} must be text"
+        for key in ("license", "library_name", "pipeline_tag")
+        if not isinstance(fields.get(key, ""), str)
+    ]
+    if fields.get("base_model_relation", "finetune") not in ("adapter", "merge", "quantized", "finetune"):
+        errors.append('"base_model_relation" must be one of [adapter, merge, quantized, finetune]')
+    if not all(isinstance(tag, str) for tag in fields.get("tags", [])):
+        errors.append("tags must be texts")
+    if fields.get("license") == "other" and "license_name" not in fields:
+        errors.append("license other needs a license_name")
+    for result in (result for model in fields.get("model-index", []) for result in model["results"]):
+        missing = [key for key in ("type", "name") if key not in result["dataset"]]
+        missing += [key for metric in result["metrics"] for key in ("type", "value") if key not in metric]
+        errors += [f"model-index: {key} is missing" for key in missing + ["type"] * ("type" not in result["task"])]
+    return errors
 
 
 def _entry(path: str, content: Content) -> dict[str, Any]:

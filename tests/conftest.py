@@ -5,16 +5,22 @@ from __future__ import annotations
 import copy
 import gc
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 import torch
 import transformers
+import transformers.utils.hub
 from cases import BUDGETS, VOCAB, build_parent
 from transformers import PreTrainedModel
 
 from hf_elastic import ElasticConfig
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+from local_hub import LocalHub
 
 transformers.utils.logging.disable_progress_bar()
 torch.set_num_threads(1)  # the models are so small that threads only wait for each other
@@ -110,3 +116,15 @@ def listing() -> Callable[[Path], dict[str, bytes]]:
     return lambda folder: {
         str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()
     }
+
+
+@pytest.fixture
+def local_hub(tmp_path, monkeypatch) -> Iterator[LocalHub]:
+    """An empty Hub on this machine. `HF_ENDPOINT` is read when the client is imported, so its constants are set as it would have set them."""
+    with LocalHub() as hub:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "default"))
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
+        yield hub

@@ -3,22 +3,17 @@
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
 import torch
-import transformers.utils.hub
 from cases import BUDGETS
 from compare import assert_same_weights
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import hf_elastic.fetching as fetching
 from hf_elastic import CheckpointError, ElasticConfig, ElasticForCausalLM
-
-sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
-from local_hub import LocalHub
 
 CONFIG, SMALL, MEDIUM = "config.json", "budgets/small/model.safetensors", "budgets/medium/added.safetensors"
 
@@ -36,19 +31,13 @@ def folders(original, tmp_path_factory):
 
 
 @pytest.fixture
-def hub(folders, tmp_path, monkeypatch):
-    """The server, with all three. `HF_ENDPOINT` is read when the client is imported, so its constants are set as it would have set them."""
-    with LocalHub() as hub:
-        for name in ("nested", "stock", "sharded"):
-            hub.commit(f"org/{name}", folders / name)
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
-        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "default"))
-        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
-        monkeypatch.setattr(fetching, "_WAIT", 0)
-        monkeypatch.setattr(fetching, "_GAP", 0)  # in tiny files everything is near
-        yield hub
+def hub(folders, local_hub, monkeypatch):
+    """The server, with all three."""
+    for name in ("nested", "stock", "sharded"):
+        local_hub.commit(f"org/{name}", folders / name)
+    monkeypatch.setattr(fetching, "_WAIT", 0)
+    monkeypatch.setattr(fetching, "_GAP", 0)  # in tiny files everything is near
+    return local_hub
 
 
 @pytest.fixture
