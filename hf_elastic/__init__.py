@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from ._version import __version__
 from .adapter_slices import load_adapter, slice_adapter
+from .cards import render_card
 from .configuration_elastic import ElasticConfig
 from .elastify import elastify
 from .errors import (
@@ -47,6 +48,7 @@ __all__ = [
     "elastify",
     "load_adapter",
     "masked_model",
+    "render_card",
     "score",
     "slice_adapter",
 ]

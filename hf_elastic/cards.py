@@ -80,7 +80,7 @@ def render_card(
     base_model = _base_model(base_model) or (origin or {}).get("family") or before.base_model
     data = ModelCardData(
         library_name="transformers",
-        pipeline_tag="text-generation" if _has_head(source, elastic) else None,
+        pipeline_tag="text-generation" if has_head(source, elastic) else None,
         base_model=base_model,
         base_model_relation=RELATION if base_model else None,
         language=before.language,
@@ -96,7 +96,7 @@ def render_card(
         "repo_id": repo_id or "REPO",
         "model_type": f"`{elastic.parent_config.model_type}`",
         "count": len(costs),
-        "auto": "AutoModelForCausalLM" if _has_head(source, elastic) else "AutoModel",
+        "auto": "AutoModelForCausalLM" if has_head(source, elastic) else "AutoModel",
         "base_model": base_model if isinstance(base_model, str) else None,
         "origin": origin,
         "cut": _cut(origin) if origin else "",
@@ -142,7 +142,8 @@ def _subject(source: PreTrainedConfig | PreTrainedModel) -> tuple[ElasticConfig,
     return ElasticConfig.from_parent(source, {}), dict(origin)
 
 
-def _has_head(source: PreTrainedConfig | PreTrainedModel, elastic: ElasticConfig) -> bool:
+def has_head(source: PreTrainedConfig | PreTrainedModel, elastic: ElasticConfig) -> bool:
+    """Whether a checkpoint is a language model and not only the base model."""
     if isinstance(source, PreTrainedModel):
         return source.can_generate()
     names = {"ElasticModel", elastic.architecture.base_class.__name__}
@@ -255,7 +256,7 @@ def _short(size: Any) -> str:
 
 
 def _load(elastic: ElasticConfig, costs: Mapping[str, Cost], repo: str, source: Any) -> str:
-    auto = "AutoModelForCausalLM" if _has_head(source, elastic) else "AutoModel"
+    auto = "AutoModelForCausalLM" if has_head(source, elastic) else "AutoModel"
     lines = []
     for name, cost in costs.items():
         whole = name == next(iter(costs))
@@ -278,7 +279,7 @@ def _load_plain(elastic: ElasticConfig, costs: Mapping[str, Cost], repo: str) ->
     if elastic.parent_config.is_heterogeneous:
         facade = "ElasticForCausalLM"
         return f"from hf_elastic import {facade}  # sizes differ per layer\n\nmodel = {facade}.from_pretrained({json.dumps(repo)})  # {about}"
-    auto = "AutoModelForCausalLM" if _has_head(elastic.parent_config, elastic) else "AutoModel"
+    auto = "AutoModelForCausalLM" if has_head(elastic.parent_config, elastic) else "AutoModel"
     return f"from transformers import {auto}\n\nmodel = {auto}.from_pretrained({json.dumps(repo)})  # {about}"
 
 

@@ -37,6 +37,7 @@ class ElasticConfig(InstalledCode, PreTrainedConfig):
             - `interpolated` (`list`, *optional*): submodels without a name that a router chose between two budgets; entries as in
               `budgets`, nested with them in one chain. They are what limits between the budgets resolve to.
             - `router` (`dict`, *optional*): what the router beside the weights is rebuilt from, see [`hf_elastic.router.BudgetRouter`].
+        cut_from (`dict`, *optional*): In a slice, what it was cut from: `family` and `commit` if it was on the Hub, and the `budget`.
             - `handover` (`dict`, *optional*): `trained` (`bool`), whether submodels were trained to go on from each other's caches.
 
     Raises:

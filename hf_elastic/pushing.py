@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import yaml
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, ModelCard
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -25,7 +26,7 @@ from transformers import PreTrainedConfig
 from transformers.utils.hub import hf_api
 
 from .card_results import SEPARATOR
-from .cards import is_generated, render_card
+from .cards import has_head, is_generated, render_card
 from .configuration_elastic import ElasticConfig, parent_from_dict
 from .errors import ElasticConfigError, refuse_misspelt
 from .files import INDEX_NAME, SINGLE_NAME
@@ -50,7 +51,7 @@ _OURS = [
 ]
 """What an earlier push can have left that does not belong to this one."""
 _LEFT_OUT = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "checkpoint-*", ".*", "__pycache__")
-"""Pickles, checkpoints of a run, hidden files: by the name of the file or of a folder above it."""
+"""Pickles, checkpoints of a run, hidden files: by the name of the file or of a folder above it. Links to folders are left out, too."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ def prepare_upload(
     config = read_published(root)
     _check_weights(root, config)
     files, left_out = _listed(root)
-    local = ModelCard.load(root / README, ignore_metadata_errors=True) if README in files else None
+    local = _read_card(root / README, root.name) if README in files else None
     unasked = ""
     try:
         remote = _readme_of(repo_id, revision, token)
@@ -181,9 +182,12 @@ def prepare_upload(
                 "overwrite_readme=True (--overwrite-readme)."
             )
         new = _tagged(kept, tags)
-        if kept is local or new is not None:
-            files[README] = str(new or kept).encode()
-        return Upload(repo_id, files, config, new, f"{where} is kept", left_out)
+        if new is not None:
+            files[README] = str(new).encode()
+        elif kept is remote:
+            files.pop(README, None)
+        replaced = f" and replaces that of {repo_id}" if kept is local and remote is not None else ""
+        return Upload(repo_id, files, config, new, f"{where} is kept{replaced}", left_out)
     earlier = next((c for c in (local, remote) if c is not None and is_generated(c)), None)
     about = card.given()
     known = _with_license(earlier, config, about, token)
@@ -226,8 +230,7 @@ def read_published(folder: Path) -> PreTrainedConfig:
 
 def _check_weights(folder: Path, config: PreTrainedConfig) -> None:
     elastic = config if isinstance(config, ElasticConfig) else ElasticConfig.from_parent(config, {})
-    headless = {"ElasticModel", elastic.architecture.base_class.__name__}
-    head = not headless & set(config.architectures or ())
+    head = has_head(config, elastic)
     ignored = elastic.architecture.causal_class._keys_to_ignore_on_load_unexpected or ()
     open_checkpoint(folder, elastic, elastic.architecture.full(elastic.parent_config), head=head, ignored=ignored)
 
@@ -237,7 +240,7 @@ def _listed(folder: Path) -> tuple[dict[str, Path | bytes], tuple[str, ...]]:
     files: dict[str, Path | bytes] = {}
     left_out: list[str] = []
     for path in sorted(folder.iterdir()):
-        if any(fnmatch.fnmatch(path.name, pattern) for pattern in _LEFT_OUT):
+        if any(fnmatch.fnmatch(path.name, p) for p in _LEFT_OUT) or (path.is_symlink() and path.is_dir()):
             left_out.append(path.name)
         elif path.is_dir():
             inner, left = _listed(path)
@@ -256,7 +259,14 @@ def _readme_of(repo_id: str, revision: str | None, token: bool | str | None) -> 
         raise
     except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
         return None
-    return ModelCard.load(path, ignore_metadata_errors=True)
+    return _read_card(Path(path), repo_id)
+
+
+def _read_card(path: Path, where: str) -> ModelCard:
+    try:
+        return ModelCard.load(path, ignore_metadata_errors=True)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ElasticConfigError(f"the metadata of the {README} of {where} cannot be read: {error}") from error
 
 
 def _with_license(

@@ -21,7 +21,7 @@ from hf_elastic.cli import main
 from hf_elastic.evaluation import BookTask, measure_plan, plan_matrix, results_file
 from hf_elastic.lab.family import make_family
 from hf_elastic.lab.parent import PARENT_DIR, load_parent
-from hf_elastic.pushing import CardArguments, prepare_upload
+from hf_elastic.pushing import README, CardArguments, prepare_upload
 
 ROOT = Path(__file__).resolve().parents[1]
 MEASURED = ROOT / "benchmarks" / "results" / "lab_family.json"
@@ -330,14 +330,17 @@ def test_a_readme_that_somebody_wrote_is_kept(lab, push, local_hub, tmp_path):
     assert local_hub.repositories["org/mine"].refs["main"] == before
     family.push_to_hub("org/mine", license="apache-2.0", overwrite_readme=True)
     assert MARKER in files(local_hub, "org/mine")["README.md"].decode()
-    # the same for one in the folder
+    # the same for one in the folder, which comes along; a generated one there does not replace one that somebody wrote on the Hub
     family.save_pretrained(tmp_path / "folder")
     (tmp_path / "folder/README.md").write_text("# Mine\n")
     upload = prepare_upload(tmp_path / "folder", "org/other")
     assert upload.card is None
     status, shown = push(tmp_path / "folder", "org/other", "--layout", "stock", "--upload")
     assert (status, "the README.md of folder is kept" in shown) == (0, True)
-    assert b"# Mine" in files(local_hub, "org/other")["README.md"]
+    assert files(local_hub, "org/other")["README.md"] == b"# Mine\n"
+    family.save_pretrained(tmp_path / "made")
+    (tmp_path / "made/README.md").write_text(str(render_card(family)))
+    assert README not in prepare_upload(tmp_path / "made", "org/other").files
     upload = prepare_upload(tmp_path / "folder", "org/other", CardArguments(license="mit", overwrite_readme=True))
     assert MARKER in str(upload.card)
     assert (tmp_path / "folder/README.md").read_text() == "# Mine\n"
@@ -357,6 +360,11 @@ def test_what_is_not_pushed(lab, push, local_hub, tmp_path, monkeypatch):
     )
     refuse("unknown budget 'hafl'.*Did you mean 'half'", lab / "nested", "org/new", "--budget", "hafl")
     refuse("is a file", MEASURED, "org/new")
+    (tmp_path / "readme").mkdir()
+    for file in (lab / "export").iterdir():
+        (tmp_path / "readme" / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "readme/README.md").write_text("---\na: [\n---\n")
+    refuse("the metadata of the README.md of readme cannot be read", tmp_path / "readme", "org/new")
     broken = tmp_path / "broken"
     for name in ("config.json", "budgets/quarter/model.safetensors"):
         (broken / name).parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,6 @@ import json
 import pickle
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -176,17 +175,11 @@ def test_resizing_the_vocabulary_keeps_it(folders, tmp_path):
     assert same(ElasticForCausalLM.from_pretrained(tmp_path).router, router)
 
 
-def test_it_is_pushed(folders, monkeypatch):
-    pushed = []
-    hub = SimpleNamespace(
-        create_repo=lambda repo, **kwargs: SimpleNamespace(repo_id=repo),
-        upload_folder=lambda folder_path, **kwargs: pushed.extend(file.name for file in Path(folder_path).rglob("*")),
-    )
-    monkeypatch.setattr("hf_elastic.pushing.hf_api", lambda: hub)
-    card = SimpleNamespace(save=lambda file: None)
-    monkeypatch.setattr("hf_elastic.pushing.create_and_tag_model_card", lambda *args, **kwargs: card)
+def test_it_is_pushed(folders, local_hub):
     ElasticForCausalLM.from_pretrained(folders("nano3")).push_to_hub("me/tiny")
-    assert {"config.json", "model.safetensors", "added.safetensors", ROUTER_FILE} <= set(pushed)
+    pushed = local_hub.repositories["me/tiny"]
+    names = {Path(name).name for name in pushed.commits[pushed.refs["main"]]}
+    assert {"config.json", "model.safetensors", "added.safetensors", ROUTER_FILE} <= names
 
 
 # Files that are not what the config says

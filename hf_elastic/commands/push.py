@@ -117,7 +117,7 @@ def _checkpoint(args: argparse.Namespace, repo_id: str, card: CardArguments) -> 
         yield source
         return
     with TemporaryDirectory(prefix="hf-elastic-push-") as folder:
-        target = Path(folder, source.name)
+        target = Path(folder, source.resolve().name)
         ElasticForCausalLM.from_pretrained(args.source, budget=args.budget).save_pretrained(target, layout=layout)
         save_tokenizer(args.source, target)
         if args.budget is None and (source / README).is_file():  # it says something of the family, not of a slice
