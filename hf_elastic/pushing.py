@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -249,6 +250,15 @@ def _listed(folder: Path) -> tuple[dict[str, Path | bytes], tuple[str, ...]]:
         else:
             files[path.name] = path
     return files, tuple(left_out)
+
+
+def copy_others(source: Path, target: Path) -> None:
+    """Copy what a push of `source` would upload besides the checkpoint, as far as `target` does not have it."""
+    files, _ = _listed(source)
+    for place in files:
+        if not (target / place).exists() and not any(fnmatch.fnmatch(place, pattern) for pattern in _OURS):
+            (target / place).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / place, target / place)
 
 
 def _readme_of(repo_id: str, revision: str | None, token: bool | str | None) -> ModelCard | None:

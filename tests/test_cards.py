@@ -36,6 +36,7 @@ def lab(tmp_path_factory):
     family = make_family(parent, tokenizer, seed=0)
     family.save_pretrained(folder / "nested", layout="nested")
     family.save_pretrained(folder / "stock")
+    (folder / "stock/notes.txt").write_text("notes")
     tokenizer.save_pretrained(folder / "nested")
     ElasticForCausalLM.from_pretrained(folder / "stock", budget="third").export(folder / "export")
     plans = [*plan_matrix(["full", "half"], ["full"], [None]), *plan_matrix(["half"], ["half"], [None])]
@@ -243,6 +244,7 @@ def test_nothing_is_uploaded_without_being_told(lab, push, local_hub):
                     assert re.search(rf"^{file.relative_to(source)} +{size}$", shown, re.MULTILINE)
         else:
             assert "budgets/quarter/model.safetensors" in shown, "the layout for the Hub"
+            assert re.search("^notes.txt +5$", shown, re.MULTILINE)
     assert "org/new" not in local_hub.repositories
     assert not [request for request in local_hub.requests if not request.startswith(("GET", "HEAD"))]
     assert {file: file.stat().st_mtime_ns for file in lab.rglob("*")} == before

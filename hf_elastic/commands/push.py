@@ -1,7 +1,7 @@
 """Publish a family, a slice or an export on the Hub, with a model card. Shows what would be uploaded; --upload does it.
 
 SOURCE is an elastic checkpoint, or the folder of a plain one that `hf-elastic export` wrote. A folder in the layout asked for is uploaded as it is,
-anything else is written into a temporary folder first. Pickles, hidden files and checkpoints of a run stay where they are.
+anything else is written into a temporary folder first; with --budget only the tokenizer comes along. Pickles, hidden files and checkpoints of a run stay where they are.
 
   hf-elastic push nano-elastic me/nano-elastic --base-model org/parent --results results/plans.json
   hf-elastic push nano-elastic me/nano-12b --budget 12b --upload
@@ -92,7 +92,7 @@ def _checkpoint(args: argparse.Namespace, repo_id: str, card: CardArguments) -> 
 
     from ..configuration_elastic import ElasticConfig, read_config
     from ..modeling_elastic import ElasticForCausalLM
-    from ..pushing import README, read_published
+    from ..pushing import copy_others, read_published
 
     source = Path(args.source)
     if source.is_file():
@@ -120,8 +120,10 @@ def _checkpoint(args: argparse.Namespace, repo_id: str, card: CardArguments) -> 
         target = Path(folder, source.resolve().name)
         ElasticForCausalLM.from_pretrained(args.source, budget=args.budget).save_pretrained(target, layout=layout)
         save_tokenizer(args.source, target)
-        if args.budget is None and (source / README).is_file():  # it says something of the family, not of a slice
-            (target / README).write_bytes((source / README).read_bytes())
+        if (
+            args.budget is None and source.is_dir()
+        ):  # what else lies there may say something of the family, not of a slice
+            copy_others(source, target)
         yield target
 
 
