@@ -210,8 +210,7 @@ def _eval_result(task: str, metric: str, budget: str, value: float) -> EvalResul
 
 def _source(data: Mapping[str, Any], path: Path, content: bytes) -> str:
     said = [f"from [`{path.name}`](results/{path.name})", f"sha256 {hashlib.sha256(content).hexdigest()[:12]}"]
-    if commit := data.get("commit"):
-        said.append(f"commit {str(commit)[:12]}")
+    said.append(f"commit {str(data['commit'])[:12]}" if data.get("commit") else "commit not recorded")
     said += [", ".join(map(str, data["machine"].values()))] if data.get("machine") else []
     said += [", ".join(f"{name} {value}" for name, value in data.get("versions", {}).items())]
     return f"<sub>{'; '.join(filter(None, said))}</sub>"

@@ -21,7 +21,7 @@ from ..errors import ElasticConfigError
 from .common import BUDGET_HELP, save_tokenizer, table
 
 if TYPE_CHECKING:
-    from ..pushing import CardArguments, Upload
+    from ..publishing import CardArguments, Upload
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from huggingface_hub import get_token
 
-    from ..pushing import CardArguments, full_repo_id, prepare_upload
+    from ..publishing import CardArguments, full_repo_id, prepare_upload
 
     if args.upload and get_token() is None:
         raise ElasticConfigError("there is no token to upload with: `hf auth login`, or set HF_TOKEN.")
@@ -92,7 +92,7 @@ def _checkpoint(args: argparse.Namespace, repo_id: str, card: CardArguments) -> 
 
     from ..configuration_elastic import ElasticConfig, read_config
     from ..modeling_elastic import ElasticForCausalLM
-    from ..pushing import copy_others, read_published
+    from ..publishing import copy_others, read_published
 
     source = Path(args.source)
     if source.is_file():
@@ -129,8 +129,7 @@ def _checkpoint(args: argparse.Namespace, repo_id: str, card: CardArguments) -> 
 
 def describe(upload: Upload) -> str:
     """What would be uploaded: files, what every size downloads, and the card's metadata."""
-    from ..budgets import format_bytes
-    from ..cards import download_bytes
+    from ..card_sections import download_words
     from ..configuration_elastic import ElasticConfig
 
     sizes = upload.sizes
@@ -141,7 +140,7 @@ def describe(upload: Upload) -> str:
         parts.append(f"left out: {', '.join(upload.left_out)}")
     if isinstance(upload.config, ElasticConfig):
         names = upload.config.family()
-        downloads = [[name, format_bytes(download_bytes(upload.config, name))] for name in names]
+        downloads = [[name, download_words(upload.config, name)] for name in names]
         parts.append(table([["size", "download"], *downloads], right=frozenset({1})))
     parts.append(upload.readme if upload.card is None else f"{upload.readme}:\n{upload.card.data.to_yaml()}")
     return "\n\n".join(parts)
