@@ -133,6 +133,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._error(404, "", "no such address")
 
     def _api(self, repo: str, action: str, revision: str, body: bytes) -> None:
+        if action == "branch":
+            return self._branch(repo, revision)
         found = self._files(repo, revision)
         if found is None:
             return
@@ -161,6 +163,12 @@ class _Handler(BaseHTTPRequestHandler):
                 del new[value["path"]]
         commit = self.hub.repositories[repo].add(new, branch)
         self._json({"commitUrl": f"{self.hub.url}/{repo}/commit/{commit}", "commitOid": commit, "success": True})
+
+    def _branch(self, repo: str, name: str) -> None:
+        refs = self.hub.repositories[repo].refs
+        status = 409 if name in refs else 200
+        refs.setdefault(name, refs["main"])
+        self._json({}, status)
 
     def _create(self, request: Mapping[str, Any]) -> None:
         repo = "/".join(filter(None, (request.get("organization"), request["name"])))

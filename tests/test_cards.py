@@ -335,6 +335,17 @@ def test_a_readme_that_somebody_wrote_is_kept(lab, push, local_hub, tmp_path):
     assert local_hub.repositories["org/mine"].refs["main"] == before
     family.push_to_hub("org/mine", license="apache-2.0", overwrite_readme=True)
     assert MARKER in files(local_hub, "org/mine")["README.md"].decode()
+    # a new branch begins with what main has, and so with its README
+    refs = local_hub.repositories["org/mine"].refs
+    local_hub.repositories["org/mine"].add({**files(local_hub, "org/mine"), "README.md": mine.encode()})
+    before = refs["main"]
+    for _ in range(2):
+        family.push_to_hub("org/mine", revision="v2", layout="stock")
+        assert refs["main"] == before
+        branch = local_hub.repositories["org/mine"].commits[refs["v2"]]
+        assert branch["README.md"].decode() == mine
+        assert "model.safetensors" in branch
+        assert not [name for name in branch if name.startswith("budgets/")]
     # the same for one in the folder, which comes along; a generated one there does not replace one that somebody wrote on the Hub
     family.save_pretrained(tmp_path / "folder")
     (tmp_path / "folder/README.md").write_text("# Mine\n")
