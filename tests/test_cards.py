@@ -19,8 +19,8 @@ from hf_elastic.budgets import format_bytes, format_count
 from hf_elastic.cards import MARKER, RELATION, render_card
 from hf_elastic.cli import main
 from hf_elastic.evaluation import BookTask, measure_plan, plan_matrix, results_file
-from hf_elastic.lab.family import make_family
-from hf_elastic.lab.parent import PARENT_DIR, load_parent
+from hf_elastic.lab.family import FAMILY_DIR, load_family
+from hf_elastic.lab.parent import PARENT_DIR
 from hf_elastic.publishing import README, CardArguments, prepare_upload
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,8 +32,7 @@ PLANS, PARENT = "plans.json", "org/parent"
 def lab(tmp_path_factory):
     """The lab's family in both layouts, an export, and the results of three plans."""
     folder = tmp_path_factory.mktemp("cards")
-    parent, tokenizer = load_parent()
-    family = make_family(parent, tokenizer, seed=0)
+    family, tokenizer = load_family()
     family.save_pretrained(folder / "nested", layout="nested")
     family.save_pretrained(folder / "stock")
     (folder / "stock/notes.txt").write_text("notes")
@@ -119,6 +118,12 @@ def test_scores_are_those_of_the_results_files(lab, tmp_path):
     without = render_card(nested(lab))
     assert not section(without, "Results")
     assert "Nothing was measured here" in without.text
+    record = json.loads((FAMILY_DIR / "training.json").read_text())
+    shipped = render_card(nested(lab), results=[FAMILY_DIR / "training.json"])
+    for entry in record["evaluation"]["budgets"]:
+        assert (
+            f"| {entry['name']} | {entry['exact']:.4g} | {entry['trace']:.4g} | {entry['code']:.4g} |" in shipped.text
+        )
     record = {"seed": 3, "evaluation": {"count": 7, "budgets": [{"name": "half", "exact": 0.625}]}}
     (tmp_path / "training.json").write_text(json.dumps(record))
     trained = render_card(nested(lab), results=[tmp_path / "training.json"])
