@@ -209,7 +209,7 @@ def random_family(quick: bool) -> ElasticForCausalLM:
     if quick:
         parent = nano_like(torch.bfloat16, scale=8, experts=16, layers="MEM*E", vocab_size=1024)
     else:
-        parent = nano_like(torch.bfloat16, scale=2, experts=32, layers="MEMEM*EME", vocab_size=16384)
+        parent = nano_like(torch.bfloat16, scale=1, experts=16, layers="MEM*E", vocab_size=16384)
     budgets = {}
     for size, (hidden, ffn) in SHARES.items():
         budgets[size] = {
