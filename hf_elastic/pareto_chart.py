@@ -53,18 +53,17 @@ def draw_pareto(results: Mapping[str, Any], path: Path, *, largest: float = 1.0,
         zorder=0,
         label="best",
     )
+    labelled: list[tuple[float, float]] = []
     for p in front:
         cap = p["max_thinking_tokens"]
         name = p["thinking"] if p["thinking"] == p["answering"] else f"{p['thinking']}→{p['answering']}"
+        at = (p[by] * scale, p["accuracy"])
+        x, y = axes.transData.transform(at)
+        if any(abs(x - left) < 110 and abs(y - low) < 18 for left, low in labelled):
+            continue  # it would lie on the one before
+        labelled.append((x, y))
         text = name if cap is None else f"{name} {cap}"
-        axes.annotate(
-            text,
-            (p[by] * scale, p["accuracy"]),
-            xytext=(4, -9),
-            textcoords="offset points",
-            fontsize=6.5,
-            color="#495057",
-        )
+        axes.annotate(text, at, xytext=(4, -10), textcoords="offset points", fontsize=6.5, color="#495057")
     axes.set_title(f"Who thinks and who answers: {results['task']}", fontsize=11, loc="left")
     axes.set_xlabel(_AXES[by].format(timed=timed))
     axes.set_ylabel("accuracy")
