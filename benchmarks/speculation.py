@@ -133,7 +133,7 @@ def _measure(folder: Path, quick: bool) -> list[dict[str, Any]]:
         if key.endswith(ends)
     ]
     ids = torch.randint(3, family.config.vocab_size, (1, 32), generator=torch.Generator().manual_seed(0))
-    tokens, rounds = (8, 1) if quick else (64, 5)
+    tokens, rounds = (8, 1) if quick else (48, 3)
     settings = {"do_sample": False, "max_new_tokens": tokens, "eos_token_id": None, "pad_token_id": 0}
     rows = []
     for factor in FACTORS:
