@@ -151,10 +151,8 @@ def measure_plan(
             f"task {task.name!r} compares likelihoods and writes no text; a phase plan needs one that generates."
         )
     config = model.elastic_config
-    active = [
-        CostModel(config.parent_config)(config.resolve(phase.budget, model.dtype)).active_params
-        for phase in plan.phases
-    ]
+    count_cost = CostModel(config.parent_config)
+    active = [count_cost(config.resolve(phase.budget, model.dtype)).active_params for phase in plan.phases]
     texts = sum(map(len, recorded.prompts))
     cost = sum(
         _cost(phases, prompts, active, prefill_speed)

@@ -12,6 +12,7 @@ import math
 import os
 import threading
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -76,9 +77,38 @@ class TensorFile:
         return len(data)
 
 
+class Readable(ABC):
+    """A tensor that is read when it is indexed, which is all the stock loader asks of a lazy tensor."""
+
+    dtype: torch.dtype
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]: ...
+
+    @abstractmethod
+    def leaves(self) -> Iterator[Block]:
+        """The parts of files that it is read from."""
+
+    @abstractmethod
+    def read_into(self, tensor: torch.Tensor) -> None:
+        """Fill a contiguous tensor of this shape."""
+
+    def announce(self) -> None:
+        """Let the kernel fetch it in the background."""
+        for block in self.leaves():
+            block.announce()
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        self.announce()
+        tensor = torch.empty(self.shape, dtype=self.dtype)
+        self.read_into(tensor)
+        return tensor[index]
+
+
 @dataclass(frozen=True)
-class Block:
-    """A part of a tensor in a file. Indexing it reads that part, which is all the stock loader asks of a lazy tensor.
+class Block(Readable):
+    """A part of a tensor in a file.
 
     Args:
         file (`TensorFile`): Where the tensor is.
@@ -104,12 +134,6 @@ class Block:
     @property
     def is_whole(self) -> bool:
         return self.shape == self.full
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        self.announce()
-        tensor = torch.empty(self.shape, dtype=self.dtype)
-        self.read_into(tensor)
-        return tensor[index]
 
     def leaves(self) -> Iterator[Block]:
         yield self
@@ -155,33 +179,27 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Joined:
-    """Blocks of one tensor that lie in several places, in several files. Indexing it reads them all.
+class Joined(Readable):
+    """Blocks of one tensor that lie in several places, in several files.
 
     Args:
-        shape (`tuple[int, ...]`): Of the tensor.
+        size (`tuple[int, ...]`): Shape of the tensor.
         blocks (`list[Block]`): With places that cover it, each element once.
     """
 
-    shape: tuple[int, ...]
+    size: tuple[int, ...]
     blocks: list[Block]
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.blocks[0].dtype
+    def shape(self) -> tuple[int, ...]:
+        return self.size
 
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        self.announce()
-        tensor = torch.empty(self.shape, dtype=self.dtype)
-        self.read_into(tensor)
-        return tensor[index]
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return self.blocks[0].dtype
 
     def leaves(self) -> Iterator[Block]:
         yield from self.blocks
-
-    def announce(self) -> None:
-        for block in self.blocks:
-            block.announce()
 
     def read_into(self, tensor: torch.Tensor) -> None:
         for block in self.blocks:
@@ -189,7 +207,7 @@ class Joined:
 
 
 @dataclass(frozen=True)
-class Stack:
+class Stack(Readable):
     """Tensors of one shape as one tensor, along a new first dimension: experts that are stored one by one.
 
     Merging them here rather than in the stock loader spares it thousands of names, and every expert is read to its place at once.
@@ -197,17 +215,21 @@ class Stack:
 
     blocks: Sequence[Block | Joined]
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.blocks), *self.blocks[0].shape)
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return self.blocks[0].dtype
+
     def leaves(self) -> Iterator[Block]:
         for block in self.blocks:
             yield from block.leaves()
 
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        for block in self.blocks:
-            block.announce()
-        tensor = torch.empty((len(self.blocks), *self.blocks[0].shape), dtype=self.blocks[0].dtype)
+    def read_into(self, tensor: torch.Tensor) -> None:
         for part, block in zip(tensor, self.blocks, strict=True):
             block.read_into(part)
-        return tensor[index]
 
 
 def _chunk(size: int) -> np.ndarray:

@@ -60,10 +60,11 @@ def check_output(output: str, source: str) -> None:
         )
 
 
-def check_device(name: str) -> str:
-    """Refuse a device that torch does not know or this machine does not have."""
+def check_device(name: str | None) -> str:
+    """The device that was asked for, or the one to take; refuses one that torch does not know or this machine does not have."""
     import torch
 
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=name)
     except (

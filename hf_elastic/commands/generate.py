@@ -43,7 +43,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    import torch
     from transformers import AutoTokenizer, TextStreamer, set_seed
 
     from ..errors import ElasticConfigError
@@ -55,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
     if args.temperature < 0 or not 0 < args.top_p <= 1:
         raise ElasticConfigError("--temperature must be at least 0 and --top-p in (0, 1].")
     plan = _plan(args)
-    device = check_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = check_device(args.device)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     tokenizer = AutoTokenizer.from_pretrained(args.repo)
     model = ElasticForCausalLM.from_pretrained(

@@ -23,7 +23,6 @@ class Row:
         states (`States`, *optional*): What the last phase kept of it, if the next one goes on from that.
         cached (`int`): How many of its tokens are in `states`.
         generated (`int`): Tokens that submodels wrote, in all phases.
-        in_phase (`int`): Those of the phase it is in.
         done (`bool`): Whether the text is over.
         scores, logits (`list[torch.Tensor]`): One entry per new token, if asked for; `None` for one that was inserted.
     """
@@ -33,7 +32,6 @@ class Row:
     states: States | None = None
     cached: int = 0
     generated: int = 0
-    in_phase: int = 0
     done: bool = False
     scores: list[torch.Tensor | None] = field(default_factory=list)
     logits: list[torch.Tensor | None] = field(default_factory=list)

@@ -22,7 +22,7 @@ from ..submodel import Submodel
 States = list[dict[str, torch.Tensor]]
 """Per layer of a submodel the tensors it keeps, by kind."""
 
-_TOKENS = ("keys", "values")
+PER_TOKEN = ("keys", "values")
 """Kinds that grow with every token; their tokens are dimension 2."""
 
 
@@ -63,7 +63,7 @@ def take_row(states: States, row: int, tokens: int) -> States:
     """
     return [
         {
-            kind: tensor[row : row + 1, :, tensor.shape[2] - tokens :] if kind in _TOKENS else tensor[row : row + 1]
+            kind: tensor[row : row + 1, :, tensor.shape[2] - tokens :] if kind in PER_TOKEN else tensor[row : row + 1]
             for kind, tensor in layer.items()
         }
         for layer in states
@@ -77,7 +77,7 @@ def join_rows(rows: Sequence[States]) -> States:
         layer = {}
         for kind in layers[0]:
             tensors = [found[kind] for found in layers]
-            if kind in _TOKENS:
+            if kind in PER_TOKEN:
                 longest = max(tensor.shape[2] for tensor in tensors)
                 tensors = [torch.nn.functional.pad(tensor, (0, 0, longest - tensor.shape[2], 0)) for tensor in tensors]
             layer[kind] = torch.cat(tensors)
@@ -125,7 +125,7 @@ def hand_over(
         for rule in architecture.states(config.per_layer_config[layer], layer):
             tensor = states[position[layer]][rule.kind]
             first, *rest = rule.dims
-            along = {1: first, **dict(enumerate(rest, start=3 if rule.kind in _TOKENS else 2))}
+            along = {1: first, **dict(enumerate(rest, start=3 if rule.kind in PER_TOKEN else 2))}
             for i, dim in along.items():
                 tensor = _move(tensor, i, dim, full.at(layer), source.at(layer), target.at(layer))
             found[rule.kind] = tensor * wider**rule.degree if scale and wider != 1 else tensor

@@ -78,7 +78,7 @@ class PhaseLoop:
         events = []
         for i in self.live:
             row = self.rows[i]
-            row.in_phase, record.spans[i] = 0, (len(row.ids) - row.prompt,) * 2
+            record.spans[i] = (len(row.ids) - row.prompt,) * 2
             if bound.start_id is not None and not is_open(row.ids, bound):
                 events += self._insert(i, (bound.start_id,))
         self.model.set_budget(bound.submodel)
@@ -112,16 +112,15 @@ class PhaseLoop:
         events, ended = [], []
         for place, (i, token) in enumerate(zip(self.live, chosen.tolist(), strict=True)):
             row = self.rows[i]
-            row.ids.append(token)
-            row.generated, row.in_phase = row.generated + 1, row.in_phase + 1
+            row.generated += 1
             record.generated[i] += 1
-            record.spans[i] = (record.spans[i][0], len(row.ids) - row.prompt)
+            self._append(i, (token,))
             if config.output_scores:
                 row.scores.append(scores[place])
             if config.output_logits:
                 row.logits.append(logits[place])
             events.append(self._event("token", i, token_id=token))
-            if reason := "stopping criteria" if stopped[place] else self._reason(row, token):
+            if reason := "stopping criteria" if stopped[place] else self._reason(i, token):
                 ended.append(place)
                 events += self._end(i, place, reason, bound)
         batch.drop(ended)
@@ -130,9 +129,9 @@ class PhaseLoop:
         record.decode_seconds += perf_counter() - started
         return events
 
-    def _reason(self, row: Row, token: int) -> EndReason | None:
+    def _reason(self, i: int, token: int) -> EndReason | None:
         """Why the phase or text of a sequence is over with this token, if it is."""
-        bound = self.phases[self.index]
+        bound, row, written = self.phases[self.index], self.rows[i], self.records[self.index].generated[i]
         if bound.end_id is not None and token == bound.end_id:
             return "marker"
         if token in self.eos_ids:
@@ -142,9 +141,9 @@ class PhaseLoop:
             return "length"
         if cap is None:
             return None
-        if row.in_phase >= cap:
+        if written >= cap:
             return "cap"
-        in_window = row.in_phase >= cap - bound.phase.grace
+        in_window = written >= cap - bound.phase.grace
         return "soft cap" if bound.phase.grace and in_window and settings.ends_sentence(row.ids) else None
 
     def _end(self, i: int, place: int, reason: EndReason, bound: BoundPhase) -> list[PhaseEvent]:
@@ -158,10 +157,9 @@ class PhaseLoop:
         return [*self._insert(i, closing), self._event("end", i, reason=reason)]
 
     def _insert(self, i: int, ids: Sequence[int]) -> list[PhaseEvent]:
-        row, record = self.rows[i], self.records[self.index]
-        row.ids.extend(ids)
-        record.inserted[i] += len(ids)
-        record.spans[i] = (record.spans[i][0], len(row.ids) - row.prompt)
+        row = self.rows[i]
+        self.records[self.index].inserted[i] += len(ids)
+        self._append(i, ids)
         row.scores.extend([None] * len(ids))
         row.logits.extend([None] * len(ids))
         return [self._event("token", i, token_id=token, inserted=True) for token in ids]
@@ -183,6 +181,11 @@ class PhaseLoop:
             device=self.batch.ids.device,
             model_kwargs={},
         )
+
+    def _append(self, i: int, ids: Sequence[int]) -> None:
+        row, record = self.rows[i], self.records[self.index]
+        row.ids.extend(ids)
+        record.spans[i] = (record.spans[i][0], len(row.ids) - row.prompt)
 
     # -- results -------------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache
 
-from .caches import _TOKENS, States, read_cache
+from .caches import PER_TOKEN, States, read_cache
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Snapshot:
     @classmethod
     def take(cls, cache: Cache, tokens: int) -> Snapshot:
         """Of a cache that holds so many tokens."""
-        kept = [{k: t.clone() for k, t in layer.items() if k not in _TOKENS} for layer in read_cache(cache)]
+        kept = [{k: t.clone() for k, t in layer.items() if k not in PER_TOKEN} for layer in read_cache(cache)]
         return cls(tokens, kept)
 
     def restore(self, cache: Cache) -> None:
@@ -38,7 +38,7 @@ class Snapshot:
             for kind, tensor in kept.items():
                 found[kind].copy_(tensor)
             if "keys" in found:
-                layer.keys, layer.values = (found[kind][:, :, : self.tokens] for kind in _TOKENS)
+                layer.keys, layer.values = (found[kind][:, :, : self.tokens] for kind in PER_TOKEN)
 
 
 class Reader:
