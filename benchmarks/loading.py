@@ -19,6 +19,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -76,12 +77,8 @@ def compare(report: Report, folders: dict[str, Path], rounds: int) -> None:
         if cache == "warm":
             in_turns(actions, 1)  # fills the page cache
         runs = in_turns(actions, rounds)
-        medians: dict[tuple[str, str], float] = {}
+        medians = report_times(report, runs, cache, "way")
         for way, results in runs.items():
-            for moment in results[0].result["seconds"]:
-                seconds = [run.result["seconds"][moment] for run in results]
-                name = f"{way}, {cache} files: time until {moment}"
-                medians[way, moment] = report.measure(name, "s", seconds, way=way, cache=cache, moment=moment)
             relative = [run.peak_anonymous_bytes / slice_bytes for run in results]
             report.measure(f"{way}, {cache} files: peak anonymous memory / slice", "", relative, way=way, cache=cache)
             if cache == "cold":
@@ -93,6 +90,20 @@ def compare(report: Report, folders: dict[str, Path], rounds: int) -> None:
         report.measure(f"cut / slice, {cache} files: time until read", "", [ratio], cache=cache)
         peaks.extend(run.peak_anonymous_bytes / slice_bytes for run in runs["slice"])
     report.settle(PEAK, max(peaks))
+
+
+def report_times(
+    report: Report, runs: Mapping[str, list[ChildRun]], cache: str, what: str
+) -> dict[tuple[str, str], float]:
+    """Record the times of runs that [`timed`] took; returns the medians by name and moment. `what` is what the names are."""
+    medians = {}
+    for name, results in runs.items():
+        for moment in results[0].result["seconds"]:
+            seconds = [run.result["seconds"][moment] for run in results]
+            label = f"{name}, {cache} files: time until {moment}"
+            about = {what: name, "cache": cache, "moment": moment}
+            medians[name, moment] = report.measure(label, "s", seconds, **about)
+    return medians
 
 
 def _run(action: Any, folder: Path, cold: bool) -> ChildRun:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import transformers
 from harness import Claim, Report, arguments, in_turns
-from loading import timed
+from loading import report_times, timed
 from processes import ChildRun, drop_page_cache, in_child
 from synthetic import half_budget, nano_like, write_checkpoint
 from transformers import AutoModelForCausalLM
@@ -84,12 +84,7 @@ def time(report: Report, folders: dict[str, Path], rounds: int) -> None:
         if cache == "warm":
             in_turns(actions, 1)  # fills the page cache
         runs = in_turns(actions, rounds)
-        medians: dict[tuple[str, str], float] = {}
-        for name, results in runs.items():
-            for moment in results[0].result["seconds"]:
-                seconds = [run.result["seconds"][moment] for run in results]
-                label = f"{name}, {cache} files: time until {moment}"
-                medians[name, moment] = report.measure(label, "s", seconds, layout=name, cache=cache, moment=moment)
+        medians = report_times(report, runs, cache, "layout")
         for moment in ("returned", "read"):
             ratio = medians["nested", moment] / medians["stock", moment]
             report.measure(f"nested / stock, {cache} files: time until {moment}", "", [ratio], cache=cache)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .charts import new_axes, save_axes
+
 _AXES = {
     "cost": "modelled cost per problem, in tokens of the largest size",
     "seconds": "{timed} seconds per problem",
@@ -24,14 +26,9 @@ def draw_pareto(results: Mapping[str, Any], path: Path, *, largest: float = 1.0,
     Raises:
         `ImportError`: matplotlib is not installed.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     points, by = results["points"], results["by"]
     scale = 1 / largest if by == "cost" else 1.0
-    figure, axes = plt.subplots(figsize=(7.2, 4.4), dpi=150)
+    figure, axes = new_axes(4.4)
     for same, label, marker, color in ((True, "one size", "s", "#868e96"), (False, "two sizes", "o", "#3b5bdb")):
         chosen = [p for p in points if (p["thinking"] == p["answering"]) == same]
         axes.scatter(
@@ -67,9 +64,4 @@ def draw_pareto(results: Mapping[str, Any], path: Path, *, largest: float = 1.0,
     axes.set_title(f"Who thinks and who answers: {results['task']}", fontsize=11, loc="left")
     axes.set_xlabel(_AXES[by].format(timed=timed))
     axes.set_ylabel("accuracy")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
+    save_axes(figure, axes, path, "lower right")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Generator
 from typing import Any
 
@@ -13,12 +12,12 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedTokenizerBase,
     StoppingCriteriaList,
-    StopStringCriteria,
 )
-from transformers.generation import GenerationMixin, GenerationMode, MaxTimeCriteria
+from transformers.generation import GenerationMode, MaxTimeCriteria
 
 from ..configuration_elastic import ElasticConfig
 from ..errors import PhasePlanError
+from .arguments import by_name, with_stop_strings
 from .binding import SentenceEnds, bind, check_prompts, find_tokenizer, needs_tokenizer
 from .engine import Settings, run_phases
 from .events import PhaseEvent, PhaseOutput, PhaseStreamer
@@ -106,8 +105,7 @@ class PhasedGenerationMixin:
     def _prepare_phases(
         self, args: tuple[Any, ...], plan: PhasePlan, tokenizer: PreTrainedTokenizerBase | None, kwargs: dict[str, Any]
     ) -> tuple[Generator[PhaseEvent, None, PhaseOutput], Settings, torch.Tensor]:
-        kwargs = {**inspect.signature(GenerationMixin.generate).bind_partial(self, *args).arguments, **kwargs}
-        kwargs.pop("self")
+        kwargs = by_name(self, args, kwargs)
         for key, instead in _REFUSED.items():
             if kwargs.get(key) is not None and kwargs[key] is not False:
                 raise PhasePlanError(f"{key}={kwargs[key]!r} cannot be used with phase_plan: {instead}.")
@@ -178,12 +176,12 @@ class PhasedGenerationMixin:
 
 def _own_criteria(kwargs: dict[str, Any], tokenizer: Any) -> StoppingCriteriaList:
     """The caller's stopping criteria; those for lengths and end-of-sequence tokens are the loop's own."""
-    criteria = StoppingCriteriaList(kwargs.pop("stopping_criteria", None) or [])
-    if (strings := kwargs.pop("stop_strings", None)) is not None:
-        if tokenizer is None:
-            raise PhasePlanError("stop_strings needs tokenizer=.")
-        criteria.append(StopStringCriteria(tokenizer, strings))
-    return criteria
+    criteria = kwargs.pop("stopping_criteria", None)
+    if (strings := kwargs.pop("stop_strings", None)) is None:
+        return StoppingCriteriaList(criteria or [])
+    if tokenizer is None:
+        raise PhasePlanError("stop_strings needs tokenizer=.")
+    return with_stop_strings(criteria, strings, tokenizer)
 
 
 def drain(events: Generator[PhaseEvent, None, PhaseOutput], streamer: Any = None) -> PhaseOutput:

@@ -8,7 +8,6 @@ put back from copies ([`hf_elastic.generation.snapshots`]).
 from __future__ import annotations
 
 import functools
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,15 +15,14 @@ import torch
 from transformers import DynamicCache, GenerationConfig, StoppingCriteriaList
 from transformers.generation import (
     GenerateDecoderOnlyOutput,
-    GenerationMixin,
     GenerationMode,
     LogitsProcessorList,
-    StopStringCriteria,
 )
 
 from ..budgets import Budget
 from ..errors import SpeculationError
 from ..submodel import Submodel
+from .arguments import by_name, with_stop_strings
 from .snapshots import Reader
 
 DRAFT_TOKENS = 4
@@ -116,18 +114,17 @@ class SpeculationMixin:
             if num_draft_tokens is not None:
                 raise SpeculationError(f"num_draft_tokens={num_draft_tokens!r} needs draft_budget=..., which drafts.")
             return super().generate(*args, **kwargs)  # type: ignore[misc]
-        kwargs = {**inspect.signature(GenerationMixin.generate).bind_partial(self, *args).arguments, **kwargs}
-        kwargs.pop("self")
+        kwargs = by_name(self, args, kwargs)
         count = DRAFT_TOKENS if num_draft_tokens is None else num_draft_tokens
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise SpeculationError(f"num_draft_tokens={count!r} must be a whole number of at least 1.")
         drafter = _drafter(self, draft_budget)
         settings = _checked(self, kwargs)
         if settings.stop_strings is not None and kwargs.get("tokenizer") is not None:
-            # Upstream does not give the tokenizer on where the loop is not its own.
-            criteria = [*(kwargs.get("stopping_criteria") or ())]
-            criteria.append(StopStringCriteria(kwargs.pop("tokenizer"), settings.stop_strings))
-            kwargs |= {"stopping_criteria": StoppingCriteriaList(criteria), "stop_strings": None}
+            criteria = with_stop_strings(
+                kwargs.get("stopping_criteria"), settings.stop_strings, kwargs.pop("tokenizer")
+            )
+            kwargs |= {"stopping_criteria": criteria, "stop_strings": None}
         loop = functools.partial(speculate, drafter=drafter, count=count, streamer=kwargs.get("streamer"))
         return super().generate(**{**kwargs, "custom_generate": loop})  # type: ignore[misc]
 

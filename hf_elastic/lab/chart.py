@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..charts import new_axes, save_axes
+
 _COLORS = ("#3b5bdb", "#e8890c", "#868e96", "#2b8a3e", "#c92a2a", "#ae3ec9")
 
 Line = tuple[str, str, Sequence[Mapping[str, Any]], str]
@@ -57,12 +59,7 @@ def draw_lines(lines: Sequence[Line], title: str, label: str, path: Path) -> Non
     Raises:
         `ImportError`: matplotlib is not installed.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7.2, 4.2), dpi=150)
+    figure, axes = new_axes(4.2)
     for color, (name, style, entries, rate) in zip(_COLORS, lines, strict=False):
         ordered = sorted(entries, key=lambda entry: entry["active_params"])
         active = [entry["active_params"] / 1e3 for entry in ordered]
@@ -80,9 +77,4 @@ def draw_lines(lines: Sequence[Line], title: str, label: str, path: Path) -> Non
     axes.set_xlabel("active parameters (thousands)")
     axes.set_ylabel(label)
     axes.set_ylim(-0.03, 1.12)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8, loc="center right")
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
+    save_axes(figure, axes, path, "center right")

@@ -6,9 +6,7 @@ A trained family ships with the package, see [`load_family`]. `python -m hf_elas
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import platform
 import tempfile
 import time
 from collections.abc import Mapping
@@ -17,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 
 from ..cost import CostModel
@@ -230,7 +227,7 @@ def load_family() -> tuple[ElasticForCausalLM, PreTrainedTokenizerBase]:
 def main(arguments: list[str] | None = None) -> None:
     """Trains the family from the parent in the package, measures it and saves it with its tokenizer and a record."""
     from .book import build_tokenizer
-    from .parent import load_parent
+    from .parent import load_parent, save_trained
 
     parser = argparse.ArgumentParser(prog="python -m hf_elastic.lab.family", description=main.__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder to save to")
@@ -249,27 +246,21 @@ def main(arguments: list[str] | None = None) -> None:
     measured = measure_family(
         family, tokenizer, {"full": None, **{name: name for name in FAMILY}}, count=options.problems
     )
-    family.save_pretrained(options.output)
-    tokenizer.save_pretrained(options.output)
-    record = {
-        "seed": options.seed,
-        "steps": options.steps,
-        "seconds": round(seconds, 1),
-        "num_threads": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "evaluation": {"letters": 12, "count": options.problems, "budgets": measured},
-        "history": [
+    for entry in measured:
+        logger.info("%s: exact %.3f, thinking %.3f", entry["name"], entry["exact"], entry["trace"])
+    save_trained(
+        options.output,
+        family,
+        tokenizer,
+        seed=options.seed,
+        steps=options.steps,
+        seconds=seconds,
+        evaluation={"letters": 12, "count": options.problems, "budgets": measured},
+        history=[
             {key: round(value, 4) for key, value in entry.items() if key == "step" or key.endswith("kl")}
             for entry in history
         ],
-    }
-    for entry in measured:
-        logger.info("%s: exact %.3f, thinking %.3f", entry["name"], entry["exact"], entry["trace"])
-    (options.output / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    )
 
 
 if __name__ == "__main__":

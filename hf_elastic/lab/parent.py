@@ -18,7 +18,14 @@ from typing import Any
 import torch
 import transformers
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, NemotronHConfig, NemotronHForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    NemotronHConfig,
+    NemotronHForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from hf_elastic.lab.book import build_tokenizer, evaluate, training_batches
 from hf_elastic.lab.muon import Muon
@@ -204,6 +211,34 @@ def load_parent() -> tuple[NemotronHForCausalLM, PreTrainedTokenizerFast]:
     return model, AutoTokenizer.from_pretrained(PARENT_DIR)
 
 
+def save_trained(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    steps: int,
+    seconds: float,
+    **measured: Any,
+) -> None:
+    """Saves a trained model with its tokenizer and `training.json`, a record of how it came about and what was measured."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    record = {
+        "seed": seed,
+        "steps": steps,
+        "seconds": round(seconds, 1),
+        "num_threads": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        **measured,
+    }
+    (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Trains a parent, evaluates it and saves it with its tokenizer and a record of the training."""
     parser = argparse.ArgumentParser(prog="python -m hf_elastic.lab.parent", description=main.__doc__)
@@ -223,24 +258,18 @@ def main(arguments: list[str] | None = None) -> None:
             evaluation.append({"thinking": thinking} | asdict(rates))
             logger.info("%s", evaluation[-1])
 
-    model.save_pretrained(options.output)
-    tokenizer.save_pretrained(options.output)
     kept = [entry for entry in history if entry["step"] == 1 or entry["step"] % 10 == 0]
-    record = {
-        "seed": options.seed,
-        "steps": options.steps,
-        "num_parameters": model.num_parameters(),
-        "seconds": round(seconds, 1),
-        "num_threads": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "evaluation": evaluation,
-        "history": [{"step": entry["step"], "loss": round(entry["loss"], 4)} for entry in kept],
-    }
-    (options.output / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    save_trained(
+        options.output,
+        model,
+        tokenizer,
+        seed=options.seed,
+        steps=options.steps,
+        seconds=seconds,
+        num_parameters=model.num_parameters(),
+        evaluation=evaluation,
+        history=[{"step": entry["step"], "loss": round(entry["loss"], 4)} for entry in kept],
+    )
 
 
 if __name__ == "__main__":
