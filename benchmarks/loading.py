@@ -29,7 +29,7 @@ import torch
 import transformers
 from harness import Claim, Report, arguments, in_turns
 from processes import ChildRun, drop_page_cache, in_child
-from synthetic import half_budget, nano_like, write_checkpoint
+from synthetic import half_budget, nano_like, write_checkpoint, write_stock
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_elastic import ElasticConfig
@@ -115,13 +115,9 @@ def _run(action: Any, folder: Path, cold: bool) -> ChildRun:
 
 
 def _prepare(folders: dict[str, Path], parent: transformers.NemotronHConfig) -> None:
-    for folder in folders.values():
-        folder.mkdir()
+    folders["elastic"].mkdir()
     write_checkpoint(folders["elastic"], parent, {"half": half_budget(parent)})
-    for file in folders["elastic"].glob("model*"):
-        os.link(file, folders["stock_parent"] / file.name)
-    parent.architectures = ["NemotronHForCausalLM"]
-    parent.save_pretrained(folders["stock_parent"])
+    write_stock(folders["stock_parent"], parent, folders["elastic"])
     AutoModelForCausalLM.from_pretrained(folders["elastic"], budget="half").export(folders["export"])
 
 

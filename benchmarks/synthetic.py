@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -109,6 +111,16 @@ def write_checkpoint(
     (directory / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     config.save_pretrained(directory)
     return total
+
+
+def write_stock(directory: Path, parent: PreTrainedConfig, elastic: Path) -> None:
+    """The parent of an elastic checkpoint in the stock layout as a stock checkpoint: the same files under the stock config."""
+    directory.mkdir()
+    for file in elastic.glob("model*.safetensors*"):
+        os.link(file, directory / file.name)
+    stock = copy.deepcopy(parent)
+    stock.architectures = ["NemotronHForCausalLM"]
+    stock.save_pretrained(directory)
 
 
 def _random(rule: TensorRule, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:

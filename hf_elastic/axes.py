@@ -321,6 +321,16 @@ def places_of(runs: Sequence[Run]) -> Iterator[tuple[slice, slice]]:
         done += stop - start
 
 
+def shape_of(region: Sequence[Sequence[Run]]) -> tuple[int, ...]:
+    """Shape of what lies in the ranges of every dimension."""
+    return tuple(sum(stop - start for start, stop in runs) for runs in region)
+
+
+def indices_of(runs: Sequence[Run]) -> Iterator[int]:
+    """The indices in the ranges of one dimension."""
+    return (i for start, stop in runs for i in range(start, stop))
+
+
 def dim(*segment: Factor, **segments: Segment) -> Dim:
     """Build a [`Dim`]: `dim(8, Cut("heads"))` for one segment, `dim(gate=(...), up=(...))` for a concatenation."""
     if bool(segment) == bool(segments):

@@ -6,7 +6,7 @@ Files are checked by their headers before a byte of weights is read; pickle file
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 
 from .architectures import Architecture
-from .axes import Run, TensorRule
+from .axes import Run, TensorRule, indices_of, shape_of
 from .errors import CheckpointError
-from .reading import Block, Joined, Stack, TensorFile
+from .reading import Block, Joined, Places, TensorFile
 from .slicing import Piece, pieces
 from .submodel import Submodel
 
@@ -52,9 +52,6 @@ class Checkpoint:
 
     def __contains__(self, key: str) -> bool:
         return key in self._where
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        return self._stored_shape(key)
 
     def _stored_shape(self, key: str) -> tuple[int, ...]:
         return self._where[key][1].shapes[key]
@@ -123,7 +120,7 @@ class Checkpoint:
 
     def lazy_slice(
         self, architecture: Architecture, config: PreTrainedConfig, submodel: Submodel, *, head: bool = True
-    ) -> dict[str, Block | Joined | Stack | torch.Tensor]:
+    ) -> dict[str, Block | Joined | torch.Tensor]:
         """The submodel as a state dict of unread tensors under the live model's names. Call `check` first.
 
         Args:
@@ -132,7 +129,7 @@ class Checkpoint:
             submodel (`Submodel`): What to keep.
             head (`bool`, *optional*, defaults to `True`): `False` leaves out what only the causal model has.
         """
-        lazy: dict[str, Block | Joined | Stack | torch.Tensor] = {}
+        lazy: dict[str, Block | Joined | torch.Tensor] = {}
         for name, part in self._parts(architecture, config, submodel, head):
             # A whole tensor is mapped, as the stock loader maps it: its pages are read when they are used.
             mapped = isinstance(part, Block) and part.is_whole
@@ -151,24 +148,35 @@ class Checkpoint:
 
     def _parts(
         self, architecture: Architecture, config: PreTrainedConfig, submodel: Submodel, head: bool
-    ) -> Iterator[tuple[str, Block | Joined | Stack]]:
+    ) -> Iterator[tuple[str, Block | Joined]]:
         for piece in pieces(architecture, config, submodel):
             if piece.rule.tied or not (head or is_base(piece.rule.name, architecture)):
                 continue
-            sources, runs = self._sources(piece, architecture), piece.runs
-            if _is_split(sources, piece):
-                kept = [expert for start, stop in runs[0] for expert in range(start, stop)]
-                yield piece.target.name, Stack([self.block(sources[expert], runs[1:]) for expert in kept])
-            else:
-                yield piece.target.name, self.block(sources[0], runs)
+            yield piece.target.name, self.block(self._sources(piece, architecture), piece.runs)
 
-    def block(self, key: str, runs: list[list[Run]]) -> Block | Joined:
-        """A part of a tensor, not read yet."""
-        return self._stored_block(key, runs)
+    def block(self, sources: Sequence[str], runs: list[list[Run]], places: Places | None = None) -> Block | Joined:
+        """A part of a tensor of the parent, not read yet.
 
-    def _stored_block(self, key: str, runs: list[list[Run]], places: list[list[Run]] | None = None) -> Block:
+        Args:
+            sources (`list[str]`): Names under which it is stored: one, or one per index of its first dimension.
+            runs (`list[list[tuple[int, int]]]`): What to keep along each dimension.
+            places (`list[list[tuple[int, int]]]`, *optional*): Where that belongs, as [`Block`] takes it.
+        """
+        if len(runs) == len(self._stored_shape(sources[0])):
+            return self._stored_block(sources[0], runs, places)
+        (experts, *inner), (into, *others) = runs, places or [[(0, shape_of(runs)[0])], *(None for _ in runs[1:])]
+        blocks = [
+            self._stored_block(sources[expert], [[(0, 1)], *inner], [[(new, new + 1)], *others])
+            for expert, new in zip(indices_of(experts), indices_of(into or []), strict=True)
+        ]
+        return Joined(shape_of(runs), blocks)
+
+    def _stored_block(self, key: str, runs: list[list[Run]], places: Places | None) -> Block:
+        """Part of one stored tensor, which may lack the first of the dimensions: one expert of a stack."""
         file = self._where[key][1]
-        return Block(file, key, file.shapes[key], _DTYPES[file.dtypes[key]], runs, places)
+        shape = file.shapes[key]
+        full = (1,) * (len(runs) - len(shape)) + shape
+        return Block(file, key, full, _DTYPES[file.dtypes[key]], runs, places)
 
     def _sources(self, piece: Piece, architecture: Architecture) -> list[str]:
         """Names under which a tensor of the parent is stored, whichever experts are kept: one, or one per expert."""

@@ -11,8 +11,10 @@ A tensor of the parent is cut into *parts*: the smallest budget's region of it, 
 Regions are products of ranges along the dimensions, nested in each other, so the rest of one without the other is at most one block per
 dimension: new rows over all columns, then new columns of the old rows. Parts do not overlap, so together they are as large as the parent.
 
-In the smallest budget's files tensors have the names that they have in a stock checkpoint of that size. Elsewhere the name is the parent's
-with `.level1.dim0` behind it: what the first larger budget adds along dimension 0; `.level1` alone where nothing smaller has the tensor.
+In the smallest budget's files tensors have the names that they have in a stock checkpoint of that size, and experts are stored one by one
+where they are in stock checkpoints. Elsewhere the experts of a layer are one tensor, as in the live model (thousands of small parts would take
+longer to read than what is in them), and the name is the parent's with `.level1.dim0` behind it: what the first larger budget adds along
+dimension 0; `.level1` alone where nothing smaller has the tensor.
 """
 
 from __future__ import annotations
@@ -20,9 +22,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -30,12 +31,12 @@ from safetensors.torch import save_file
 from transformers import PreTrainedConfig
 
 from .architectures import Architecture
-from .axes import Run, TensorRule, without
+from .axes import Run, TensorRule, indices_of, shape_of, without
 from .checkpoint import Checkpoint, is_base, stored_names
 from .configuration_elastic import ElasticConfig
 from .errors import CheckpointError
 from .files import INDEX_NAME
-from .reading import Block, Joined
+from .reading import Block, Joined, Places, Readable
 from .slicing import Piece, pieces
 from .submodel import Submodel
 
@@ -46,30 +47,38 @@ Region = list[list[Run]]
 
 @dataclass(frozen=True)
 class Part:
-    """A block of a tensor of the parent that is stored as a tensor.
+    """A block of a tensor of the parent that is stored as a tensor, or as one per expert.
 
     Args:
         level (`int`): Which budget's files hold it, 0 for the smallest.
-        name (`str`): Its name there.
+        names (`list[str]`): Its name there, or one per expert.
         region (`list[list[tuple[int, int]]]`): What it holds.
+        split (`bool`, *optional*, defaults to `False`): Whether it is one tensor per expert.
     """
 
     level: int
-    name: str
+    names: list[str]
     region: Region
+    split: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(sum(stop - start for start, stop in runs) for runs in self.region)
+        """Of every tensor."""
+        return shape_of(self.region[1:] if self.split else self.region)
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor of the parent's stock checkpoint, and the parts that hold it in the nested layout."""
+    """A tensor of the parent, and the parts that hold it in the nested layout.
+
+    Args:
+        rule (`TensorRule`): The tensor.
+        sources (`list[str]`): Its names in the parent's stock checkpoint: one, or one per expert.
+        parts (`list[Part]`): In the order of their levels.
+    """
 
     rule: TensorRule
-    name: str
-    shape: tuple[int, ...]
+    sources: list[str]
     parts: list[Part]
 
 
@@ -86,11 +95,11 @@ def split(name: str, first: str, regions: Sequence[Region | None]) -> Iterator[P
         if region is None:
             continue
         if old is None:
-            yield Part(level, first if level == 0 else f"{name}.level{level}", region)
+            yield Part(level, [first if level == 0 else f"{name}.level{level}"], region)
         else:
             for i, runs in enumerate(region):
                 if added := without(runs, old[i]):
-                    yield Part(level, f"{name}.level{level}.dim{i}", [*old[:i], added, *region[i + 1 :]])
+                    yield Part(level, [f"{name}.level{level}.dim{i}"], [*old[:i], added, *region[i + 1 :]])
         old = region
 
 
@@ -107,36 +116,32 @@ def common(runs: Sequence[Run], others: Sequence[Run]) -> Iterator[tuple[Run, Ru
         at += stop - start
 
 
-def layouts(
-    rule: TensorRule, levels: Sequence[Piece | None], architecture: Architecture
-) -> Iterator[tuple[Stored, ...]]:
+def layouts(rule: TensorRule, levels: Sequence[Piece | None], architecture: Architecture) -> Iterator[Stored]:
     """The ways in which a tensor may be stored: under each of the names it can have, and experts one by one or stacked.
 
     Args:
         rule (`TensorRule`): Tensor of the parent.
         levels (`list[Piece | None]`): What every budget keeps of it, smallest first.
     """
-    shape = rule.shape(next(piece.full for piece in levels if piece is not None))
-    whole = [None if piece is None else piece.runs for piece in levels]
+    regions = [None if piece is None else piece.runs for piece in levels]
     target = rule if levels[0] is None else levels[0].target
+    names, firsts = stored_names(rule, architecture), stored_names(target, architecture)
+    whole = [list(split(name, first, regions)) for name, first in zip(names, firsts, strict=True)]
     if rule.stacked:
-        positions = [{} if runs is None else _positions(runs[0]) for runs in whole]
-        for style in range(4):
-            tensors = []
-            for expert in range(shape[0]):
-                name = stored_names(rule, architecture, expert)[style]
-                first = stored_names(target, architecture, positions[0].get(expert, expert))[style]
-                regions = [
-                    runs[1:] if runs and expert in at else None for runs, at in zip(whole, positions, strict=True)
-                ]
-                tensors.append(Stored(rule, name, shape[1:], list(split(name, first, regions))))
-            yield tuple(tensors)
-    for name, first in zip(stored_names(rule, architecture), stored_names(target, architecture), strict=True):
-        yield (Stored(rule, name, shape, list(split(name, first, whole))),)
+        full = rule.shape(next(piece.full for piece in levels if piece is not None))
+        sources = _expert_names(rule, architecture, full[0])
+        kept = _expert_names(target, architecture, levels[0].shape[0] if levels[0] is not None else 0)
+        for here, first, parts in zip(sources, kept, whole, strict=True):
+            one_by_one = [replace(part, names=first, split=True) if part.level == 0 else part for part in parts]
+            yield Stored(rule, here, one_by_one)
+    for name, parts in zip(names, whole, strict=True):
+        yield Stored(rule, [name], parts)
 
 
-def _positions(runs: Sequence[Run]) -> dict[int, int]:
-    return {old: new for new, old in enumerate(i for start, stop in runs for i in range(start, stop))}
+def _expert_names(rule: TensorRule, architecture: Architecture, count: int) -> list[list[str]]:
+    """The names of so many experts, in each of the ways in which they can be named."""
+    experts = [stored_names(rule, architecture, expert) for expert in range(count)]
+    return [[names[way] for names in experts] for way in range(len(stored_names(rule, architecture)))]
 
 
 def _tensors(
@@ -145,7 +150,7 @@ def _tensors(
     levels: Sequence[Submodel],
     fits: Callable[[Stored], bool],
 ) -> Iterator[Stored]:
-    """Every stored tensor, in the layout whose first tensor `fits`; in the Hub's where none does.
+    """Every stored tensor, in the first layout that `fits`; in the Hub's where none does.
 
     Args:
         levels (`list[Submodel]`): Nested budgets, smallest first.
@@ -154,8 +159,8 @@ def _tensors(
     for name, largest in kept[-1].items():
         if not largest.rule.tied:
             here = [level.get(name) for level in kept]
-            found = (tensors for tensors in layouts(largest.rule, here, architecture) if fits(tensors[0]))
-            yield from next(found, None) or next(layouts(largest.rule, here, architecture))
+            found = (tensor for tensor in layouts(largest.rule, here, architecture) if fits(tensor))
+            yield next(found, None) or next(layouts(largest.rule, here, architecture))
 
 
 class NestedCheckpoint(Checkpoint):
@@ -172,45 +177,39 @@ class NestedCheckpoint(Checkpoint):
         self, files: list[Path], architecture: Architecture, config: PreTrainedConfig, levels: Sequence[Submodel]
     ):
         super().__init__(files)
-        tensors = _tensors(architecture, config, levels, lambda tensor: tensor.parts[0].name in self._where)
-        self._stored = {tensor.name: tensor for tensor in tensors if tensor.parts}
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._stored
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        return self._stored[key].shape
+        tensors = _tensors(architecture, config, levels, lambda tensor: tensor.parts[0].names[0] in self._where)
+        self._stored = {tensor.rule.name: tensor for tensor in tensors}
 
     def check(
         self, architecture: Architecture, config: PreTrainedConfig, *, head: bool = True, ignored: Iterable[str] = ()
     ) -> None:
         super().check(architecture, config, head=head, ignored=ignored)
         for tensor in self._stored.values():
-            types = {self._stored_dtype(part.name) for part in tensor.parts if part.name in self._where}
+            names = [name for part in tensor.parts for name in part.names if name in self._where]
+            types = {self._stored_dtype(name) for name in names}
             if len(types) > 1:
-                raise CheckpointError(f"the parts of {tensor.name} are stored as {' and '.join(sorted(types))}.")
+                raise CheckpointError(f"the parts of {tensor.rule.name} are stored as {' and '.join(sorted(types))}.")
 
     def _expected(
         self, architecture: Architecture, config: PreTrainedConfig, head: bool
     ) -> Iterator[tuple[str, tuple[int, ...], bool]]:
         for tensor in self._stored.values():
             required = head or is_base(tensor.rule.name, architecture)
-            yield from ((part.name, part.shape, required) for part in tensor.parts)
+            yield from ((name, part.shape, required) for part in tensor.parts for name in part.names)
 
-    def block(self, key: str, runs: Region) -> Block | Joined:
-        shape, blocks = Part(0, key, runs).shape, []
-        for part in self._stored[key].parts:
+    def _sources(self, piece: Piece, architecture: Architecture) -> list[str]:
+        return [piece.rule.name]
+
+    def block(self, sources: Sequence[str], runs: Region, places: Places | None = None) -> Block | Joined:
+        shape, blocks = shape_of(runs), []
+        for part in self._stored[sources[0]].parts:
             pairs = [list(common(region, kept)) for region, kept in zip(part.region, runs, strict=True)]
             if all(pairs):
-                sources, places = (
-                    [[run for run, _ in along] for along in pairs],
-                    [[to for _, to in along] for along in pairs],
-                )
-                block = self._stored_block(part.name, sources, places)
-                if block.shape == shape:  # all of it lies here, in order
-                    return self._stored_block(part.name, sources)
-                blocks.append(block)
-        return Joined(shape, blocks)
+                kept, into = ([[pair[i] for pair in along] for along in pairs] for i in range(2))
+                if shape_of(kept) == shape:  # all of it lies here, in order
+                    return super().block(part.names, kept, places)
+                blocks.append(super().block(part.names, kept, into))
+        return Joined(shape, [leaf for block in blocks for leaf in block.leaves()])
 
 
 def write_nested(
@@ -228,13 +227,15 @@ def write_nested(
         `dict[str, dict[str, int]]`: Per budget its files and their bytes, the `elastic.files` of the config.
     """
     family = dict(reversed(elastic.family().items()))
-    contents: list[dict[str, Block | Joined]] = [{} for _ in family]
+    contents: list[dict[str, Readable]] = [{} for _ in family]
 
-    levels = list(family.values())
-    for tensor in _tensors(elastic.architecture, elastic.parent_config, levels, lambda tensor: tensor.name in source):
-        if tensor.name in source:  # a base model has no head
+    def is_there(tensor: Stored) -> bool:
+        return tensor.sources[0] in source
+
+    for tensor in _tensors(elastic.architecture, elastic.parent_config, list(family.values()), is_there):
+        if is_there(tensor):  # a base model has no head
             for part in tensor.parts:
-                contents[part.level][part.name] = source.block(tensor.name, part.region)
+                contents[part.level].update(_contents(source, tensor.sources, part))
     files: dict[str, dict[str, int]] = {}
     for (name, folder), content in zip(folder_names(list(family)).items(), contents, strict=True):
         place = f"{FOLDER}/{folder}"
@@ -246,7 +247,15 @@ def write_nested(
     return files
 
 
-def _write_shards(folder: Path, stem: str, content: dict[str, Any], max_shard_size: int | str) -> list[str]:
+def _contents(source: Checkpoint, sources: list[str], part: Part) -> dict[str, Readable]:
+    if not part.split:
+        return {part.names[0]: source.block(sources, part.region)}
+    experts, *inner = part.region
+    kept = zip(indices_of(experts), part.names, strict=True)
+    return {name: source.block([sources[expert]], inner) for expert, name in kept}
+
+
+def _write_shards(folder: Path, stem: str, content: dict[str, Readable], max_shard_size: int | str) -> list[str]:
     if not content:  # a budget that differs in what has no weights, such as experts per token
         return []
     shards = split_state_dict_into_shards_factory(
@@ -260,7 +269,7 @@ def _write_shards(folder: Path, stem: str, content: dict[str, Any], max_shard_si
     return list(shards.filename_to_tensors)
 
 
-def _bytes(block: Any) -> int:
+def _bytes(block: Readable) -> int:
     return int(torch.Size(block.shape).numel()) * block.dtype.itemsize
 
 

@@ -1,32 +1,41 @@
 """Reading parts of tensors from safetensors files: the rows that are kept and no others, straight to where they belong.
 
 From a mapped file the kernel reads far ahead, across what is left out, and whoever copies from it waits for the disk page by page.
-Here the rows are announced first, so that the disk works ahead, and read into the final tensor; columns are cut on the way, a
-little at a time, so that nothing is held twice.
+Here a tensor is filled in bands that stay in the cache of a core. What belongs to the bands that come next is announced, so that the
+disk works ahead; whole rows are read into the tensor, and of others the columns are cut on the way, so that nothing is held twice.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
+import mmap
 import os
+import sys
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from .axes import Run, places_of
+from .axes import Run, places_of, shape_of
 from .errors import CheckpointError
 
-_CHUNK_BYTES = 1 << 20  # stays in a core's cache between being read and being cut
-_chunks = threading.local()
+_BAND_BYTES = 4 << 20  # filled at a time
+_AHEAD_BYTES = 32 << 20  # announced at a time
+_scratch = threading.local()
+Places = Sequence[list[Run] | None]
+"""Per dimension where its ranges belong; one after the other where `None`."""
+_Pairs = Sequence[tuple[slice, slice]]
+"""The ranges of one dimension, and where each belongs."""
 
 
 class TensorFile:
@@ -90,19 +99,16 @@ class Readable(ABC):
     def leaves(self) -> Iterator[Block]:
         """The parts of files that it is read from."""
 
-    @abstractmethod
-    def read_into(self, tensor: torch.Tensor) -> None:
-        """Fill a contiguous tensor of this shape."""
-
-    def announce(self) -> None:
-        """Let the kernel fetch it in the background."""
-        for block in self.leaves():
-            block.announce()
-
     def __getitem__(self, index: Any) -> torch.Tensor:
-        self.announce()
         tensor = torch.empty(self.shape, dtype=self.dtype)
-        self.read_into(tensor)
+        # As bytes along the last dimension: numpy has no bfloat16, and unlike torch's its copies start no threads of their own.
+        target = (tensor if tensor.ndim > 1 else tensor.unsqueeze(-1)).view(torch.uint8).numpy()
+        rows = [rows for block in self.leaves() for rows in block.rows()]
+        for region, inside in _announced(_bands(target, rows, _AHEAD_BYTES)):
+            for band, here in _bands(region, inside, _BAND_BYTES):
+                _populate(band)
+                for part in here:
+                    part.read_into(band)
         return tensor[index]
 
 
@@ -113,11 +119,11 @@ class Block(Readable):
     Args:
         file (`TensorFile`): Where the tensor is.
         key (`str`): Its name there.
-        full (`tuple[int, ...]`): Its shape there.
+        full (`tuple[int, ...]`): Its shape there, or with dimensions of one element before it.
         dtype (`torch.dtype`): Its type there.
         runs (`list[list[tuple[int, int]]]`): What is kept along each dimension.
         places (`list[list[tuple[int, int]]]`, *optional*):
-            Where every run of every dimension belongs in the tensor that is read into; one after the other if not given.
+            Where every run of every dimension belongs in the tensor that is read into; one after the other where not given.
     """
 
     file: TensorFile
@@ -125,57 +131,34 @@ class Block(Readable):
     full: tuple[int, ...]
     dtype: torch.dtype
     runs: list[list[Run]]
-    places: list[list[Run]] | None = None
+    places: Places | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(sum(stop - start for start, stop in runs) for runs in self.runs)
+        return shape_of(self.runs)
 
     @property
     def is_whole(self) -> bool:
-        return self.shape == self.full
+        """Whether it is the tensor as it is stored."""
+        return self.shape == self.file.shapes[self.key]
 
     def leaves(self) -> Iterator[Block]:
         yield self
 
-    def announce(self) -> None:
-        for start, stop in self.runs[0]:
-            self.file.announce(self._row(start), (stop - start) * self._row_bytes)
-
     @property
     def extent(self) -> list[Run]:
         """The ranges of bytes in the file that hold the kept rows."""
-        return [(self._row(start), self._row(stop)) for start, stop in self.runs[0]]
+        return [(rows.offset, rows.offset + math.prod(rows.shape)) for rows in self.rows()]
 
-    def read_into(self, tensor: torch.Tensor) -> None:
-        """Fill a contiguous tensor: all of one of this shape, or the places of a larger one."""
-        # As bytes along the last dimension: numpy has no bfloat16, and unlike torch's its copies start no threads of their own.
+    def rows(self) -> list[_Rows]:
+        """The ranges of rows that it is read from."""
         size = self.dtype.itemsize
         pairs = [_pairs(runs, self.places[i] if self.places else None) for i, runs in enumerate(self.runs)]
-        rows, *inner = [*pairs, [(slice(0, 1), slice(0, 1))]] if len(self.full) == 1 else pairs
-        inner[-1] = [(_scaled(run, size), _scaled(place, size)) for run, place in inner[-1]]
-        shape = (*self.full[1:-1], self.full[-1] * size) if len(self.full) > 1 else (size,)
-        target = tensor.view(*tensor.shape, 1).flatten(len(inner)).view(torch.uint8).numpy()
-        whole = target.shape[1:] == shape and all(
-            along == [(slice(0, n), slice(0, n))] for along, n in zip(inner, shape, strict=True)
-        )
-        step = max(1, _CHUNK_BYTES // self._row_bytes)
-        for run, place in rows:
-            if whole:
-                self.file.read_into(target[place].reshape(-1), self._row(run.start))
-                continue
-            for done in range(0, run.stop - run.start, step):
-                count = min(step, run.stop - run.start - done)
-                chunk = _chunk(count * self._row_bytes)
-                self.file.read_into(chunk, self._row(run.start + done))
-                _cut(chunk.reshape(count, *shape), inner, target[place.start + done : place.start + done + count])
-
-    @property
-    def _row_bytes(self) -> int:
-        return math.prod(self.full[1:]) * self.dtype.itemsize
-
-    def _row(self, index: int) -> int:
-        return self.file.offsets[self.key] + index * self._row_bytes
+        shape = self.full
+        if len(shape) == 1:
+            pairs, shape = [*pairs, [(slice(0, 1), slice(0, 1))]], (*shape, 1)
+        pairs[-1] = [(_scaled(run, size), _scaled(place, size)) for run, place in pairs[-1]]
+        return _Rows(self.file, self.file.offsets[self.key], (1, *shape[:-1], shape[-1] * size), 0, pairs).open()
 
 
 @dataclass(frozen=True)
@@ -201,46 +184,122 @@ class Joined(Readable):
     def leaves(self) -> Iterator[Block]:
         yield from self.blocks
 
-    def read_into(self, tensor: torch.Tensor) -> None:
-        for block in self.blocks:
-            block.read_into(tensor)
 
+class _Rows(NamedTuple):
+    """Rows that follow each other in a file, and where they belong in an array in memory.
 
-@dataclass(frozen=True)
-class Stack(Readable):
-    """Tensors of one shape as one tensor, along a new first dimension: experts that are stored one by one.
-
-    Merging them here rather than in the stock loader spares it thousands of names, and every expert is read to its place at once.
+    Args:
+        file (`TensorFile`): Where they are.
+        offset (`int`): Where the first starts.
+        shape (`tuple[int, ...]`): Their number and the shape of one, in bytes along the last dimension.
+        place (`int`): Index in memory of the first.
+        inner (`list`): What is kept along the other dimensions.
     """
 
-    blocks: Sequence[Block | Joined]
+    file: TensorFile
+    offset: int
+    shape: tuple[int, ...]
+    place: int
+    inner: Sequence[_Pairs]
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return (len(self.blocks), *self.blocks[0].shape)
+    def row_bytes(self) -> int:
+        return math.prod(self.shape[1:])
 
-    @property
-    def dtype(self) -> torch.dtype:  # type: ignore[override]
-        return self.blocks[0].dtype
+    def within(self, start: int, stop: int) -> _Rows:
+        """Those that belong between two indices, with places counted from the first of these."""
+        low, high = max(start, self.place), min(stop, self.place + self.shape[0])
+        offset = self.offset + (low - self.place) * self.row_bytes
+        return _Rows(self.file, offset, (high - low, *self.shape[1:]), low - start, self.inner)
 
-    def leaves(self) -> Iterator[Block]:
-        for block in self.blocks:
-            yield from block.leaves()
+    def open(self) -> list[_Rows]:
+        """The first of them, an array itself."""
+        (pairs, *inner), (_, _, *shape) = self.inner, self.shape
+        return [
+            _Rows(
+                self.file,
+                self.offset + run.start * math.prod(shape),
+                (run.stop - run.start, *shape),
+                place.start,
+                inner,
+            )
+            for run, place in pairs
+        ]
 
-    def read_into(self, tensor: torch.Tensor) -> None:
-        for part, block in zip(tensor, self.blocks, strict=True):
-            block.read_into(part)
+    def announce(self) -> None:
+        self.file.announce(self.offset, math.prod(self.shape))
+
+    def read_into(self, array: np.ndarray) -> None:
+        target = array[self.place : self.place + self.shape[0]]
+        kept = [along[0][0] for along in self.inner]
+        if target.shape == self.shape and all(
+            run.stop - run.start == n for run, n in zip(kept, self.shape[1:], strict=True)
+        ):
+            self.file.read_into(target.reshape(-1), self.offset)
+        else:
+            read = _scratch_array(math.prod(self.shape))
+            self.file.read_into(read, self.offset)
+            _cut(read.reshape(self.shape), self.inner, target)
 
 
-def _chunk(size: int) -> np.ndarray:
+_Band = tuple[np.ndarray, list[_Rows]]
+"""Successive rows of an array in memory, and what belongs there."""
+
+
+def _bands(target: np.ndarray, rows: Iterable[_Rows], size: int) -> Iterator[_Band]:
+    """What is to be filled in bands of at most so many bytes, in order, each with what belongs there."""
+    coming = deque(sorted(rows, key=lambda part: part.place))
+    row = max(target[0].nbytes, *(part.row_bytes for part in coming))
+    step = max(1, size // row)
+    current: list[_Rows] = []
+    for start in range(0, len(target), step):
+        band = target[start : start + step]
+        stop = start + len(band)
+        while coming and coming[0].place < stop:
+            current.append(coming.popleft())
+        here = [part.within(start, stop) for part in current]
+        current = [part for part in current if part.place + part.shape[0] > stop]
+        if row > size and target.ndim > 2:  # such as experts
+            yield from _bands(band[0], [inner for part in here for inner in part.open()], size)
+        else:
+            yield band, here
+
+
+def _announced(bands: Iterable[_Band]) -> Iterator[_Band]:
+    """Let the kernel fetch the next band in the background while one is read."""
+    last: _Band | None = None
+    for band in bands:
+        for part in band[1]:
+            part.announce()
+        if last:
+            yield last
+        last = band
+    if last:
+        yield last
+
+
+def _scratch_array(size: int) -> np.ndarray:
     """Scratch memory of this thread."""
-    if not hasattr(_chunks, "buffer") or _chunks.buffer.nbytes < size:
-        _chunks.buffer = np.empty(max(size, _CHUNK_BYTES), np.uint8)
-    return _chunks.buffer[:size]
+    if not hasattr(_scratch, "buffer") or _scratch.buffer.nbytes < size:
+        _scratch.buffer = np.empty(max(size, _BAND_BYTES), np.uint8)
+    return _scratch.buffer[:size]
 
 
-def _pairs(runs: Sequence[Run], places: Sequence[Run] | None) -> list[tuple[slice, slice]]:
-    """Every range of one dimension, and where it belongs."""
+_MADV_POPULATE_WRITE = 23
+_madvise = ctypes.CDLL(None).madvise if sys.platform == "linux" else None
+
+
+def _populate(band: np.ndarray) -> None:
+    """Let the kernel provide all pages at once: missed one by one, while they are filled, they cost half as much again.
+
+    Kernels before Linux 5.14 refuse, and go on as before.
+    """
+    if _madvise:
+        start = band.ctypes.data // mmap.PAGESIZE * mmap.PAGESIZE
+        _madvise(ctypes.c_void_p(start), ctypes.c_size_t(band.ctypes.data + band.nbytes - start), _MADV_POPULATE_WRITE)
+
+
+def _pairs(runs: list[Run], places: list[Run] | None) -> list[tuple[slice, slice]]:
     if not places:
         return list(places_of(runs))
     return [(slice(*run), slice(*place)) for run, place in zip(runs, places, strict=True)]
@@ -250,8 +309,9 @@ def _scaled(run: slice, size: int) -> slice:
     return slice(run.start * size, run.stop * size)
 
 
-def _cut(source: np.ndarray, pairs: Sequence[Sequence[tuple[slice, slice]]], target: np.ndarray) -> None:
+def _cut(source: np.ndarray, pairs: Sequence[_Pairs], target: np.ndarray) -> None:
     """Copy what is kept along every dimension but the first."""
     for chosen in product(*pairs):
         kept, place = zip(*chosen, strict=True)
-        np.copyto(target[(slice(None), *place)], source[(slice(None), *kept)])
+        whole = f"V{kept[-1].stop - kept[-1].start}"  # the bytes of a row as one element, so that each row is one copy
+        np.copyto(target[(slice(None), *place)].view(whole), source[(slice(None), *kept)].view(whole))

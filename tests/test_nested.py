@@ -93,18 +93,19 @@ def test_every_element_lies_in_the_part_of_the_first_budget_that_keeps_it(case):
     for name, whole in kept[-1].items():
         here = [level.get(name) for level in kept]
         first = sum(1 - p.rule.mask(p.full, p.kept) if p else torch.ones(whole.shape) for p in here)
-        for tensors in nested.layouts(whole.rule, here, architecture):
-            found = torch.full((len(tensors), *tensors[0].shape), -1.0)
-            names = [part.name for tensor in tensors for part in tensor.parts]
+        for stored in nested.layouts(whole.rule, here, architecture):
+            found = torch.full(whole.rule.shape(whole.full), -1.0)
+            names = [name for part in stored.parts for name in part.names]
             assert len(set(names)) == len(names)
-            for tensor, mine in zip(tensors, found, strict=True):
-                assert len(tensor.parts) <= 1 + 2 * len(tensor.shape)
-                for part in tensor.parts:
-                    index = [torch.tensor([i for run in runs for i in range(*run)]) for runs in part.region]
-                    place = torch.meshgrid(*index, indexing="ij")
-                    assert (mine[place] == -1).all()
-                    mine[place] = part.level
-            assert torch.equal(found.view(first.shape), first)
+            assert len(stored.parts) <= 1 + 2 * found.ndim
+            for part in stored.parts:
+                index = [torch.tensor([i for run in runs for i in range(*run)]) for runs in part.region]
+                place = torch.meshgrid(*index, indexing="ij")
+                assert part.shape == place[0].shape[part.split :]
+                assert len(part.names) == (len(index[0]) if part.split else 1)
+                assert (found[place] == -1).all()
+                found[place] = part.level
+            assert torch.equal(found, first)
 
 
 def test_common_ranges_of_regions():
@@ -383,16 +384,16 @@ def test_every_part_is_needed(folder, no_weights_placed):
         (lambda t, n: t.update({n: t[n][1:].clone()}), r"in the file, the config says"),
         (lambda t, n: t.update({n: t[n].to(torch.bfloat16)}), "the parts of .* are stored as BF16 and F32"),
         (lambda t, n: t.update({n: t[n].to(torch.int32)}), "is stored as I32, not as"),
-        (lambda t, n: t.update({f"{n}.more": t[n].clone()}), "dim0.more belongs to no part of this"),
+        (lambda t, n: t.update({f"{n}.more": t[n].clone()}), "dim1.more belongs to no part of this"),
         (
             lambda t, n: t.update({n.partition(".level")[0]: t[n].clone()}),
-            "up_proj.weight.* belongs to no part|occurs in two files",
+            "experts.up_proj belongs to no part of this",
         ),
     ],
     ids=["another shape", "another type", "no weights", "one more", "a name of another budget"],
 )
 def test_parts_that_do_not_fit(change, message, folder, no_weights_placed):
-    name = next(name for name in load_file(folder / ADDED) if name.endswith("up_proj.weight.level1.dim0"))
+    name = next(name for name in load_file(folder / ADDED) if name.endswith("up_proj.level1.dim1"))
     rewrite(folder, ADDED, lambda tensors: change(tensors, name))
     with pytest.raises(CheckpointError, match=message):
         load(folder, budget="medium")
@@ -414,7 +415,7 @@ def test_headers_that_lie_are_refused_before_anything_is_allocated(lie, folder, 
     data = (folder / ADDED).read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
-    entry = header[next(name for name in header if name.endswith("up_proj.weight.level1.dim0"))]
+    entry = header[next(name for name in header if name.endswith("up_proj.level1.dim1"))]
     if lie == "offsets":
         entry["data_offsets"] = [0, 2**42]
     if lie == "shape":

@@ -30,7 +30,7 @@ CASES = {
 def test_block_is_the_part(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, dtype: torch.dtype, chunk: int
 ) -> None:
-    monkeypatch.setattr(reading, "_CHUNK_BYTES", chunk)
+    monkeypatch.setattr(reading, "_BAND_BYTES", chunk)
     shape, runs = CASES[case]
     tensors = {name: torch.randn(shape).to(dtype) for name in ("a", "b")}
     save_file({"before": torch.ones(3), **tensors}, tmp_path / "x.safetensors")
@@ -41,7 +41,12 @@ def test_block_is_the_part(
         assert torch.equal(block[...], part)
     if case != "whole vector":
         assert not blocks[0].is_whole
-    assert torch.equal(reading.Stack(blocks)[...], torch.stack(expected))
+    one = [[(0, 1)], *runs]
+    stack = [
+        reading.Block(file, name, (1, *shape), dtype, one, [[(i, i + 1)], *(None for _ in runs)])
+        for i, name in enumerate(tensors)
+    ]
+    assert torch.equal(reading.Joined((2, *expected[0].shape), stack)[...], torch.stack(expected))
 
 
 def test_systems_without_positioned_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
