@@ -30,7 +30,7 @@ import torch
 import transformers
 from harness import Claim, Report, arguments, in_turns
 from loading import report_times, timed
-from processes import ChildRun, drop_page_cache, in_child
+from processes import ChildRun, back_memory, drop_page_cache, in_child
 from synthetic import half_budget, nano_like, write_checkpoint, write_stock
 from transformers import AutoModelForCausalLM
 
@@ -102,7 +102,13 @@ def time(report: Report, folders: dict[str, Path], rounds: int) -> None:
 
 def _run(folder: Path, budget: str | None, cold: bool) -> ChildRun:
     files = sorted(folder.rglob("*.safetensors"))
-    return in_child(_load, folder, budget, before=partial(drop_page_cache, files) if cold else None)
+
+    def prepare() -> None:
+        if cold:
+            drop_page_cache(files)
+        back_memory(sum(file.stat().st_size for file in files) * 5 // 4)
+
+    return in_child(_load, folder, budget, before=prepare)
 
 
 # -- in processes of their own -----------------------------------------------------------------------------------------

@@ -129,6 +129,17 @@ def drop_page_cache(files: Sequence[Path], tries: int = 20) -> None:
     raise RuntimeError(f"{share:.0%} of the files stayed in the page cache, so this would be no cold run")
 
 
+def back_memory(size: int) -> None:
+    """Write to so many bytes and give them back, so that the next process finds them.
+
+    A virtual machine returns memory that nobody uses to its host, and getting it again takes seconds per GB: on the next who needs much.
+    """
+    with mmap.mmap(-1, size) as memory:
+        view = np.frombuffer(memory, np.uint8)
+        view[:: mmap.PAGESIZE] = 1
+        del view  # it would keep the memory
+
+
 def cached_share(files: Sequence[Path]) -> float:
     """Share of the pages of the files that lie in the page cache. Looking brings none in, as reading without waiting would."""
     cached = pages = 0

@@ -121,6 +121,29 @@ def test_common_ranges_of_regions():
 # What is written and read
 
 
+def test_what_larger_budgets_add_to_experts_is_one_tensor_a_layer(folders):
+    """Part by part against the stock checkpoint: of the experts that the smallest budget has, and of those it has not."""
+    stock, folder = folders("nano3")
+    whole = load_file(stock / "model.safetensors")
+    config = ElasticConfig.from_pretrained(folder)
+    first, second = (config.family()[name].at(1) for name in ("small", "medium"))
+    added = load_file(folder / ADDED)
+    names = [name for name in added if ".1.mixer.experts." in name]
+    assert all(added[name].ndim == 3 for name in names)
+    up = torch.stack([whole[f"backbone.layers.1.mixer.experts.{i}.up_proj.weight"] for i in range(second["experts"])])
+    up = up[:, : second["expert_ffn"], : second["hidden"]]
+    regions = {
+        0: up[first["experts"] :],
+        1: up[: first["experts"], first["expert_ffn"] :],
+        2: up[: first["experts"], : first["expert_ffn"], first["hidden"] :],
+    }
+    expected = {
+        f"model.layers.1.mixer.experts.up_proj.level1.dim{i}": part for i, part in regions.items() if part.numel()
+    }
+    assert expected
+    assert_same_weights({name: added[name] for name in names if "up_proj" in name}, expected)
+
+
 @each_family
 def test_nested_stock_and_reassembled_checkpoints_are_the_same(name, folders, original, tmp_path):
     stock, folder = folders(name)

@@ -52,10 +52,35 @@ def test_block_is_the_part(
 def test_systems_without_positioned_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("preadv", "posix_fadvise"):
         monkeypatch.delattr(reading.os, name, raising=False)
+    monkeypatch.setattr(reading, "_madvise", None)
     tensor = torch.randn(9, 5)
     save_file({"a": tensor}, tmp_path / "x.safetensors")
     file = reading.TensorFile(tmp_path / "x.safetensors")
     assert torch.equal(reading.Block(file, "a", (9, 5), torch.float32, [[(0, 4)], [(0, 3)]])[...], tensor[:4, :3])
+
+
+def test_the_next_band_is_announced_before_one_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is read was announced just before, and no more than the band after it."""
+    monkeypatch.setattr(reading, "_BAND_BYTES", 40)
+    monkeypatch.setattr(reading, "_AHEAD_BYTES", 80)
+    events: list[tuple[str, int, int]] = []
+    read, tensor = reading.TensorFile.read_into, torch.randn(12, 5)
+    save_file({"a": tensor}, tmp_path / "x.safetensors")
+    file = reading.TensorFile(tmp_path / "x.safetensors")
+    start = file.offsets["a"]
+    monkeypatch.setattr(
+        reading.TensorFile, "announce", lambda self, at, size: events.append(("announce", at - start, size))
+    )
+    monkeypatch.setattr(
+        reading.TensorFile,
+        "read_into",
+        lambda self, target, at: (events.append(("read", at - start, target.nbytes)), read(self, target, at)),
+    )
+    assert torch.equal(reading.Block(file, "a", (12, 5), torch.float32, [[(0, 12)], [(1, 4)]])[...], tensor[:, 1:4])
+    row = 20
+    bands = [("announce", i * row, 4 * row) for i in (0, 4, 8)]
+    reads = [("read", i * row, 2 * row) for i in range(0, 12, 2)]
+    assert events == [*bands[:2], *reads[:2], bands[2], *reads[2:]]
 
 
 def test_a_file_that_shrinks_is_an_error(tmp_path: Path) -> None:
