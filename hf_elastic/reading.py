@@ -158,7 +158,8 @@ class Block(Readable):
         if len(shape) == 1:
             pairs, shape = [*pairs, [(slice(0, 1), slice(0, 1))]], (*shape, 1)
         pairs[-1] = [(_scaled(run, size), _scaled(place, size)) for run, place in pairs[-1]]
-        return _Rows(self.file, self.file.offsets[self.key], (1, *shape[:-1], shape[-1] * size), 0, pairs).open()
+        rows = _Rows(self.file, self.file.offsets[self.key], (1, *shape[:-1], shape[-1] * size), 0, pairs).open()
+        return [part for row in rows for part in row.trimmed()] if len(shape) > 2 and shape[0] == 1 else rows
 
 
 @dataclass(frozen=True)
@@ -224,6 +225,15 @@ class _Rows(NamedTuple):
                 inner,
             )
             for run, place in pairs
+        ]
+
+    def trimmed(self) -> list[_Rows]:
+        """Of the only one, an array itself, the rows that are kept: one expert is stored as a matrix."""
+        return [
+            part._replace(
+                shape=(1, *part.shape), place=self.place, inner=[[(slice(0, part.shape[0]), place)], *part.inner]
+            )
+            for part, (_, place) in zip(self.open(), self.inner[0], strict=True)
         ]
 
     def announce(self) -> None:

@@ -132,10 +132,12 @@ def test_what_larger_budgets_add_to_experts_is_one_tensor_a_layer(folders):
     assert all(added[name].ndim == 3 for name in names)
     up = torch.stack([whole[f"backbone.layers.1.mixer.experts.{i}.up_proj.weight"] for i in range(second["experts"])])
     up = up[:, : second["expert_ffn"], : second["hidden"]]
+    old = [i for i in range(8) if i % 4 < 3]  # two groups of experts, of which the smallest budget keeps three each
+    assert (config.parent_config.n_group, first["experts"], second["experts"]) == (2, 6, 8)
     regions = {
-        0: up[first["experts"] :],
-        1: up[: first["experts"], first["expert_ffn"] :],
-        2: up[: first["experts"], : first["expert_ffn"], first["hidden"] :],
+        0: up[[3, 7]],
+        1: up[old, first["expert_ffn"] :],
+        2: up[old, : first["expert_ffn"], first["hidden"] :],
     }
     expected = {
         f"model.layers.1.mixer.experts.up_proj.level1.dim{i}": part for i, part in regions.items() if part.numel()

@@ -47,6 +47,8 @@ def test_block_is_the_part(
         for i, name in enumerate(tensors)
     ]
     assert torch.equal(reading.Joined((2, *expected[0].shape), stack)[...], torch.stack(expected))
+    if len(shape) > 1:
+        assert stack[0].extent == blocks[0].extent, "of an expert, too, only the rows that are kept"
 
 
 def test_systems_without_positioned_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
