@@ -130,19 +130,16 @@ def test_what_larger_budgets_add_to_experts_is_one_tensor_a_layer(folders):
     added = load_file(folder / ADDED)
     names = [name for name in added if ".1.mixer.experts." in name]
     assert all(added[name].ndim == 3 for name in names)
-    up = torch.stack([whole[f"backbone.layers.1.mixer.experts.{i}.up_proj.weight"] for i in range(second["experts"])])
+    up = torch.stack([whole[f"backbone.layers.1.mixer.experts.{i}.up_proj.weight"] for i in range(12)])
     up = up[:, : second["expert_ffn"], : second["hidden"]]
-    old = [i for i in range(8) if i % 4 < 3]  # two groups of experts, of which the smallest budget keeps three each
     assert (config.parent_config.n_group, first["experts"], second["experts"]) == (2, 6, 8)
+    old, new = [0, 1, 2, 6, 7, 8], [3, 9]  # of two groups of six, the smallest budget keeps three each, the next four
     regions = {
-        0: up[[3, 7]],
+        0: up[new],
         1: up[old, first["expert_ffn"] :],
         2: up[old, : first["expert_ffn"], first["hidden"] :],
     }
-    expected = {
-        f"model.layers.1.mixer.experts.up_proj.level1.dim{i}": part for i, part in regions.items() if part.numel()
-    }
-    assert expected
+    expected = {f"model.layers.1.mixer.experts.up_proj.level1.dim{i}": part for i, part in regions.items()}
     assert_same_weights({name: added[name] for name in names if "up_proj" in name}, expected)
 
 
