@@ -164,12 +164,12 @@ class Checkpoint:
         """
         if len(runs) == len(self._stored_shape(sources[0])):
             return self._stored_block(sources[0], runs, places)
-        (experts, *inner), (into, *others) = runs, places or [[(0, shape_of(runs)[0])], *(None for _ in runs[1:])]
+        shape, (experts, *inner), (into, *others) = shape_of(runs), runs, places or [None for _ in runs]
         blocks = [
             self._stored_block(sources[expert], [[(0, 1)], *inner], [[(new, new + 1)], *others])
-            for expert, new in zip(indices_of(experts), indices_of(into or []), strict=True)
+            for expert, new in zip(indices_of(experts), indices_of(into or [(0, shape[0])]), strict=True)
         ]
-        return Joined(shape_of(runs), blocks)
+        return Joined(shape, blocks)
 
     def _stored_block(self, key: str, runs: list[list[Run]], places: Places | None) -> Block:
         """Part of one stored tensor, which may lack the first of the dimensions: one expert of a stack."""

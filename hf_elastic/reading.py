@@ -216,14 +216,9 @@ class _Rows(NamedTuple):
     def open(self) -> list[_Rows]:
         """The first of them, an array itself."""
         (pairs, *inner), (_, _, *shape) = self.inner, self.shape
+        size = math.prod(shape)
         return [
-            _Rows(
-                self.file,
-                self.offset + run.start * math.prod(shape),
-                (run.stop - run.start, *shape),
-                place.start,
-                inner,
-            )
+            _Rows(self.file, self.offset + run.start * size, (run.stop - run.start, *shape), place.start, inner)
             for run, place in pairs
         ]
 
