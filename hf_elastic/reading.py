@@ -137,11 +137,6 @@ class Block(Readable):
     def shape(self) -> tuple[int, ...]:
         return shape_of(self.runs)
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether it is the tensor as it is stored."""
-        return self.shape == self.file.shapes[self.key]
-
     def leaves(self) -> Iterator[Block]:
         yield self
 

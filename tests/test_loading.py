@@ -702,7 +702,7 @@ def test_the_stock_helpers(name, loaded):
 
 
 def test_only_the_slice_is_allocated(original, family_folder, monkeypatch):
-    """No tensor of the parent's size is made on the way: the blocks are cut from the mapped file."""
+    """No tensor of the parent's size is made on the way."""
     config = original("nano3").config
     parent_elements = max(p.numel() for p in original("nano3").parameters())
     made = []
@@ -718,6 +718,37 @@ def test_only_the_slice_is_allocated(original, family_folder, monkeypatch):
     load(family_folder("nano3"), budget="small")
     assert all(size < parent_elements for size in made)
     assert get_architecture(config.model_type).depth(config) == 8
+
+
+@each_model
+@each_budget
+def test_weights_lie_on_cache_lines_and_no_longer_in_the_files(name, budget, own_folder):
+    """A mapped file would have them off cache lines, and whatever is written to it would be in the model."""
+    folder = own_folder(name)
+    starts = shift_off_cache_lines(folder)
+    assert any(start % 64 for start in starts)
+    model = load(folder, budget=budget)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    for file in folder.glob("*.safetensors"):
+        with file.open("r+b") as opened:
+            opened.write(b"\xff" * file.stat().st_size)
+    assert_same_weights(model.state_dict(), before)
+    assert not any(tensor.data_ptr() % 64 for tensor in model.state_dict().values())
+
+
+def shift_off_cache_lines(folder):
+    """Pad the headers of the files so that the first tensor starts off a cache line; returns where the tensors start."""
+    starts = []
+    for file in folder.glob("*.safetensors"):
+        data = file.read_bytes()
+        end = 8 + int.from_bytes(data[:8], "little")
+        entries = json.loads(data[8:end])
+        header = data[8:end] + b" " * ((40 - end) % 64)
+        file.write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
+        starts += [
+            8 + len(header) + entry["data_offsets"][0] for name, entry in entries.items() if name != "__metadata__"
+        ]
+    return starts
 
 
 def test_parents_of_other_seeds_differ():

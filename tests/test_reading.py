@@ -39,8 +39,6 @@ def test_block_is_the_part(
     expected = [take(tensor, runs) for tensor in tensors.values()]
     for block, part in zip(blocks, expected, strict=True):
         assert torch.equal(block[...], part)
-    if case != "whole vector":
-        assert not blocks[0].is_whole
     one = [[(0, 1)], *runs]
     stack = [
         reading.Block(file, name, (1, *shape), dtype, one, [[(i, i + 1)], *(None for _ in runs)])
