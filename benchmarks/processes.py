@@ -20,6 +20,7 @@ import hf_elastic
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 SAMPLING_SECONDS = 0.005
+_NOTED_BYTES = 1 << 30  # of less it does not matter where it comes from
 PRELOADED = ["hf_elastic"]  # imported once in the server that the children are forked from: seconds less per child
 
 
@@ -133,10 +134,14 @@ def back_memory(size: int) -> None:
     """Write to so many bytes and give them back, so that the next process finds them.
 
     A virtual machine returns memory that nobody uses to its host, and getting it again takes seconds per GB: on the next who needs much.
+    Linux does so two seconds after memory was freed (`PAGE_REPORTING` in its sources); holding it longer lets what was freed before be
+    done with, so that there are two seconds from here on.
     """
     with mmap.mmap(-1, size) as memory:
         view = np.frombuffer(memory, np.uint8)
         view[:: mmap.PAGESIZE] = 1
+        if size > _NOTED_BYTES:
+            sleep(2.5)
         del view  # it would keep the memory
 
 
