@@ -11,8 +11,9 @@ Random parents in the proportions of published hybrids; memory in float32.
   size loaded alone (`slice`, whose weights lie close together) and by the stock class on the exported checkpoint (`stock`), in the
   same loop, and the same for reading a prompt. The stock loader maps files, where a weight may start off a cache line, which costs
   some per cent by chance; its weights are copied to where none does, the best it can have. Where memory lies decides some more, so
-  it is done in several processes; the result is the median of their ratios. The claim is about `budget` / `stock` in layers as wide as Nemotron Nano v3's and its 12B
-  budget's, in bfloat16, which is what such checkpoints are loaded in; float32, and layers of half these widths, are reported.
+  it is done in several processes; the result is the median of their ratios. The claim is about `budget` / `stock` in layers as wide
+  as Nemotron Nano v3's and its 12B budget's, in bfloat16, which is what such checkpoints are loaded in; float32, and layers of half
+  these widths, are reported.
 
 Claims: memory at most 1.01 with hidden, FFN and expert axes and at most 1.10 with every axis (`nemotron_h`); a warm switch moves no
 tensor and runs no tensor operation; decoding in bfloat16 takes at most 1.03 times as long per token.
@@ -227,7 +228,7 @@ def _decode_in_turns(elastic: Path, export: Path, rounds: int, prompt: int, toke
     runs = {name: _Generation(model, ids) for name, model in models.items()}
     prefill = {name: run.prefill for name, run in runs.items()}
     decode = {name: run.decode for name, run in runs.items()}
-    in_turns(prefill, 1)  # warm up: thread pools, pages of the mapped files
+    in_turns(prefill, 1)  # warm up, such as thread pools
     in_turns(decode, 3)
     measured = {"prefill": in_turns(prefill, rounds), "decode": in_turns(decode, tokens)}
     same = torch.cat(runs["budget"].tokens) == torch.cat(runs["stock"].tokens)
