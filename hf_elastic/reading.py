@@ -19,6 +19,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,11 +32,14 @@ from .errors import CheckpointError
 
 _BAND_BYTES = 4 << 20  # filled at a time
 _AHEAD_BYTES = 32 << 20  # announced at a time
+_CUT_BYTES = 512 << 10  # read at a time where columns are cut, so that they are still in the cache of a core then
+_LONG_ROW_BYTES = 256  # copied in more than one step
 _scratch = threading.local()
 Places = Sequence[list[Run] | None]
 """Per dimension where its ranges belong; one after the other where `None`."""
 _Pairs = Sequence[tuple[slice, slice]]
 """The ranges of one dimension, and where each belongs."""
+_Index = tuple[slice, ...]
 
 
 class TensorFile:
@@ -69,7 +73,7 @@ class TensorFile:
 
     def read_into(self, target: np.ndarray, offset: int) -> None:
         """Fill a contiguous array of bytes."""
-        done = 0
+        done = self._read(target, offset)
         while done < target.nbytes:
             count = self._read(target[done:], offset + done)
             if count == 0:
@@ -78,7 +82,7 @@ class TensorFile:
 
     def _read(self, target: np.ndarray, offset: int) -> int:
         if hasattr(os, "preadv"):  # several threads at once
-            return os.preadv(self._descriptor, [target.data], offset)
+            return os.preadv(self._descriptor, [target], offset)
         with self._lock:
             os.lseek(self._descriptor, offset, os.SEEK_SET)
             data = os.read(self._descriptor, target.nbytes)
@@ -153,7 +157,8 @@ class Block(Readable):
         if len(shape) == 1:
             pairs, shape = [*pairs, [(slice(0, 1), slice(0, 1))]], (*shape, 1)
         pairs[-1] = [(_scaled(run, size), _scaled(place, size)) for run, place in pairs[-1]]
-        rows = _Rows(self.file, self.file.offsets[self.key], (1, *shape[:-1], shape[-1] * size), 0, pairs).open()
+        whole = (1, *shape[:-1], shape[-1] * size)
+        rows = _Rows(self.file, self.file.offsets[self.key], whole, 0, _Kept(pairs)).open()
         return [part for row in rows for part in row.trimmed()] if len(shape) > 2 and shape[0] == 1 else rows
 
 
@@ -181,6 +186,42 @@ class Joined(Readable):
         yield from self.blocks
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """What is kept of every row along its own dimensions, and where that belongs: worked out once for all bands.
+
+    Args:
+        pairs (`list`): Per dimension.
+    """
+
+    pairs: Sequence[_Pairs]
+
+    @cached_property
+    def inner(self) -> _Kept:
+        """Along all dimensions but the first."""
+        return _Kept(self.pairs[1:])
+
+    @cached_property
+    def shape(self) -> tuple[int, ...] | None:
+        """Of the rows that are kept as one block; `None` where they are kept in several."""
+        if any(len(along) > 1 for along in self.pairs):
+            return None
+        return tuple(along[0][0].stop - along[0][0].start for along in self.pairs)
+
+    @cached_property
+    def cuts(self) -> list[tuple[_Index, _Index, str]]:
+        """The blocks of many rows: indices in what is read, indices of where it belongs, and what is copied at once."""
+        cuts = []
+        for chosen in product(*self.pairs):
+            kept, place = zip(*chosen, strict=True)
+            size = kept[-1].stop - kept[-1].start
+            # Short rows are one element each, and cost one step; of long ones the bytes are the elements, because numpy lets other
+            # threads go on only while it copies more than 500 elements.
+            element = f"V{size}" if size < _LONG_ROW_BYTES else "u1"
+            cuts.append(((slice(None), *kept), (slice(None), *place), element))
+        return cuts
+
+
 class _Rows(NamedTuple):
     """Rows that follow each other in a file, and where they belong in an array in memory.
 
@@ -189,14 +230,14 @@ class _Rows(NamedTuple):
         offset (`int`): Where the first starts.
         shape (`tuple[int, ...]`): Their number and the shape of one, in bytes along the last dimension.
         place (`int`): Index in memory of the first.
-        inner (`list`): What is kept along the other dimensions.
+        kept (`_Kept`): What is kept of each.
     """
 
     file: TensorFile
     offset: int
     shape: tuple[int, ...]
     place: int
-    inner: Sequence[_Pairs]
+    kept: _Kept
 
     @property
     def row_bytes(self) -> int:
@@ -206,24 +247,26 @@ class _Rows(NamedTuple):
         """Those that belong between two indices, with places counted from the first of these."""
         low, high = max(start, self.place), min(stop, self.place + self.shape[0])
         offset = self.offset + (low - self.place) * self.row_bytes
-        return _Rows(self.file, offset, (high - low, *self.shape[1:]), low - start, self.inner)
+        return _Rows(self.file, offset, (high - low, *self.shape[1:]), low - start, self.kept)
 
     def open(self) -> list[_Rows]:
         """The first of them, an array itself."""
-        (pairs, *inner), (_, _, *shape) = self.inner, self.shape
+        (_, _, *shape), inner = self.shape, self.kept.inner
         size = math.prod(shape)
         return [
             _Rows(self.file, self.offset + run.start * size, (run.stop - run.start, *shape), place.start, inner)
-            for run, place in pairs
+            for run, place in self.kept.pairs[0]
         ]
 
     def trimmed(self) -> list[_Rows]:
         """Of the only one, an array itself, the rows that are kept: one expert is stored as a matrix."""
         return [
             part._replace(
-                shape=(1, *part.shape), place=self.place, inner=[[(slice(0, part.shape[0]), place)], *part.inner]
+                shape=(1, *part.shape),
+                place=self.place,
+                kept=_Kept([[(slice(0, part.shape[0]), place)], *part.kept.pairs]),
             )
-            for part, (_, place) in zip(self.open(), self.inner[0], strict=True)
+            for part, (_, place) in zip(self.open(), self.kept.pairs[0], strict=True)
         ]
 
     def announce(self) -> None:
@@ -231,15 +274,20 @@ class _Rows(NamedTuple):
 
     def read_into(self, array: np.ndarray) -> None:
         target = array[self.place : self.place + self.shape[0]]
-        kept = [along[0][0] for along in self.inner]
-        if target.shape == self.shape and all(
-            run.stop - run.start == n for run, n in zip(kept, self.shape[1:], strict=True)
-        ):
+        if self.kept.shape == self.shape[1:] == target.shape[1:]:
             self.file.read_into(target.reshape(-1), self.offset)
         else:
-            read = _scratch_array(math.prod(self.shape))
-            self.file.read_into(read, self.offset)
-            _cut(read.reshape(self.shape), self.inner, target)
+            self._cut_into(target)
+
+    def _cut_into(self, target: np.ndarray) -> None:
+        count, step = self.shape[0], max(1, _CUT_BYTES // self.row_bytes)
+        for start in range(0, count, step):
+            shape = (min(step, count - start), *self.shape[1:])
+            read = _scratch_array(math.prod(shape))
+            self.file.read_into(read, self.offset + start * self.row_bytes)
+            for source, place, element in self.kept.cuts:
+                into = target[start : start + step][place]
+                np.copyto(into.view(element), read.reshape(shape)[source].view(element))
 
 
 _Band = tuple[np.ndarray, list[_Rows]]
@@ -307,11 +355,3 @@ def _pairs(runs: list[Run], places: list[Run] | None) -> list[tuple[slice, slice
 
 def _scaled(run: slice, size: int) -> slice:
     return slice(run.start * size, run.stop * size)
-
-
-def _cut(source: np.ndarray, pairs: Sequence[_Pairs], target: np.ndarray) -> None:
-    """Copy what is kept along every dimension but the first."""
-    for chosen in product(*pairs):
-        kept, place = zip(*chosen, strict=True)
-        whole = f"V{kept[-1].stop - kept[-1].start}"  # the bytes of a row as one element, so that each row is one copy
-        np.copyto(target[(slice(None), *place)].view(whole), source[(slice(None), *kept)].view(whole))
