@@ -82,7 +82,7 @@ class TensorFile:
 
     def _read(self, target: np.ndarray, offset: int) -> int:
         if hasattr(os, "preadv"):  # several threads at once
-            return os.preadv(self._descriptor, [target], offset)
+            return os.preadv(self._descriptor, [target.data], offset)
         with self._lock:
             os.lseek(self._descriptor, offset, os.SEEK_SET)
             data = os.read(self._descriptor, target.nbytes)
