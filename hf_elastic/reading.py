@@ -33,7 +33,7 @@ from .errors import CheckpointError
 _BAND_BYTES = 4 << 20  # filled at a time
 _AHEAD_BYTES = 32 << 20  # announced at a time
 _CUT_BYTES = 512 << 10  # read at a time where columns are cut, so that they are still in the cache of a core then
-_LONG_ROW_BYTES = 256  # copied in more than one step
+_LONG_ROW_BYTES = 256  # from here on the bytes of a row are copied as such, not as one element
 _scratch = threading.local()
 Places = Sequence[list[Run] | None]
 """Per dimension where its ranges belong; one after the other where `None`."""
@@ -73,7 +73,7 @@ class TensorFile:
 
     def read_into(self, target: np.ndarray, offset: int) -> None:
         """Fill a contiguous array of bytes."""
-        done = self._read(target, offset)
+        done = 0
         while done < target.nbytes:
             count = self._read(target[done:], offset + done)
             if count == 0:
@@ -285,9 +285,9 @@ class _Rows(NamedTuple):
             shape = (min(step, count - start), *self.shape[1:])
             read = _scratch_array(math.prod(shape))
             self.file.read_into(read, self.offset + start * self.row_bytes)
+            rows, into = read.reshape(shape), target[start : start + step]
             for source, place, element in self.kept.cuts:
-                into = target[start : start + step][place]
-                np.copyto(into.view(element), read.reshape(shape)[source].view(element))
+                np.copyto(into[place].view(element), rows[source].view(element))
 
 
 _Band = tuple[np.ndarray, list[_Rows]]
