@@ -16,9 +16,10 @@ from transformers import PreTrainedConfig
 from .architectures import Architecture
 from .axes import Run, TensorRule, indices_of, shape_of
 from .errors import CheckpointError
-from .reading import Block, Joined, Places, TensorFile
+from .reading import Block, Joined, Places
 from .slicing import Piece, pieces
 from .submodel import Submodel
+from .tensor_file import TensorFile
 
 _ROTARY = r"rotary_emb\.inv_freq$"  # computed, but saved by old versions
 

@@ -2,35 +2,28 @@
 
 From a mapped file the kernel reads far ahead, across what is left out, and whoever copies from it waits for the disk page by page.
 Here a tensor is filled in bands that stay in the cache of a core. What belongs to the bands that come next is announced, so that the
-disk works ahead; whole rows are read into the tensor, and of others the columns are cut on the way, so that nothing is held twice.
+disk works ahead; whole rows are read to where they belong, and of others the columns are cut on the way, so that nothing is held twice.
 """
 
 from __future__ import annotations
 
-import ctypes
-import json
 import math
-import mmap
-import os
-import sys
 import threading
-import weakref
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from .axes import Run, places_of, shape_of
-from .errors import CheckpointError
+from .tensor_file import TensorFile, populate
 
-_BAND_BYTES = 4 << 20  # filled at a time
+_BAND_BYTES = 2 << 20  # filled at a time
 _AHEAD_BYTES = 32 << 20  # announced at a time
 _CUT_BYTES = 512 << 10  # read at a time where columns are cut, so that they are still in the cache of a core then
 _LONG_ROW_BYTES = 256  # from here on the bytes of a row are copied as such, not as one element
@@ -40,54 +33,6 @@ Places = Sequence[list[Run] | None]
 _Pairs = Sequence[tuple[slice, slice]]
 """The ranges of one dimension, and where each belongs."""
 _Index = tuple[slice, ...]
-
-
-class TensorFile:
-    """Positions, shapes and types of the tensors in a safetensors file that was checked already, and reads at a position.
-
-    Args:
-        path (`Path`): The file. It is closed when nothing refers to this object any more.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-        self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        weakref.finalize(self, os.close, self._descriptor)
-        self._lock = threading.Lock()
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # reads end where they are told to
-        length = np.empty(8, np.uint8)
-        self.read_into(length, 0)
-        header = np.empty(int(length.view("<u8")[0]), np.uint8)
-        self.read_into(header, 8)
-        entries = json.loads(header.tobytes())
-        entries.pop("__metadata__", None)
-        self.offsets = {key: 8 + header.nbytes + entry["data_offsets"][0] for key, entry in entries.items()}
-        self.shapes = {key: tuple(entry["shape"]) for key, entry in entries.items()}
-        self.dtypes = {key: str(entry["dtype"]) for key, entry in entries.items()}
-
-    def announce(self, offset: int, size: int) -> None:
-        """Let the kernel fetch a range in the background, where it can."""
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._descriptor, offset, size, os.POSIX_FADV_WILLNEED)
-
-    def read_into(self, target: np.ndarray, offset: int) -> None:
-        """Fill a contiguous array of bytes."""
-        done = 0
-        while done < target.nbytes:
-            count = self._read(target[done:], offset + done)
-            if count == 0:
-                raise CheckpointError(f"{self.path} ended while it was read; fetch or save it again.")
-            done += count
-
-    def _read(self, target: np.ndarray, offset: int) -> int:
-        if hasattr(os, "preadv"):  # several threads at once
-            return os.preadv(self._descriptor, [target.data], offset)
-        with self._lock:
-            os.lseek(self._descriptor, offset, os.SEEK_SET)
-            data = os.read(self._descriptor, target.nbytes)
-        target[: len(data)] = np.frombuffer(data, np.uint8)
-        return len(data)
 
 
 class Readable(ABC):
@@ -110,7 +55,7 @@ class Readable(ABC):
         rows = [rows for block in self.leaves() for rows in block.rows()]
         for region, inside in _announced(_bands(target, rows, _AHEAD_BYTES)):
             for band, here in _bands(region, inside, _BAND_BYTES):
-                _populate(band)
+                populate(band)
                 for part in here:
                     part.read_into(band)
         return tensor[index]
@@ -274,10 +219,14 @@ class _Rows(NamedTuple):
 
     def read_into(self, array: np.ndarray) -> None:
         target = array[self.place : self.place + self.shape[0]]
-        if self.kept.shape == self.shape[1:] == target.shape[1:]:
-            self.file.read_into(target.reshape(-1), self.offset)
-        else:
-            self._cut_into(target)
+        if self.kept.shape == self.shape[1:]:
+            if self.shape[1:] == target.shape[1:]:
+                self.file.read_into(target.reshape(-1), self.offset)
+                return
+            ((_, place, _),) = self.kept.cuts
+            if self.file.scatter_into(target[place], self.offset):
+                return
+        self._cut_into(target)
 
     def _cut_into(self, target: np.ndarray) -> None:
         count, step = self.shape[0], max(1, _CUT_BYTES // self.row_bytes)
@@ -331,20 +280,6 @@ def _scratch_array(size: int) -> np.ndarray:
     if not hasattr(_scratch, "buffer") or _scratch.buffer.nbytes < size:
         _scratch.buffer = np.empty(max(size, _BAND_BYTES), np.uint8)
     return _scratch.buffer[:size]
-
-
-_MADV_POPULATE_WRITE = 23
-_madvise = ctypes.CDLL(None).madvise if sys.platform == "linux" else None
-
-
-def _populate(band: np.ndarray) -> None:
-    """Let the kernel provide all pages at once: missed one by one, while they are filled, they cost half as much again.
-
-    Kernels before Linux 5.14 refuse, and go on as before.
-    """
-    if _madvise:
-        start = band.ctypes.data // mmap.PAGESIZE * mmap.PAGESIZE
-        _madvise(ctypes.c_void_p(start), ctypes.c_size_t(band.ctypes.data + band.nbytes - start), _MADV_POPULATE_WRITE)
 
 
 def _pairs(runs: list[Run], places: list[Run] | None) -> list[tuple[slice, slice]]:

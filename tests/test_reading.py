@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from hf_elastic import reading
+from hf_elastic import reading, tensor_file
 from hf_elastic.axes import take
 from hf_elastic.errors import CheckpointError
+from hf_elastic.tensor_file import TensorFile
 
 CASES = {
     "whole vector": ((7,), [[(0, 7)]]),
@@ -34,7 +36,7 @@ def test_block_is_the_part(
     shape, runs = CASES[case]
     tensors = {name: torch.randn(shape).to(dtype) for name in ("a", "b")}
     save_file({"before": torch.ones(3), **tensors}, tmp_path / "x.safetensors")
-    file = reading.TensorFile(tmp_path / "x.safetensors")
+    file = TensorFile(tmp_path / "x.safetensors")
     blocks = [reading.Block(file, name, shape, dtype, runs) for name in tensors]
     expected = [take(tensor, runs) for tensor in tensors.values()]
     for block, part in zip(blocks, expected, strict=True):
@@ -49,13 +51,52 @@ def test_block_is_the_part(
         assert stack[0].extent == blocks[0].extent, "of an expert, too, only the rows that are kept"
 
 
+PARTS = {
+    "columns": ((9, 8), [((9, 3), [(0, 9)], [(0, 3)]), ((9, 5), [(0, 9)], [(3, 8)])]),
+    "corner, strip and rows": (
+        (9, 8),
+        [((6, 3), [(0, 6)], [(0, 3)]), ((6, 5), [(0, 6)], [(3, 8)]), ((3, 8), [(6, 9)], [(0, 8)])],
+    ),
+    "of experts": ((1, 4, 6), [((4, 2), [(0, 4)], [(4, 6)]), ((4, 4), [(0, 4)], [(0, 4)])]),
+    "inside a stack": ((5, 4, 6), [((5, 1, 6), None, [(3, 4)], [(0, 6)]), ((5, 3, 6), None, [(0, 3)], [(0, 6)])]),
+}
+
+
+@pytest.mark.parametrize("how", ["scattered", "in bits", "cut short", "copied"])
+@pytest.mark.parametrize("case", PARTS)
+def test_rows_are_put_together_from_several_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, how: str
+) -> None:
+    """Whole rows that lie apart in memory are read there at once, in as many segments as the system takes; if that fails, copied."""
+    monkeypatch.setattr(tensor_file, "_SCATTERED_BYTES", 1 << 20 if how == "copied" else 1)
+    monkeypatch.setattr(tensor_file, "_MOST_SEGMENTS", 2 if how == "in bits" else 1024)
+    copied, cut = [], reading._Rows._cut_into
+    monkeypatch.setattr(reading._Rows, "_cut_into", lambda self, target: (copied.append(1), cut(self, target)))
+    if how == "cut short":  # as by a signal
+        monkeypatch.setattr(tensor_file, "_preadv", lambda descriptor, segments, count, offset: 5)
+    size, parts = PARTS[case]
+    tensor = torch.randn(size)
+    blocks = []
+    for i, (shape, *places) in enumerate(parts):
+        places = [[(0, 1)], *places] if len(places) < len(size) else [place or [(0, size[0])] for place in places]
+        index = tuple(slice(*place[0]) for place in places)
+        path = tmp_path / f"{i}.safetensors"
+        save_file({"before": torch.ones(i + 1), "a": tensor[index].reshape(shape).contiguous()}, path)
+        whole = (1,) * (len(size) - len(shape)) + shape
+        runs = [[(0, length)] for length in whole]
+        blocks.append(reading.Block(TensorFile(path), "a", whole, torch.float32, runs, places))
+    assert torch.equal(reading.Joined(size, blocks)[...], tensor)
+    assert bool(copied) == (how in ("cut short", "copied") or sys.platform != "linux")
+
+
 def test_systems_without_positioned_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("preadv", "posix_fadvise"):
-        monkeypatch.delattr(reading.os, name, raising=False)
-    monkeypatch.setattr(reading, "_madvise", None)
+        monkeypatch.delattr(tensor_file.os, name, raising=False)
+    monkeypatch.setattr(tensor_file, "_madvise", None)
+    monkeypatch.setattr(tensor_file, "_preadv", None)
     tensor = torch.randn(9, 5)
     save_file({"a": tensor}, tmp_path / "x.safetensors")
-    file = reading.TensorFile(tmp_path / "x.safetensors")
+    file = TensorFile(tmp_path / "x.safetensors")
     assert torch.equal(reading.Block(file, "a", (9, 5), torch.float32, [[(0, 4)], [(0, 3)]])[...], tensor[:4, :3])
 
 
@@ -64,15 +105,13 @@ def test_the_next_band_is_announced_before_one_is_read(tmp_path: Path, monkeypat
     monkeypatch.setattr(reading, "_BAND_BYTES", 40)
     monkeypatch.setattr(reading, "_AHEAD_BYTES", 80)
     events: list[tuple[str, int, int]] = []
-    read, tensor = reading.TensorFile.read_into, torch.randn(12, 5)
+    read, tensor = TensorFile.read_into, torch.randn(12, 5)
     save_file({"a": tensor}, tmp_path / "x.safetensors")
-    file = reading.TensorFile(tmp_path / "x.safetensors")
+    file = TensorFile(tmp_path / "x.safetensors")
     start = file.offsets["a"]
+    monkeypatch.setattr(TensorFile, "announce", lambda self, at, size: events.append(("announce", at - start, size)))
     monkeypatch.setattr(
-        reading.TensorFile, "announce", lambda self, at, size: events.append(("announce", at - start, size))
-    )
-    monkeypatch.setattr(
-        reading.TensorFile,
+        TensorFile,
         "read_into",
         lambda self, target, at: (events.append(("read", at - start, target.nbytes)), read(self, target, at)),
     )
@@ -86,7 +125,7 @@ def test_the_next_band_is_announced_before_one_is_read(tmp_path: Path, monkeypat
 def test_a_file_that_shrinks_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     save_file({"a": torch.randn(9, 5)}, path)
-    file = reading.TensorFile(path)
+    file = TensorFile(path)
     with path.open("r+b") as opened:
         opened.truncate(path.stat().st_size - 100)
     with pytest.raises(CheckpointError, match="ended while it was read"):

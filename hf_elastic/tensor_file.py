@@ -1,0 +1,103 @@
+"""Reads of a safetensors file at a position, and the memory that they go to."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import mmap
+import os
+import sys
+import threading
+import weakref
+from pathlib import Path
+
+import numpy as np
+
+from .errors import CheckpointError
+
+_SCATTERED_BYTES = 512  # from here on rows that lie apart in memory are read there one by one, without a copy
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+_MADV_POPULATE_WRITE = 23
+_madvise = _LIBC.madvise if _LIBC else None
+_MOST_SEGMENTS = os.sysconf("SC_IOV_MAX") if _LIBC else 1
+# Not `os.preadv`: making a buffer of every row takes longer than reading it, and Python's lock meanwhile.
+_preadv = getattr(_LIBC, "preadv", None) if sys.maxsize > 2**32 else None
+if _preadv:
+    _preadv.restype = ctypes.c_ssize_t
+    _preadv.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64]
+
+
+class TensorFile:
+    """Positions, shapes and types of the tensors in a safetensors file that was checked already, and reads at a position.
+
+    Args:
+        path (`Path`): The file. It is closed when nothing refers to this object any more.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        weakref.finalize(self, os.close, self._descriptor)
+        self._lock = threading.Lock()
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_RANDOM)  # reads end where they are told to
+        length = np.empty(8, np.uint8)
+        self.read_into(length, 0)
+        header = np.empty(int(length.view("<u8")[0]), np.uint8)
+        self.read_into(header, 8)
+        entries = json.loads(header.tobytes())
+        entries.pop("__metadata__", None)
+        self.offsets = {key: 8 + header.nbytes + entry["data_offsets"][0] for key, entry in entries.items()}
+        self.shapes = {key: tuple(entry["shape"]) for key, entry in entries.items()}
+        self.dtypes = {key: str(entry["dtype"]) for key, entry in entries.items()}
+
+    def announce(self, offset: int, size: int) -> None:
+        """Let the kernel fetch a range in the background, where it can."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor, offset, size, os.POSIX_FADV_WILLNEED)
+
+    def read_into(self, target: np.ndarray, offset: int) -> None:
+        """Fill a contiguous array of bytes."""
+        done = 0
+        while done < target.nbytes:
+            count = self._read(target[done:], offset + done)
+            if count == 0:
+                raise CheckpointError(f"{self.path} ended while it was read; fetch or save it again.")
+            done += count
+
+    def scatter_into(self, target: np.ndarray, offset: int) -> bool:
+        """Fill an array of bytes whose rows lie apart, each as one segment of a single read; says whether it could."""
+        if _preadv is None or target.shape[-1] < _SCATTERED_BYTES:
+            return False
+        starts: np.ndarray = np.array(target.ctypes.data, np.uint64)
+        for count, stride in zip(target.shape[:-1], target.strides[:-1], strict=True):
+            starts = starts[..., None] + np.arange(count, dtype=np.uint64) * np.uint64(stride)
+        segments = np.empty((starts.size, 2), np.uint64)  # `struct iovec`: where it starts, and its size
+        segments[:, 0], segments[:, 1] = starts.reshape(-1), target.shape[-1]
+        for first in range(0, len(segments), _MOST_SEGMENTS):
+            some = segments[first : first + _MOST_SEGMENTS]
+            size = len(some) * target.shape[-1]
+            if _preadv(self._descriptor, some.ctypes.data, len(some), offset + first * target.shape[-1]) != size:
+                return False
+        return True
+
+    def _read(self, target: np.ndarray, offset: int) -> int:
+        if hasattr(os, "preadv"):  # several threads at once
+            return os.preadv(self._descriptor, [target.data], offset)
+        with self._lock:
+            os.lseek(self._descriptor, offset, os.SEEK_SET)
+            data = os.read(self._descriptor, target.nbytes)
+        target[: len(data)] = np.frombuffer(data, np.uint8)
+        return len(data)
+
+
+def populate(memory: np.ndarray) -> None:
+    """Let the kernel provide all pages at once: missed one by one, while they are filled, they cost half as much again.
+
+    Kernels before Linux 5.14 refuse, and go on as before.
+    """
+    if _madvise:
+        start = memory.ctypes.data // mmap.PAGESIZE * mmap.PAGESIZE
+        _madvise(
+            ctypes.c_void_p(start), ctypes.c_size_t(memory.ctypes.data + memory.nbytes - start), _MADV_POPULATE_WRITE
+        )
