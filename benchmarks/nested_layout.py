@@ -1,7 +1,7 @@
 """The nested layout: the same weights in as many bytes, and loaded as fast.
 
-A random `nemotron_h` MoE parent in the proportions of Nemotron Nano v3 (bfloat16, about 4 GB, 128 experts as published, one tensor per expert)
-nests budgets of about three quarters and half its bytes. It is saved in the stock layout, from there in the nested one, and from there in the
+A random `nemotron_h` MoE parent as wide as Nemotron Nano v3, with fewer layers and experts (bfloat16, 3.4 GB, one tensor per expert), nests the
+23B and 12B sizes of the family released with it. It is saved in the stock layout, from there in the nested one, and from there in the
 stock one again (`reassembled`). All sizes of the first two are compared tensor by tensor, and the whole of the third.
 
 Then the whole parent is loaded three ways, in processes of their own, in turns, with the files in the page cache (`warm`) and out of it
@@ -15,7 +15,7 @@ Two times are taken, as in `loading.py`: `returned`, when `from_pretrained` is b
 been read as well. The stock class only maps what is not stacked, so `read` is what compares.
 
 Claims: no tensor differs; bytes of the nested files / of the stock files at most 1.01; time until read at most 1.2 of either of the others, cold
-and warm; peak anonymous memory of loading half of the nested layout / bytes of its weights at most 1.1.
+and warm; peak anonymous memory of loading the 12B size of the nested layout / bytes of its weights at most 1.1.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from __future__ import annotations
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,8 @@ import torch
 import transformers
 from harness import Claim, Report, arguments, in_turns
 from loading import report_times, timed
-from processes import ChildRun, back_memory, drop_page_cache, in_child
-from synthetic import half_budget, nano_like, write_checkpoint, write_stock
+from processes import ChildRun, backed_memory, drop_page_cache, in_child
+from synthetic import published_family, write_checkpoint, write_stock
 from transformers import AutoModelForCausalLM
 
 from hf_elastic import ElasticConfig
@@ -44,14 +45,14 @@ TIMES = {
     "stock": "nested / stock checkpoint in transformers, the whole parent, {} files: time until {}",
 }
 """By what the nested layout is compared with."""
-PEAK = "peak anonymous memory of loading half of the nested layout / bytes of its weights"
+PEAK = "peak anonymous memory of loading the 12B size of the nested layout / bytes of its weights"
 CLAIMS = [
     Claim(DIFFERENT, 0, "=="),
     Claim(BYTES, 1.01),
     *(Claim(label.format(cache, "read"), 1.2) for label in TIMES.values() for cache in ("cold", "warm")),
     Claim(PEAK, 1.1),
 ]
-BUDGETS = (None, "three quarters", "half")
+SMALLEST = "12b"
 
 transformers.logging.set_verbosity_error()  # also in the child processes, which import this module
 transformers.logging.disable_progress_bar()
@@ -59,18 +60,20 @@ transformers.logging.disable_progress_bar()
 
 def main() -> int:
     options = arguments(__doc__).parse_args()
-    parent = nano_like(torch.bfloat16, **({"scale": 8, "experts": 16} if options.quick else {"experts": 128}))
+    parent, budgets = published_family(torch.bfloat16, **({"scale": 8, "experts": 16} if options.quick else {}))
     report = Report("nested_layout", CLAIMS)
     with tempfile.TemporaryDirectory(prefix="hf-elastic-nested-") as scratch:
         folders = {name: Path(scratch, name) for name in ("stock", "layout", "nested", "reassembled")}
-        in_child(_prepare, folders, parent)
-        compare(report, folders)
+        in_child(_prepare, folders, parent, budgets)
+        compare(report, folders, budgets)
         shutil.rmtree(folders["reassembled"])  # else the page cache has no room for the others
-        time(report, folders, 2 if options.quick else 9)
+        whole = sum(file.stat().st_size for file in folders["layout"].glob("*.safetensors"))
+        with backed_memory(whole * 5 // 2):  # for what is loaded, and for files that are read anew
+            time(report, folders, 2 if options.quick else 15)
     return report.finish(options)
 
 
-def compare(report: Report, folders: dict[str, Path]) -> None:
+def compare(report: Report, folders: dict[str, Path], budgets: Iterable[str]) -> None:
     """Sizes of the files, and every tensor of every size."""
     layouts = ("layout", "nested", "reassembled")
     sizes = {name: sum(file.stat().st_size for file in folders[name].rglob("*.safetensors")) for name in layouts}
@@ -81,8 +84,8 @@ def compare(report: Report, folders: dict[str, Path]) -> None:
         report.measure(f"bytes of the files of {budget}", "bytes", [sum(files.values())])
     differences = [
         in_child(_differences, folders[name], folders["layout"], budget).result
-        for name, budgets in (("nested", BUDGETS), ("reassembled", (None,)))
-        for budget in budgets
+        for name, compared in (("nested", (None, *budgets)), ("reassembled", (None,)))
+        for budget in compared
     ]
     report.settle(DIFFERENT, sum(differences))
 
@@ -100,31 +103,24 @@ def time(report: Report, folders: dict[str, Path], rounds: int) -> None:
             for moment, ratio in ratios.items():
                 report.measure(label.format(cache, moment), "", [ratio], cache=cache)
             report.settle(label.format(cache, "read"), ratios["read"])
-    half = ElasticConfig.from_pretrained(folders["layout"]).costs()["half"].weight_bytes(torch.bfloat16)
-    peaks = [_run(folders["nested"], "half", False).peak_anonymous_bytes / half for _ in range(rounds)]
+    smallest = ElasticConfig.from_pretrained(folders["layout"]).costs()[SMALLEST].weight_bytes(torch.bfloat16)
+    peaks = [_run(folders["nested"], SMALLEST, False).peak_anonymous_bytes / smallest for _ in range(rounds)]
     report.settle(PEAK, report.measure(PEAK, "", peaks))
 
 
 def _run(folder: Path, budget: str | None, cold: bool) -> ChildRun:
     files = sorted(folder.rglob("*.safetensors"))
-
-    def prepare() -> None:
-        if cold:
-            drop_page_cache(files)
-        back_memory(sum(file.stat().st_size for file in files) * 5 // 4)
-
-    return in_child(_load, folder, budget, before=prepare)
+    return in_child(_load, folder, budget, before=partial(drop_page_cache, files) if cold else None)
 
 
 # -- in processes of their own -----------------------------------------------------------------------------------------
 
 
-def _prepare(folders: dict[str, Path], parent: transformers.NemotronHConfig) -> None:
+def _prepare(
+    folders: dict[str, Path], parent: transformers.NemotronHConfig, budgets: dict[str, dict[str, int]]
+) -> None:
     folders["layout"].mkdir()
-    half = half_budget(parent)
-    widths = {"hidden": parent.hidden_size, "expert_ffn": parent.moe_intermediate_size}
-    more = {axis: (half[axis] + whole) // 16 * 8 for axis, whole in widths.items()}
-    write_checkpoint(folders["layout"], parent, {"three quarters": more, "half": half})
+    write_checkpoint(folders["layout"], parent, budgets)
     write_stock(folders["stock"], parent, folders["layout"])
     AutoModelForCausalLM.from_pretrained(folders["layout"]).save_pretrained(folders["nested"], layout="nested")
     AutoModelForCausalLM.from_pretrained(folders["nested"]).save_pretrained(folders["reassembled"])

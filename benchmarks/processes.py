@@ -7,7 +7,8 @@ import mmap
 import multiprocessing
 import os
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -20,7 +21,9 @@ import hf_elastic
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 SAMPLING_SECONDS = 0.005
-_NOTED_BYTES = 1 << 30  # of less it does not matter where it comes from
+_KEPT_APART = (
+    1 << 18
+)  # pages that lie together here mostly do so in the machine's memory, too; an eighth of a block to be sure
 PRELOADED = ["hf_elastic"]  # imported once in the server that the children are forked from: seconds less per child
 
 
@@ -130,19 +133,20 @@ def drop_page_cache(files: Sequence[Path], tries: int = 20) -> None:
     raise RuntimeError(f"{share:.0%} of the files stayed in the page cache, so this would be no cold run")
 
 
-def back_memory(size: int) -> None:
-    """Write to so many bytes and give them back, so that the next process finds them.
+@contextmanager
+def backed_memory(size: int) -> Iterator[None]:
+    """So many bytes of free memory stay with this machine meanwhile, and are what is taken first.
 
-    A virtual machine returns memory that nobody uses to its host, and getting it again takes seconds per GB: on the next who needs much.
-    Linux does so two seconds after memory was freed (`PAGE_REPORTING` in its sources); holding it longer lets what was freed before be
-    done with, so that there are two seconds from here on.
+    A virtual machine returns free memory to its host (`PAGE_REPORTING` in Linux's sources), and getting it again takes seconds per GB: on
+    the next who needs much. Only whole free blocks of 2 MB or more are returned, so that a page that is kept in each keeps the rest.
     """
-    with mmap.mmap(-1, size) as memory:
+    with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
         view = np.frombuffer(memory, np.uint8)
         view[:: mmap.PAGESIZE] = 1
-        if size > _NOTED_BYTES:
-            sleep(2.5)
         del view  # it would keep the memory
+        for start in range(0, size - _KEPT_APART, _KEPT_APART):
+            memory.madvise(mmap.MADV_DONTNEED, start + mmap.PAGESIZE, _KEPT_APART - mmap.PAGESIZE)
+        yield
 
 
 def cached_share(files: Sequence[Path]) -> float:

@@ -15,9 +15,11 @@ from transformers import GraniteMoeHybridConfig, NemotronHConfig, PreTrainedConf
 
 from hf_elastic import ElasticConfig
 from hf_elastic.axes import TensorRule
+from hf_elastic.known import KNOWN
 
-NANO_LAYERS = "MEMEM*EMEMEM*E"
-"""The first 14 of the 52 layers of Nemotron Nano v3."""
+PUBLISHED_LAYERS = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
+"""Of Nemotron Nano v3."""
+NANO_LAYERS = PUBLISHED_LAYERS[:14]
 
 
 def nano_like(
@@ -43,6 +45,23 @@ def nano_like(
     )
     config.dtype = dtype
     return config
+
+
+def published_family(
+    dtype: torch.dtype, *, scale: int = 1, experts: int = 32, layers: str = "MEMEM*EME", vocab_size: int = 32768
+) -> tuple[NemotronHConfig, dict[str, dict[str, int]]]:
+    """A parent as wide as Nemotron Nano v3, and the sizes of the family released with it, `23b` and `12b`, all divided by `scale`.
+
+    Fewer layers, experts and tokens than published make it small enough for a test machine: 3.4 GB in bfloat16. What is cut of a matrix, and
+    how long its rows are, is as published.
+    """
+    config = nano_like(dtype, scale=scale, experts=experts, layers=layers, vocab_size=vocab_size // scale)
+    budgets = next(iter(KNOWN.values())).budgets
+    return config, {
+        name: {axis: size // scale // 8 * 8 for axis, size in sizes.items()}
+        for name, sizes in budgets.items()
+        if sizes
+    }
 
 
 def granite_like(dtype: torch.dtype, *, scale: int = 4, experts: int = 32) -> GraniteMoeHybridConfig:
