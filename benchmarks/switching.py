@@ -225,7 +225,7 @@ def _decode_in_turns(elastic: Path, export: Path, rounds: int, prompt: int, toke
     for parameter in models["stock"].parameters():
         parameter.data = parameter.data.clone()
     ids = torch.randint(3, family.config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0))
-    runs = {name: _Generation(model, ids) for name, model in models.items()}
+    runs = {name: Generation(model, ids) for name, model in models.items()}
     prefill = {name: run.prefill for name, run in runs.items()}
     decode = {name: run.decode for name, run in runs.items()}
     in_turns(prefill, 1)  # warm up, such as thread pools
@@ -239,7 +239,7 @@ def _decode_in_turns(elastic: Path, export: Path, rounds: int, prompt: int, toke
     }
 
 
-class _Generation:
+class Generation:
     """Greedy generation with a cache, as `generate` does it, one call per step so that two models can take turns."""
 
     def __init__(self, model: PreTrainedModel, ids: torch.Tensor):
@@ -261,6 +261,7 @@ class _Generation:
         start = perf_counter()
         output = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         token = output.logits[:, -1:].argmax(-1)
+        int(token[0, 0])  # as who asks whether the text ends; waits for a GPU
         taken = perf_counter() - start
         self.cache = output.past_key_values
         self.tokens.append(token)

@@ -9,6 +9,7 @@ import os
 import sys
 import threading
 import weakref
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -69,11 +70,8 @@ class TensorFile:
         """Fill an array of bytes whose rows lie apart, each as one segment of a single read; says whether it could."""
         if _preadv is None or target.shape[-1] < _SCATTERED_BYTES:
             return False
-        starts: np.ndarray = np.array(target.ctypes.data, np.uint64)
-        for count, stride in zip(target.shape[:-1], target.strides[:-1], strict=True):
-            starts = starts[..., None] + np.arange(count, dtype=np.uint64) * np.uint64(stride)
-        segments = np.empty((starts.size, 2), np.uint64)  # `struct iovec`: where it starts, and its size
-        segments[:, 0], segments[:, 1] = starts.reshape(-1), target.shape[-1]
+        segments = _segments(target.shape, target.strides).copy()
+        segments[:, 0] += np.uint64(target.ctypes.data)
         for first in range(0, len(segments), _MOST_SEGMENTS):
             some = segments[first : first + _MOST_SEGMENTS]
             size = len(some) * target.shape[-1]
@@ -89,6 +87,15 @@ class TensorFile:
             data = os.read(self._descriptor, target.nbytes)
         target[: len(data)] = np.frombuffer(data, np.uint8)
         return len(data)
+
+
+@lru_cache(maxsize=64)
+def _segments(shape: tuple[int, ...], strides: tuple[int, ...]) -> np.ndarray:
+    """Where the rows of an array of bytes start, counted from its start, and their size, as in `struct iovec`."""
+    starts: np.ndarray = np.zeros((), np.uint64)
+    for count, stride in zip(shape[:-1], strides[:-1], strict=True):
+        starts = starts[..., None] + np.arange(count, dtype=np.uint64) * np.uint64(stride)
+    return np.stack((starts.reshape(-1), np.full(starts.size, shape[-1], np.uint64)), axis=-1)
 
 
 def populate(memory: np.ndarray) -> None:
