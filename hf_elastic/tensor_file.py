@@ -70,12 +70,12 @@ class TensorFile:
         """Fill an array of bytes whose rows lie apart, each as one segment of a single read; says whether it could."""
         if _preadv is None or target.shape[-1] < _SCATTERED_BYTES:
             return False
-        segments = _segments(target.shape, target.strides).copy()
-        segments[:, 0] += np.uint64(target.ctypes.data)
-        for first in range(0, len(segments), _MOST_SEGMENTS):
-            some = segments[first : first + _MOST_SEGMENTS]
-            size = len(some) * target.shape[-1]
-            if _preadv(self._descriptor, some.ctypes.data, len(some), offset + first * target.shape[-1]) != size:
+        width, most = target.shape[-1], _MOST_SEGMENTS
+        segments = _segments(target.shape, target.strides) + np.array((target.ctypes.data, 0), np.uint64)
+        address = segments.ctypes.data
+        for first in range(0, len(segments), most):
+            count = min(most, len(segments) - first)
+            if _preadv(self._descriptor, address + 16 * first, count, offset + first * width) != count * width:
                 return False
         return True
 
