@@ -138,15 +138,20 @@ def _live(parent: NemotronHConfig, budgets: dict[str, dict[str, int]], rounds: i
         microseconds.append(1e6 * (perf_counter() - start))
     allocated = torch.cuda.memory_stats()["allocation.all.allocated"] - counted
     ids = _prompt(model.config.vocab_size, 1024)
-    times: dict[str, list[float]] = {}
-    for name in sizes:
+    runs = {name: Generation(model, ids) for name in sizes}
+
+    def step(name: str, what: str) -> float:
         with model.at(name):
-            run = Generation(model, ids)
-            run.prefill()
-            times[f"reading {ids.shape[1]} tokens, {name}"] = [run.prefill() for _ in range(rounds)]
-            for _ in range(3):
-                run.decode()
-            times[f"a decoded token, {name}"] = [run.decode() for _ in range(4 * rounds)]
+            return getattr(runs[name], what)()
+
+    times: dict[str, list[float]] = {}
+    for what, label, count in (
+        ("prefill", f"reading {ids.shape[1]} tokens", rounds),
+        ("decode", "a decoded token", 4 * rounds),
+    ):
+        actions = {f"{label}, {name}": partial(step, name, what) for name in sizes}
+        in_turns(actions, 3)  # warm up
+        times.update(in_turns(actions, count))
     for label, plan in _plans().items():
         times[label] = [_timed(model, ids, plan) for _ in range(2)]
     return {
