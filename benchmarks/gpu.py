@@ -14,7 +14,6 @@ the stock model at most 1.03.
 
 from __future__ import annotations
 
-import statistics
 import sys
 import tempfile
 from functools import partial
@@ -26,13 +25,14 @@ import torch
 import transformers
 from harness import Claim, Report, arguments, in_turns
 from processes import in_child
-from switching import Generation
-from synthetic import PUBLISHED_LAYERS, published_family, write_checkpoint
+from switching import PROCESSES, Generation, decode_in_turns, prepare, report_speed
+from synthetic import PUBLISHED_LAYERS, published_family
 from transformers import AutoModelForCausalLM, NemotronHConfig
 
 from hf_elastic import ElasticConfig, Phase, PhasePlan
 
 THINKER = "12b"
+PROMPT = 1024
 PUBLISHED_BYTES = 64e9
 DECODE = "decode time per token, budget / stock model of that size"
 MEMORY = "memory of the parent and all sizes on the GPU / its weights"
@@ -54,33 +54,18 @@ def main() -> int:
     rounds = 3 if options.quick else 9
     with tempfile.TemporaryDirectory(prefix="hf-elastic-gpu-") as scratch:
         elastic, export = Path(scratch, "elastic"), Path(scratch, "export")
-        in_child(_prepare, elastic, export, *family)
-        decode(report, elastic, export, rounds, 96)
+        in_child(prepare, elastic, export, *family, THINKER)
+        runs = [
+            in_child(decode_in_turns, elastic, export, THINKER, "cuda", rounds, PROMPT, 96).result
+            for _ in range(PROCESSES)
+        ]
+    report.settle(DECODE, report_speed(report, "published widths", runs, prompt=PROMPT, tokens=96))
     name = "same"
     if not options.quick and torch.cuda.mem_get_info()[0] > 1.1 * PUBLISHED_BYTES:
         name = "published"
         family = published_family(torch.bfloat16, experts=128, layers=PUBLISHED_LAYERS, vocab_size=131072)
     live(report, name, family, rounds)
     return report.finish(options)
-
-
-# -- decoding and switching --------------------------------------------------------------------------------------------
-
-
-def decode(report: Report, elastic: Path, export: Path, rounds: int, tokens: int, processes: int = 3) -> None:
-    """A token of each model in turn, in several processes."""
-    runs = [in_child(_decode, elastic, export, rounds, tokens).result for _ in range(processes)]
-    agreement = [run["agreement"] for run in runs]
-    report.measure("share of generated tokens that budget and stock agree on", "", agreement)
-    for what in ("prefill", "decode"):
-        medians = {m: [statistics.median(run[what][m]) for run in runs] for m in ("budget", "slice", "stock")}
-        for model, times in medians.items():
-            report.measure(f"{what}, {model}", "s", times)
-        for model in ("budget", "slice"):
-            ratios = [own / stock for own, stock in zip(medians[model], medians["stock"], strict=True)]
-            ratio = report.measure(f"{what}, {model} / stock", "", ratios)
-            if (what, model) == ("decode", "budget"):
-                report.settle(DECODE, ratio)
 
 
 def live(report: Report, name: str, family: Family, rounds: int) -> None:
@@ -94,32 +79,8 @@ def live(report: Report, name: str, family: Family, rounds: int) -> None:
         report.measure(f"{name} model: {what}", "s", times)
 
 
-# -- in processes of their own -----------------------------------------------------------------------------------------
-
-
-def _prepare(elastic: Path, export: Path, parent: NemotronHConfig, budgets: dict[str, dict[str, int]]) -> None:
-    elastic.mkdir()
-    write_checkpoint(elastic, parent, budgets)
-    AutoModelForCausalLM.from_pretrained(elastic).export(export, THINKER)
-
-
-def _decode(elastic: Path, export: Path, rounds: int, tokens: int) -> dict[str, Any]:
-    load = partial(AutoModelForCausalLM.from_pretrained, device_map="cuda")
-    family = load(elastic)
-    family.set_budget(THINKER)
-    models = {"budget": family, "slice": load(elastic, budget=THINKER), "stock": load(export)}
-    ids = _prompt(family.config.vocab_size, 1024)
-    runs = {name: Generation(model, ids) for name, model in models.items()}
-    prefill = {name: run.prefill for name, run in runs.items()}
-    decode = {name: run.decode for name, run in runs.items()}
-    in_turns(prefill, 2)
-    in_turns(decode, 3)
-    measured = {"prefill": in_turns(prefill, rounds), "decode": in_turns(decode, tokens)}
-    same = torch.cat(runs["budget"].tokens) == torch.cat(runs["stock"].tokens)
-    return {**measured, "agreement": same.float().mean().item()}
-
-
 def _live(parent: NemotronHConfig, budgets: dict[str, dict[str, int]], rounds: int) -> dict[str, Any]:
+    """Child process: make the model on the GPU, activate every size once, then switch, write and plan."""
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(ElasticConfig.from_parent(parent, budgets))
     model.eval().generation_config.pad_token_id = 0
@@ -137,7 +98,7 @@ def _live(parent: NemotronHConfig, budgets: dict[str, dict[str, int]], rounds: i
         model.set_budget(name)
         microseconds.append(1e6 * (perf_counter() - start))
     allocated = torch.cuda.memory_stats()["allocation.all.allocated"] - counted
-    ids = _prompt(model.config.vocab_size, 1024)
+    ids = torch.randint(3, model.config.vocab_size, (1, PROMPT), generator=torch.Generator().manual_seed(0)).to("cuda")
     runs = {name: Generation(model, ids) for name in sizes}
 
     def step(name: str, what: str) -> float:
@@ -188,10 +149,6 @@ def _timed(model: Any, ids: torch.Tensor, plan: PhasePlan) -> float:
     torch.cuda.synchronize()
     assert text.shape[1] == ids.shape[1] + 96
     return perf_counter() - start
-
-
-def _prompt(vocab_size: int, tokens: int) -> torch.Tensor:
-    return torch.randint(3, vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0)).to("cuda")
 
 
 if __name__ == "__main__":

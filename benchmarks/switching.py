@@ -189,8 +189,16 @@ def speed(
     """Compare a budget with the stock model of its size; returns the median over processes of the ratio of their times per token."""
     with tempfile.TemporaryDirectory(prefix="hf-elastic-switching-") as scratch:
         elastic, export = Path(scratch, "elastic"), Path(scratch, "export")
-        in_child(_prepare, elastic, export, parent)
-        runs = [in_child(_decode_in_turns, elastic, export, rounds, prompt, tokens).result for _ in range(processes)]
+        in_child(prepare, elastic, export, parent, {"half": half_budget(parent)}, "half")
+        runs = [
+            in_child(decode_in_turns, elastic, export, "half", "cpu", rounds, prompt, tokens).result
+            for _ in range(processes)
+        ]
+    return report_speed(report, name, runs, prompt=prompt, tokens=tokens)
+
+
+def report_speed(report: Report, name: str, runs: list[dict[str, Any]], **about: Any) -> float:
+    """Record what [`decode_in_turns`] found in several processes; returns the median of the ratio of times per token, budget / stock."""
     report.measure(f"{name}: active parameters of the budget", "parameters", [runs[0]["active"]])
     agreement = [run["agreement"] for run in runs]
     report.measure(f"{name}: share of generated tokens that both models agree on", "", agreement)
@@ -200,31 +208,39 @@ def speed(
             model: [statistics.median(run[what][model]) for run in runs] for model in ("budget", "slice", "stock")
         }
         for model, times in medians.items():
-            report.measure(f"{name}: {what}, {model}", unit, times, prompt=prompt, tokens=tokens)
+            report.measure(f"{name}: {what}, {model}", unit, times, **about)
         for model in ("budget", "slice"):
             ratios = [own / stock for own, stock in zip(medians[model], medians["stock"], strict=True)]
             ratio[what, model] = report.measure(f"{name}: {what}, {model} / stock", "", ratios)
     return ratio["decode", "budget"]
 
 
-def _prepare(elastic: Path, export: Path, parent: PreTrainedConfig) -> None:
+def prepare(
+    elastic: Path, export: Path, parent: PreTrainedConfig, budgets: dict[str, dict[str, int]], budget: str
+) -> None:
+    """Child process: write a checkpoint, and a budget of it as a stock one."""
     elastic.mkdir()
-    write_checkpoint(elastic, parent, {"half": half_budget(parent)})
-    AutoModelForCausalLM.from_pretrained(elastic).export(export, "half")
+    write_checkpoint(elastic, parent, budgets)
+    AutoModelForCausalLM.from_pretrained(elastic).export(export, budget)
 
 
-def _decode_in_turns(elastic: Path, export: Path, rounds: int, prompt: int, tokens: int) -> dict[str, Any]:
-    """Child process: all models live, one token of each in turn."""
-    family = AutoModelForCausalLM.from_pretrained(elastic)
-    family.set_budget("half")
+def decode_in_turns(
+    elastic: Path, export: Path, budget: str, device: str, rounds: int, prompt: int, tokens: int
+) -> dict[str, Any]:
+    """Child process: all models live on a device, one token of each in turn."""
+    load = AutoModelForCausalLM.from_pretrained
+    family = load(elastic).to(device)
+    family.set_budget(budget)
     models: dict[str, PreTrainedModel] = {
         "budget": family,
-        "slice": AutoModelForCausalLM.from_pretrained(elastic, budget="half"),
-        "stock": AutoModelForCausalLM.from_pretrained(export),
+        "slice": load(elastic, budget=budget).to(device),
+        "stock": load(export).to(device),
     }
     for parameter in models["stock"].parameters():
         parameter.data = parameter.data.clone()
-    ids = torch.randint(3, family.config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(3, family.config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0)).to(
+        device
+    )
     runs = {name: Generation(model, ids) for name, model in models.items()}
     prefill = {name: run.prefill for name, run in runs.items()}
     decode = {name: run.decode for name, run in runs.items()}
@@ -234,7 +250,7 @@ def _decode_in_turns(elastic: Path, export: Path, rounds: int, prompt: int, toke
     same = torch.cat(runs["budget"].tokens) == torch.cat(runs["stock"].tokens)
     return {
         **measured,
-        "active": family.elastic_config.costs()["half"].active_params,
+        "active": family.elastic_config.costs()[budget].active_params,
         "agreement": same.float().mean().item(),
     }
 

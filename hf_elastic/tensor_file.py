@@ -72,10 +72,11 @@ class TensorFile:
             return False
         width, most = target.shape[-1], _MOST_SEGMENTS
         segments = _segments(target.shape, target.strides) + np.array((target.ctypes.data, 0), np.uint64)
-        address = segments.ctypes.data
+        address, size = segments.ctypes.data, segments.strides[0]
         for first in range(0, len(segments), most):
             count = min(most, len(segments) - first)
-            if _preadv(self._descriptor, address + 16 * first, count, offset + first * width) != count * width:
+            read = _preadv(self._descriptor, address + first * size, count, offset + first * width)
+            if read != count * width:
                 return False
         return True
 

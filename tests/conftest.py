@@ -111,6 +111,14 @@ def _no_gradients() -> Iterator[None]:
 
 
 @pytest.fixture
+def exact_products() -> Iterator[None]:
+    """On a GPU convolutions may use tf32 unless told otherwise."""
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.fixture
 def listing() -> Callable[[Path], dict[str, bytes]]:
     """Everything below a folder, to show that nothing was written."""
     return lambda folder: {

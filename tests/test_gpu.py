@@ -6,7 +6,6 @@ import importlib.util
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,10 @@ from transformers import AutoModelForCausalLM, NemotronHForCausalLM
 
 from hf_elastic import ElasticConfig, Phase, PhasePlan, elastify, memory
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.usefixtures("exact_products"),
+]
 load = AutoModelForCausalLM.from_pretrained
 KERNELS = [name for name in ("mamba_ssm", "causal_conv1d") if importlib.util.find_spec(name)]
 without_kernels = pytest.mark.skipif(
@@ -26,14 +28,6 @@ without_kernels = pytest.mark.skipif(
 ATOL = 1e-4
 """Between a GPU and the CPU, for float32 logits of magnitude 1 to 10 that are the same sums in another order. What is computed twice on the
 GPU compares as on the CPU."""
-
-
-@pytest.fixture(autouse=True)
-def _exact_products() -> Iterator[None]:
-    """Convolutions may use tf32 unless told otherwise."""
-    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
-    yield
-    torch.backends.cudnn.allow_tf32 = before
 
 
 def on_gpu(model) -> bool:

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 
 import pytest
 import torch
 from runs import family, trainer
 
 KERNELS = importlib.util.find_spec("mamba_ssm")
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() or bool(KERNELS), reason="needs a GPU, and no kernels that refuse the CPU"
-)
-
-
-@pytest.fixture(autouse=True)
-def _exact_products() -> Iterator[None]:
-    """Convolutions may use tf32 unless told otherwise."""
-    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
-    yield
-    torch.backends.cudnn.allow_tf32 = before
+pytestmark = [
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or bool(KERNELS), reason="needs a GPU, and no kernels that refuse the CPU"
+    ),
+    pytest.mark.usefixtures("exact_products"),
+]
 
 
 @pytest.mark.parametrize("name", ["nano3", "granite"])
