@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import mmap
 import os
 import sys
 import threading
 import weakref
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,10 @@ from .errors import CheckpointError
 _SCATTERED_BYTES = 512  # from here on rows that lie apart in memory are read there one by one, without a copy
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 _MADV_POPULATE_WRITE = 23
+_IOVEC_BYTES = 16
 _madvise = _LIBC.madvise if _LIBC else None
+if _madvise:
+    _madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _MOST_SEGMENTS = os.sysconf("SC_IOV_MAX") if _LIBC else 1
 # Not `os.preadv`: making a buffer of every row takes longer than reading it, and Python's lock meanwhile.
 _preadv = getattr(_LIBC, "preadv", None) if sys.maxsize > 2**32 else None
@@ -66,17 +69,15 @@ class TensorFile:
                 raise CheckpointError(f"{self.path} ended while it was read; fetch or save it again.")
             done += count
 
-    def scatter_into(self, target: np.ndarray, offset: int) -> bool:
-        """Fill an array of bytes whose rows lie apart, each as one segment of a single read; says whether it could."""
-        if _preadv is None or target.shape[-1] < _SCATTERED_BYTES:
+    def scatter_into(self, segments: Segments, low: int, high: int, offset: int) -> bool:
+        """Fill the rows between two indices, which lie one after the other in the file; says whether it could."""
+        if _preadv is None:
             return False
-        width, most = target.shape[-1], _MOST_SEGMENTS
-        segments = _segments(target.shape, target.strides) + np.array((target.ctypes.data, 0), np.uint64)
-        address, size = segments.ctypes.data, segments.strides[0]
-        for first in range(0, len(segments), most):
-            count = min(most, len(segments) - first)
-            read = _preadv(self._descriptor, address + first * size, count, offset + first * width)
-            if read != count * width:
+        width, most = segments.width, _MOST_SEGMENTS
+        for first in range(low * segments.per_row, high * segments.per_row, most):
+            count = min(most, high * segments.per_row - first)
+            at = offset + (first - low * segments.per_row) * width
+            if _preadv(self._descriptor, segments.address + first * _IOVEC_BYTES, count, at) != count * width:
                 return False
         return True
 
@@ -90,13 +91,28 @@ class TensorFile:
         return len(data)
 
 
-@lru_cache(maxsize=64)
-def _segments(shape: tuple[int, ...], strides: tuple[int, ...]) -> np.ndarray:
-    """Where the rows of an array of bytes start, counted from its start, and their size, as in `struct iovec`."""
-    starts: np.ndarray = np.zeros((), np.uint64)
-    for count, stride in zip(shape[:-1], strides[:-1], strict=True):
-        starts = starts[..., None] + np.arange(count, dtype=np.uint64) * np.uint64(stride)
-    return np.stack((starts.reshape(-1), np.full(starts.size, shape[-1], np.uint64)), axis=-1)
+class Segments:
+    """Rows of an array of bytes that lie apart in memory, as `preadv` takes them: the fields of `struct iovec`.
+
+    Args:
+        target (`np.ndarray`): The array; its last dimension is contiguous.
+    """
+
+    def __init__(self, target: np.ndarray):
+        self.width = target.shape[-1]
+        self.per_row = math.prod(target.shape[1:-1])
+        starts: np.ndarray = np.array(target.ctypes.data, np.uint64)
+        for count, stride in zip(target.shape[:-1], target.strides[:-1], strict=True):
+            starts = starts[..., None] + np.arange(count, dtype=np.uint64) * np.uint64(stride)
+        self._fields = np.empty((starts.size, 2), np.uint64)
+        self._fields[:, 0], self._fields[:, 1] = starts.reshape(-1), self.width
+        self._target = target  # must live as long as its addresses
+        self.address = self._fields.ctypes.data
+
+    @staticmethod
+    def of(target: np.ndarray) -> Segments | None:
+        """Of an array whose rows are long enough for it."""
+        return None if target.shape[-1] < _SCATTERED_BYTES else Segments(target)
 
 
 def populate(memory: np.ndarray) -> None:
@@ -105,7 +121,6 @@ def populate(memory: np.ndarray) -> None:
     Kernels before Linux 5.14 refuse, and go on as before.
     """
     if _madvise:
-        start = memory.ctypes.data // mmap.PAGESIZE * mmap.PAGESIZE
-        _madvise(
-            ctypes.c_void_p(start), ctypes.c_size_t(memory.ctypes.data + memory.nbytes - start), _MADV_POPULATE_WRITE
-        )
+        address = memory.ctypes.data
+        start = address // mmap.PAGESIZE * mmap.PAGESIZE
+        _madvise(start, address + memory.nbytes - start, _MADV_POPULATE_WRITE)

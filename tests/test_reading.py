@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hf_elastic import reading, tensor_file
+from hf_elastic import reading, rows, tensor_file
 from hf_elastic.axes import take
 from hf_elastic.errors import CheckpointError
 from hf_elastic.tensor_file import TensorFile
@@ -32,7 +32,7 @@ CASES = {
 def test_block_is_the_part(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, dtype: torch.dtype, chunk: int
 ) -> None:
-    monkeypatch.setattr(reading, "_BAND_BYTES", chunk)
+    monkeypatch.setattr(rows, "_BAND_BYTES", chunk)
     shape, runs = CASES[case]
     tensors = {name: torch.randn(shape).to(dtype) for name in ("a", "b")}
     save_file({"before": torch.ones(3), **tensors}, tmp_path / "x.safetensors")
@@ -70,8 +70,8 @@ def test_rows_are_put_together_from_several_files(
     """Whole rows that lie apart in memory are read there at once, in as many segments as the system takes; if that fails, copied."""
     monkeypatch.setattr(tensor_file, "_SCATTERED_BYTES", 1 << 20 if how == "copied" else 1)
     monkeypatch.setattr(tensor_file, "_MOST_SEGMENTS", 2 if how == "in bits" else 1024)
-    copied, cut = [], reading._Rows._cut_into
-    monkeypatch.setattr(reading._Rows, "_cut_into", lambda self, target: (copied.append(1), cut(self, target)))
+    copied, cut = [], rows._Filling._cut
+    monkeypatch.setattr(rows._Filling, "_cut", lambda *args: (copied.append(1), cut(*args)))
     if how == "cut short":  # as by a signal
         monkeypatch.setattr(tensor_file, "_preadv", lambda descriptor, segments, count, offset: 5)
     size, parts = PARTS[case]
@@ -102,8 +102,8 @@ def test_systems_without_positioned_reads(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_the_next_band_is_announced_before_one_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is read was announced just before, and no more than the band after it."""
-    monkeypatch.setattr(reading, "_BAND_BYTES", 40)
-    monkeypatch.setattr(reading, "_AHEAD_BYTES", 80)
+    monkeypatch.setattr(rows, "_BAND_BYTES", 40)
+    monkeypatch.setattr(rows, "_AHEAD_BYTES", 80)
     events: list[tuple[str, int, int]] = []
     read, tensor = TensorFile.read_into, torch.randn(12, 5)
     save_file({"a": tensor}, tmp_path / "x.safetensors")
