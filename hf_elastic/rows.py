@@ -20,7 +20,7 @@ import numpy as np
 
 from .tensor_file import Segments, TensorFile, populate
 
-_BAND_BYTES = 1 << 20  # filled at a time
+_BAND_BYTES = 2 << 20  # filled at a time
 _AHEAD_BYTES = 32 << 20  # announced at a time
 _CUT_BYTES = 512 << 10  # read at a time where columns are cut, so that they are still in the cache of a core then
 _LONG_ROW_BYTES = 256  # from here on the bytes of a row are copied as such, not as one element
