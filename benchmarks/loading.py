@@ -55,9 +55,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="hf-elastic-loading-") as scratch:
         folders = {name: Path(scratch, name) for name in ("elastic", "export", "stock_parent")}
         in_child(_prepare, folders, parent)  # a process of its own gives all its memory back
-        with backed_memory(
-            CostModel(parent).full.weight_bytes(torch.bfloat16) * 3
-        ):  # for what is loaded, and for files that are read anew
+        held = 3 * CostModel(parent).full.weight_bytes(torch.bfloat16)  # for models, and for files that are read anew
+        with backed_memory(held):
             compare(report, folders, rounds)
     return report.finish(options)
 

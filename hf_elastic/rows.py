@@ -20,7 +20,8 @@ import numpy as np
 
 from .tensor_file import Segments, TensorFile, populate
 
-_BAND_BYTES = 2 << 20  # filled at a time
+_BAND_BYTES = 1 << 20  # filled at a time
+_ROW_BYTES = 2 << 20  # larger rows, such as experts, are filled in bands themselves; smaller ones are not worth it
 _AHEAD_BYTES = 32 << 20  # announced at a time
 _CUT_BYTES = 512 << 10  # read at a time where columns are cut, so that they are still in the cache of a core then
 _LONG_ROW_BYTES = 256  # from here on the bytes of a row are copied as such, not as one element
@@ -172,7 +173,7 @@ def fill(target: np.ndarray, rows: Sequence[Rows]) -> None:
         rows (`list[Rows]`): What belongs there, each byte once.
     """
     for region, inside in _announced(_bands(target, rows, _AHEAD_BYTES)):
-        for array, here in _opened(region, inside, _BAND_BYTES):
+        for array, here in _opened(region, inside, _ROW_BYTES):
             fillings = [_Filling(part, array) for part in here]
             step = max(1, _BAND_BYTES // _longest(array, here))
             for start in range(0, len(array), step):

@@ -32,7 +32,8 @@ CASES = {
 def test_block_is_the_part(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, dtype: torch.dtype, chunk: int
 ) -> None:
-    monkeypatch.setattr(rows, "_BAND_BYTES", chunk)
+    for size in ("_BAND_BYTES", "_ROW_BYTES"):
+        monkeypatch.setattr(rows, size, chunk)
     shape, runs = CASES[case]
     tensors = {name: torch.randn(shape).to(dtype) for name in ("a", "b")}
     save_file({"before": torch.ones(3), **tensors}, tmp_path / "x.safetensors")
@@ -77,8 +78,8 @@ def test_rows_are_put_together_from_several_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, how: str, band: int
 ) -> None:
     """Whole rows that lie apart in memory are read there at once, in as many segments as the system takes; if that fails, copied."""
-    monkeypatch.setattr(rows, "_BAND_BYTES", band)
-    monkeypatch.setattr(rows, "_AHEAD_BYTES", 2 * band)
+    for size in ("_BAND_BYTES", "_ROW_BYTES", "_AHEAD_BYTES"):
+        monkeypatch.setattr(rows, size, band)
     monkeypatch.setattr(tensor_file, "_SCATTERED_BYTES", 1 << 20 if how == "copied" else 1)
     monkeypatch.setattr(tensor_file, "_MOST_SEGMENTS", 2 if how == "in bits" else 1024)
     copied, cut = [], rows._Filling._cut
