@@ -60,8 +60,9 @@ class Runs:
         self.steps = 4 if options.quick else 1000
         self.problems = 2 if options.quick else 200
         self.letters = 4 if options.quick else LETTERS
-        scratch = tempfile.mkdtemp(prefix="hf-elastic-lab-") if options.quick else None
-        self._folder = Path(scratch or options.runs)
+        # Removed with this object.
+        self._scratch = tempfile.TemporaryDirectory(prefix="hf-elastic-lab-") if options.quick else None
+        self._folder = Path(self._scratch.name if self._scratch else options.runs)
         self._folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer = build_tokenizer()
         self.commits: set[str] = set()

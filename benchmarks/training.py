@@ -84,9 +84,7 @@ def make_steps(quick: bool) -> tuple[ElasticForCausalLM, dict[str, Callable[[], 
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(5, model.config.vocab_size, (batch, length), generator=generator)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-    scratch = tempfile.mkdtemp(prefix="hf-elastic-training-")
     common: dict[str, Any] = {
-        "output_dir": scratch,
         "max_steps": 1,
         "use_cpu": True,
         "bf16": False,
@@ -96,8 +94,10 @@ def make_steps(quick: bool) -> tuple[ElasticForCausalLM, dict[str, Callable[[], 
         "dataset_kwargs": {"skip_prepare_dataset": True},
     }
     rows = {"train_dataset": Dataset.from_dict({"input_ids": ids.tolist()}), "processing_class": build_tokenizer()}
-    elastic = ElasticDistillationTrainer(model=model, args=ElasticDistillationConfig(**common), **rows)
-    stock = SFTTrainer(model=stock_model, args=SFTConfig(**common), **rows)
+    with tempfile.TemporaryDirectory(prefix="hf-elastic-training-") as scratch:  # nothing is saved there
+        common["output_dir"] = scratch
+        elastic = ElasticDistillationTrainer(model=model, args=ElasticDistillationConfig(**common), **rows)
+        stock = SFTTrainer(model=stock_model, args=SFTConfig(**common), **rows)
     for trainer in (elastic, stock):
         trainer.current_gradient_accumulation_steps = 1
     teacher = elastic.teacher_model
