@@ -73,11 +73,11 @@ class TensorFile:
         """Fill the rows between two indices, which lie one after the other in the file; says whether it could."""
         if _preadv is None:
             return False
-        width, most = segments.width, _MOST_SEGMENTS
-        for first in range(low * segments.per_row, high * segments.per_row, most):
-            count = min(most, high * segments.per_row - first)
-            at = offset + (first - low * segments.per_row) * width
-            if _preadv(self._descriptor, segments.address + first * _IOVEC_BYTES, count, at) != count * width:
+        first, last = low * segments.per_row, high * segments.per_row
+        for start in range(first, last, _MOST_SEGMENTS):
+            count = min(_MOST_SEGMENTS, last - start)
+            at = offset + (start - first) * segments.width
+            if _preadv(self._descriptor, segments.address + start * _IOVEC_BYTES, count, at) != count * segments.width:
                 return False
         return True
 

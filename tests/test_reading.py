@@ -72,7 +72,7 @@ PARTS = {
 
 
 @pytest.mark.parametrize("band", [1, 80, 1 << 20])
-@pytest.mark.parametrize("how", ["scattered", "in bits", "cut short", "copied"])
+@pytest.mark.parametrize("how", ["scattered", "in bits", "cut short", "missing", "copied"])
 @pytest.mark.parametrize("case", PARTS)
 def test_rows_are_put_together_from_several_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, how: str, band: int
@@ -86,6 +86,8 @@ def test_rows_are_put_together_from_several_files(
     monkeypatch.setattr(rows._Filling, "_cut", lambda *args: (copied.append(1), cut(*args)))
     if how == "cut short":  # as by a signal
         monkeypatch.setattr(tensor_file, "_preadv", lambda descriptor, segments, count, offset: 5)
+    if how == "missing":
+        monkeypatch.setattr(tensor_file, "_preadv", None)
     size, parts = PARTS[case]
     tensor = torch.randn(size)
     blocks = []
@@ -99,7 +101,7 @@ def test_rows_are_put_together_from_several_files(
         blocks.append(reading.Block(TensorFile(path), "a", whole, torch.float32, runs, places))
     assert torch.equal(reading.Joined(size, blocks)[...], tensor)
     lie_apart = case != "inside a stack" or band > 96  # an expert at a time is filled with whole rows
-    assert bool(copied) == (lie_apart and (how in ("cut short", "copied") or sys.platform != "linux"))
+    assert bool(copied) == (lie_apart and (how in ("cut short", "missing", "copied") or sys.platform != "linux"))
 
 
 def test_systems_without_positioned_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
