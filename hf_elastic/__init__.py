@@ -11,6 +11,7 @@ from .cards import render_card
 from .configuration_elastic import ElasticConfig
 from .elastify import elastify
 from .errors import (
+    BusyError,
     CheckpointError,
     ElasticConfigError,
     ExportError,
@@ -26,6 +27,7 @@ from .masking import masked_model
 from .modeling_elastic import ElasticForCausalLM, ElasticModel
 
 __all__ = [
+    "BusyError",
     "CheckpointError",
     "ElasticConfig",
     "ElasticConfigError",

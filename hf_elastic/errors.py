@@ -42,6 +42,10 @@ class HandoverError(HFElasticError, ValueError):
     """A cache cannot be handed from one submodel to another."""
 
 
+class BusyError(HFElasticError, RuntimeError):
+    """Another thread is using the family, and this would change what it runs at; nothing was changed."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ` Did you mean 'x'?` for the nearest of `known`, or an empty string."""
     written = {str(k).lower(): k for k in known}

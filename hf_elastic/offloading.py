@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Offloaded:
-    """A tensor of a submodel that is fetched when it is needed. It stands beside the [`hf_elastic.slicing.Bound`] ones."""
+    """A tensor of a submodel that is fetched when it is needed. It stands beside the [`hf_elastic.bound.Bound`] ones."""
 
     owner: nn.Module
     leaf: str
@@ -36,6 +36,10 @@ class Offloaded:
 
     def refresh(self) -> None:
         """Nothing is kept."""
+
+    def settle(self) -> bool:
+        """Nothing is kept that could have been changed."""
+        return False
 
 
 class CutWeights(Mapping[str, torch.Tensor]):

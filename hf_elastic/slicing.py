@@ -17,6 +17,7 @@ from transformers.initialization import no_init_weights
 
 from .architectures import Architecture
 from .axes import Run, Sizes, TensorRule, take
+from .bound import Bound, view_parameter
 from .errors import ElasticConfigError, HFElasticError
 from .offloading import Offloaded, follow_hooks, is_fetched
 from .submodel import Submodel
@@ -137,46 +138,6 @@ def use_eager_experts_if_misaligned(config: PreTrainedConfig, architecture: Arch
         config._experts_implementation = "eager"
 
 
-@dataclass
-class Bound:
-    """A tensor of a submodel and where it lies in the parent: a view, or a copy where no view can give it.
-
-    Args:
-        owner (`nn.Module`): Module of the parent that holds the tensor, as `leaf`.
-        source (`torch.Tensor`): The parent's tensor.
-        copy (`torch.Tensor`, *optional*): What is kept of it, if that is no view.
-    """
-
-    piece: Piece
-    owner: nn.Module
-    leaf: str
-    source: torch.Tensor
-    copy: torch.Tensor | None
-
-    def __post_init__(self) -> None:
-        self.address = self.source.data_ptr()
-        self.version = _version(self.source)
-        self.requires_grad = self.source.requires_grad
-
-    @property
-    def is_current(self) -> bool:
-        """Whether the parent still holds the same memory, frozen or not as then, and not another tensor that was put in its place."""
-        same = getattr(self.owner, self.leaf) is self.source and self.source.data_ptr() == self.address
-        return same and self.source.requires_grad == self.requires_grad
-
-    def refresh(self) -> None:
-        """Copy again if the parent's tensor was changed in place since."""
-        version = _version(self.source)
-        if self.copy is not None and (version is None or version != self.version):
-            self.copy.copy_(self.piece.narrow(self.source.detach()))
-            self.version = version
-
-
-def _version(tensor: torch.Tensor) -> int | None:
-    """How often a tensor was changed in place; tensors made in inference mode do not count it."""
-    return None if tensor.is_inference() else tensor._version
-
-
 def bind_views(
     tree: PreTrainedModel, parent: nn.Module, architecture: Architecture, config: PreTrainedConfig, submodel: Submodel
 ) -> list[Bound | Offloaded]:
@@ -207,22 +168,23 @@ def bind_views(
         holder = parent.get_submodule(owner)
         tensor: torch.Tensor = getattr(holder, leaf)
         view = piece.narrow(tensor.detach())
-        if not tensor.is_meta:
-            bound.append(Bound(piece, holder, leaf, tensor, None if piece.is_view else view))
-        elif not any(map(is_fetched, _around(parent, owner))):
+        if tensor.is_meta and not any(map(is_fetched, _around(parent, owner))):
             raise ElasticConfigError(
                 f"{source} has no storage and no hook of accelerate that fetches it, so its submodels have none either; load the whole parent "
                 "to switch budgets, or one budget with from_pretrained(..., budget=...)."
             )
-        else:
-            bound.append(Offloaded(holder, leaf))
         module = tree.get_submodule(name.rpartition(".")[0])
         if piece.rule.buffer:
             module._buffers[leaf] = view
         else:
-            module._parameters[leaf] = _view_parameter(view, tensor.requires_grad and not tensor.is_meta, name)
+            asks = tensor.requires_grad and not tensor.is_meta
+            module._parameters[leaf] = view_parameter(view, asks, name, "call model.train() before the forward pass")
+        placed = getattr(module, leaf)
         if tensor.is_meta:
-            fetched.add(id(getattr(module, leaf)))
+            fetched.add(id(placed))
+            bound.append(Offloaded(holder, leaf))
+        else:
+            bound.append(Bound(source, piece.runs, holder, leaf, tensor, module, placed, not piece.is_view))
     follow_hooks(tree, parent, architecture, submodel, named)
     share_constant_buffers(tree, parent)
     tree.tie_weights()
@@ -241,28 +203,6 @@ def _around(model: nn.Module, name: str) -> Iterator[nn.Module]:
     while name:
         yield model.get_submodule(name)
         name = name.rpartition(".")[0]
-
-
-def _view_parameter(view: torch.Tensor, requires_grad: bool, name: str) -> nn.Parameter:
-    """A parameter of a live submodel.
-
-    It asks for gradients where the parent's does: with one that does not, torch multiplies three-dimensional activations that are not
-    contiguous (the last position, when a prompt is read) by a copy of the whole matrix, a third of the time of a prompt in bfloat16. But
-    a gradient would end in the view and the parent would never see it, so computing one is an error.
-    """
-    # A model loaded in inference mode has no gradients to ask for.
-    requires_grad = requires_grad and not view.is_inference()
-    parameter = nn.Parameter(view, requires_grad=requires_grad)
-    if requires_grad:
-
-        def refuse(gradient: torch.Tensor) -> None:
-            raise HFElasticError(
-                f"a gradient for {name} at a budget in evaluation mode would not reach the weights of the whole family; call model.train() "
-                "before the forward pass."
-            )
-
-        parameter.register_hook(refuse)
-    return parameter
 
 
 def local_names(piece: Piece, architecture: Architecture, available: Mapping[str, object]) -> tuple[str | None, str]:

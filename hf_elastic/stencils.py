@@ -94,6 +94,27 @@ def make_units(
     return list(units.values())
 
 
+class CutHead:
+    """A module at a budget in training mode, for who uses its tensors beside its forward (trl multiplies by the head's weight).
+
+    Args:
+        unit (`Unit`): The module's.
+    """
+
+    def __init__(self, unit: Unit):
+        self._unit, self._pieces = unit, dict(unit.parts)
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self._pieces:
+            return getattr(self._unit.module, name)
+        tensor = attribute(self._unit.module, name)
+        # A shard knows nothing of the rows that others hold.
+        return cut(tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor, self._pieces[name])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._unit.module(*args, **kwargs)
+
+
 class StandIn(partial):
     """A forward that stands in for the one of a parent's module."""
 

@@ -67,9 +67,7 @@ def copied(model):
 
 
 def identities(model):
-    return {
-        key: (id(tensor), tensor.data_ptr()) for key, tensor in [*model.named_parameters(), *model.named_buffers()]
-    }
+    return {key: (id(tensor), tensor.data_ptr()) for key, tensor in model.state_dict(keep_vars=True).items()}
 
 
 # Switching
@@ -332,23 +330,25 @@ def test_state_dict_is_that_of_the_budget(name, budget, family, sliced, original
     model = family(name)
     model.set_budget(budget)
     assert_same_weights(dict(model.state_dict()), sliced(name, budget))
-    assert [key for key, _ in model.named_parameters()] == [key for key, _ in sliced(name, budget).named_parameters()]
     model.set_budget(None)
     assert_same_weights(model, original(name))
 
 
 @each_model
 @each_budget
-def test_loading_a_state_dict_while_switched_reaches_the_parent(name, budget, family, tmp_path):
-    """The views are the parent's memory, so what is loaded into them stays when switching back."""
+@pytest.mark.parametrize("assign", [False, True])
+def test_loading_a_state_dict_while_switched_reaches_the_parent(name, budget, assign, family, tmp_path):
+    """Views are the parent's memory; copies, and tensors that were put in their place, are written back."""
     model = family(name)
     model.set_budget(budget)
-    views = {key for key in model.state_dict() if key not in copied(model)}
-    model.load_state_dict({k: v + 1 for k, v in model.state_dict().items() if k in views}, strict=False)
-    expected = {k: v.clone() for k, v in model.state_dict().items() if k in views}
+    expected = {k: v + 1 for k, v in model.state_dict().items()}
+    model.load_state_dict({k: v.clone() for k, v in expected.items()}, assign=assign)
+    model.save_pretrained(tmp_path)
+    assert_same_weights(dict(model.state_dict()), expected)
+    assert_same_weights(load(tmp_path, budget=budget), expected)
     model.set_budget(None)
     model.set_budget(budget)
-    assert all(torch.equal(model.state_dict()[key], value) for key, value in expected.items())
+    assert_same_weights(dict(model.state_dict()), expected)
 
 
 @each_model
@@ -515,7 +515,7 @@ def test_freezing_the_family_freezes_every_budget(where, name, family, ids):
 
 @each_model
 def test_the_last_position_of_a_prompt_is_multiplied_without_a_copy_of_the_head(name, family, ids):
-    """Torch multiplies it by an expanded copy of a matrix that asks for no gradient; see `slicing._view_parameter`."""
+    """Torch multiplies it by an expanded copy of a matrix that asks for no gradient; see `bound.view_parameter`."""
     model = family(name).eval()
 
     class Batched(TorchDispatchMode):

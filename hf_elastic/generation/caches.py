@@ -55,6 +55,44 @@ def write_cache(states: States, config: PreTrainedConfig) -> Cache:
     return cache
 
 
+def claim(cache: Cache, architecture: Architecture, config: PreTrainedConfig, submodel: Submodel) -> None:
+    """Note on a cache which submodel writes it.
+
+    Args:
+        config (`PreTrainedConfig`): The parent's stock config.
+
+    Raises:
+        `HandoverError`: another one has written it.
+    """
+    writer = getattr(cache, "_hf_elastic_submodel", None)
+    if writer is submodel:
+        return
+    if writer is None:
+        fits = _fits(read_cache(cache), architecture, config, submodel)
+    else:
+        fits = writer == submodel
+    if not fits:
+        by = "another model or budget" if writer is None else f"the budget {writer.to_dict()}"
+        raise HandoverError(
+            f"this cache was written by {by}, and the model is at {submodel.to_dict()}. A cache goes on at the budget that wrote it; to go on "
+            "at another one, use generate(phase_plan=...), which hands it over, or read the text again with an empty cache."
+        )
+    cache._hf_elastic_submodel = submodel  # type: ignore[attr-defined]
+
+
+def _fits(states: States, architecture: Architecture, config: PreTrainedConfig, submodel: Submodel) -> bool:
+    """Whether states can be a submodel's: as many layers, and of its sizes."""
+    if len(states) > len(submodel.layers):
+        return False
+    for found, layer in zip(states, submodel.layers, strict=False):
+        for rule in architecture.states(config.per_layer_config[layer], layer):
+            if (tensor := found.get(rule.kind)) is not None:
+                first, *rest = (dim.size(submodel.at(layer)) for dim in rule.dims)
+                if [tensor.shape[1], *tensor.shape[3 if rule.kind in PER_TOKEN else 2 :]] != [first, *rest]:
+                    return False
+    return True
+
+
 def take_row(states: States, row: int, tokens: int) -> States:
     """The states of one sequence of a batch, without the padding on its left.
 

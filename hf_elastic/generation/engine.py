@@ -50,7 +50,7 @@ class PhaseLoop:
     """
 
     def __init__(self, model: Any, phases: Sequence[BoundPhase], prompts: Sequence[Sequence[int]], settings: Settings):
-        self.model, self.phases, self.settings = model, phases, settings
+        self.family, self.model, self.phases, self.settings = model, model, phases, settings
         self.rows = [Row(list(ids), len(ids)) for ids in prompts]
         count = len(self.rows)
         self.records = [
@@ -81,7 +81,7 @@ class PhaseLoop:
             record.spans[i] = (len(row.ids) - row.prompt,) * 2
             if bound.start_id is not None and not is_open(row.ids, bound):
                 events += self._insert(i, (bound.start_id,))
-        self.model.set_budget(bound.submodel)
+        self.model = self.family._running_at(bound.submodel)
         record.handover = bound.handover
         chunk = self.settings.config.prefill_chunk_size
         self.batch = Batch(self.model, [self.rows[i] for i in self.live], source, self.pad_id, chunk)
@@ -219,8 +219,8 @@ class PhaseLoop:
 def run_phases(
     model: Any, phases: Sequence[BoundPhase], prompt: torch.Tensor, mask: torch.Tensor, settings: Settings
 ) -> Generator[PhaseEvent, None, PhaseOutput]:
-    """Generate in phases, one event at a time. While the generator is suspended the model is at the budget of its phase; closing it, or its
-    end, puts the model back.
+    """Generate in phases, one event at a time. Every phase runs a size beside the model, which stays at its budget; only in training mode the
+    model itself is switched, and put back at the end of the generator.
 
     Args:
         model ([`ElasticForCausalLM`]): Switchable between the submodels of the phases.
@@ -243,5 +243,6 @@ def run_phases(
             while loop.live:
                 yield from loop.step()
     finally:
-        model.set_budget(before)
+        if model._trains:
+            model.set_budget(before)
     return loop.output(prompt)

@@ -97,8 +97,8 @@ class PhasedGenerationMixin:
     ) -> Generator[PhaseEvent, None, PhaseOutput]:
         """As `generate(phase_plan=...)`, as a generator of [`PhaseEvent`]s whose value is a [`PhaseOutput`].
 
-        Everything is checked at the call. Between two events the model stays at the budget of the phase: close the generator, or let it end,
-        before the model is used for anything else.
+        Everything is checked at the call. The model itself stays at its budget, and can be used between two events; in training mode only it
+        is at the budget of the phase until the generator ends or is closed.
         """
         return self._prepare_phases(args, phase_plan, tokenizer, kwargs)[0]
 

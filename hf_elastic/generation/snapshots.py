@@ -42,10 +42,10 @@ class Snapshot:
 
 
 class Reader:
-    """A submodel that reads a text which grows and is sometimes taken back. Every call runs at the budget that is active, the same each time.
+    """A submodel that reads a text which grows and is sometimes taken back. Its settings are changed while it reads.
 
     Args:
-        model (`ElasticForCausalLM`): At the budget that reads.
+        model (`ElasticForCausalLM`): Reads; nobody else may run these modules.
         ids (`torch.LongTensor` of shape `(1, prompt)`): Is read here, as plain generation reads a prompt.
         generation_config (`GenerationConfig`): As upstream's `generate` prepared it.
         inputs (`dict[str, Any]`): Further arguments of the model, as upstream's `generate` prepared them for the prompt.

@@ -113,20 +113,23 @@ class SpeculationMixin:
         if draft_budget is None:
             if num_draft_tokens is not None:
                 raise SpeculationError(f"num_draft_tokens={num_draft_tokens!r} needs draft_budget=..., which drafts.")
-            return super().generate(*args, **kwargs)  # type: ignore[misc]
+            if kwargs.get("phase_plan") is not None:
+                return super().generate(*args, **kwargs)  # type: ignore[misc]
+            with self._in_use() as model:  # type: ignore[attr-defined]
+                return super(SpeculationMixin, model).generate(*args, **kwargs | model._training_cache(True, kwargs))
         kwargs = by_name(self, args, kwargs)
         count = DRAFT_TOKENS if num_draft_tokens is None else num_draft_tokens
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise SpeculationError(f"num_draft_tokens={count!r} must be a whole number of at least 1.")
-        drafter = _drafter(self, draft_budget)
-        settings = _checked(self, kwargs)
+        model, drafter = _drafter(self, draft_budget)
+        settings = _checked(model, kwargs)
         if settings.stop_strings is not None and kwargs.get("tokenizer") is not None:
             criteria = with_stop_strings(
                 kwargs.get("stopping_criteria"), settings.stop_strings, kwargs.pop("tokenizer")
             )
             kwargs |= {"stopping_criteria": criteria, "stop_strings": None}
         loop = functools.partial(speculate, drafter=drafter, count=count, streamer=kwargs.get("streamer"))
-        return super().generate(**{**kwargs, "custom_generate": loop})  # type: ignore[misc]
+        return super(SpeculationMixin, model).generate(**{**kwargs, "custom_generate": loop})
 
 
 def speculate(
@@ -136,7 +139,7 @@ def speculate(
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
-    drafter: Submodel,
+    drafter: Any,
     count: int,
     streamer: Any = None,
     **inputs: Any,
@@ -144,8 +147,8 @@ def speculate(
     """The loop, called by upstream's `generate` when everything is prepared.
 
     Args:
-        model (`ElasticForCausalLM`): At the budget that verifies.
-        drafter (`Submodel`): Nests in it.
+        model (`ElasticForCausalLM`): Verifies.
+        drafter (`ElasticForCausalLM`): A smaller size of it.
         count (`int`): Tokens to draft per pass.
         inputs (`dict[str, Any]`): Arguments of the model for the prompt.
     """
@@ -155,9 +158,7 @@ def speculate(
     scores: tuple[torch.Tensor, ...] | None = () if whole and generation_config.output_scores else None
     logits: tuple[torch.Tensor, ...] | None = () if whole and generation_config.output_logits else None
     done = {"drafted": 0, "accepted": 0, "passes": 0, "rereads": 0}
-    verifier = Reader(model, input_ids, generation_config, inputs)
-    with model.at(drafter):
-        draft = Reader(model, input_ids, generation_config, inputs)
+    verifier, draft = (Reader(reader, input_ids, generation_config, inputs) for reader in (model, drafter))
 
     proposed: list[torch.Tensor] = []  # nothing yet: the prompt alone gives the first token
     text, found = input_ids, verifier.logits.to(device=input_ids.device, dtype=torch.float32)
@@ -187,7 +188,7 @@ def speculate(
             break
 
         ahead = max(0, min(count, length - input_ids.shape[1] - 1))  # one more token comes from the pass itself
-        text, proposed = _draft(model, draft, drafter, input_ids, ahead, logits_processor, sample)
+        text, proposed = _draft(draft, input_ids, ahead, logits_processor, sample)
         if input_ids.shape[1] - verifier.tokens > MOST_REREAD:
             verifier.read(input_ids[:, :-1])
             done["rereads"] += 1
@@ -203,9 +204,7 @@ def speculate(
 
 
 def _draft(
-    model: Any,
     draft: Reader,
-    drafter: Submodel,
     text: torch.Tensor,
     count: int,
     logits_processor: LogitsProcessorList,
@@ -213,12 +212,11 @@ def _draft(
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The text with `count` tokens more, and the distributions that these were drawn from."""
     proposed: list[torch.Tensor] = []
-    with model.at(drafter):
-        for i in range(count):
-            if i:
-                draft.mark()
-            proposed.append(distribution(logits_processor(text, draft.read(text)), sample))
-            text = torch.cat([text, pick(proposed[-1], sample)], dim=1)
+    for i in range(count):
+        if i:
+            draft.mark()
+        proposed.append(distribution(logits_processor(text, draft.read(text)), sample))
+        text = torch.cat([text, pick(proposed[-1], sample)], dim=1)
     return text, proposed
 
 
@@ -271,8 +269,8 @@ def accept(
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
-def _drafter(model: Any, budget: Any) -> Submodel:
-    """The submodel that drafts.
+def _drafter(model: Any, budget: Any) -> tuple[Any, Any]:
+    """Who verifies and who drafts: shadows of the model at the active budget and at another one, as drafting changes settings of modules.
 
     Raises:
         `SpeculationError`: it is not smaller than the active one, or the model is in training mode.
@@ -288,10 +286,11 @@ def _drafter(model: Any, budget: Any) -> Submodel:
         )
     if model.training or model._computing:
         raise SpeculationError("draft_budget= needs evaluation mode; call model.eval() first.")
-    with model.at(drafter):  # refused now, if it cannot be: adapters, quantised or offloaded weights
-        if any(getattr(layer, "is_sliding", False) for layer in DynamicCache(config=model.config).layers):
-            raise SpeculationError("draft_budget= is not supported for sliding-window attention: its cache forgets.")
-    return drafter
+    with model._in_use():  # refused now, if it is not known what is active here
+        verifies, drafts = model._shadow(active), model._shadow(drafter)
+    if any(getattr(layer, "is_sliding", False) for layer in DynamicCache(config=drafts.config).layers):
+        raise SpeculationError("draft_budget= is not supported for sliding-window attention: its cache forgets.")
+    return verifies, drafts
 
 
 def _checked(model: Any, kwargs: dict[str, Any]) -> GenerationConfig:

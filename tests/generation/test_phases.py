@@ -272,14 +272,32 @@ def test_auto_takes_the_cache_where_it_is_exact_or_was_trained(family, monkeypat
     assert handover(PhasePlan(phases=[shallow, Phase(name="b", max_new_tokens=1)])) == "reprefill"
 
 
-def test_closing_the_stream_puts_the_model_back(family, prompts):
+def test_the_model_is_free_while_a_stream_runs(family, prompts):
+    """What a stream writes does not depend on what is done with the model between two events, nor the other way round."""
     model = family("nano3")
+    plan = PhasePlan(phases=[Phase("small", name="a", max_new_tokens=9), Phase(name="b", max_new_tokens=9)])
+    expected = [event.token_id for event in model.stream_phases(prompts[0], phase_plan=plan) if event.kind == "token"]
+    texts = {size: model.sized(size).generate(prompts[0], do_sample=False, max_new_tokens=4) for size in ("large", "small")}
+    written = []
+    with model.at("large"):
+        for event in model.stream_phases(prompts[0], phase_plan=plan):
+            assert model.budget == "large"
+            assert not torch.is_inference_mode_enabled()
+            written += [event.token_id] if event.kind == "token" else []
+            for size in ("small", "large"):
+                with model.at(size):
+                    out = model.generate(prompts[0], do_sample=False, max_new_tokens=4)
+                assert torch.equal(out, texts[size])
+        assert written == expected
+
+
+def test_closing_the_stream_puts_a_model_in_training_mode_back(family, prompts):
+    model = copy.deepcopy(family("nano3")).train()
     plan = PhasePlan(phases=[Phase("small", name="a", max_new_tokens=9), Phase(name="b", max_new_tokens=9)])
     with model.at("large"):
         stream = model.stream_phases(prompts[0], phase_plan=plan)
         assert [next(stream).kind for _ in range(3)] == ["start", "token", "token"]
         assert model.budget == "small"
-        assert not torch.is_inference_mode_enabled()
         stream.close()
         assert model.budget == "large"
 
