@@ -54,7 +54,7 @@ class WatchedParameter(_Watched, nn.Parameter):
 class WatchedBuffer(_Watched, torch.Tensor):
     """As [`WatchedParameter`], for buffers."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # results are plain tensors, as of a parameter
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # results are plain tensors, as of a parameter
 
     def _plain(self) -> torch.Tensor:
         return self.detach()
@@ -75,9 +75,7 @@ def watch(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def view_parameter(
-    view: torch.Tensor, requires_grad: bool, name: str, instead: str
-) -> nn.Parameter:
+def view_parameter(view: torch.Tensor, requires_grad: bool, name: str, instead: str) -> nn.Parameter:
     """A parameter of a live submodel.
 
     It asks for gradients where the parent's does: with one that does not, torch multiplies three-dimensional activations that are not
@@ -149,7 +147,8 @@ class Bound:
             return
         values = take(self.source.detach(), self.runs)
         # Who took `.data` may only have looked.
-        if state is None or state.version != self.seen[0].version or not torch.equal(values, self.placed):
+        seen = self.seen[0]
+        if state is None or seen is None or state.version != seen.version or not torch.equal(values, self.placed):
             with writable(self.placed):
                 self.placed.copy_(values)
         self._note()
@@ -163,7 +162,9 @@ class Bound:
         Raises:
             `ElasticConfigError`: what lies there does not fit into the parent.
         """
-        now = (self.holder._parameters if self.leaf in self.holder._parameters else self.holder._buffers).get(self.leaf)
+        now = (self.holder._parameters if self.leaf in self.holder._parameters else self.holder._buffers).get(
+            self.leaf
+        )
         exchanged = now is not self.placed or now.data_ptr() != self.place
         if exchanged:
             self._check(now)
@@ -181,13 +182,14 @@ class Bound:
         return exchanged or frozen
 
     def _was_changed(self, now: torch.Tensor) -> bool:
-        source, placed = _state(self.source), _state(now)
-        if placed is None or placed == self.seen[1]:
-            return placed is None and not torch.equal(now, take(self.source.detach(), self.runs))
-        if placed.version != self.seen[1].version:
+        (source, seen), placed = self.seen, _state(now)
+        if placed is None or seen is None or placed == seen:  # where changes are not counted, the parent's are what counts
+            return False
+        if placed.version != seen.version:
             return True
         # Who took `.data` may only have looked; and if the parent was changed as well, what it holds is newer.
-        return source == self.seen[0] and not torch.equal(now, take(self.source.detach(), self.runs))
+        unchanged = source is not None and source == _state(self.source)
+        return unchanged and not torch.equal(now, take(self.source.detach(), self.runs))
 
     def _check(self, now: Any) -> None:
         fits = type(now) in (nn.Parameter, torch.Tensor, WatchedParameter, WatchedBuffer)

@@ -35,15 +35,15 @@ class Member:
     tree: PreTrainedModel | None = None
 
     def __post_init__(self) -> None:
-        self._structure = _structure({} if self.tree is None else self.modules)
-        self._theirs = _structure(self.parents[0])
+        self._structure = structure_of({} if self.tree is None else self.modules)
+        self._theirs = structure_of(self.parents[0])
         self._shared = _shared(self.tree)
 
     def is_current(self, full: Member) -> bool:
         """Whether the parent still has the same modules, parameters and memory as when this was bound."""
         return (
             self.parents[0] == full.modules
-            and all(module._modules.get(key) is child for _, module, key, child in self._theirs)
+            and is_unchanged(self._theirs)
             and all(bound.is_current for bound in self.bound)
         )
 
@@ -84,11 +84,21 @@ class Member:
                     f"{leaf} of {type(one).__name__} and {key} of {type(other).__name__} are one tensor of the family, and were given different "
                     "values while a budget was active; give both the same one, or call forget_budgets(), which drops the change."
                 )
-        return any([bound.settle() for bound in self.bound])
+        anew = [bound.settle() for bound in self.bound]  # all of them, whatever the first says
+        return any(anew)
 
 
-def _structure(modules: dict[str, nn.Module]) -> list[tuple[str, nn.Module, str, nn.Module]]:
-    """Every child of every module: the module's name, the module, and the child's name and itself."""
+Structure = list[tuple[str, nn.Module, str, nn.Module]]
+"""Every child of every module: the module's name, the module, and the child's name and itself."""
+
+
+def is_unchanged(structure: Structure) -> bool:
+    """Whether every module still has these children."""
+    return all(module._modules.get(key) is child for _, module, key, child in structure)
+
+
+def structure_of(modules: dict[str, nn.Module]) -> Structure:
+    """The children of these modules, of their children, and so on."""
     return [
         (name, module, key, child)
         for first, one in modules.items()

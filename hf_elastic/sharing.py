@@ -123,8 +123,8 @@ class Users:
 
     def was_set_elsewhere(self, settled: Submodel) -> bool:
         """Whether another thread has set another budget since this one set it."""
-        thread, submodel = (_SET.get() or {}).get(self, (None, None))
-        return thread == threading.get_ident() and submodel != settled
+        said = (_SET.get() or WeakKeyDictionary()).get(self)
+        return said is not None and said[0] == threading.get_ident() and said[1] != settled
 
     def refuse_others(self, what: str) -> None:
         """Raise [`BusyError`] if another thread is using the family, so that `what` would change it under its hands."""
@@ -136,9 +136,7 @@ class Users:
             raise BusyError(f"{what} is not possible now: another thread is running this family. {_INSTEAD}")
 
 
-_INSTEAD = (
-    "Wait for it, or take a model of its own for the size, small = family.sized('small'), which runs in its own thread whatever the family does."
-)
+_INSTEAD = "Wait for it, or take a model of its own for the size, small = family.sized('small'), which runs in its own thread whatever the family does."
 
 
 def shadow(

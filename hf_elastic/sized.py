@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 
 from .bound import view_parameter, watch
 from .errors import HFElasticError
-from .members import Member
+from .members import Member, is_unchanged, structure_of
 
 Place = tuple[nn.Module, str, torch.Tensor, int]
 """A module of the family, the name of a tensor of its own, the tensor, and its address."""
@@ -26,12 +26,17 @@ class Share:
     Args:
         family (`weakref.ref`): The whole model.
         member (`Member`): The family's own form of this size.
+        whole (`Member`): What ran everything that is loaded.
         places (`list[Place]`): The tensors that were taken over.
     """
 
     family: weakref.ref[Any]
     member: Member
+    whole: Member
     places: list[Place]
+
+    def __post_init__(self) -> None:
+        self._structure = structure_of(self.whole.modules)
 
     def follow(self) -> None:
         """Take over what was changed in the family.
@@ -40,11 +45,13 @@ class Share:
             `HFElasticError`: the family's weights lie elsewhere now.
         """
         family = self.family()
-        here = all(
+        here = is_unchanged(self._structure) and all(
             module._parameters.get(leaf) is tensor and tensor.data_ptr() == address
             for module, leaf, tensor, address in self.places
         )
-        if not here or (family is not None and not self.member.is_current(family._whole_member())):
+        whole = self.whole if family is None else family._whole_member()
+        bound = self.member.tree is None or self.member.is_current(whole)
+        if not (here and bound and whole.modules == self.whole.modules):
             raise HFElasticError(
                 "the weights of the family were moved, cast or exchanged since this size was taken from it with sized(), and it would run on the old "
                 "ones; take it again."
@@ -65,7 +72,9 @@ def own(model: Any, member: Member, name: str) -> list[Place]:
     config = copy.deepcopy(member.config)
     places: list[Place] = []
     made: dict[int, nn.Parameter] = {}
-    theirs = {path: module for key, child in member.modules.items() for path, module in child.named_modules(prefix=key)}
+    theirs = {
+        path: module for key, child in member.modules.items() for path, module in child.named_modules(prefix=key)
+    }
     for path, module in model.named_modules():
         if isinstance(module.__dict__.get("config"), PreTrainedConfig) and module.config is member.config:
             module.config = config

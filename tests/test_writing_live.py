@@ -185,7 +185,9 @@ def test_what_has_no_place_in_the_family_is_refused_and_can_be_dropped(exchange,
         "save": lambda: model.save_pretrained(tmp_path / "saved"),
         "train": lambda: model.train(),
     }[leave]
-    with pytest.raises(ElasticConfigError, match=r"exchanged .*while a budget was active.*forget_budgets\(\), which drops"):
+    with pytest.raises(
+        ElasticConfigError, match=r"exchanged .*while a budget was active.*forget_budgets\(\), which drops"
+    ):
         act()
     assert model.budget == "small"
     assert not (tmp_path / "saved").exists()

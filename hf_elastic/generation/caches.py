@@ -55,41 +55,52 @@ def write_cache(states: States, config: PreTrainedConfig) -> Cache:
     return cache
 
 
-def claim(cache: Cache, architecture: Architecture, config: PreTrainedConfig, submodel: Submodel) -> None:
+def claim(
+    cache: Cache, architecture: Architecture, config: PreTrainedConfig, submodel: Submodel, writer: Submodel
+) -> None:
     """Note on a cache which submodel writes it.
 
     Args:
         config (`PreTrainedConfig`): The parent's stock config.
+        submodel (`Submodel`): Who goes on with it.
+        writer (`Submodel`): What to note for that; the same, or how another parent calls it.
 
     Raises:
         `HandoverError`: another one has written it.
     """
-    writer = getattr(cache, "_hf_elastic_submodel", None)
-    if writer is submodel:
+    found = getattr(cache, "_hf_elastic_writer", None)
+    if found is writer:
         return
-    if writer is None:
-        fits = _fits(read_cache(cache), architecture, config, submodel)
+    if found is None and not _fits(read_cache(cache), architecture, config, submodel):
+        by = "another model or budget"
+    elif found is not None and found != writer:
+        by = f"the budget {found.to_dict()}"
     else:
-        fits = writer == submodel
-    if not fits:
-        by = "another model or budget" if writer is None else f"the budget {writer.to_dict()}"
-        raise HandoverError(
-            f"this cache was written by {by}, and the model is at {submodel.to_dict()}. A cache goes on at the budget that wrote it; to go on "
-            "at another one, use generate(phase_plan=...), which hands it over, or read the text again with an empty cache."
-        )
-    cache._hf_elastic_submodel = submodel  # type: ignore[attr-defined]
+        cache._hf_elastic_writer = writer  # type: ignore[attr-defined]
+        return
+    raise HandoverError(
+        f"this cache was written by {by}, and the model is at {writer.to_dict()}. A cache goes on at the budget that wrote it; to go on at another "
+        "one, use generate(phase_plan=...), which hands it over, or read the text again with an empty cache."
+    )
 
 
 def _fits(states: States, architecture: Architecture, config: PreTrainedConfig, submodel: Submodel) -> bool:
-    """Whether states can be a submodel's: as many layers, and of its sizes."""
-    if len(states) > len(submodel.layers):
+    """Whether states can be a submodel's: none yet, or those that each of its layers keeps, in its sizes."""
+    if not any(states):
+        return True
+    if any(states[len(submodel.layers) :]):
         return False
+    states = states + [{}] * (len(submodel.layers) - len(states))
     for found, layer in zip(states, submodel.layers, strict=False):
-        for rule in architecture.states(config.per_layer_config[layer], layer):
-            if (tensor := found.get(rule.kind)) is not None:
-                first, *rest = (dim.size(submodel.at(layer)) for dim in rule.dims)
-                if [tensor.shape[1], *tensor.shape[3 if rule.kind in PER_TOKEN else 2 :]] != [first, *rest]:
-                    return False
+        rules = architecture.states(config.per_layer_config[layer], layer)
+        if found.keys() != {rule.kind for rule in rules}:
+            return False
+        for rule in rules:
+            shape = list(found[rule.kind].shape)
+            if shape[1:2] + shape[3 if rule.kind in PER_TOKEN else 2 :] != [
+                dim.size(submodel.at(layer)) for dim in rule.dims
+            ]:
+                return False
     return True
 
 

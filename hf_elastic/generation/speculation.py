@@ -116,7 +116,8 @@ class SpeculationMixin:
             if kwargs.get("phase_plan") is not None:
                 return super().generate(*args, **kwargs)  # type: ignore[misc]
             with self._in_use() as model:  # type: ignore[attr-defined]
-                return super(SpeculationMixin, model).generate(*args, **kwargs | model._training_cache(True, kwargs))
+                given = kwargs | model._training_cache(True, kwargs)
+                return super(SpeculationMixin, model).generate(*args, **given)  # type: ignore[misc]
         kwargs = by_name(self, args, kwargs)
         count = DRAFT_TOKENS if num_draft_tokens is None else num_draft_tokens
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
@@ -129,7 +130,7 @@ class SpeculationMixin:
             )
             kwargs |= {"stopping_criteria": criteria, "stop_strings": None}
         loop = functools.partial(speculate, drafter=drafter, count=count, streamer=kwargs.get("streamer"))
-        return super(SpeculationMixin, model).generate(**{**kwargs, "custom_generate": loop})
+        return super(SpeculationMixin, model).generate(**{**kwargs, "custom_generate": loop})  # type: ignore[misc]
 
 
 def speculate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from typing import Any
 
@@ -277,7 +278,9 @@ def test_the_model_is_free_while_a_stream_runs(family, prompts):
     model = family("nano3")
     plan = PhasePlan(phases=[Phase("small", name="a", max_new_tokens=9), Phase(name="b", max_new_tokens=9)])
     expected = [event.token_id for event in model.stream_phases(prompts[0], phase_plan=plan) if event.kind == "token"]
-    texts = {size: model.sized(size).generate(prompts[0], do_sample=False, max_new_tokens=4) for size in ("large", "small")}
+    texts = {
+        size: model.sized(size).generate(prompts[0], do_sample=False, max_new_tokens=4) for size in ("large", "small")
+    }
     written = []
     with model.at("large"):
         for event in model.stream_phases(prompts[0], phase_plan=plan):

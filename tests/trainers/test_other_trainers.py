@@ -11,7 +11,6 @@ from cases import VOCAB
 from datasets import Dataset
 from runs import family, rows, tokenizer
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
@@ -149,7 +148,14 @@ def _noted(bucket, seen):
     return future
 
 
-SHARED = {"use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "max_steps": 3}
+SHARED = {
+    "use_cpu": True,
+    "bf16": False,
+    "report_to": "none",
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "max_steps": 3,
+}
 SHARED |= {"per_device_train_batch_size": 2, "learning_rate": 0.01, "seed": 3, "logging_steps": 1}
 
 
@@ -163,13 +169,17 @@ def trainer_of(kind, model, folder):
         args = SFTConfig(output_dir=str(folder), router_aux_loss_coef=0.0, **SHARED)
         return SFTTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer())
     prompts = Dataset.from_list([{"prompt": text} for text in ("ab", "cd", "ef", "gh")])
-    args = GRPOConfig(output_dir=str(folder), router_aux_loss_coef=0.0, num_generations=2, max_completion_length=6, **SHARED)
+    args = GRPOConfig(
+        output_dir=str(folder), router_aux_loss_coef=0.0, num_generations=2, max_completion_length=6, **SHARED
+    )
     return GRPOTrainer(
         model=model,
         args=args,
         train_dataset=prompts,
         processing_class=tokenizer(),
-        reward_funcs=lambda completions, **kwargs: [float(len(set(text))) + 0.1 * i for i, text in enumerate(completions)],
+        reward_funcs=lambda completions, **kwargs: [
+            float(len(set(text))) + 0.1 * i for i, text in enumerate(completions)
+        ],
     )
 
 
