@@ -183,7 +183,9 @@ class Bound:
 
     def _was_changed(self, now: torch.Tensor) -> bool:
         (source, seen), placed = self.seen, _state(now)
-        if placed is None or seen is None or placed == seen:  # where changes are not counted, the parent's are what counts
+        if (
+            placed is None or seen is None or placed == seen
+        ):  # where changes are not counted, the parent's are what counts
             return False
         if placed.version != seen.version:
             return True

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, PreTrainedConfig
 
 from .budgets import Budget
 from .errors import BusyError, HFElasticError
@@ -145,7 +145,13 @@ class RunningMixin(LiveMixin):
         wanted = kwargs["use_cache"] if kwargs.get("use_cache") is not None else wanted
         if self._active == self._full or not self._trains or not wanted or kwargs.get("past_key_values") is not None:
             return {}
-        return {"past_key_values": DynamicCache(config=self.elastic_config.stock_config(self._active))}
+        return {"past_key_values": DynamicCache(config=self._running_config)}
+
+    @property
+    def _running_config(self) -> PreTrainedConfig:
+        """The stock config of what runs. In training mode `config` is the parent's."""
+        trains = self._trains and self._active != self._full
+        return self.elastic_config.stock_config(self._active) if trains else self.config
 
     def _claim(self, cache: Any) -> None:
         """Refuse a cache that another budget wrote."""

@@ -112,7 +112,7 @@ class Batch:
                 states = read_cache(cache)
                 read.update((i, take_row(states, k, len(self.rows[i].ids))) for k, i in enumerate(members))
         if len(groups) > 1:
-            cache = write_cache(join_rows([read[i] for i in range(len(self.rows))]), self.model.config)
+            cache = write_cache(join_rows([read[i] for i in range(len(self.rows))]), self.model._running_config)
             self.ids, self.mask = self._pad(self.rows)
         self.cache, self.logits = cache, torch.stack([logits[i] for i in range(len(self.rows))])
 
@@ -120,10 +120,10 @@ class Batch:
         """A cache of the active submodel with what `source` kept of some sequences; an empty one for `None`."""
         model = self.model
         if source is None:
-            return DynamicCache(config=model.config)
+            return DynamicCache(config=model._running_config)
         joined = join_rows([row.states for row in rows if row.states is not None])
         given = hand_over(joined, model.architecture, model.elastic_config.parent_config, source, model.submodel)
-        return write_cache(given, model.config)
+        return write_cache(given, model._running_config)
 
     def _pad(self, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor | None]:
         texts = [row.ids for row in rows]
