@@ -138,8 +138,8 @@ def measure_plan(
 
     Returns:
         `dict[str, Any]`: `plan` (its JSON form), `thinking` and `answering` (names of the first and last submodel), `max_thinking_tokens`,
-            `accuracy`, `metrics`, `n`, `handover`, `device`, `dtype`; means per problem: `prompt_tokens`, `thinking_tokens`, `answer_tokens`,
-            `seconds` (of the batches, divided by their problems) and modelled `cost` (see the module); and `prefill_speed`.
+            `accuracy`, `metrics`, `n`, `handover`, `device`, `dtype`; means per problem: `prompt_tokens`, `thinking_tokens` (those of a thinking
+            that the answering submodel opened again are among them, and not among) `answer_tokens`, `seconds` (of the batches, divided by their problems) and modelled `cost` (see the module); and `prefill_speed`.
 
     Raises:
         `PhasePlanError`: the task does not generate, so that no plan can be followed.
@@ -159,6 +159,7 @@ def measure_plan(
         for phases, prompts in zip(recorded.phases, recorded.prompts, strict=True)
     )
     seconds = sum(record.prefill_seconds + record.decode_seconds for phases in recorded.phases for record in phases)
+    again = sum(sum(record.reopened) for phases in recorded.phases for record in phases)
     first, last = recorded.phases[0][0], recorded.phases[0][-1]
     return {
         "plan": plan.to_dict(),
@@ -170,8 +171,8 @@ def measure_plan(
         "metrics": metrics,
         "n": count,
         "prompt_tokens": sum(map(sum, recorded.prompts)) / texts,
-        "thinking_tokens": sum(sum(phases[0].generated) for phases in recorded.phases) / texts,
-        "answer_tokens": sum(sum(phases[-1].generated) for phases in recorded.phases) / texts,
+        "thinking_tokens": (sum(sum(phases[0].generated) for phases in recorded.phases) + again) / texts,
+        "answer_tokens": (sum(sum(phases[-1].generated) for phases in recorded.phases) - again) / texts,
         "seconds": seconds / texts,
         "cost": cost / texts,
         "prefill_speed": prefill_speed,
@@ -183,11 +184,13 @@ def measure_plan(
 def _cost(phases: Sequence[PhaseRecord], prompts: Sequence[int], active: Sequence[int], prefill_speed: float) -> float:
     """Modelled cost of one batch. A token is read once by every submodel that did not write it, or got the cache of one that did."""
     cost = 0.0
+    begun: set[int] = set()  # what skipped the phases before is read by the first submodel that writes in it
     for record, params in zip(phases, active, strict=True):
         for row, prompt in enumerate(prompts):
-            if record.reasons[row] is None:
+            if record.reasons[row] in (None, "skipped"):
                 continue
-            read = 0 if record.handover == "cache" else prompt + record.spans[row][0]
+            read = 0 if record.handover == "cache" and row in begun else prompt + record.spans[row][0]
+            begun.add(row)
             cost += params * (record.generated[row] + (read + record.inserted[row]) / prefill_speed)
     return cost
 

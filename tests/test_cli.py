@@ -162,7 +162,10 @@ def test_sampling_follows_the_seed(elastic, capsys):
         (["slice", "{elastic}", "{tmp}/out", "--budget", "1k"], "no submodel fits"),
         (["slice", "{plain}", "{tmp}/out", "--budget", "small"], "plain nemotron_h checkpoint without budgets"),
         (["export", "{elastic}", "{tmp}/out", "--dtype", "int3"], "dtype"),
-        (["generate", "{elastic}", "^", "--max-thinking-tokens", "0"], "max_thinking_tokens=0 must be a whole number"),
+        (
+            ["generate", "{elastic}", "^", "--max-thinking-tokens", "-1"],
+            "max_thinking_tokens=-1 must be a whole number",
+        ),
         (["generate", "{elastic}", "^", "--handover", "cache"], "--handover needs --thinking or --answering"),
         (
             ["generate", "{elastic}", "^", "--budget", "1M", "--thinking", "full"],

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-thinking-tokens",
         action="append",
         metavar="CAP",
-        help="cap on thinking tokens, or none; repeat it (default: none)",
+        help="cap on thinking tokens (0: no thinking), or none; repeat it (default: none)",
     )
     parser.add_argument("--max-answer-tokens", type=int, help="cap on the tokens of the answer")
     parser.add_argument(
@@ -102,8 +102,8 @@ def _cap(text: str) -> int | None:
 
     if text == "none":
         return None
-    if not text.isdecimal() or not int(text):
-        raise PhasePlanError(f"--max-thinking-tokens={text!r} must be a whole number of at least 1, or none.")
+    if not text.isdecimal():
+        raise PhasePlanError(f"--max-thinking-tokens={text!r} must be a whole number (0 is no thinking), or none.")
     return int(text)
 
 

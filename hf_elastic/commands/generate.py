@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", metavar="PROMPT", help="text to continue, or - for standard input")
     parser.add_argument("--thinking", metavar="BUDGET", help="size that thinks, up to </think>")
     parser.add_argument("--answering", metavar="BUDGET", help="size that answers")
-    parser.add_argument("--max-thinking-tokens", type=int, help="cap on thinking tokens")
+    parser.add_argument("--max-thinking-tokens", type=int, help="cap on thinking tokens; 0 is no thinking")
     parser.add_argument("--max-answer-tokens", type=int, help="cap on the tokens of the answer")
     parser.add_argument(
         "--handover",

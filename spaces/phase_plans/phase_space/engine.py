@@ -78,6 +78,8 @@ class Ask:
                     f"The prompt is past the {phase.name} already: it holds {phase.end}, the end marker. Take it out."
                 )
         for name, cap in (("thinking", self.max_thinking_tokens), ("answer", self.max_answer_tokens)):
+            if cap == 0:
+                raise RequestError(f"max_{name}_tokens=0 must be a whole number of at least 1 here.")
             if cap is None or cap > limit:
                 raise RequestError(f"From 1 to {limit} {name} tokens can be asked for here, not {cap}.")
         if not _is_number(self.temperature, float) or not 0 <= self.temperature <= 2:
