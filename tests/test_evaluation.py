@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from transformers import StoppingCriteria
 
 from hf_elastic import ElasticForCausalLM, PhasePlan, PhasePlanError
