@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
+from typing import Any
 
 
 class HFElasticError(Exception):
@@ -40,6 +42,38 @@ class SpeculationError(HFElasticError, ValueError):
 
 class HandoverError(HFElasticError, ValueError):
     """A cache cannot be handed from one submodel to another."""
+
+
+class _Shown(reprlib.Repr):
+    """`repr`, cut where it is long, of what says something in a line; of anything else what it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring = 4, 160
+        self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = self.maxdict = 12
+
+    def repr1(self, x: Any, level: int) -> str:
+        shape = getattr(x, "shape", None)
+        if shape is not None and hasattr(x, "dtype"):
+            return f"<{type(x).__name__} of shape {tuple(shape)}, {str(x.dtype).removeprefix('torch.')}>"
+        if hasattr(x, "named_parameters"):
+            return f"<{x.__name__ if isinstance(x, type) else type(x).__name__}>"
+        return super().repr1(x, level)
+
+    def repr_instance(self, x: Any, level: int) -> str:
+        try:
+            text = repr(x)
+        except Exception:
+            return f"<{type(x).__name__}>"
+        return text if len(text) <= 200 and "\n" not in text else f"<{type(x).__name__}>"
+
+
+_SHOWN = _Shown()
+
+
+def shown(value: Any) -> str:
+    """A value for an error: as Python writes it if that is short; a tensor by its shape, a model by its class, much else by its type."""
+    return _SHOWN.repr(value)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

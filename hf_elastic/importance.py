@@ -33,7 +33,7 @@ from transformers import PreTrainedModel
 
 from .architectures import Architecture, get_architecture
 from .axes import TensorRule
-from .errors import CheckpointError, ElasticConfigError
+from .errors import CheckpointError, ElasticConfigError, shown
 from .submodel import LAYERS
 
 MAMBA = "mamba_channels"
@@ -140,7 +140,7 @@ def score(
     counts = {"batch_size": batch_size, "samples": samples, "depth_samples": depth_samples, "max_length": max_length}
     for name, count in counts.items():
         if not (name == "max_length" and count is None or type(count) is int and count > 0):
-            raise ElasticConfigError(f"{name}={count!r} must be a whole number of at least 1.")
+            raise ElasticConfigError(f"{name}={shown(count)} must be a whole number of at least 1.")
     if isinstance(calibration, (str, Mapping)) or not isinstance(calibration, Iterable):
         raise ElasticConfigError(
             f"calibration must be a datasets.Dataset or an iterable of rows, which a {type(calibration).__name__} is not."

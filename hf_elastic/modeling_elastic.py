@@ -31,7 +31,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from .architectures import ARCHITECTURES, get_architecture, uniform
 from .budgets import Budget
 from .configuration_elastic import ElasticConfig, plain_parent_error
-from .errors import ElasticConfigError
+from .errors import ElasticConfigError, shown
 from .export import ExportMixin
 from .files import pinned
 from .generation.phases import PhasedGenerationMixin
@@ -296,7 +296,7 @@ def _from_state_dict(cls: type, config: Any, budget: Any, *model_args: Any, **kw
         )
     if not isinstance(config, PreTrainedConfig):
         raise ElasticConfigError(
-            f"config={config!r}: state_dict= needs the ElasticConfig or stock config of its weights."
+            f"config={shown(config)}: state_dict= needs the ElasticConfig or stock config of its weights."
         )
     concrete = concrete_class(cls, _parent_of(config))
     loaded = PreTrainedModel.from_pretrained.__func__(

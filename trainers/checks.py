@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from hf_elastic import ElasticForCausalLM
 from hf_elastic.adapters import attached
-from hf_elastic.errors import ElasticConfigError
+from hf_elastic.errors import ElasticConfigError, shown
 
 from .elastic_distillation_config import ElasticDistillationConfig
 from .lora import base_of, check_attached
@@ -25,7 +25,7 @@ def refuse_ignored(args: ElasticDistillationConfig, kwargs: Mapping[str, Any]) -
         value = getattr(args, name)
         if value != neutral and value != 0.0:
             raise ElasticConfigError(
-                f"{name}={value!r} would be ignored: the loss is the divergence from the teacher. Leave it at {neutral!r}."
+                f"{name}={shown(value)} would be ignored: the loss is the divergence from the teacher. Leave it at {neutral!r}."
             )
 
 

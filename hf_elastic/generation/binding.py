@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..errors import PhasePlanError
+from ..errors import PhasePlanError, shown
 from ..submodel import Submodel
 from .caches import check_hand_over
 from .plan import Phase, PhasePlan
@@ -59,7 +59,7 @@ def bind(model: Any, plan: PhasePlan, tokenizer: PreTrainedTokenizerBase | None)
         `PhasePlanError`: a marker that is not one token, a closing text that the tokenizer cannot express, or no tokenizer for either.
     """
     if not isinstance(plan, PhasePlan):
-        raise PhasePlanError(f"phase_plan={plan!r} must be a PhasePlan.")
+        raise PhasePlanError(f"phase_plan={shown(plan)} must be a PhasePlan.")
     bound: list[BoundPhase] = []
     turns, is_blank = _turn_ids(tokenizer, plan), Blanks(tokenizer)
     for phase in plan.phases:

@@ -16,7 +16,7 @@ from transformers import (
 from transformers.generation import GenerationMode, MaxTimeCriteria
 
 from ..configuration_elastic import ElasticConfig
-from ..errors import PhasePlanError
+from ..errors import PhasePlanError, shown
 from .arguments import by_name, with_stop_strings
 from .binding import SentenceEnds, bind, check_prompts, find_tokenizer, needs_tokenizer
 from .engine import Settings, run_phases
@@ -108,7 +108,7 @@ class PhasedGenerationMixin:
         kwargs = by_name(self, args, kwargs)
         for key, instead in _REFUSED.items():
             if kwargs.get(key) is not None and kwargs[key] is not False:
-                raise PhasePlanError(f"{key}={kwargs[key]!r} cannot be used with phase_plan: {instead}.")
+                raise PhasePlanError(f"{key}={shown(kwargs[key])} cannot be used with phase_plan: {instead}.")
         if tokenizer is None and isinstance(plan, PhasePlan) and needs_tokenizer(plan):
             tokenizer = self.__dict__.get("_phase_tokenizer") or find_tokenizer(self)
             self.__dict__["_phase_tokenizer"] = tokenizer
@@ -166,7 +166,7 @@ class PhasedGenerationMixin:
             )
         if config.use_cache is False or config.cache_implementation not in (None, "dynamic"):
             raise PhasePlanError(
-                f"use_cache={config.use_cache}, cache_implementation={config.cache_implementation!r}: phases run with the default cache."
+                f"use_cache={config.use_cache}, cache_implementation={shown(config.cache_implementation)}: phases run with the default cache."
             )
         if prefix is not None and batch > 1:
             raise PhasePlanError(

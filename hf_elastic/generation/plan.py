@@ -14,7 +14,7 @@ from typing import Any, Literal
 from transformers import GenerationConfig
 
 from ..budgets import Budget
-from ..errors import PhasePlanError, did_you_mean
+from ..errors import PhasePlanError, did_you_mean, shown
 
 Handover = Literal["auto", "cache", "reprefill"]
 HANDOVERS: tuple[Handover, ...] = ("auto", "cache", "reprefill")
@@ -82,19 +82,19 @@ class Phase:
     def __post_init__(self) -> None:
         where = f"phase {self.name!r}"
         if not isinstance(self.name, str) or not self.name:
-            raise PhasePlanError(f"a phase's name must be a text, not {self.name!r}.")
+            raise PhasePlanError(f"a phase's name must be a text, not {shown(self.name)}.")
         _check_count(self.max_new_tokens, 0, f"{where}: max_new_tokens")
         _check_count(self.grace_tokens, 0, f"{where}: grace_tokens")
         if self.max_new_tokens == 0 and self.start is not None and self.end is None:
             raise PhasePlanError(
                 f"{where}: max_new_tokens=0 needs an end marker, or start={self.start!r} would stay open."
             )
-        if self.handover not in HANDOVERS:
-            raise PhasePlanError(f"{where}: handover={self.handover!r} must be one of {', '.join(HANDOVERS)}.")
+        if not isinstance(self.handover, str) or self.handover not in HANDOVERS:
+            raise PhasePlanError(f"{where}: handover={shown(self.handover)} must be one of {', '.join(HANDOVERS)}.")
         for key in ("start", "end", "closing"):
             text = getattr(self, key)
             if text is not None and (not isinstance(text, str) or not text):
-                raise PhasePlanError(f"{where}: {key}={text!r} must be a text, or None for none.")
+                raise PhasePlanError(f"{where}: {key}={shown(text)} must be a text, or None for none.")
         if self.closing is not None and (self.end is None or self.end not in self.closing):
             raise PhasePlanError(f"{where}: closing={self.closing!r} must hold the end marker, end={self.end!r}.")
         if self.grace_tokens and (self.max_new_tokens is None or self.end is None):
@@ -168,10 +168,14 @@ class PhasePlan:
                 _phase(thinking, first, thinking_options, "thinking_options"),
                 _phase(answering, last, answering_options, "answering_options"),
             ]
-        elif (thinking, answering, max_thinking_tokens, max_answer_tokens) != (None,) * 4:
+        elif any(given is not None for given in (thinking, answering, max_thinking_tokens, max_answer_tokens)):
             raise PhasePlanError("give either phases= or thinking= and answering= with their caps, not both.")
-        if not phases or not all(isinstance(phase, Phase) for phase in phases):
-            raise PhasePlanError(f"phases={phases!r} must be a list of one or more Phase objects.")
+        if (
+            not isinstance(phases, (list, tuple))
+            or not phases
+            or not all(isinstance(phase, Phase) for phase in phases)
+        ):
+            raise PhasePlanError(f"phases={shown(phases)} must be a list of one or more Phase objects.")
         names = [phase.name for phase in phases]
         if len(set(names)) < len(names):
             raise PhasePlanError(f"the names of phases must differ, not {names}.")
@@ -203,14 +207,17 @@ class PhasePlan:
     def from_dict(cls, plan: Mapping[str, Any]) -> PhasePlan:
         """The plan that `to_dict` wrote."""
         if not isinstance(plan, Mapping) or set(plan) != {"phases"} or not isinstance(plan["phases"], list):
-            raise PhasePlanError(f"{plan!r} is no phase plan; it must be {{'phases': [...]}}.")
+            raise PhasePlanError(f"{shown(plan)} is no phase plan; it must be {{'phases': [...]}}.")
         return cls(phases=[_phase(None, phase, None, "phase") for phase in plan["phases"]])
 
 
 def _phase(budget: Budget, values: Any, options: Mapping[str, Any] | None, where: str) -> Phase:
-    if not isinstance(values, Mapping) or not isinstance(options or {}, Mapping):
-        raise PhasePlanError(f"{where}={options or values!r} must be a dict of fields of Phase.")
-    given = {"budget": budget, **values, **(options or {})}
+    options = {} if options is None else options
+    if not isinstance(values, Mapping) or not isinstance(options, Mapping):
+        raise PhasePlanError(
+            f"{where}={shown(values if isinstance(options, Mapping) else options)} must be a dict of fields of Phase."
+        )
+    given = {"budget": budget, **values, **options}
     known = [f.name for f in fields(Phase)]
     for key in given:
         if key not in known:
@@ -222,4 +229,6 @@ def _phase(budget: Budget, values: Any, options: Mapping[str, Any] | None, where
 
 def _check_count(value: Any, least: int, where: str) -> None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-        raise PhasePlanError(f"{where}={value!r} must be a whole number of at least {least}, or None for no limit.")
+        raise PhasePlanError(
+            f"{where}={shown(value)} must be a whole number of at least {least}, or None for no limit."
+        )
