@@ -17,6 +17,7 @@ from .errors import (
     HandoverError,
     HFElasticError,
     PhasePlanError,
+    TokenizerError,
     UnknownBudgetError,
     UnsupportedArchitectureError,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "PhaseStreamer",
     "PhaseTextStreamer",
     "Scores",
+    "TokenizerError",
     "UnknownBudgetError",
     "UnsupportedArchitectureError",
     "__version__",

@@ -36,6 +36,10 @@ class PhasePlanError(HFElasticError, ValueError):
     """A phase plan, or a prompt for it, is not allowed; nothing was generated."""
 
 
+class TokenizerError(HFElasticError, ValueError):
+    """A tokenizer has no tokens for a text, or the model has not all of the tokens."""
+
+
 class SpeculationError(HFElasticError, ValueError):
     """Drafting with a smaller submodel is not possible with these arguments; nothing was generated."""
 

@@ -24,9 +24,10 @@ from transformers import PreTrainedTokenizerBase
 from ._version import __version__
 from .budgets import Budget
 from .cost import CostModel
-from .errors import PhasePlanError
+from .errors import PhasePlanError, TokenizerError
 from .generation import PhaseOutput, PhasePlan, PhaseRecord
 from .modeling_elastic import ElasticForCausalLM
+from .texts import readable, unknown_token
 
 PREFILL_SPEED = 16.0
 """Tokens that are read in the time in which one is written, where nobody measured it. It only moves `cost`."""
@@ -91,15 +92,20 @@ def planned(
     model: ElasticForCausalLM, plan: PhasePlan, tokenizer: PreTrainedTokenizerBase, task: Task
 ) -> Iterator[Recorded]:
     """Have every `model.generate` inside a `with` block follow a plan, whoever calls it, and record what it did."""
-    recorded = Recorded()
+    recorded, unknown = Recorded(), unknown_token(tokenizer)
 
     def generate(*args: Any, **kwargs: Any) -> torch.Tensor:
         followed = task.follow(plan, tokenizer, kwargs)
         kwargs |= {"phase_plan": followed, "tokenizer": tokenizer, "return_dict_in_generate": True}
-        output: PhaseOutput = type(model).generate(model, *args, **kwargs)
         ids = kwargs.get("input_ids", args[0] if args else None)
         mask = kwargs.get("attention_mask")
         seen = torch.ones_like(ids) if mask is None else mask  # type: ignore[arg-type]
+        if unknown is not None and bool(((ids == unknown) & (seen != 0)).any()):
+            raise TokenizerError(
+                f"task {task.name!r}: the tokenizer has no tokens for parts of a prompt and reads {tokenizer.unk_token!r} instead; what "
+                "comes out would say nothing of the model. Use the tokenizer that it was trained with."
+            )
+        output: PhaseOutput = type(model).generate(model, *args, **kwargs)
         assert output.phases is not None
         recorded.phases.append(output.phases)
         recorded.prompts.append(seen.sum(-1).tolist())
@@ -143,8 +149,9 @@ def measure_plan(
 
     Raises:
         `PhasePlanError`: the task does not generate, so that no plan can be followed.
+        `TokenizerError`: the tokenizer cannot read the task.
     """
-    with planned(model, plan, tokenizer, task) as recorded:
+    with planned(model, plan, tokenizer, task) as recorded, readable(f"task {task.name!r}"):
         main, count, metrics = task.score(model, tokenizer)
     if not recorded.phases:
         raise PhasePlanError(

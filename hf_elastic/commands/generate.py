@@ -48,6 +48,7 @@ def run(args: argparse.Namespace) -> None:
     from ..errors import ElasticConfigError
     from ..generation import PhaseTextStreamer
     from ..modeling_elastic import ElasticForCausalLM
+    from ..texts import check_text
 
     if args.max_new_tokens < 1:
         raise ElasticConfigError(f"--max-new-tokens={args.max_new_tokens} must be at least 1.")
@@ -60,6 +61,7 @@ def run(args: argparse.Namespace) -> None:
     model = ElasticForCausalLM.from_pretrained(
         args.repo, budget=args.budget, elastic_config=args.elastic_config, dtype=args.dtype
     ).to(device)
+    check_text(tokenizer, prompt, "the prompt")
     if tokenizer.chat_template and not args.raw:
         message = [{"role": "user", "content": prompt}]
         inputs = tokenizer.apply_chat_template(

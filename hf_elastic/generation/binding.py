@@ -70,6 +70,12 @@ def bind(model: Any, plan: PhasePlan, tokenizer: PreTrainedTokenizerBase | None)
         if phase.end is not None and end is not None and tokenizer is not None:
             closing = _closing_ids(tokenizer, phase, end)
             soft = closing[closing.index(end) :]
+        for text, ids in ((phase.start, (start,)), (phase.end, closing)):
+            if text and max(i for i in ids if i is not None) >= model.config.vocab_size:
+                raise PhasePlanError(
+                    f"phase {phase.name!r}: the tokenizer's token for {text!r}, or for what closes the phase, is none of the model's "
+                    f"{model.config.vocab_size}; give the tokenizer and the markers that the model was trained with."
+                )
         empty = _empty_ids(tokenizer, phase, start, end, closing, is_blank) if phase.max_new_tokens == 0 else ()
         handover = _decide(model, phase, bound[-1].submodel, submodel) if bound else None
         label = model.elastic_config.name_of(submodel) or _sizes(model, submodel)

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 from hf_elastic import ElasticForCausalLM, HFElasticError, PhasePlan
 from hf_elastic.cost import Cost
 from hf_elastic.generation import PhaseEvent
+from hf_elastic.texts import check_text
 
 from .tasks import BOOK_TASK, Task
 
@@ -201,6 +202,7 @@ class ElasticEngine:
         ask.check(self.limit)
         if self.task is not None:
             self.task.check(ask.messages[-1][1])
+        check_text(self.tokenizer, ask.messages[-1][1], "The prompt")
         for phase in ask.plan().phases:
             self.model.elastic_config.resolve(phase.budget, self.model.dtype)
 
