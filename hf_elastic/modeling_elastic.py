@@ -49,7 +49,7 @@ from .memory import resolve_for_loading
 from .opening import open_checkpoint
 from .origin import CUT_FROM, cut_from
 from .pushing import PushMixin
-from .remote_code import InstalledCode
+from .remote_code import InstalledCode, add_to_transformers
 from .router import BudgetRouter, read_router
 from .saving import SavingMixin
 from .slicing import use_eager_experts_if_misaligned
@@ -339,3 +339,4 @@ AutoModelForCausalLM.register(ElasticConfig, ElasticForCausalLM)
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[ElasticConfig.model_type] = tuple(
     made.__name__ for (facade, _), made in _CONCRETE.items() if facade is ElasticForCausalLM
 )
+add_to_transformers(ElasticForCausalLM, ElasticModel)
