@@ -235,7 +235,7 @@ def _batches(
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Right-padded batches with a mask, of rows in the order they come; rows without tokens (empty lines) are passed over."""
     rows: list[torch.Tensor] = []
-    for i, row in enumerate(itertools.islice(calibration, samples)):
+    for i, row in enumerate(_readable_rows(itertools.islice(calibration, samples))):
         ids = _token_ids(row, tokenizer, f"calibration row {i}")[:max_length]
         if not len(ids):
             continue
@@ -245,6 +245,17 @@ def _batches(
             rows = []
     if rows:
         yield _padded(rows)
+
+
+def _readable_rows(calibration: Iterator[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    for i in itertools.count():
+        try:
+            row = next(calibration)
+        except StopIteration:
+            return
+        except UnicodeDecodeError as error:  # files are decoded row by row
+            raise ElasticConfigError(f"calibration row {i} is no UTF-8 text: {error}.") from error
+        yield row
 
 
 def _padded(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:

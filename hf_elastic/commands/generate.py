@@ -14,7 +14,7 @@ import sys
 import time
 from typing import Any
 
-from .common import add_json, add_source, check_device
+from .common import add_json, add_source, check_device, check_dtype, load_tokenizer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from transformers import AutoTokenizer, TextStreamer, set_seed
+    from transformers import TextStreamer, set_seed
 
     from ..errors import ElasticConfigError
     from ..generation import PhaseTextStreamer
@@ -57,7 +57,8 @@ def run(args: argparse.Namespace) -> None:
     plan = _plan(args)
     device = check_device(args.device)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    tokenizer = AutoTokenizer.from_pretrained(args.repo)
+    check_dtype(args.dtype)
+    tokenizer = load_tokenizer(args.repo)
     model = ElasticForCausalLM.from_pretrained(
         args.repo, budget=args.budget, elastic_config=args.elastic_config, dtype=args.dtype
     ).to(device)

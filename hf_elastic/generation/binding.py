@@ -99,9 +99,10 @@ def find_tokenizer(model: Any) -> PreTrainedTokenizerBase:
         if not where:
             raise OSError("the model was not loaded from a checkpoint")
         return AutoTokenizer.from_pretrained(where, **getattr(model, "_hub_kwargs", {}))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of many kinds, for what is missing or damaged
+        why = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise PhasePlanError(
-            f"the plan's markers need a tokenizer, and none was found beside the model ({error}); give tokenizer=."
+            f"the plan's markers need a tokenizer, and none was found beside the model ({why}); give tokenizer=."
         ) from error
 
 
