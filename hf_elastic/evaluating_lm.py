@@ -117,7 +117,8 @@ class LmEvalTask(Task):
             answer = replace(answer, max_new_tokens=min(room, answer.max_new_tokens or room))
         thinking = next((phase for phase in reversed(before) if phase.end), None)
         if thinking is not None:
-            start, end = (text and tokenizer.convert_tokens_to_ids(text) for text in (thinking.start, thinking.end))
+            end: Any = tokenizer.convert_tokens_to_ids(thinking.end)
+            start: Any = tokenizer.convert_tokens_to_ids(thinking.start) if thinking.start else None
             prompt = kwargs["input_ids"][0].tolist()
             asked_for_none = tokenizer.decode(prompt).rstrip().endswith(thinking.end)
             begin = len(prompt) - 1 - prompt[::-1].index(end) if asked_for_none else len(prompt)

@@ -145,7 +145,7 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
         if self.handovers is not None:
             self.handovers.token = token_id(args.handover_token, self.processing_class)
             refuse_checkpointing(self._elastic, self.accelerator)
-        self.data_collator = CheckedCollator(self.data_collator, self._vocabulary)
+        self.data_collator: Any = CheckedCollator(self.data_collator, self._vocabulary)  # type: ignore[has-type]
         check_model(self.model)  # upstream adapts embeddings and head on its own for a chat template with new tokens
         # The loss is divided by the number of target tokens of the whole step already.
         self.loss_is_scaled_for_ga = True
