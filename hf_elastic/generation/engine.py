@@ -95,6 +95,9 @@ class PhaseLoop:
                 events += self._skip(i, where, bound)
             elif bound.start_id is not None and where != "inside":
                 events += self._insert(i, (bound.start_id,))
+        for i in self.live:
+            if record.reasons[i] is None and self._fills_context(i):
+                events += self._end(i, 0, "length", bound)
         self.live = [i for i in self.live if record.reasons[i] is None]
         record.handover = bound.handover
         if source is not None and all(self.rows[i].states is None for i in self.live):
@@ -136,6 +139,9 @@ class PhaseLoop:
             row = self.rows[i]
             if row.forced:
                 events += self._insert(i, (row.forced.pop(0),))
+                if self._fills_context(i):
+                    ended.append(place)
+                    events += self._end(i, place, "length", bound)
                 continue
             row.generated += 1
             record.generated[i] += 1
@@ -163,7 +169,7 @@ class PhaseLoop:
         if token in self.eos_ids:
             return "eos"
         settings, cap = self.settings, bound.phase.max_new_tokens
-        if row.generated >= settings.max_new_tokens or (settings.context and len(row.ids) >= settings.context):
+        if row.generated >= settings.max_new_tokens or self._fills_context(i):
             return "length"
         if cap is None:
             return None
@@ -171,6 +177,9 @@ class PhaseLoop:
             return "cap"
         in_window = written >= cap - bound.phase.grace
         return "soft cap" if bound.phase.grace and in_window and settings.ends_sentence(row.ids) else None
+
+    def _fills_context(self, i: int) -> bool:
+        return bool(self.settings.context) and len(self.rows[i].ids) >= (self.settings.context or 0)
 
     def _end(self, i: int, place: int, reason: EndReason, bound: BoundPhase) -> list[PhaseEvent]:
         row = self.rows[i]
@@ -264,7 +273,8 @@ class PhaseLoop:
         return PhaseOutput(sequences=sequences, scores=scores, logits=logits, phases=self.records)
 
     def _stack(self, rows: Sequence[Sequence[torch.Tensor | None]], longest: int) -> tuple[torch.Tensor, ...]:
-        zero = torch.zeros_like(next(t for row in rows for t in row if t is not None))
+        vocabulary = torch.zeros(self.model.config.vocab_size, device=self.model.device)
+        zero = torch.zeros_like(next((t for row in rows for t in row if t is not None), vocabulary))
         found = [[zero if t is None else t for t in row] + [zero] * (longest - len(row)) for row in rows]
         return tuple(torch.stack(step) for step in zip(*found, strict=True))
 

@@ -212,6 +212,28 @@ def test_the_printed_text_says_that_thinking_was_skipped(family, tokenizer):
     assert printed.getvalue() == f"[thinking - small]\n<think></think>(skipped)\n[answering - full]\n{text}\n"
 
 
+@pytest.mark.parametrize(("prompt", "cap"), [(127, 4), (126, 0), (127, 0)])
+def test_what_a_plan_inserts_may_fill_the_context(family, tokenizer, prompt, cap):
+    """Nothing is written behind it: the model has no place to read it from."""
+    out = family("nano3").generate(  # 128 tokens
+        torch.tensor([[20] * prompt]), phase_plan=plan("nano3", max_thinking_tokens=cap), tokenizer=tokenizer,
+        do_sample=False, eos_token_id=None, return_dict_in_generate=True, output_scores=True,
+    )  # fmt: skip
+    inserted = [THINK] if cap else [THINK, END]
+    assert out.sequences[0, prompt:].tolist() == inserted
+    assert [record.generated for record in out.phases] == [[0], [0]]
+    assert "length" in [record.reasons[0] for record in out.phases]
+    assert len(out.scores) == len(inserted)
+
+
+def test_a_forced_end_may_fill_the_context(family, tokenizer):
+    script = [0, A[0], END, A[1], THINK, A[2], A[3], *A[:20]]
+    reopening = PhasePlan("small", max_thinking_tokens=4, thinking_options={"grace_tokens": 0})
+    out = scripted(family("nano3"), tokenizer, script, reopening, [20] * 119)
+    assert out.sequences[0, 119:].tolist() == [THINK, A[0], END, A[1], THINK, A[2], A[3], POINT, NEWLINE]
+    assert out.phases[1].reasons == ["length"]
+
+
 # -- thinking that is opened again --------------------------------------------------------------------------------------
 
 
