@@ -18,6 +18,7 @@ from .errors import (
     HandoverError,
     HFElasticError,
     PhasePlanError,
+    TokenizerError,
     UnknownBudgetError,
     UnsupportedArchitectureError,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "PhaseStreamer",
     "PhaseTextStreamer",
     "Scores",
+    "TokenizerError",
     "UnknownBudgetError",
     "UnsupportedArchitectureError",
     "__version__",

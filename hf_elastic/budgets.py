@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 
 from .cost import WEIGHT_DTYPES, Cost
-from .errors import ElasticConfigError, did_you_mean
+from .errors import ElasticConfigError, did_you_mean, shown
 
 FULL = "full"
 AUTO = "auto"
@@ -115,20 +115,20 @@ def parse_limit(budget: str | int | float | Mapping[str, Any]) -> Limit | None:
     else:
         limit = Limit("total", float(budget))
     if not 0 < limit.value < float("inf"):
-        raise ElasticConfigError(f"budget {budget!r} must be a positive number of parameters or bytes.")
+        raise ElasticConfigError(f"budget {shown(budget)} must be a positive number of parameters or bytes.")
     return limit
 
 
 def auto_error(budget: Any) -> ElasticConfigError:
     """What to say to `"auto"` where nothing is loaded."""
     return ElasticConfigError(
-        f"budget={budget!r} asks for the memory that is free where a model is loaded, so only from_pretrained takes it; give an amount here, "
+        f"budget={shown(budget)} asks for the memory that is free where a model is loaded, so only from_pretrained takes it; give an amount here, "
         "such as '24GB'."
     )
 
 
 def _parse_memory(budget: Mapping[str, Any]) -> Limit:
-    where = f"budget {dict(budget)!r}"
+    where = f"budget {shown(dict(budget))}"
     for key in budget:
         if key not in _MEMORY_KEYS:
             raise ElasticConfigError(

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
 from ._version import __version__
 
 COMMANDS = ("lab", "plan", "elastify", "train", "slice", "export", "generate", "evaluate", "push")
+
+_EXPLAIN = ("datasets", "jinja2", "pyarrow", "safetensors", "yaml")
+"""Libraries that say what is wrong with files, in errors of classes of their own."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -25,23 +29,35 @@ def build_parser() -> argparse.ArgumentParser:
             name, help=summary, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         module.add_arguments(subparser)
+        subparser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         subparser.set_defaults(run=module.run)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns 0, or 2 after printing what is wrong; a user's mistake never ends in a traceback."""
+    """Run one command. Returns 0, 2 after printing what is wrong, or 1 for an error that nobody expected. Tracebacks are for `--debug`."""
     args = build_parser().parse_args(argv)
     try:
-        return args.run(args) or 0
+        code = args.run(args) or 0
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError, ImportError) as error:
+    except (
+        BrokenPipeError
+    ):  # whoever read the output has seen enough, and Python shall not try to write the rest at its end
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - open for as long as the process lives
+        return 1
+    except Exception as error:
         if args.debug:
             raise
-        print(f"hf-elastic {args.command}: {error}", file=sys.stderr)
-        return 2
+        if isinstance(error, (ValueError, OSError, ImportError)) or type(error).__module__.split(".")[0] in _EXPLAIN:
+            print(f"hf-elastic {args.command}: {error}", file=sys.stderr)
+            return 2
+        again = f"`hf-elastic --debug {args.command} ...` shows where; please report it"
+        print(f"hf-elastic {args.command}: unexpected {type(error).__name__}: {error} ({again})", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

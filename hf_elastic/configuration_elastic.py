@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from .architectures import Architecture, get_architecture
 from .budgets import FULL, Budget, Limit, format_count, is_limit, parse_limit
 from .cost import Cost, CostModel
-from .errors import CheckpointError, ElasticConfigError, UnknownBudgetError, did_you_mean
+from .errors import CheckpointError, ElasticConfigError, UnknownBudgetError, did_you_mean, shown
 from .remote_code import InstalledCode
 from .section import check_ranking, checked_section, describe_axes
 from .submodel import LAYERS, Submodel, first_layers
@@ -68,7 +68,9 @@ class ElasticConfig(InstalledCode, PreTrainedConfig):
         if isinstance(parent, Mapping):
             parent = parent_from_dict(parent)
         if not isinstance(parent, PreTrainedConfig):
-            raise ElasticConfigError(f"parent_config={parent!r} must be the stock config of the parent, or its dict.")
+            raise ElasticConfigError(
+                f"parent_config={shown(parent)} must be the stock config of the parent, or its dict."
+            )
         self.parent_config = parent
         if isinstance(self.dtype, str) and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
             raise ElasticConfigError(
@@ -97,16 +99,16 @@ class ElasticConfig(InstalledCode, PreTrainedConfig):
             layer_ranking (`list[int]`, *optional*): All layers, most important first; needed if an entry of `budgets` gives `layers` as a number.
         """
         if not isinstance(parent_config, PreTrainedConfig):
-            raise ElasticConfigError(f"parent_config={parent_config!r} must be the stock config of the parent.")
+            raise ElasticConfigError(f"parent_config={shown(parent_config)} must be the stock config of the parent.")
         if not isinstance(budgets, Mapping):
-            raise ElasticConfigError(f"budgets={budgets!r} must be a dict from name to sizes.")
+            raise ElasticConfigError(f"budgets={shown(budgets)} must be a dict from name to sizes.")
         architecture = get_architecture(parent_config.model_type)
         if layer_ranking is not None:
             check_ranking(layer_ranking, architecture.depth(parent_config), "layer_ranking")
         submodels = {}
         for name, sizes in budgets.items():
             if not isinstance(sizes, Mapping):
-                raise ElasticConfigError(f"budget {name!r}={sizes!r} must be a dict from axis to size.")
+                raise ElasticConfigError(f"budget {name!r}={shown(sizes)} must be a dict from axis to size.")
             sizes, count = dict(sizes), sizes.get(LAYERS)
             if isinstance(count, int) and not isinstance(count, bool) and layer_ranking is not None:
                 sizes[LAYERS] = first_layers(layer_ranking, count, f"budget {name!r}: layers={count}")
@@ -209,7 +211,7 @@ class ElasticConfig(InstalledCode, PreTrainedConfig):
             return self.architecture.submodel(self.parent_config, budget, "budget")
         if isinstance(budget, bool) or not isinstance(budget, (str, Real, Mapping)):
             raise ElasticConfigError(
-                f"budget={budget!r} must be a name, a number of parameters, an amount of memory or a dict of sizes."
+                f"budget={shown(budget)} must be a name, a number of parameters, an amount of memory or a dict of sizes."
             )
         if isinstance(budget, str):
             for name in [*self.budgets, FULL]:
@@ -219,7 +221,7 @@ class ElasticConfig(InstalledCode, PreTrainedConfig):
         if limit is None:
             known = self.family()
             raise UnknownBudgetError(
-                f"unknown budget {budget!r}; this checkpoint has {self._listing()}.{did_you_mean(str(budget), known)} A number "
+                f"unknown budget {shown(budget)}; this checkpoint has {self._listing()}.{did_you_mean(str(budget), known)} A number "
                 "of parameters ('1.5B', '300M active') or of bytes ('24GB') selects the largest one that fits."
             )
         return self._largest(limit, dtype or self.load_dtype)

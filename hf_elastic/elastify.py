@@ -14,7 +14,7 @@ from .architectures import Architecture, get_architecture
 from .budgets import Limit, is_limit, parse_limit
 from .configuration_elastic import ElasticConfig
 from .cost import CostModel
-from .errors import ElasticConfigError
+from .errors import ElasticConfigError, shown
 from .importance import Scores, score
 from .modeling_elastic import ElasticForCausalLM, concrete_class
 from .search import BudgetSearch, default_choices, sizes_from_spec
@@ -83,11 +83,13 @@ def elastify(
         )
     budgets = {} if budgets is None else budgets
     if not isinstance(budgets, Mapping):
-        raise ElasticConfigError(f"budgets={budgets!r} must be a dict from name to sizes or target.")
+        raise ElasticConfigError(f"budgets={shown(budgets)} must be a dict from name to sizes or target.")
     if isinstance(multiple_of, bool) or not isinstance(multiple_of, int) or multiple_of < 1:
-        raise ElasticConfigError(f"multiple_of={multiple_of!r} must be a whole number of at least 1.")
+        raise ElasticConfigError(f"multiple_of={shown(multiple_of)} must be a whole number of at least 1.")
     if not (scores is None or isinstance(scores, (Scores, str, os.PathLike))):
-        raise ElasticConfigError(f"scores={scores!r} must be Scores, or the path of a file that Scores.save wrote.")
+        raise ElasticConfigError(
+            f"scores={shown(scores)} must be Scores, or the path of a file that Scores.save wrote."
+        )
     if scores is not None and (calibration is not None or score_options):
         raise ElasticConfigError("scores= are given, so nothing is scored: leave out calibration and its options.")
     choices = _choices(architecture, model.config, axes, multiple_of)
@@ -127,7 +129,7 @@ def _choices(
     if axes is None:
         return {}
     if isinstance(axes, str):
-        raise ElasticConfigError(f"axes={axes!r} must be a list of axes, or a dict from axis to choices.")
+        raise ElasticConfigError(f"axes={shown(axes)} must be a list of axes, or a dict from axis to choices.")
     given = axes if isinstance(axes, Mapping) else dict.fromkeys(axes)
     full = architecture.full(config)
     choices: dict[str, list[int]] = {}
@@ -144,7 +146,7 @@ def _choices(
         )
         if not numbers or not sizes:
             raise ElasticConfigError(
-                f"axes[{axis!r}]={sizes!r} must be a list of sizes (960) or shares of the parent's (0.5), or None for default choices."
+                f"axes[{axis!r}]={shown(sizes)} must be a list of sizes (960) or shares of the parent's (0.5), or None for default choices."
             )
         largest = full.depth if axis == LAYERS else max(full.values(axis))
         resolved = {largest}
@@ -170,7 +172,7 @@ def _axes_used(
             used |= {axis for axis in spec if axis != LAYERS or isinstance(spec[axis], (int, float))}
         elif not choices:
             raise ElasticConfigError(
-                f"budget {name!r}={spec!r} is a target: say with axes= which axes may be cut to meet it."
+                f"budget {name!r}={shown(spec)} is a target: say with axes= which axes may be cut to meet it."
             )
     return used
 
@@ -231,7 +233,7 @@ def _targets(budgets: Mapping[str, Any]) -> dict[str, Limit]:
         limit = parse_limit(spec) if known else None
         if limit is None:
             raise ElasticConfigError(
-                f"budget {name!r}={spec!r} must be a dict of sizes, or a target such as '12B', '2.1B active' or '24GB'."
+                f"budget {name!r}={shown(spec)} must be a dict of sizes, or a target such as '12B', '2.1B active' or '24GB'."
             )
         targets[name] = limit
     return targets

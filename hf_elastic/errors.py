@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
+from typing import Any
 
 
 class HFElasticError(Exception):
@@ -34,6 +36,10 @@ class PhasePlanError(HFElasticError, ValueError):
     """A phase plan, or a prompt for it, is not allowed; nothing was generated."""
 
 
+class TokenizerError(HFElasticError, ValueError):
+    """A tokenizer has no tokens for a text, or the model has not all of the tokens."""
+
+
 class SpeculationError(HFElasticError, ValueError):
     """Drafting with a smaller submodel is not possible with these arguments; nothing was generated."""
 
@@ -44,6 +50,38 @@ class HandoverError(HFElasticError, ValueError):
 
 class BusyError(HFElasticError, RuntimeError):
     """Another thread is using the family, and this would change what it runs at; nothing was changed."""
+
+
+class _Shown(reprlib.Repr):
+    """`repr`, cut where it is long, of what says something in a line; of anything else what it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring = 4, 160
+        self.maxlist = self.maxtuple = self.maxset = self.maxfrozenset = self.maxdict = 12
+
+    def repr1(self, x: Any, level: int) -> str:
+        shape = getattr(x, "shape", None)
+        if shape is not None and hasattr(x, "dtype"):
+            return f"<{type(x).__name__} of shape {tuple(shape)}, {str(x.dtype).removeprefix('torch.')}>"
+        if hasattr(x, "named_parameters"):
+            return f"<{x.__name__ if isinstance(x, type) else type(x).__name__}>"
+        return super().repr1(x, level)
+
+    def repr_instance(self, x: Any, level: int) -> str:
+        try:
+            text = repr(x)
+        except Exception:
+            return f"<{type(x).__name__}>"
+        return text if len(text) <= 200 and "\n" not in text else f"<{type(x).__name__}>"
+
+
+_SHOWN = _Shown()
+
+
+def shown(value: Any) -> str:
+    """A value for an error: as Python writes it if that is short; a tensor by its shape, a model by its class, much else by its type."""
+    return _SHOWN.repr(value)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

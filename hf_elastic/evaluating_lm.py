@@ -115,24 +115,37 @@ class LmEvalTask(Task):
         if room is not None:
             room -= kwargs["input_ids"].shape[1]
             answer = replace(answer, max_new_tokens=min(room, answer.max_new_tokens or room))
-        end = next((phase.end for phase in reversed(before) if phase.end), None)
-        if end is not None:
-            marker = tokenizer.convert_tokens_to_ids(end)
-            kwargs["stopping_criteria"] = [_InAnswer(c, marker) for c in kwargs.pop("stopping_criteria", None) or []]
+        thinking = next((phase for phase in reversed(before) if phase.end), None)
+        if thinking is not None:
+            end: Any = tokenizer.convert_tokens_to_ids(thinking.end)
+            start: Any = tokenizer.convert_tokens_to_ids(thinking.start) if thinking.start else None
+            prompt = kwargs["input_ids"][0].tolist()
+            asked_for_none = tokenizer.decode(prompt).rstrip().endswith(thinking.end)
+            begin = len(prompt) - 1 - prompt[::-1].index(end) if asked_for_none else len(prompt)
+            criteria = kwargs.pop("stopping_criteria", None) or []
+            kwargs["stopping_criteria"] = [_InAnswer(c, start, end, begin) for c in criteria]
         return PhasePlan(phases=[*before, answer])
 
 
 class _InAnswer(StoppingCriteria):
     """Another criterion that only sees the answer: it finds the marker that ends the thinking in place of everything before.
-    It has to: lm-eval's criteria remember what they saw."""
+    It has to: lm-eval's criteria remember what they saw.
 
-    def __init__(self, criterion: StoppingCriteria, marker: int):
-        self.criterion, self.marker = criterion, marker
+    Args:
+        criterion (`StoppingCriteria`): The other one.
+        start, end (`int`): The markers.
+        begin (`int`): Where markers count from; a prompt may speak of them.
+    """
+
+    def __init__(self, criterion: StoppingCriteria, start: int | None, end: int, begin: int):
+        self.criterion, self.start, self.end, self.begin = criterion, start, end, begin
 
     def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
-        ended = (input_ids == self.marker).long()
+        ended = (input_ids == self.end).long()
+        ended[:, : self.begin] = 0
         count = ended.sum(-1, keepdim=True)
         in_answer = (count > 0) & (ended.cumsum(-1) == count) & (ended == 0)
-        answering = in_answer[:, -1]
-        seen = torch.where(in_answer, input_ids, self.marker)
+        opened_again = (in_answer & (input_ids == self.start)).any(-1) if self.start is not None else False
+        answering = in_answer[:, -1] & ~torch.as_tensor(opened_again, device=input_ids.device)
+        seen = torch.where(in_answer, input_ids, self.end)
         return answering & torch.as_tensor(self.criterion(seen, scores, **kwargs), device=input_ids.device)  # type: ignore

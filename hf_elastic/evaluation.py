@@ -24,9 +24,10 @@ from transformers import PreTrainedTokenizerBase
 from ._version import __version__
 from .budgets import Budget
 from .cost import CostModel
-from .errors import PhasePlanError
+from .errors import PhasePlanError, TokenizerError
 from .generation import PhaseOutput, PhasePlan, PhaseRecord
 from .modeling_elastic import ElasticForCausalLM
+from .texts import readable, unknown_token
 
 PREFILL_SPEED = 16.0
 """Tokens that are read in the time in which one is written, where nobody measured it. It only moves `cost`."""
@@ -91,15 +92,20 @@ def planned(
     model: ElasticForCausalLM, plan: PhasePlan, tokenizer: PreTrainedTokenizerBase, task: Task
 ) -> Iterator[Recorded]:
     """Have every `model.generate` inside a `with` block follow a plan, whoever calls it, and record what it did."""
-    recorded = Recorded()
+    recorded, unknown = Recorded(), unknown_token(tokenizer)
 
     def generate(*args: Any, **kwargs: Any) -> torch.Tensor:
         followed = task.follow(plan, tokenizer, kwargs)
         kwargs |= {"phase_plan": followed, "tokenizer": tokenizer, "return_dict_in_generate": True}
-        output: PhaseOutput = type(model).generate(model, *args, **kwargs)
         ids = kwargs.get("input_ids", args[0] if args else None)
         mask = kwargs.get("attention_mask")
         seen = torch.ones_like(ids) if mask is None else mask  # type: ignore[arg-type]
+        if unknown is not None and bool(((ids == unknown) & (seen != 0)).any()):
+            raise TokenizerError(
+                f"task {task.name!r}: the tokenizer has no tokens for parts of a prompt and reads {tokenizer.unk_token!r} instead; what "
+                "comes out would say nothing of the model. Use the tokenizer that it was trained with."
+            )
+        output: PhaseOutput = type(model).generate(model, *args, **kwargs)
         assert output.phases is not None
         recorded.phases.append(output.phases)
         recorded.prompts.append(seen.sum(-1).tolist())
@@ -138,13 +144,14 @@ def measure_plan(
 
     Returns:
         `dict[str, Any]`: `plan` (its JSON form), `thinking` and `answering` (names of the first and last submodel), `max_thinking_tokens`,
-            `accuracy`, `metrics`, `n`, `handover`, `device`, `dtype`; means per problem: `prompt_tokens`, `thinking_tokens`, `answer_tokens`,
-            `seconds` (of the batches, divided by their problems) and modelled `cost` (see the module); and `prefill_speed`.
+            `accuracy`, `metrics`, `n`, `handover`, `device`, `dtype`; means per problem: `prompt_tokens`, `thinking_tokens` (those of a thinking
+            that the answering submodel opened again are among them, and not among) `answer_tokens`, `seconds` (of the batches, divided by their problems) and modelled `cost` (see the module); and `prefill_speed`.
 
     Raises:
         `PhasePlanError`: the task does not generate, so that no plan can be followed.
+        `TokenizerError`: the tokenizer cannot read the task.
     """
-    with planned(model, plan, tokenizer, task) as recorded:
+    with planned(model, plan, tokenizer, task) as recorded, readable(f"task {task.name!r}"):
         main, count, metrics = task.score(model, tokenizer)
     if not recorded.phases:
         raise PhasePlanError(
@@ -159,6 +166,7 @@ def measure_plan(
         for phases, prompts in zip(recorded.phases, recorded.prompts, strict=True)
     )
     seconds = sum(record.prefill_seconds + record.decode_seconds for phases in recorded.phases for record in phases)
+    again = sum(sum(record.reopened) for phases in recorded.phases for record in phases)
     first, last = recorded.phases[0][0], recorded.phases[0][-1]
     return {
         "plan": plan.to_dict(),
@@ -170,8 +178,8 @@ def measure_plan(
         "metrics": metrics,
         "n": count,
         "prompt_tokens": sum(map(sum, recorded.prompts)) / texts,
-        "thinking_tokens": sum(sum(phases[0].generated) for phases in recorded.phases) / texts,
-        "answer_tokens": sum(sum(phases[-1].generated) for phases in recorded.phases) / texts,
+        "thinking_tokens": (sum(sum(phases[0].generated) for phases in recorded.phases) + again) / texts,
+        "answer_tokens": (sum(sum(phases[-1].generated) for phases in recorded.phases) - again) / texts,
         "seconds": seconds / texts,
         "cost": cost / texts,
         "prefill_speed": prefill_speed,
@@ -183,11 +191,13 @@ def measure_plan(
 def _cost(phases: Sequence[PhaseRecord], prompts: Sequence[int], active: Sequence[int], prefill_speed: float) -> float:
     """Modelled cost of one batch. A token is read once by every submodel that did not write it, or got the cache of one that did."""
     cost = 0.0
+    begun: set[int] = set()  # what skipped the phases before is read by the first submodel that writes in it
     for record, params in zip(phases, active, strict=True):
         for row, prompt in enumerate(prompts):
-            if record.reasons[row] is None:
+            if record.reasons[row] in (None, "skipped"):
                 continue
-            read = 0 if record.handover == "cache" else prompt + record.spans[row][0]
+            read = 0 if record.handover == "cache" and row in begun else prompt + record.spans[row][0]
+            begun.add(row)
             cost += params * (record.generated[row] + (read + record.inserted[row]) / prefill_speed)
     return cost
 

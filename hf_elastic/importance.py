@@ -33,8 +33,9 @@ from transformers import PreTrainedModel
 
 from .architectures import Architecture, get_architecture
 from .axes import TensorRule
-from .errors import CheckpointError, ElasticConfigError
+from .errors import CheckpointError, ElasticConfigError, shown
 from .submodel import LAYERS
+from .texts import chat_tokens, check_text
 
 MAMBA = "mamba_channels"
 """Key of the second moments of Mamba's x, of shape `(heads, head_dim)`: both Mamba axes are scored from them."""
@@ -130,6 +131,7 @@ def score(
 
     Raises:
         `ElasticConfigError`: unknown axis, no rows, or rows without a column that can be read.
+        `TokenizerError`: a row that the tokenizer has no tokens for.
     """
     architecture = get_architecture(model.config.model_type)
     available = [axis.name for axis in architecture.available_axes(model.config)]
@@ -140,7 +142,7 @@ def score(
     counts = {"batch_size": batch_size, "samples": samples, "depth_samples": depth_samples, "max_length": max_length}
     for name, count in counts.items():
         if not (name == "max_length" and count is None or type(count) is int and count > 0):
-            raise ElasticConfigError(f"{name}={count!r} must be a whole number of at least 1.")
+            raise ElasticConfigError(f"{name}={shown(count)} must be a whole number of at least 1.")
     if isinstance(calibration, (str, Mapping)) or not isinstance(calibration, Iterable):
         raise ElasticConfigError(
             f"calibration must be a datasets.Dataset or an iterable of rows, which a {type(calibration).__name__} is not."
@@ -233,8 +235,8 @@ def _batches(
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Right-padded batches with a mask, of rows in the order they come; rows without tokens (empty lines) are passed over."""
     rows: list[torch.Tensor] = []
-    for row in itertools.islice(calibration, samples):
-        ids = _token_ids(row, tokenizer)[:max_length]
+    for i, row in enumerate(_readable_rows(itertools.islice(calibration, samples))):
+        ids = _token_ids(row, tokenizer, f"calibration row {i}")[:max_length]
         if not len(ids):
             continue
         rows.append(ids)
@@ -245,13 +247,24 @@ def _batches(
         yield _padded(rows)
 
 
+def _readable_rows(calibration: Iterator[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    for i in itertools.count():
+        try:
+            row = next(calibration)
+        except StopIteration:
+            return
+        except UnicodeDecodeError as error:  # files are decoded row by row
+            raise ElasticConfigError(f"calibration row {i} is no UTF-8 text: {error}.") from error
+        yield row
+
+
 def _padded(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
     mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def _token_ids(row: Mapping[str, Any], tokenizer: Any) -> torch.Tensor:
+def _token_ids(row: Mapping[str, Any], tokenizer: Any, where: str) -> torch.Tensor:
     if not isinstance(row, Mapping):
         raise ElasticConfigError(f"calibration rows must be dicts, not {type(row).__name__}.")
     if "input_ids" in row:
@@ -259,8 +272,11 @@ def _token_ids(row: Mapping[str, Any], tokenizer: Any) -> torch.Tensor:
         mask = row.get("attention_mask")
         return ids if mask is None else ids[torch.as_tensor(mask).bool()]
     if tokenizer is not None and "messages" in row:
-        return torch.as_tensor(tokenizer.apply_chat_template(row["messages"], tokenize=True, return_dict=False))
+        return torch.as_tensor(chat_tokens(tokenizer, row["messages"], where))
     if tokenizer is not None and "text" in row:
+        if not isinstance(row["text"], str):
+            raise ElasticConfigError(f"{where}: text={shown(row['text'])} must be a text.")
+        check_text(tokenizer, row["text"], where)
         return torch.as_tensor(tokenizer(row["text"])["input_ids"], dtype=torch.int64)
     raise ElasticConfigError(
         f"calibration rows have the columns {sorted(row)}; give input_ids, or text or messages together with tokenizer=."

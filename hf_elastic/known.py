@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from .configuration_elastic import ElasticConfig, read_config
-from .errors import ElasticConfigError, did_you_mean
+from .errors import ElasticConfigError, did_you_mean, shown
 
 logger = logging.getLogger(__name__)
 
@@ -86,12 +86,12 @@ def described_config(repo: Any, described: Any, **hub: Any) -> ElasticConfig:
         return ElasticConfig.from_parent(parent, described)
     if not isinstance(described, str):
         raise ElasticConfigError(
-            f"elastic_config={described!r} must be 'auto', the name of a known family, an ElasticConfig, its section, or budgets as a dict."
+            f"elastic_config={shown(described)} must be 'auto', the name of a known family, an ElasticConfig, its section, or budgets as a dict."
         )
     name = str(repo) if described == AUTO else described
     if name not in KNOWN:
         raise ElasticConfigError(
-            f"elastic_config={described!r}: no sizes of {name} are known; known are {', '.join(KNOWN)}.{did_you_mean(name, KNOWN)} Describe the "
+            f"elastic_config={shown(described)}: no sizes of {name} are known; known are {', '.join(KNOWN)}.{did_you_mean(name, KNOWN)} Describe the "
             "family yourself, elastic_config={'half': {'hidden': 960}}, if its weights are sorted by importance; hf_elastic.elastify() sorts any "
             "other."
         )

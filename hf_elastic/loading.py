@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from .configuration_elastic import ElasticConfig, plain_parent_error, read_config
-from .errors import CheckpointError, ElasticConfigError, did_you_mean
+from .errors import CheckpointError, ElasticConfigError, did_you_mean, shown
 from .known import described_config
 
 
@@ -45,16 +45,16 @@ def checked_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def load_dtype(kwargs: dict[str, Any], elastic: ElasticConfig) -> torch.dtype | None:
     """What the user asked for, otherwise what the config says; `None` if neither does."""
-    dtype = kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", None) or "auto"
-    kwargs.pop("dtype", None)
-    if dtype == "auto" and (dtype := elastic.dtype) is None:
+    given = [kwargs.pop(key, None) for key in ("torch_dtype", "dtype")]
+    dtype = next((value for value in given if value is not None), "auto")
+    if isinstance(dtype, str) and dtype == "auto" and (dtype := elastic.dtype) is None:
         return None
-    given = dtype
+    named = dtype
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ElasticConfigError(
-            f"dtype={given!r} must be 'auto', a floating-point torch.dtype or its name, such as 'bfloat16'."
+            f"dtype={shown(named)} must be 'auto', a floating-point torch.dtype or its name, such as 'bfloat16'."
         )
     return dtype
 
@@ -89,7 +89,9 @@ def configured(
     for key, value in fields.items():
         setattr(stock, key, value)
         if architecture.rules(stock) != before:
-            raise ElasticConfigError(f"{key}={value!r} does not fit the weights: they were saved with another {key}.")
+            raise ElasticConfigError(
+                f"{key}={shown(value)} does not fit the weights: they were saved with another {key}."
+            )
     return stock
 
 

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .architectures import get_architecture
-from .errors import ElasticConfigError
+from .errors import ElasticConfigError, shown
 from .slicing import Piece, pieces
 from .submodel import Submodel
 
@@ -37,7 +37,7 @@ def masked_model(parent: PreTrainedModel, submodel: Submodel) -> PreTrainedModel
     """
     if not isinstance(submodel, Submodel):
         raise ElasticConfigError(
-            f"submodel={submodel!r} must be a Submodel: ElasticConfig.submodel(name), or resolve(budget)."
+            f"submodel={shown(submodel)} must be a Submodel: ElasticConfig.submodel(name), or resolve(budget)."
         )
     model = copy.deepcopy(parent)
     architecture = get_architecture(model.config.model_type)

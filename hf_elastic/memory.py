@@ -12,7 +12,7 @@ from accelerate.utils import get_max_memory
 from .budgets import AUTO, Budget, Limit, format_bytes, parse_limit
 from .configuration_elastic import ElasticConfig
 from .cost import CostModel
-from .errors import ElasticConfigError, UnknownBudgetError
+from .errors import ElasticConfigError, UnknownBudgetError, shown
 from .submodel import Submodel
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ def resolve_for_loading(
     try:
         submodel = elastic.resolve(written, dtype)
     except UnknownBudgetError as error:
-        raise UnknownBudgetError(f"budget={budget!r} is {what}, and {error}") from error
+        raise UnknownBudgetError(f"budget={shown(budget)} is {what}, and {error}") from error
     limit: Limit = parse_limit(written)  # type: ignore[assignment]
     needed = limit.measure(CostModel(elastic.parent_config)(submodel), dtype or elastic.load_dtype)
     logger.info(

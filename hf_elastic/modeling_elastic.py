@@ -31,7 +31,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from .architectures import ARCHITECTURES, get_architecture, uniform
 from .budgets import Budget
 from .configuration_elastic import ElasticConfig, plain_parent_error
-from .errors import ElasticConfigError
+from .errors import ElasticConfigError, shown
 from .export import ExportMixin
 from .files import pinned
 from .generation.phases import PhasedGenerationMixin
@@ -49,7 +49,7 @@ from .memory import resolve_for_loading
 from .opening import open_checkpoint
 from .origin import CUT_FROM, cut_from
 from .pushing import PushMixin
-from .remote_code import InstalledCode
+from .remote_code import InstalledCode, add_to_transformers
 from .router import BudgetRouter, read_router
 from .saving import SavingMixin
 from .slicing import use_eager_experts_if_misaligned
@@ -296,7 +296,7 @@ def _from_state_dict(cls: type, config: Any, budget: Any, *model_args: Any, **kw
         )
     if not isinstance(config, PreTrainedConfig):
         raise ElasticConfigError(
-            f"config={config!r}: state_dict= needs the ElasticConfig or stock config of its weights."
+            f"config={shown(config)}: state_dict= needs the ElasticConfig or stock config of its weights."
         )
     concrete = concrete_class(cls, _parent_of(config))
     loaded = PreTrainedModel.from_pretrained.__func__(
@@ -339,3 +339,4 @@ AutoModelForCausalLM.register(ElasticConfig, ElasticForCausalLM)
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[ElasticConfig.model_type] = tuple(
     made.__name__ for (facade, _), made in _CONCRETE.items() if facade is ElasticForCausalLM
 )
+add_to_transformers(ElasticForCausalLM, ElasticModel)

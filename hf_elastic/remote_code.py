@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 MODULE = "modeling_elastic"
@@ -28,6 +30,19 @@ __all__ = ["ElasticConfig", "ElasticForCausalLM", "ElasticModel"]
 def write_module(directory: Path) -> None:
     """Write the module that `AUTO_MAP` names."""
     (directory / f"{MODULE}.py").write_text(_SOURCE, encoding="utf-8")
+
+
+def add_to_transformers(*classes: type) -> None:
+    """Let `transformers serve` find classes: it asks no AutoClass, but looks for what `architectures` says among the names of transformers.
+
+    Transformers puts another module in its own place while it is imported. Who imported it before that holds the first one, so both get them.
+    """
+    held = [
+        vars(module).get("transformers") for module in list(sys.modules.values()) if isinstance(module, ModuleType)
+    ]
+    for module in (sys.modules["transformers"], *held):
+        if isinstance(module, ModuleType) and module.__name__ == "transformers":
+            vars(module).update({made.__name__: made for made in classes})
 
 
 class InstalledCode:

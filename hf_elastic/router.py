@@ -20,7 +20,7 @@ from .choosing import Key
 from .configuration_elastic import ElasticConfig
 from .cost import Cost, CostModel
 from .decisions import DEAD_ZONE, Decided, decide
-from .errors import CheckpointError, ElasticConfigError
+from .errors import CheckpointError, ElasticConfigError, shown
 from .soft import Mixture, keep_weights
 from .submodel import LAYERS
 from .targets import Target, limits_of, pinned_targets
@@ -100,7 +100,7 @@ class BudgetRouter(nn.Module):
                     f"per_layer={axis!r} must be an elastic axis that belongs to layers, one of {sorted(self.choices)}."
                 )
         if isinstance(width, bool) or not isinstance(width, int) or width < 1:
-            raise ElasticConfigError(f"width={width!r} of the router must be a whole number of at least 1.")
+            raise ElasticConfigError(f"width={shown(width)} of the router must be a whole number of at least 1.")
         self.keys: list[Key] = []
         for axis in self.choices:
             layers: Sequence[int | None] = [None]

@@ -6,11 +6,16 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from datasets.exceptions import DatasetGenerationError
 from peft import PeftModel
+from pyarrow import ArrowInvalid
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from yaml import YAMLError
 
 from hf_elastic import ElasticConfig, ElasticForCausalLM, Scores
 from hf_elastic.cli import COMMANDS, main
@@ -148,6 +153,28 @@ def test_sampling_follows_the_seed(elastic, capsys):
     assert text(1) == text(1) != text(2)
 
 
+def files_of_wrong_kinds(folder: Path) -> Path:
+    """What a user may take for calibration data, or for a checkpoint."""
+    if folder.exists():
+        return folder
+    row = json.dumps({"text": "^a4b+3>"})
+    (folder / "folder").mkdir(parents=True)
+    (folder / "folder.jsonl").mkdir()
+    (folder / "broken").mkdir()
+    files = {
+        "empty.jsonl": "", "empty.csv": "", "empty.parquet": "", "list.json": "[]", "header.csv": "text\n",
+        "blank.txt": "\n\n", "bad.jsonl": f"{row}\n{{nope\n", "numbers.jsonl": "3\n4\n", "bad.parquet": "PAR1PAR1PAR1",
+        "latin.jsonl": b'{"text": "\xff\xfe"}\n', "table.tsv": "text\n^a4b+3>\n", "null.jsonl": '{"text": null}\n',
+        "deep.json": "[" * 100_000, "broken/tokenizer.json": "{}", "broken/tokenizer_config.json": "[]",
+    }  # fmt: skip
+    for name, content in files.items():
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder
+
+
+ELASTIFY = ["elastify", "{plain}", "{tmp}/out", "--axis", "expert_ffn", "--budget", "a:expert_ffn=24"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -161,8 +188,10 @@ def test_sampling_follows_the_seed(elastic, capsys):
         (["slice", "{elastic}", "{tmp}/out", "--budget", "smal"], "unknown budget 'smal'.*Did you mean 'small'"),
         (["slice", "{elastic}", "{tmp}/out", "--budget", "1k"], "no submodel fits"),
         (["slice", "{plain}", "{tmp}/out", "--budget", "small"], "plain nemotron_h checkpoint without budgets"),
-        (["export", "{elastic}", "{tmp}/out", "--dtype", "int3"], "dtype"),
-        (["generate", "{elastic}", "^", "--max-thinking-tokens", "0"], "max_thinking_tokens=0 must be a whole number"),
+        (
+            ["generate", "{elastic}", "^", "--max-thinking-tokens", "-1"],
+            "max_thinking_tokens=-1 must be a whole number",
+        ),
         (["generate", "{elastic}", "^", "--handover", "cache"], "--handover needs --thinking or --answering"),
         (
             ["generate", "{elastic}", "^", "--budget", "1M", "--thinking", "full"],
@@ -194,19 +223,110 @@ def test_sampling_follows_the_seed(elastic, capsys):
         ),
         (["plan", "{elastic}", "--size", "layers=4"], "layers=4 is a number.*list the layers to keep"),
         (["lab", "--output", "{tmp}/out", "--letters", "13"], "--letters=13 in 4..12|must be at least 1 and"),
+        (["lab", "--output", "{text}"], "text.jsonl is a file; give a folder"),
+        *(
+            ([command, "{elastic}", *more, "--dtype", name], f"--dtype='{name}' must be auto or a floating-point type")
+            for command, more in (
+                ("slice", ["{tmp}/out"]),
+                ("export", ["{tmp}/out"]),
+                ("generate", ["^"]),
+                ("evaluate", []),
+            )
+            for name in ("", "foo", "int8", "cuda")
+        ),
+        *(([*ELASTIFY, "--calibration", "{text}", "--dtype", name], "--dtype=") for name in ("", "foo", "int8")),
+        *(
+            ([*ELASTIFY, "--calibration", f"{{files}}/{name}"], message)
+            for name, message in {
+                "empty.jsonl": "empty.jsonl is empty",
+                "empty.csv": "empty.csv is empty",
+                "empty.parquet": "empty.parquet is empty",
+                "list.json": "list.json cannot be read as a dataset: it has no rows",
+                "header.csv": "header.csv cannot be read as a dataset: it has no rows",
+                "blank.txt": "calibration has no rows with tokens",
+                "bad.jsonl": "bad.jsonl cannot be read as a dataset: JSON parse error.* in row 1",
+                "numbers.jsonl": "numbers.jsonl cannot be read as a dataset: JSON parse error",
+                "bad.parquet": "bad.parquet cannot be read as a dataset: Parquet",
+                "latin.jsonl": "calibration row 0 is no UTF-8 text",
+                "table.tsv": "table.tsv must end with .jsonl, .json, .parquet, .csv, .txt",
+                "folder": "folder cannot be read as a dataset: .*neither a",
+                "folder.jsonl": "does not exist",
+                "nothing": "nothing cannot be read as a dataset",
+                "null.jsonl": "calibration row 0: text=None must be a text",
+            }.items()
+        ),
+        ([*ELASTIFY, "--spec", "{files}/deep.json"], "deep.json is no JSON: maximum recursion depth"),
+        (["elastify", "{files}/nothing", "{tmp}/out", "--axis", "hidden"], "there is no folder"),
+        (["elastify", "{text}", "{tmp}/out", "--axis", "hidden"], "is a file; give the folder of a checkpoint"),
+        (["slice", "{text}", "{tmp}/out"], "is a file; give the folder of a checkpoint"),
+        (["export", "./nothing", "{tmp}/out"], "there is no folder ./nothing"),
+        *(
+            ([command, f"{{files}}/{name}", *more], message)
+            for command, more in (("generate", ["^"]), ("evaluate", ["--count", "1"]))
+            for name, message in {
+                "nothing": "there is no folder",
+                "bad.jsonl": "is a file; give the folder of a checkpoint",
+                "folder": r"folder has no tokenizer that can be loaded \(there are no files of one\)",
+                "broken": r"broken has no tokenizer that can be loaded \(.+\)\. Save the one",
+            }.items()
+        ),
     ],
 )
 def test_mistakes_are_explained_without_a_traceback_and_write_nothing(arguments, message, elastic, tmp_path, capsys):
     places = {"elastic": elastic / "elastic", "tmp": tmp_path, "plain": PARENT_DIR, "text": elastic / "text.jsonl"}
-    places["lists"] = elastic / "lists.json"
+    places |= {"files": files_of_wrong_kinds(elastic / "files"), "lists": elastic / "lists.json"}
     places["lists"].write_text('{"budgets": [1]}')
     capsys.readouterr()
     assert main([a.format(**places) for a in arguments]) == 2
     error = capsys.readouterr().err
     assert "Traceback" not in error
-    assert error.startswith(f"hf-elastic {arguments[0]}: ")
+    assert f"hf-elastic {arguments[0]}: " in error
     assert re.search(message, error)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyError("x"), 1, "hf-elastic plan: unexpected KeyError: 'x' (`hf-elastic --debug plan ...` shows where"),
+        (RuntimeError("CUDA out of memory"), 1, "unexpected RuntimeError: CUDA out of memory"),
+        (AssertionError(), 1, "unexpected AssertionError"),
+        (StopIteration(), 1, "unexpected StopIteration"),
+        (RecursionError("too deep"), 1, "unexpected RecursionError: too deep"),
+        (SafetensorError("header too large"), 2, "hf-elastic plan: header too large"),
+        (DatasetGenerationError("no rows"), 2, "hf-elastic plan: no rows"),
+        (ArrowInvalid("no parquet"), 2, "hf-elastic plan: no parquet"),
+        (YAMLError("a tab"), 2, "hf-elastic plan: a tab"),
+        (OSError("disk full"), 2, "hf-elastic plan: disk full"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (BrokenPipeError(), 1, ""),
+    ],
+)
+def test_no_error_is_a_traceback_without_debug(error, code, message, monkeypatch, capsys):
+    def run(args):
+        raise error
+
+    monkeypatch.setattr("hf_elastic.commands.plan.run", run)
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    assert main(["plan", "x"]) == code
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert len(printed.splitlines()) == bool(message)
+    if not isinstance(error, (KeyboardInterrupt, BrokenPipeError)):
+        for argv in (["--debug", "plan", "x"], ["plan", "x", "--debug"]):
+            with pytest.raises(type(error)):
+                main(argv)
+
+
+def test_a_size_of_a_nested_family_says_where_its_tokenizer_is(elastic, tmp_path, capsys):
+    ElasticForCausalLM.from_pretrained(elastic / "elastic").save_pretrained(tmp_path / "nested", layout="nested")
+    AutoTokenizer.from_pretrained(elastic / "elastic").save_pretrained(tmp_path / "nested")
+    size = tmp_path / "nested" / "budgets" / "small"
+    assert size.is_dir()
+    assert main(["generate", str(size), "^"]) == 2
+    error = capsys.readouterr().err
+    assert "small has no tokenizer that can be loaded (there are no files of one)" in error
+    assert error.strip().endswith(f"the one of the family lies in {tmp_path / 'nested'}.")
 
 
 def test_sizes_and_budgets_from_text():
@@ -339,12 +459,35 @@ save_strategy: "no"
             "output_dir: {tmp}/out\nbf16: false\nmodel: x\ndataset: y\ntemperature: 0\n",
             "temperature=0.*must be a finite number above 0",
         ),
+        ("a: [1\nb", r"recipe.yaml is no YAML: while parsing a flow sequence .*line 1"),
+        ("a:\n\t- b", r"recipe.yaml is no YAML: .*cannot start any token"),
+        ("- 1\n", "must contain a YAML mapping"),
+        ("3: 4\n", "has a field of the wrong kind: keywords must be strings"),
+        ("output_dir: {tmp}/out\nbf16: false\nuse_cpu: true\nnonsense: 3\n", "--nonsense"),
+        (
+            "output_dir: {tmp}/out\nmax_steps: many\n",
+            r"recipe.yaml: argument --max_steps.*: invalid int value: 'many'",
+        ),
+        ("output_dir: {tmp}/out\nbf16: false\nlearning_rate: [1]\n", r"learning_rate=\[1\] must be a number"),
+        ("output_dir: {tmp}/out\nbf16: false\nmodel: 3\ndataset: y\n", "model=3 must be a text"),
+        (
+            "output_dir: {tmp}/out\nbf16: false\nuse_cpu: true\nmodel: {tmp}/nothing\ndataset: {data}\n",
+            "there is no folder .*nothing",
+        ),
+        (
+            "output_dir: {tmp}/out\nbf16: false\nuse_cpu: true\nmodel: {model}\ndataset: {data}\ndtype: foo\n",
+            "dtype='foo' must be",
+        ),
     ],
 )
 def test_recipes_that_do_not_hold_together(recipe, message, elastic, tmp_path, capsys):
     if recipe is not None:
-        (tmp_path / "recipe.yaml").write_text(recipe.format(tmp=tmp_path, model=elastic / "elastic"))
+        places = {"tmp": tmp_path, "model": elastic / "elastic", "data": elastic / "text.jsonl"}
+        (tmp_path / "recipe.yaml").write_text(recipe.format(**places))
     capsys.readouterr()
     assert main(["train", str(tmp_path / "recipe.yaml")]) == 2
-    assert re.search(message, capsys.readouterr().err)
+    error = capsys.readouterr().err
+    assert re.search(message, error)
+    assert "Traceback" not in error
+    assert "usage:" not in error
     assert not (tmp_path / "out").exists()

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import StoppingCriteria
 
 from hf_elastic import ElasticForCausalLM, PhasePlan, PhasePlanError
 from hf_elastic.cli import main
 from hf_elastic.evaluation import BookTask, Task, measure_plan, pareto_front, plan_matrix, planned
+from hf_elastic.lab.book import evaluate
 from hf_elastic.lab.family import make_family
 from hf_elastic.lab.parent import load_parent
 from hf_elastic.lab.task import problems
@@ -58,6 +60,58 @@ def test_a_plan_is_followed_recorded_and_priced(lab):
     assert (point["thinking"], point["answering"], point["max_thinking_tokens"]) == ("ffn", "full", 9)
     assert PhasePlan.from_dict(point["plan"]) == plan
     assert point["prompt_tokens"] == sum(map(sum, recorded.prompts)) / 6
+
+
+def test_no_thinking_is_priced_as_what_it_is(lab):
+    """The thinker reads and writes nothing; the answerer reads the prompt with both markers, whatever the hand-over is called."""
+    family, tokenizer, _ = lab
+    task = BookTask(letters=4, count=3)
+    active = family.elastic_config.costs()["full"].active_params
+    for handover in ("cache", "reprefill"):
+        plan = PhasePlan("ffn", None, max_thinking_tokens=0, handover=handover)
+        point = measure_plan(family, tokenizer, task, plan, prefill_speed=8.0)
+        assert (point["thinking_tokens"], point["max_thinking_tokens"]) == (0, 0)
+        assert point["handover"] == "reprefill"
+        prompt = len(tokenizer(next(problems("heldout", 4, 0)).prompt + "<think></think>")["input_ids"])
+        assert point["cost"] == pytest.approx(active * (point["answer_tokens"] + prompt / 8))
+    with planned(family, PhasePlan("ffn", None), tokenizer, task) as recorded:
+        evaluate(family, tokenizer, letters=4, count=3, thinking=False)
+    thinking, answering = recorded.phases[0]
+    assert thinking.reasons == ["skipped"] * 3
+    assert sum(answering.generated) / 3 == point["answer_tokens"]
+
+
+class Remembers(StoppingCriteria):
+    """What a criterion of lm-eval is shown."""
+
+    def __call__(self, input_ids: torch.LongTensor, scores: Any, **kwargs: Any) -> torch.BoolTensor:
+        self.seen = input_ids[0].tolist()
+        return torch.ones(len(input_ids), dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "written", "seen"),
+    [
+        ("^<think>a</think>b><think>", "a4", None),  # markers of the prompt are none of the text's
+        ("^<think>a</think>b><think>", "a4</think>bH", "bH"),
+        ("^<think></think>", "bH", "bH"),
+        ("^><think>", "a4</think>b<think>c", None),
+        ("^><think>", "a4</think>b<think>c</think>d", "d"),
+    ],
+)
+def test_criteria_of_a_task_see_the_answer_alone(lab, prompt, written, seen):
+    from hf_elastic.evaluating_lm import LmEvalTask
+
+    tokenizer, criterion = lab[1], Remembers()
+    prompts = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    kwargs = {"input_ids": prompts, "stopping_criteria": [criterion]}
+    LmEvalTask("any").follow(PhasePlan(), tokenizer, kwargs)
+    (only,) = kwargs["stopping_criteria"]
+    text = tokenizer(prompt + written, return_tensors="pt")["input_ids"]
+    assert only(text, None).tolist() == [seen is not None]
+    if seen is not None:
+        end = tokenizer.convert_tokens_to_ids("</think>")
+        assert tokenizer.decode([i for i in criterion.seen if i != end]) == seen
 
 
 def test_full_thinking_solves_what_a_cut_does_not(lab):
@@ -170,7 +224,10 @@ def test_a_task_of_lm_eval(lab, tmp_path, capsys, monkeypatch):
     ("options", "message"),
     [
         (["--metric", "acc"], "--metric='acc' must be code or exact"),
-        (["--max-thinking-tokens", "0"], "--max-thinking-tokens='0' must be a whole number of at least 1, or none"),
+        (
+            ["--max-thinking-tokens", "-1"],
+            "--max-thinking-tokens='-1' must be a whole number (0 is no thinking), or none",
+        ),
         (["--thinking", "fnn"], "fnn"),
         (["--count", "0"], "--count=0 must be at least 1"),
         (["--prefill-speed", "-1"], "--prefill-speed=-1.0 must be a positive number"),

@@ -1,4 +1,4 @@
-"""Programs that never import this package: trust_remote_code, and lm-eval from its command line. Nothing is fetched."""
+"""Programs that never import this package: trust_remote_code, lm-eval from its command line, `transformers serve`. Nothing is fetched."""
 
 from __future__ import annotations
 
@@ -154,3 +154,33 @@ def test_a_program_that_never_imports_this_package(repository, tmp_path):
     assert results["words"]["acc,none"] == pytest.approx(by_hand(small, tokenizer, questions))
     assert [file.name for file in (tmp_path / "again").glob("*.py")] == ["modeling_elastic.py"]
     assert_same_weights(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), small)
+
+
+SERVER = """
+import sys
+import torch
+from transformers.cli.serving.model_manager import ModelManager
+
+assert not any(name.startswith("hf_elastic") for name in sys.modules)
+manager = ModelManager(device="cpu", trust_remote_code=True)
+where = ModelManager.process_model_name(sys.argv[1])
+processor, model = manager._load_processor(where), manager._load_model(where)
+print(type(model).__name__, model.num_parameters(), manager.get_model_modality(model, processor))
+inputs = processor("t5 t6 t7", return_tensors="pt")
+print(model.generate(inputs["input_ids"], max_new_tokens=5, do_sample=False, eos_token_id=None, tokenizer=processor)[0].tolist())
+"""
+
+
+@pytest.mark.slow
+def test_transformers_serves_a_family(repository, tmp_path):
+    """Its loader as the server calls it, which no program of the package's own has prepared."""
+    folder, *_ = repository
+    env = {**OFFLINE, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    command = [sys.executable, "-c", SERVER, str(folder)]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    family = ElasticForCausalLM.from_pretrained(folder)
+    kind, text = done.stdout.splitlines()[-2:]
+    assert kind == f"ElasticNemotronHForCausalLM {family.num_parameters()} Modality.LLM"
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    assert json.loads(text) == family.generate(torch.tensor([[5, 6, 7]]), **options)[0].tolist()

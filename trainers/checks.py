@@ -6,11 +6,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from hf_elastic import ElasticForCausalLM
 from hf_elastic.adapters import attached
-from hf_elastic.errors import ElasticConfigError
+from hf_elastic.errors import ElasticConfigError, TokenizerError, shown
+from hf_elastic.texts import check_tokens, unknown_token
 
 from .elastic_distillation_config import ElasticDistillationConfig
 from .lora import base_of, check_attached
@@ -25,7 +27,7 @@ def refuse_ignored(args: ElasticDistillationConfig, kwargs: Mapping[str, Any]) -
         value = getattr(args, name)
         if value != neutral and value != 0.0:
             raise ElasticConfigError(
-                f"{name}={value!r} would be ignored: the loss is the divergence from the teacher. Leave it at {neutral!r}."
+                f"{name}={shown(value)} would be ignored: the loss is the divergence from the teacher. Leave it at {neutral!r}."
             )
 
 
@@ -44,6 +46,41 @@ def check_columns(dataset: Any, name: str, args: ElasticDistillationConfig, form
                 f"{name} has the columns {', '.join(sorted(columns))}; it needs input_ids, {args.dataset_text_field}, messages, or "
                 "prompt and completion (or give formatting_func)."
             )
+
+
+_FIRST_ROWS = 1024
+
+
+def check_rows(dataset: Any, name: str, tokenizer: Any, vocabulary: int) -> None:
+    """Raise if the first rows of a tokenized dataset have tokens that the model does not have, or text that the tokenizer could not read."""
+    if not hasattr(dataset, "__len__") or "input_ids" not in (getattr(dataset, "column_names", None) or ()):
+        return  # streams are looked at batch by batch
+    unknown = unknown_token(tokenizer)
+    for i, ids in enumerate(dataset[:_FIRST_ROWS]["input_ids"]):
+        ids = torch.as_tensor(ids)
+        check_tokens(ids, vocabulary, f"row {i} of the {name} dataset")
+        if unknown is not None and bool((ids == unknown).any()):
+            raise TokenizerError(
+                f"row {i} of the {name} dataset has text that the tokenizer has no tokens for and reads as {tokenizer.unk_token!r}. Take it "
+                "out, or use the tokenizer that the model was trained with."
+            )
+
+
+class CheckedCollator:
+    """A data collator whose batches have only tokens that the model has; looked at here, where it costs no wait for a GPU.
+
+    Args:
+        collator (`Callable`): The other one.
+        vocabulary (`int`): The model's.
+    """
+
+    def __init__(self, collator: Any, vocabulary: int):
+        self.collator, self.vocabulary = collator, vocabulary
+
+    def __call__(self, rows: Any, *args: Any, **kwargs: Any) -> Any:
+        batch = self.collator(rows, *args, **kwargs)
+        check_tokens(batch.get("input_ids"), self.vocabulary, "a row of the dataset")
+        return batch
 
 
 def known_budgets(given: list[str], names: list[str]) -> list[str]:

@@ -16,9 +16,19 @@ from trl import SFTTrainer
 
 from hf_elastic import ElasticForCausalLM
 from hf_elastic.errors import ElasticConfigError, HFElasticError
+from hf_elastic.texts import readable
 
 from .checkpoints import CheckpointsMixin
-from .checks import check_columns, check_layers, check_model, known_budgets, refuse_ignored, without_auxiliary_loss
+from .checks import (
+    CheckedCollator,
+    check_columns,
+    check_layers,
+    check_model,
+    check_rows,
+    known_budgets,
+    refuse_ignored,
+    without_auxiliary_loss,
+)
 from .curriculum import make_curriculum
 from .elastic_distillation_config import ElasticDistillationConfig
 from .forward import forward_as, head_of, last_hidden, last_hidden_through, states_after
@@ -68,6 +78,7 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
     Raises:
         `ElasticConfigError`: not an elastic model, a teacher of another vocabulary, unknown budgets, probabilities that do not sum to 1,
             a dataset without the columns, an option that distillation would ignore, a teacher whose hidden states cannot be compared.
+        `TokenizerError`: texts that the tokenizer cannot read, or tokens that the model does not have.
         `HFElasticError`: while training, a loss that is not finite.
     """
 
@@ -128,11 +139,13 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
             # A budget that drops a layer uses none of its parameters. Upstream looks for them only without gradient checkpointing, and
             # DDP then stops in the second step; non-reentrant checkpointing, the default here, gets along with looking.
             args.ddp_find_unused_parameters = True
+        self._vocabulary = model.config.vocab_size
         with without_auxiliary_loss(model, args):
             super().__init__(model=given, args=args, peft_config=peft_config, **kwargs)
         if self.handovers is not None:
             self.handovers.token = token_id(args.handover_token, self.processing_class)
             refuse_checkpointing(self._elastic, self.accelerator)
+        self.data_collator: Any = CheckedCollator(self.data_collator, self._vocabulary)  # type: ignore[has-type]
         check_model(self.model)  # upstream adapts embeddings and head on its own for a chat template with new tokens
         # The loss is divided by the number of target tokens of the whole step already.
         self.loss_is_scaled_for_ga = True
@@ -153,6 +166,13 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
         if self.routing is not None:
             self.routing.router.zero_grad()  # upstream clears the gradients of the model, not those of the optimizer
         return batches, self._get_num_items_in_batch(batches, device)
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, *args: Any, **kwargs: Any) -> Any:
+        name = kwargs.get("dataset_name", args[-1] if args else "train")
+        with readable(f"the {name} dataset"):
+            prepared = super()._prepare_dataset(dataset, processing_class, *args, **kwargs)
+        check_rows(prepared, name, processing_class, self._vocabulary)
+        return prepared
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor | None:
         """Target tokens of all micro-batches (and ranks) of a step; at least 1, so that a step without any has a loss of zero."""

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..axes import Dim, Sizes, TensorRule
-from ..errors import ElasticConfigError, did_you_mean
+from ..errors import ElasticConfigError, did_you_mean, shown
 from ..submodel import LAYERS, Submodel
 
 
@@ -283,21 +283,21 @@ def _kept_layers(value: Any, depth: int, name: str) -> tuple[int, ...]:
         return tuple(range(depth))
     if isinstance(value, (str, int)) or not isinstance(value, Iterable):
         raise ElasticConfigError(
-            f"{name}: layers={value!r} must list the indices of the kept layers, each in 0..{depth - 1}."
+            f"{name}: layers={shown(value)} must list the indices of the kept layers, each in 0..{depth - 1}."
         )
     layers = tuple(value)
     bad = [i for i in layers if isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < depth]
     if bad or len(set(layers)) != len(layers) or not layers:
         raise ElasticConfigError(
-            f"{name}: layers={list(layers)!r} must be different layer indices in 0..{depth - 1}, at least one"
-            + (f"; {bad!r} is not." if bad else ".")
+            f"{name}: layers={shown(list(layers))} must be different layer indices in 0..{depth - 1}, at least one"
+            + (f"; {shown(bad)} is not." if bad else ".")
         )
     return tuple(sorted(layers))
 
 
 def _checked_size(value: Any, parent: int, where: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ElasticConfigError(f"{where}={value!r} must be a whole number in 1..{parent}.")
+        raise ElasticConfigError(f"{where}={shown(value)} must be a whole number in 1..{parent}.")
     if not 1 <= value <= parent:
         raise ElasticConfigError(f"{where}={value} is out of range: the parent has {parent}, give 1..{parent}.")
     return value
@@ -326,7 +326,9 @@ def _per_layer(
             )
         for i, (size, full) in enumerate(zip(value, parent, strict=True)):
             if full is None and size is not None:
-                raise ElasticConfigError(f"{where}[{i}]={size!r}: layer {i} does not have the axis, give None there.")
+                raise ElasticConfigError(
+                    f"{where}[{i}]={shown(size)}: layer {i} does not have the axis, give None there."
+                )
             if full is not None and size is None and i in kept:
                 raise ElasticConfigError(f"{where}[{i}] is missing: layer {i} has the axis, give 1..{full}.")
     else:

@@ -60,6 +60,27 @@ def check_output(output: str, source: str) -> None:
         )
 
 
+def check_source(source: str) -> None:
+    """Refuse a path with nothing at it, which else would be looked for on the Hub, and a file."""
+    path = Path(source)
+    if path.is_file():
+        raise ElasticConfigError(f"{source} is a file; give the folder of a checkpoint, or a Hub repository.")
+    if not path.exists() and (not source or path.is_absolute() or source[0] in ".~" or len(path.parts) > 2):
+        raise ElasticConfigError(f"there is no folder {source or repr(source)}.")
+
+
+def check_dtype(name: str) -> str:
+    """The type of weights that was asked for; refuses one that is none."""
+    import torch
+
+    dtype = getattr(torch, name, None) if name else None
+    if name != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ElasticConfigError(
+            f"--dtype={name!r} must be auto or a floating-point type of torch, such as bfloat16 or float32."
+        )
+    return name
+
+
 def check_device(name: str | None) -> str:
     """The device that was asked for, or the one to take; refuses one that torch does not know or this machine does not have."""
     import torch
@@ -74,6 +95,30 @@ def check_device(name: str | None) -> str:
     ) as error:  # torch's own kinds for unknown, not built in, not there
         raise ElasticConfigError(f"--device={name!r} cannot be used: {str(error).splitlines()[0]}") from error
     return name
+
+
+def load_tokenizer(source: str) -> Any:
+    """The tokenizer beside a checkpoint.
+
+    Raises:
+        `ElasticConfigError`: There is none, or none that can be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    check_source(source)
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # of many kinds, for what is missing or damaged
+        path = Path(source)
+        above = path.parent.parent if path.parent.name == "budgets" else path
+        where = f"; the one of the family lies in {above}" if (above / "tokenizer_config.json").is_file() else ""
+        why = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        if path.is_dir() and not any(path.glob("tokenizer*")):
+            why = "there are no files of one"
+        raise ElasticConfigError(
+            f"{source} has no tokenizer that can be loaded ({why}). Save the one that the model was trained with there: "
+            f"tokenizer.save_pretrained({source!r}){where if above != path else ''}."
+        ) from error
 
 
 def save_tokenizer(source: str, target: str | Path) -> None:

@@ -15,7 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ElasticConfigError
-from .common import check_device, check_output, parse_sizes, parse_value, save_tokenizer
+from .common import (
+    check_device,
+    check_dtype,
+    check_output,
+    check_source,
+    load_tokenizer,
+    parse_sizes,
+    parse_value,
+    save_tokenizer,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     from ..elastify import elastify
     from .plan import plan, render
@@ -63,15 +72,17 @@ def run(args: argparse.Namespace) -> None:
         raise ElasticConfigError("--save-scores needs --calibration, and no --scores.")
     if args.save_scores and not Path(args.save_scores).resolve().parent.is_dir():
         raise ElasticConfigError(f"--save-scores={args.save_scores}: there is no such folder.")
+    check_source(args.parent)
     check_output(args.output, args.parent)
     check_device(args.device)
+    check_dtype(args.dtype)
     options: dict[str, Any] = {}
     data = None
     if args.calibration and not args.scores:
         data = load_calibration(args.calibration, args.split)
         options = {"samples": args.samples, "batch_size": args.batch_size, "max_length": args.max_length}
         if not {"input_ids"} & set(data.column_names or ["input_ids"]):
-            options["tokenizer"] = AutoTokenizer.from_pretrained(args.parent)
+            options["tokenizer"] = load_tokenizer(args.parent)
     parent = AutoModelForCausalLM.from_pretrained(args.parent, dtype=args.dtype).to(args.device)
     model = elastify(parent, data, axes, budgets, scores=args.scores, sort=not args.no_sort, **options)
     if args.save_scores:
@@ -85,7 +96,7 @@ def run(args: argparse.Namespace) -> None:
 def _spec(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     try:
         spec = json.loads(Path(args.spec).read_text(encoding="utf-8")) if args.spec else {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ElasticConfigError(f"{args.spec} is no JSON: {error}.") from error
     if not isinstance(spec, dict) or set(spec) - {"axes", "budgets"} or not isinstance(spec.get("budgets", {}), dict):
         raise ElasticConfigError(f"{args.spec} must hold an object with `axes` and `budgets`, which is one too.")
@@ -125,15 +136,36 @@ def parse_budget(text: str) -> tuple[str, Any]:
 
 
 def load_calibration(name: str, split: str) -> Any:
-    """A dataset from a file, by its ending, or from the Hub."""
+    """A dataset from a file, by its ending, from a folder that `save_to_disk` wrote, or from the Hub.
+
+    Raises:
+        `ElasticConfigError`: it is missing, has no rows, or cannot be read.
+    """
     import datasets
 
     kinds = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
     path = Path(name)
-    if path.suffix in kinds:
-        if not path.exists():
-            raise ElasticConfigError(f"file {name} does not exist.")
-        return datasets.load_dataset(kinds[path.suffix], data_files=str(path), split="train")
-    if path.is_dir():
-        return datasets.load_from_disk(name)
-    return datasets.load_dataset(name, split=split, streaming=True)
+    if path.suffix in kinds and not path.is_file():
+        raise ElasticConfigError(f"file {name} does not exist.")
+    if path.is_file() and path.suffix not in kinds:
+        raise ElasticConfigError(f"{name} must end with {', '.join(kinds)}, which says how to read it.")
+    if path.is_file() and not path.stat().st_size:
+        raise ElasticConfigError(f"{name} is empty.")
+    try:
+        if path.is_file():
+            data = datasets.load_dataset(kinds[path.suffix], data_files=str(path), split="train")
+        elif path.is_dir():
+            data = datasets.load_from_disk(name)
+        else:
+            data = datasets.load_dataset(name, split=split, streaming=True)
+    except Exception as error:  # of many kinds: of datasets, pyarrow, pandas, json, the Hub
+        empty = "corresponds to no data" in str(error)
+        why = "it has no rows" if empty else str(error.__cause__ or error).strip() or type(error).__name__
+        raise ElasticConfigError(f"{name} cannot be read as a dataset: {why}") from error
+    if isinstance(data, dict):
+        if split not in data:
+            raise ElasticConfigError(f"{name} has no split {split!r}; it has {', '.join(data)}.")
+        data = data[split]
+    if hasattr(data, "__len__") and not len(data):
+        raise ElasticConfigError(f"{name} has no rows.")
+    return data

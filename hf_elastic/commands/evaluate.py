@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .common import add_json, check_device, table
+from .common import add_json, check_device, check_dtype, load_tokenizer, table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-thinking-tokens",
         action="append",
         metavar="CAP",
-        help="cap on thinking tokens, or none; repeat it (default: none)",
+        help="cap on thinking tokens (0: no thinking), or none; repeat it (default: none)",
     )
     parser.add_argument("--max-answer-tokens", type=int, help="cap on the tokens of the answer")
     parser.add_argument(
@@ -59,7 +59,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from tqdm.auto import tqdm
-    from transformers import AutoTokenizer
 
     from ..errors import ElasticConfigError
     from ..evaluation import PREFILL_SPEED, measure_plan, plan_matrix, results_file
@@ -73,10 +72,11 @@ def run(args: argparse.Namespace) -> None:
     if args.prefill_speed is not None and not 0 < args.prefill_speed < float("inf"):
         raise ElasticConfigError(f"--prefill-speed={args.prefill_speed} must be a positive number.")
     device = check_device(args.device)
+    check_dtype(args.dtype)
     if args.output and Path(args.output).exists() and not Path(args.output).is_dir():
         raise ElasticConfigError(f"--output={args.output} is a file; give a folder.")
     task = _task(args)
-    tokenizer = AutoTokenizer.from_pretrained(args.repo)
+    tokenizer = load_tokenizer(args.repo)
     model = ElasticForCausalLM.from_pretrained(args.repo, dtype=args.dtype).to(device)
     names = list(model.elastic_config.family())
     options: dict[str, Any] = {"max_answer_tokens": args.max_answer_tokens, "handover": args.handover}
@@ -102,8 +102,8 @@ def _cap(text: str) -> int | None:
 
     if text == "none":
         return None
-    if not text.isdecimal() or not int(text):
-        raise PhasePlanError(f"--max-thinking-tokens={text!r} must be a whole number of at least 1, or none.")
+    if not text.isdecimal():
+        raise PhasePlanError(f"--max-thinking-tokens={text!r} must be a whole number (0 is no thinking), or none.")
     return int(text)
 
 

@@ -14,7 +14,7 @@ import sys
 import time
 from typing import Any
 
-from .common import add_json, add_source, check_device
+from .common import add_json, add_source, check_device, check_dtype, load_tokenizer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", metavar="PROMPT", help="text to continue, or - for standard input")
     parser.add_argument("--thinking", metavar="BUDGET", help="size that thinks, up to </think>")
     parser.add_argument("--answering", metavar="BUDGET", help="size that answers")
-    parser.add_argument("--max-thinking-tokens", type=int, help="cap on thinking tokens")
+    parser.add_argument("--max-thinking-tokens", type=int, help="cap on thinking tokens; 0 is no thinking")
     parser.add_argument("--max-answer-tokens", type=int, help="cap on the tokens of the answer")
     parser.add_argument(
         "--handover",
@@ -43,11 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from transformers import AutoTokenizer, TextStreamer, set_seed
+    from transformers import TextStreamer, set_seed
 
     from ..errors import ElasticConfigError
     from ..generation import PhaseTextStreamer
     from ..modeling_elastic import ElasticForCausalLM
+    from ..texts import check_text
 
     if args.max_new_tokens < 1:
         raise ElasticConfigError(f"--max-new-tokens={args.max_new_tokens} must be at least 1.")
@@ -56,10 +57,12 @@ def run(args: argparse.Namespace) -> None:
     plan = _plan(args)
     device = check_device(args.device)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    tokenizer = AutoTokenizer.from_pretrained(args.repo)
+    check_dtype(args.dtype)
+    tokenizer = load_tokenizer(args.repo)
     model = ElasticForCausalLM.from_pretrained(
         args.repo, budget=args.budget, elastic_config=args.elastic_config, dtype=args.dtype
     ).to(device)
+    check_text(tokenizer, prompt, "the prompt")
     if tokenizer.chat_template and not args.raw:
         message = [{"role": "user", "content": prompt}]
         inputs = tokenizer.apply_chat_template(

@@ -54,6 +54,8 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--steps={args.steps} must be at least 4.")
     if args.problems < 1 or not 4 <= args.letters <= 12:
         raise ValueError(f"--problems={args.problems} must be at least 1 and --letters={args.letters} in 4..12.")
+    if Path(args.output).is_file():
+        raise ValueError(f"--output={args.output} is a file; give a folder.")
     import torch
     from transformers.utils import logging
 

@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from ..errors import ElasticConfigError
-from .common import BUDGET_HELP, save_tokenizer, table
+from .common import BUDGET_HELP, check_source, save_tokenizer, table
 
 if TYPE_CHECKING:
     from ..publishing import CardArguments, Upload
@@ -94,9 +94,8 @@ def _checkpoint(args: argparse.Namespace, repo_id: str, card: CardArguments) -> 
     from ..modeling_elastic import ElasticForCausalLM
     from ..publishing import copy_others, read_published
 
+    check_source(args.source)
     source = Path(args.source)
-    if source.is_file():
-        raise ElasticConfigError(f"{source} is a file; give the folder of a checkpoint.")
     fields, _ = PreTrainedConfig.get_config_dict(args.source)
     if fields.get("model_type") != ElasticConfig.model_type:
         if not source.is_dir():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from .common import add_source, check_output, save_tokenizer
+from .common import add_source, check_dtype, check_output, check_source, save_tokenizer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +18,9 @@ def run(args: argparse.Namespace) -> None:
     from ..modeling_elastic import ElasticForCausalLM
     from .plan import plan, render
 
+    check_source(args.repo)
     check_output(args.output, args.repo)
+    check_dtype(args.dtype)
     model = ElasticForCausalLM.from_pretrained(
         args.repo, budget=args.budget, elastic_config=args.elastic_config, dtype=args.dtype
     )

@@ -12,11 +12,15 @@ Several processes: torchrun --nproc-per-node 8 -m hf_elastic.cli train CONFIG.
 from __future__ import annotations
 
 import argparse
+import io
+import sys
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from ..errors import ElasticConfigError
+from .common import load_tokenizer
 from .elastify import load_calibration
 
 
@@ -99,6 +103,9 @@ def run(args: argparse.Namespace) -> None:
     if not Path(args.config).is_file():
         raise ElasticConfigError(f"there is no file {args.config}.")
     train_arguments, adapter, config = parse(args.config, args.overrides)
+    for name in ("model", "dataset", "teacher", "dataset_split", "eval_dataset", "dtype"):
+        if not isinstance(value := getattr(train_arguments, name), (str, type(None))):
+            raise ElasticConfigError(f"{args.config}: {name}={value!r} must be a text.")
     for name in ("model", "dataset"):
         if not getattr(train_arguments, name):
             raise ElasticConfigError(f"{args.config} does not say {name}.")
@@ -110,33 +117,53 @@ def parse(config: str, overrides: list[str]) -> tuple[TrainArguments, AdapterArg
 
     Returns:
         `tuple[TrainArguments, AdapterArguments, ElasticDistillationConfig]`
+
+    Raises:
+        `ElasticConfigError`: the file is no YAML, or a field is of the wrong kind.
     """
+    import yaml
     from trl import TrlParser
 
     from ..trainers import ElasticDistillationConfig
 
     parser = TrlParser((TrainArguments, AdapterArguments, ElasticDistillationConfig))
-    train_arguments, adapter, distillation = parser.parse_args_and_config(["--config", config, *overrides])
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            train_arguments, adapter, distillation = parser.parse_args_and_config(["--config", config, *overrides])
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ElasticConfigError(f"{config} is no YAML: {' '.join(str(error).split())}") from error
+    except (TypeError, AttributeError) as error:  # what upstream raises where it calculates with a value
+        raise ElasticConfigError(f"{config} has a field of the wrong kind: {error}.") from error
+    except SystemExit as error:  # argparse prints all fields, and what is wrong at the end
+        if not error.code:
+            raise
+        raise ElasticConfigError(f"{config}: {said.getvalue().strip().rpartition('error: ')[2]}") from error
+    print(said.getvalue(), end="", file=sys.stderr)
+    for parsed in (train_arguments, adapter, distillation):
+        for name, kind in get_type_hints(type(parsed)).items():
+            kinds, value = {*get_args(kind)} or {kind}, getattr(parsed, name, None)
+            if kinds <= {int, float, type(None)} and not isinstance(value, (int, float, type(None))):
+                raise ElasticConfigError(f"{config}: {name}={value!r} must be a number.")
     return train_arguments, adapter, distillation
 
 
 def train(arguments: TrainArguments, adapter: AdapterArguments, config: Any) -> None:
     """Train and save to `output_dir`."""
-    from transformers import AutoTokenizer
-
     from ..decisions import render
     from ..modeling_elastic import ElasticForCausalLM
     from ..trainers import ElasticDistillationTrainer
     from ..trainers.routing import REPORT_FILE
 
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    data = load_calibration(arguments.dataset, arguments.dataset_split)
+    tokenizer = load_tokenizer(arguments.model)
     model = ElasticForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype)
     evaluation = arguments.eval_dataset
     trainer = ElasticDistillationTrainer(
         model=model,
         teacher_model=arguments.teacher,
         args=config,
-        train_dataset=load_calibration(arguments.dataset, arguments.dataset_split),
+        train_dataset=data,
         eval_dataset=load_calibration(evaluation, arguments.dataset_split) if evaluation else None,
         processing_class=tokenizer,
         peft_config=adapter.peft_config(),

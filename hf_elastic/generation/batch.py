@@ -23,6 +23,9 @@ class Row:
         states (`States`, *optional*): What the last phase kept of it, if the next one goes on from that.
         cached (`int`): How many of its tokens are in `states`.
         generated (`int`): Tokens that submodels wrote, in all phases.
+        inside (`int`, *optional*): The earlier phase that was opened again and is not closed.
+        reopened (`dict[int, int]`): Per phase that was opened again the tokens that were written in it since.
+        forced (`list[int]`): Tokens that have to come next.
         done (`bool`): Whether the text is over.
         scores, logits (`list[torch.Tensor]`): One entry per new token, if asked for; `None` for one that was inserted.
     """
@@ -32,6 +35,9 @@ class Row:
     states: States | None = None
     cached: int = 0
     generated: int = 0
+    inside: int | None = None
+    reopened: dict[int, int] = field(default_factory=dict)
+    forced: list[int] = field(default_factory=list)
     done: bool = False
     scores: list[torch.Tensor | None] = field(default_factory=list)
     logits: list[torch.Tensor | None] = field(default_factory=list)
@@ -45,7 +51,7 @@ class Batch:
 
     Args:
         model ([`ElasticForCausalLM`]): At the budget that writes.
-        rows (`list[Row]`): Their `states` are used up.
+        rows (`list[Row]`): Their `states` are used up; one without is read from its beginning.
         source (`Submodel`, *optional*): Who kept these; `None` reads every sequence from its beginning.
         pad_id (`int`): Token that stands for padding.
         chunk (`int`, *optional*): Tokens that are read at once; all of them if not given.
@@ -95,17 +101,17 @@ class Batch:
     def _read(self, source: Submodel | None) -> None:
         """Read what is unread: everything, or what `source` has not read on top of what it kept.
 
-        Sequences with as many unread tokens are read together. Padding would go through the convolutions of Mamba layers, where it counts if
+        Sequences with as many unread tokens, all on top of something or none, are read together. Padding would go through the convolutions of Mamba layers, where it counts if
         their projections have a bias, and padding in the middle of a sequence would go through their states.
         """
-        groups: dict[int, list[int]] = {}
+        groups: dict[tuple[int, bool], list[int]] = {}
         for i, row in enumerate(self.rows):
-            groups.setdefault(len(row.ids) - row.cached, []).append(i)
+            groups.setdefault((len(row.ids) - row.cached, row.states is None), []).append(i)
         logits: dict[int, torch.Tensor] = {}
         read: dict[int, States] = {}
-        for unread, members in groups.items():
+        for (unread, whole), members in groups.items():
             rows = [self.rows[i] for i in members]
-            cache = self._kept(source, rows)
+            cache = self._kept(None if whole else source, rows)
             self.ids, self.mask = self._pad(rows)
             logits.update(zip(members, self._forward(cache, unread), strict=True))
             if len(groups) > 1:

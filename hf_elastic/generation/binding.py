@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..errors import PhasePlanError
+from ..errors import PhasePlanError, shown
 from ..submodel import Submodel
 from .caches import check_hand_over
 from .plan import Phase, PhasePlan
 
 _SENTENCE_END = re.compile(r"[^\d\s][.!?。！？][\"'”’)\]]*\s*$")
 """The end of a sentence; a point after a digit may be one inside a number."""
+
+Standing = Literal["outside", "inside", "no part", "past"]
+"""Of a text in a phase: not opened, opened, opened and closed with nothing in between, or closed just now with something in between."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,10 @@ class BoundPhase:
         start_id, end_id (`int`, *optional*): The markers.
         closing_ids (`tuple[int, ...]`): Inserted at the cap.
         soft_closing_ids (`tuple[int, ...]`): Inserted after a sentence or line that ended in the grace window.
+        empty_ids (`tuple[int, ...]`): Stand for a part with nothing in it, for a cap of 0.
         handover (`str`, *optional*): `"cache"` or `"reprefill"`, decided; `None` for the first phase.
+        turn_ids (`frozenset[int]`): Special tokens, which part the turns of a conversation.
+        is_blank (`Callable`): Whether a token is white space.
     """
 
     phase: Phase
@@ -38,7 +44,10 @@ class BoundPhase:
     end_id: int | None
     closing_ids: tuple[int, ...]
     soft_closing_ids: tuple[int, ...]
+    empty_ids: tuple[int, ...]
     handover: str | None
+    turn_ids: frozenset[int]
+    is_blank: Callable[[int], bool]
 
 
 def bind(model: Any, plan: PhasePlan, tokenizer: PreTrainedTokenizerBase | None) -> list[BoundPhase]:
@@ -50,8 +59,9 @@ def bind(model: Any, plan: PhasePlan, tokenizer: PreTrainedTokenizerBase | None)
         `PhasePlanError`: a marker that is not one token, a closing text that the tokenizer cannot express, or no tokenizer for either.
     """
     if not isinstance(plan, PhasePlan):
-        raise PhasePlanError(f"phase_plan={plan!r} must be a PhasePlan.")
+        raise PhasePlanError(f"phase_plan={shown(plan)} must be a PhasePlan.")
     bound: list[BoundPhase] = []
+    turns, is_blank = _turn_ids(tokenizer, plan), Blanks(tokenizer)
     for phase in plan.phases:
         submodel = model.elastic_config.resolve(phase.budget, model.dtype)
         start, end = (_marker_id(tokenizer, text, phase) if text else None for text in (phase.start, phase.end))
@@ -60,9 +70,16 @@ def bind(model: Any, plan: PhasePlan, tokenizer: PreTrainedTokenizerBase | None)
         if phase.end is not None and end is not None and tokenizer is not None:
             closing = _closing_ids(tokenizer, phase, end)
             soft = closing[closing.index(end) :]
+        for text, ids in ((phase.start, (start,)), (phase.end, closing)):
+            if text and max(i for i in ids if i is not None) >= model.config.vocab_size:
+                raise PhasePlanError(
+                    f"phase {phase.name!r}: the tokenizer's token for {text!r}, or for what closes the phase, is none of the model's "
+                    f"{model.config.vocab_size}; give the tokenizer and the markers that the model was trained with."
+                )
+        empty = _empty_ids(tokenizer, phase, start, end, closing, is_blank) if phase.max_new_tokens == 0 else ()
         handover = _decide(model, phase, bound[-1].submodel, submodel) if bound else None
         label = model.elastic_config.name_of(submodel) or _sizes(model, submodel)
-        bound.append(BoundPhase(phase, submodel, label, start, end, closing, soft, handover))
+        bound.append(BoundPhase(phase, submodel, label, start, end, closing, soft, empty, handover, turns, is_blank))
     return bound
 
 
@@ -82,9 +99,10 @@ def find_tokenizer(model: Any) -> PreTrainedTokenizerBase:
         if not where:
             raise OSError("the model was not loaded from a checkpoint")
         return AutoTokenizer.from_pretrained(where, **getattr(model, "_hub_kwargs", {}))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of many kinds, for what is missing or damaged
+        why = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise PhasePlanError(
-            f"the plan's markers need a tokenizer, and none was found beside the model ({error}); give tokenizer=."
+            f"the plan's markers need a tokenizer, and none was found beside the model ({why}); give tokenizer=."
         ) from error
 
 
@@ -135,6 +153,38 @@ def _closing_ids(tokenizer: PreTrainedTokenizerBase, phase: Phase, end_id: int) 
     )
 
 
+def _empty_ids(
+    tokenizer: Any, phase: Phase, start: int | None, end: int | None, closing: tuple[int, ...], is_blank: Blanks
+) -> tuple[int, ...]:
+    """A part with nothing in it: as the chat template says that no thinking is wanted, if it does; else the markers one after the other."""
+    if end is None:
+        return ()
+    opening = () if start is None else (start,)
+    if phase.closing is not None:
+        return (*opening, *closing)
+    try:
+        asked = [{"role": "user", "content": "?"}]
+        options = {"add_generation_prompt": True, "enable_thinking": False, "thinking": False}
+        ids = list(tokenizer.apply_chat_template(asked, tokenize=True, return_dict=False, **options))
+    except Exception:  # no template, or whatever a template raises
+        ids = []
+    tail = ids[max((i for i, token in enumerate(ids) if token == start), default=len(ids)) :]
+    if tail.count(end) == 1 and all(token == end or is_blank(token) for token in tail[1:]):
+        return tuple(tail)
+    return (*opening, end)
+
+
+def _turn_ids(tokenizer: Any, plan: PhasePlan) -> frozenset[int]:
+    """The tokenizer's special tokens but for the plan's markers and what stands for unknown text."""
+    if tokenizer is None:
+        return frozenset()
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {
+        *tokenizer.all_special_ids
+    }
+    texts = [text for phase in plan.phases for text in (phase.start, phase.end) if text]
+    return frozenset(special - {tokenizer.unk_token_id, *tokenizer.convert_tokens_to_ids(texts)})
+
+
 def _encode(tokenizer: PreTrainedTokenizerBase | None, text: str) -> list[int] | None:
     """Token ids that decode to this text again, or `None` if there are none."""
     if tokenizer is None:
@@ -145,6 +195,20 @@ def _encode(tokenizer: PreTrainedTokenizerBase | None, text: str) -> list[int] |
         return None
     known = tokenizer.unk_token_id is None or tokenizer.unk_token_id not in ids
     return ids if ids and known and tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text else None
+
+
+class Blanks:
+    """Tells whether a token is nothing but white space."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None):
+        self._tokenizer = tokenizer
+        self._known: dict[int, bool] = {}
+
+    def __call__(self, token: int) -> bool:
+        if token not in self._known:
+            text = None if self._tokenizer is None else str(self._tokenizer.decode([token]))
+            self._known[token] = text is not None and not text.strip()
+        return self._known[token]
 
 
 class SentenceEnds:
@@ -172,7 +236,7 @@ def check_prompts(prompts: Sequence[Sequence[int]], phases: Sequence[BoundPhase]
     """Refuse prompts that leave nothing to do.
 
     Raises:
-        `PhasePlanError`: an empty prompt, one that fills the context, or one in which the first phase is over already.
+        `PhasePlanError`: an empty prompt, one that fills the context, or one that ends with the end of the first phase, which holds something.
     """
     first = phases[0]
     for i, ids in enumerate(prompts):
@@ -182,21 +246,28 @@ def check_prompts(prompts: Sequence[Sequence[int]], phases: Sequence[BoundPhase]
             raise PhasePlanError(
                 f"prompt {i} has {len(ids)} tokens, and the context of the model ends at {context}; shorten it."
             )
-        if first.end_id is not None and is_over(ids, first):
+        if standing(ids, first) == "past":
             raise PhasePlanError(
-                f"prompt {i} is past phase {first.phase.name!r} already: {first.phase.end!r} was written. Give a plan that starts with the "
+                f"prompt {i} is past phase {first.phase.name!r} already: {first.phase.end!r} was written at its end. Give a plan that starts with the "
                 "phase after it, or take the marker out of the prompt."
             )
 
 
-def is_open(ids: Sequence[int], phase: BoundPhase) -> bool:
-    """Whether the phase's start marker was written and its end marker was not, after it."""
-    return phase.start_id in ids and not is_over(ids, phase)
+def standing(ids: Sequence[int], phase: BoundPhase) -> Standing:
+    """Where a text stands in a phase with its last token.
 
-
-def is_over(ids: Sequence[int], phase: BoundPhase) -> bool:
-    """Whether the last of the phase's markers in a text is its end."""
-    last: Mapping[int, int] = {token: i for i, token in enumerate(ids)}
-    if phase.end_id not in last:
-        return False
-    return phase.start_id is None or last.get(phase.start_id, -1) < last[phase.end_id]  # type: ignore[index]
+    Only its newest turn counts, which is what follows the last special token of the tokenizer: a system prompt may speak of the markers, and
+    turns before may hold thoughts. Where no special token tells turns apart, an end marker that text follows is taken for one of these.
+    """
+    start = max((i for i, token in enumerate(ids) if token in phase.turn_ids), default=-1) + 1
+    turn = ids[start:]
+    markers = [-1, *(i for i, token in enumerate(turn) if token in (phase.start_id, phase.end_id))]
+    last = markers[-1]
+    if last == -1:
+        return "outside"
+    if turn[last] == phase.start_id:
+        return "inside"
+    if not all(map(phase.is_blank, turn[last + 1 :])):
+        return "outside"
+    opened = markers[-2] + 1
+    return "no part" if all(map(phase.is_blank, turn[opened:last])) else "past"

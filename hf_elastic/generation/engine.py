@@ -16,7 +16,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from .batch import Batch, Row
-from .binding import BoundPhase, SentenceEnds, is_open
+from .binding import BoundPhase, SentenceEnds, Standing, standing
 from .events import EndReason, PhaseEvent, PhaseOutput, PhaseRecord
 
 
@@ -46,7 +46,8 @@ class Settings:
 class PhaseLoop:
     """Runs bound phases over prompts; see [`run_phases`].
 
-    Between two calls `live` are the indices of the sequences in `batch`, and all of their tokens were read except for the newest one.
+    Between two calls `live` are the indices of the sequences in `batch`, and all of their tokens were read except for the newest one. `starts`
+    are the markers of earlier phases that may be opened again, and which they open.
     """
 
     def __init__(self, model: Any, phases: Sequence[BoundPhase], prompts: Sequence[Sequence[int]], settings: Settings):
@@ -55,7 +56,13 @@ class PhaseLoop:
         count = len(self.rows)
         self.records = [
             PhaseRecord(
-                bound.phase.name, bound.label, None, [0] * count, [0] * count, [(0, 0)] * count, [None] * count
+                bound.phase.name,
+                bound.label,
+                generated=[0] * count,
+                reopened=[0] * count,
+                inserted=[0] * count,
+                spans=[(0, 0)] * count,
+                reasons=[None] * count,
             )
             for bound in phases
         ]
@@ -70,26 +77,41 @@ class PhaseLoop:
     # -- one phase -----------------------------------------------------------------------------------------------------
 
     def begin(self, index: int) -> list[PhaseEvent]:
-        """Switch, take over, read, and choose nothing yet."""
+        """Switch, take over, read, and choose nothing yet. Sequences that skip the phase are not in the batch; if all do, nothing is read."""
         started = perf_counter()
         source = self.phases[index - 1].submodel if self.phases[index].handover == "cache" else None
         self.index, self.live = index, [i for i, row in enumerate(self.rows) if not row.done]
         bound, record = self.phases[index], self.records[index]
+        earlier = [k for k in range(index) if None not in (self.phases[k].start_id, self.phases[k].end_id)]
+        self.starts = {self.phases[k].start_id: k for k in earlier if self.phases[k].start_id != bound.start_id}
         events = []
         for i in self.live:
             row = self.rows[i]
+            if row.inside not in self.starts.values():
+                row.inside = None
             record.spans[i] = (len(row.ids) - row.prompt,) * 2
-            if bound.start_id is not None and not is_open(row.ids, bound):
+            where = standing(row.ids, bound)
+            if bound.phase.max_new_tokens == 0 or (index == 0 and where == "no part"):
+                events += self._skip(i, where, bound)
+            elif bound.start_id is not None and where != "inside":
                 events += self._insert(i, (bound.start_id,))
-        self.model = self.family._running_at(bound.submodel)
+        for i in self.live:
+            if record.reasons[i] is None and self._fills_context(i):
+                events += self._end(i, 0, "length", bound)
+        self.live = [i for i in self.live if record.reasons[i] is None]
         record.handover = bound.handover
+        if source is not None and all(self.rows[i].states is None for i in self.live):
+            source, record.handover = None, "reprefill"
+        if not self.live:
+            return [self._event("start", handover=record.handover), *events]
+        self.model = self.family._running_at(bound.submodel)
         chunk = self.settings.config.prefill_chunk_size
         self.batch = Batch(self.model, [self.rows[i] for i in self.live], source, self.pad_id, chunk)
         self.processors = self._processors(bound)
         self._wait()
         record.prefill_seconds = perf_counter() - started
         self.unread = False
-        return [self._event("start", handover=bound.handover), *events]
+        return [self._event("start", handover=record.handover), *events]
 
     def step(self) -> list[PhaseEvent]:
         """One more token for every sequence in the batch."""
@@ -105,6 +127,9 @@ class PhaseLoop:
             chosen = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1).squeeze(1)
         else:
             chosen = torch.argmax(scores, dim=-1)
+        for place, i in enumerate(self.live):
+            if self.rows[i].forced:
+                chosen[place] = self.rows[i].forced[0]
         batch.append(chosen)
         stopped = (
             self.settings.criteria(batch.ids, None).tolist() if self.settings.criteria else [False] * len(self.live)
@@ -112,6 +137,12 @@ class PhaseLoop:
         events, ended = [], []
         for place, (i, token) in enumerate(zip(self.live, chosen.tolist(), strict=True)):
             row = self.rows[i]
+            if row.forced:
+                events += self._insert(i, (row.forced.pop(0),))
+                if self._fills_context(i):
+                    ended.append(place)
+                    events += self._end(i, place, "length", bound)
+                continue
             row.generated += 1
             record.generated[i] += 1
             self._append(i, (token,))
@@ -120,6 +151,7 @@ class PhaseLoop:
             if config.output_logits:
                 row.logits.append(logits[place])
             events.append(self._event("token", i, token_id=token))
+            self._count_reopened(i, token)
             if reason := "stopping criteria" if stopped[place] else self._reason(i, token):
                 ended.append(place)
                 events += self._end(i, place, reason, bound)
@@ -137,7 +169,7 @@ class PhaseLoop:
         if token in self.eos_ids:
             return "eos"
         settings, cap = self.settings, bound.phase.max_new_tokens
-        if row.generated >= settings.max_new_tokens or (settings.context and len(row.ids) >= settings.context):
+        if row.generated >= settings.max_new_tokens or self._fills_context(i):
             return "length"
         if cap is None:
             return None
@@ -145,6 +177,9 @@ class PhaseLoop:
             return "cap"
         in_window = written >= cap - bound.phase.grace
         return "soft cap" if bound.phase.grace and in_window and settings.ends_sentence(row.ids) else None
+
+    def _fills_context(self, i: int) -> bool:
+        return bool(self.settings.context) and len(self.rows[i].ids) >= (self.settings.context or 0)
 
     def _end(self, i: int, place: int, reason: EndReason, bound: BoundPhase) -> list[PhaseEvent]:
         row = self.rows[i]
@@ -154,7 +189,35 @@ class PhaseLoop:
         if not row.done and self.phases[self.index + 1].handover == "cache":
             self.batch.take(place)
         closing = {"cap": bound.closing_ids, "soft cap": bound.soft_closing_ids}.get(reason, ())
-        return [*self._insert(i, closing), self._event("end", i, reason=reason)]
+        forced, row.forced = ([] if row.done else row.forced), []
+        return [*self._insert(i, (*forced, *closing)), self._event("end", i, reason=reason)]
+
+    def _skip(self, i: int, where: Standing, bound: BoundPhase) -> list[PhaseEvent]:
+        """Write nothing in a phase, and say so in the text if the prompt does not: the next submodel reads it from its beginning."""
+        row = self.rows[i]
+        row.states, row.cached = None, 0
+        self.records[self.index].reasons[i] = "skipped"
+        ids = () if where == "no part" else bound.empty_ids
+        if where == "inside" and bound.end_id is not None:
+            ids = ids[ids.index(bound.end_id) :]
+        return [*self._insert(i, ids), self._event("end", i, reason="skipped")]
+
+    def _count_reopened(self, i: int, token: int) -> None:
+        """A phase that a later one opens again goes on with what is left of its cap; when that is used up, its closing comes next."""
+        row = self.rows[i]
+        if row.inside is None:
+            row.inside = self.starts.get(token)
+        else:
+            self.records[self.index].reopened[i] += 1
+            row.reopened[row.inside] = row.reopened.get(row.inside, 0) + 1
+        if row.inside is None:
+            return
+        phase, written = self.phases[row.inside], row.reopened.get(row.inside, 0)
+        cap = phase.phase.max_new_tokens
+        if token == phase.end_id:
+            row.inside = None
+        elif cap is not None and self.records[row.inside].generated[i] + written >= cap:
+            row.inside, row.forced = None, list(phase.closing_ids if written else phase.soft_closing_ids)
 
     def _insert(self, i: int, ids: Sequence[int]) -> list[PhaseEvent]:
         row = self.rows[i]
@@ -210,7 +273,8 @@ class PhaseLoop:
         return PhaseOutput(sequences=sequences, scores=scores, logits=logits, phases=self.records)
 
     def _stack(self, rows: Sequence[Sequence[torch.Tensor | None]], longest: int) -> tuple[torch.Tensor, ...]:
-        zero = torch.zeros_like(next(t for row in rows for t in row if t is not None))
+        vocabulary = torch.zeros(self.model.config.vocab_size, device=self.model.device)
+        zero = torch.zeros_like(next((t for row in rows for t in row if t is not None), vocabulary))
         found = [[zero if t is None else t for t in row] + [zero] * (longest - len(row)) for row in rows]
         return tuple(torch.stack(step) for step in zip(*found, strict=True))
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
-EndReason = Literal["marker", "soft cap", "cap", "eos", "length", "stopping criteria"]
+EndReason = Literal["marker", "soft cap", "cap", "eos", "length", "stopping criteria", "skipped"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class PhaseEvent:
     Args:
         kind (`str`):
             `"start"`: a phase has read what came before and writes from now on. `"token"`: one more token of one sequence. `"end"`: the phase
-            of one sequence is over. Every phase starts once for all sequences that are in it.
+            of one sequence is over. Every phase starts once for all sequences; those that skip it end it at once.
         phase (`int`): Index of the phase in the plan.
         name (`str`): Name of the phase.
         budget (`str`): Name of the submodel that writes, or its sizes if it has none.
@@ -29,8 +29,9 @@ class PhaseEvent:
         token_id (`int`, *optional*): Of a `"token"`.
         inserted (`bool`): Whether the plan put the token there and not the submodel.
         reason (`str`, *optional*):
-            Why a phase ended: `"marker"`, `"soft cap"` (a sentence or line ended in the grace window), `"cap"`; or why the text ended: `"eos"`,
-            `"length"` (of the call or of the context), `"stopping criteria"`.
+            Why a phase ended: `"marker"`, `"soft cap"` (a sentence or line ended in the grace window), `"cap"`, `"skipped"` (nothing was to be
+            written in it: the prompt asks for no thinking, or the cap is 0); or why the text ended: `"eos"`, `"length"` (of the call or of the
+            context), `"stopping criteria"`.
         handover (`str`, *optional*): Of a `"start"` after the first: `"cache"` or `"reprefill"`, as it was done.
         seconds (`float`): Since generation began.
     """
@@ -57,9 +58,13 @@ class PhaseRecord:
 
     Args:
         name, budget (`str`): As in [`PhaseEvent`].
-        handover (`str`, *optional*): How the phase took over, `"cache"` or `"reprefill"`; `None` for the first.
+        handover (`str`, *optional*):
+            How the phase took over, `"cache"` or `"reprefill"`; `None` for the first. A sequence that skipped what came before is always read.
         generated (`list[int]`): Per sequence the tokens that the submodel wrote in this phase.
-        inserted (`list[int]`): Per sequence the tokens that the plan put there, in front of them (`start`) or behind (`closing`).
+        reopened (`list[int]`):
+            How many of them belong to an earlier phase whose start marker the submodel wrote again, its end marker included. They count against
+            that phase's cap, too.
+        inserted (`list[int]`): Per sequence the tokens that the plan put there: `start` in front, and what closes a phase that is at its cap.
         spans (`list[tuple[int, int]]`): Per sequence where both lie in its row of `sequences`.
         reasons (`list[str | None]`): Per sequence why it ended; `None` if it did not get here.
         prefill_seconds (`float`): Switching, hand-over and reading until the first token could be chosen.
@@ -70,6 +75,7 @@ class PhaseRecord:
     budget: str
     handover: str | None = None
     generated: list[int] = field(default_factory=list)
+    reopened: list[int] = field(default_factory=list)
     inserted: list[int] = field(default_factory=list)
     spans: list[tuple[int, int]] = field(default_factory=list)
     reasons: list[EndReason | None] = field(default_factory=list)
@@ -127,6 +133,9 @@ class PhaseTextStreamer(PhaseStreamer):
             self._flush()
             head = "\n" if event.phase else ""
             print(f"{head}[{event.name} - {event.budget}]", file=self.file, flush=True)
+        elif event.kind == "end" and event.row == 0 and event.reason == "skipped":
+            self._flush()
+            print("(skipped)", end="", file=self.file, flush=True)
         elif event.kind == "token" and event.row == 0 and event.token_id is not None:
             self._ids.append(event.token_id)
             text = self._text()

@@ -10,13 +10,15 @@ import torch
 from transformers import (
     GenerationConfig,
     LogitsProcessorList,
+    PreTrainedConfig,
     PreTrainedTokenizerBase,
     StoppingCriteriaList,
 )
 from transformers.generation import GenerationMode, MaxTimeCriteria
 
 from ..configuration_elastic import ElasticConfig
-from ..errors import PhasePlanError
+from ..errors import PhasePlanError, shown
+from ..texts import check_tokens
 from .arguments import by_name, with_stop_strings
 from .binding import SentenceEnds, bind, check_prompts, find_tokenizer, needs_tokenizer
 from .engine import Settings, run_phases
@@ -41,6 +43,7 @@ _REFUSED = {  # arguments of `generate` that have no meaning in phases, and what
 class PhasedGenerationMixin:
     """Adds phase plans to the stock `generate` that comes after it among a class's bases."""
 
+    config: PreTrainedConfig
     elastic_config: ElasticConfig
     generation_config: GenerationConfig
     device: torch.device
@@ -71,12 +74,15 @@ class PhasedGenerationMixin:
 
         Raises:
             `PhasePlanError`: the plan or a prompt does not fit this model, its tokenizer or its context, or an argument has no meaning here.
+            `TokenizerError`: the prompt has tokens that this model does not have.
             `UnknownBudgetError`: a phase names a budget that this model does not have.
             `HandoverError`: a cache cannot be handed over as the plan wants it.
         """
         if phase_plan is None:
             given = {"tokenizer": tokenizer, "streamer": streamer}
             kwargs.update({key: value for key, value in given.items() if value is not None})
+            ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+            check_tokens(ids, self.config.vocab_size, "the prompt")
             return super().generate(*args, **kwargs)  # type: ignore[misc]
         events, settings, prompt = self._prepare_phases(args, phase_plan, tokenizer, kwargs)
         if streamer is not None:
@@ -108,7 +114,7 @@ class PhasedGenerationMixin:
         kwargs = by_name(self, args, kwargs)
         for key, instead in _REFUSED.items():
             if kwargs.get(key) is not None and kwargs[key] is not False:
-                raise PhasePlanError(f"{key}={kwargs[key]!r} cannot be used with phase_plan: {instead}.")
+                raise PhasePlanError(f"{key}={shown(kwargs[key])} cannot be used with phase_plan: {instead}.")
         if tokenizer is None and isinstance(plan, PhasePlan) and needs_tokenizer(plan):
             tokenizer = self.__dict__.get("_phase_tokenizer") or find_tokenizer(self)
             self.__dict__["_phase_tokenizer"] = tokenizer
@@ -120,6 +126,7 @@ class PhasedGenerationMixin:
             raise PhasePlanError(
                 "generation in phases needs input_ids of shape (batch, tokens), with at least one token."
             )
+        check_tokens(prompt, self.config.vocab_size, "the prompt")
         context = getattr(self.elastic_config.parent_config, "max_position_embeddings", None)
         mask = kwargs.get("attention_mask")
         seen = torch.ones_like(prompt) if mask is None else mask
@@ -166,7 +173,7 @@ class PhasedGenerationMixin:
             )
         if config.use_cache is False or config.cache_implementation not in (None, "dynamic"):
             raise PhasePlanError(
-                f"use_cache={config.use_cache}, cache_implementation={config.cache_implementation!r}: phases run with the default cache."
+                f"use_cache={config.use_cache}, cache_implementation={shown(config.cache_implementation)}: phases run with the default cache."
             )
         if prefix is not None and batch > 1:
             raise PhasePlanError(

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from transformers import GenerationConfig
 
 from ..budgets import Budget
-from ..errors import PhasePlanError, did_you_mean
+from ..errors import PhasePlanError, did_you_mean, shown
 
 Handover = Literal["auto", "cache", "reprefill"]
 HANDOVERS: tuple[Handover, ...] = ("auto", "cache", "reprefill")
@@ -48,8 +48,13 @@ class Phase:
     Args:
         budget (*optional*): The submodel that writes it, as `model.set_budget` takes it; `None` is everything that is loaded.
         name (`str`, *optional*): What events and results call it.
-        max_new_tokens (`int`, *optional*): Most tokens the submodel writes in it, `end` included; no cap if not given.
-        start (`str`, *optional*): Marker that opens it. It is inserted unless the text already has it open.
+        max_new_tokens (`int`, *optional*):
+            Most tokens the submodel writes in it, `end` included; no cap if not given. With 0 it is skipped: the text gets the markers of a part
+            with nothing in it, as the chat template says it for no thinking or else `start` and `end`. If a later submodel writes `start` again,
+            what it writes up to `end` counts against this cap, too; at the cap `closing` is inserted and that submodel goes on.
+        start (`str`, *optional*):
+            Marker that opens it. It is inserted unless the newest turn of the text has it open: system prompts and turns before may hold markers.
+            A prompt whose newest turn ends with both markers and nothing between them asks for no thinking: the first phase is skipped.
         end (`str`, *optional*): Marker that ends it when the submodel writes it. Without one it ends with its cap or with the text.
         grace_tokens (`int`, *optional*):
             The last so many tokens before the cap, in which it ends with the next sentence or line. Defaults to a tenth of the cap, at most 500,
@@ -77,15 +82,19 @@ class Phase:
     def __post_init__(self) -> None:
         where = f"phase {self.name!r}"
         if not isinstance(self.name, str) or not self.name:
-            raise PhasePlanError(f"a phase's name must be a text, not {self.name!r}.")
-        _check_count(self.max_new_tokens, 1, f"{where}: max_new_tokens")
+            raise PhasePlanError(f"a phase's name must be a text, not {shown(self.name)}.")
+        _check_count(self.max_new_tokens, 0, f"{where}: max_new_tokens")
         _check_count(self.grace_tokens, 0, f"{where}: grace_tokens")
-        if self.handover not in HANDOVERS:
-            raise PhasePlanError(f"{where}: handover={self.handover!r} must be one of {', '.join(HANDOVERS)}.")
+        if self.max_new_tokens == 0 and self.start is not None and self.end is None:
+            raise PhasePlanError(
+                f"{where}: max_new_tokens=0 needs an end marker, or start={self.start!r} would stay open."
+            )
+        if not isinstance(self.handover, str) or self.handover not in HANDOVERS:
+            raise PhasePlanError(f"{where}: handover={shown(self.handover)} must be one of {', '.join(HANDOVERS)}.")
         for key in ("start", "end", "closing"):
             text = getattr(self, key)
             if text is not None and (not isinstance(text, str) or not text):
-                raise PhasePlanError(f"{where}: {key}={text!r} must be a text, or None for none.")
+                raise PhasePlanError(f"{where}: {key}={shown(text)} must be a text, or None for none.")
         if self.closing is not None and (self.end is None or self.end not in self.closing):
             raise PhasePlanError(f"{where}: closing={self.closing!r} must hold the end marker, end={self.end!r}.")
         if self.grace_tokens and (self.max_new_tokens is None or self.end is None):
@@ -114,7 +123,8 @@ class PhasePlan:
     Args:
         thinking (*optional*): Budget of the thinking phase; `None` is everything that is loaded.
         answering (*optional*): Budget of the answering phase.
-        max_thinking_tokens (`int`, *optional*): Cap on thinking tokens, `</think>` included.
+        max_thinking_tokens (`int`, *optional*):
+            Cap on thinking tokens, `</think>` included, also on those of a thinking that is opened again in the answer. 0 is no thinking.
         max_answer_tokens (`int`, *optional*): Cap on the tokens of the answer.
         handover (`str`, *optional*, defaults to `"auto"`): How the answering submodel takes over; see [`Phase`].
         start, end (`str`, *optional*): Markers around the thinking.
@@ -150,7 +160,7 @@ class PhasePlan:
         phases: list[Phase] | tuple[Phase, ...] | None = None,
     ):
         if phases is None:
-            _check_count(max_thinking_tokens, 1, "max_thinking_tokens")
+            _check_count(max_thinking_tokens, 0, "max_thinking_tokens")
             _check_count(max_answer_tokens, 1, "max_answer_tokens")
             first = {"name": "thinking", "max_new_tokens": max_thinking_tokens, "start": start, "end": end}
             last = {"name": "answering", "max_new_tokens": max_answer_tokens, "handover": handover}
@@ -158,13 +168,19 @@ class PhasePlan:
                 _phase(thinking, first, thinking_options, "thinking_options"),
                 _phase(answering, last, answering_options, "answering_options"),
             ]
-        elif (thinking, answering, max_thinking_tokens, max_answer_tokens) != (None,) * 4:
+        elif any(given is not None for given in (thinking, answering, max_thinking_tokens, max_answer_tokens)):
             raise PhasePlanError("give either phases= or thinking= and answering= with their caps, not both.")
-        if not phases or not all(isinstance(phase, Phase) for phase in phases):
-            raise PhasePlanError(f"phases={phases!r} must be a list of one or more Phase objects.")
+        if (
+            not isinstance(phases, (list, tuple))
+            or not phases
+            or not all(isinstance(phase, Phase) for phase in phases)
+        ):
+            raise PhasePlanError(f"phases={shown(phases)} must be a list of one or more Phase objects.")
         names = [phase.name for phase in phases]
         if len(set(names)) < len(names):
             raise PhasePlanError(f"the names of phases must differ, not {names}.")
+        if phases[-1].max_new_tokens == 0:
+            raise PhasePlanError(f"phase {phases[-1].name!r} is the last one and has max_new_tokens=0: leave it out.")
         for phase in phases[:-1]:
             if phase.end is None and phase.max_new_tokens is None:
                 raise PhasePlanError(
@@ -191,14 +207,17 @@ class PhasePlan:
     def from_dict(cls, plan: Mapping[str, Any]) -> PhasePlan:
         """The plan that `to_dict` wrote."""
         if not isinstance(plan, Mapping) or set(plan) != {"phases"} or not isinstance(plan["phases"], list):
-            raise PhasePlanError(f"{plan!r} is no phase plan; it must be {{'phases': [...]}}.")
+            raise PhasePlanError(f"{shown(plan)} is no phase plan; it must be {{'phases': [...]}}.")
         return cls(phases=[_phase(None, phase, None, "phase") for phase in plan["phases"]])
 
 
 def _phase(budget: Budget, values: Any, options: Mapping[str, Any] | None, where: str) -> Phase:
-    if not isinstance(values, Mapping) or not isinstance(options or {}, Mapping):
-        raise PhasePlanError(f"{where}={options or values!r} must be a dict of fields of Phase.")
-    given = {"budget": budget, **values, **(options or {})}
+    options = {} if options is None else options
+    if not isinstance(values, Mapping) or not isinstance(options, Mapping):
+        raise PhasePlanError(
+            f"{where}={shown(values if isinstance(options, Mapping) else options)} must be a dict of fields of Phase."
+        )
+    given = {"budget": budget, **values, **options}
     known = [f.name for f in fields(Phase)]
     for key in given:
         if key not in known:
@@ -210,4 +229,6 @@ def _phase(budget: Budget, values: Any, options: Mapping[str, Any] | None, where
 
 def _check_count(value: Any, least: int, where: str) -> None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-        raise PhasePlanError(f"{where}={value!r} must be a whole number of at least {least}, or None for no limit.")
+        raise PhasePlanError(
+            f"{where}={shown(value)} must be a whole number of at least {least}, or None for no limit."
+        )

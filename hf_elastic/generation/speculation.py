@@ -20,7 +20,7 @@ from transformers.generation import (
 )
 
 from ..budgets import Budget
-from ..errors import SpeculationError
+from ..errors import SpeculationError, shown
 from ..submodel import Submodel
 from .arguments import by_name, with_stop_strings
 from .snapshots import Reader
@@ -112,7 +112,7 @@ class SpeculationMixin:
         """
         if draft_budget is None:
             if num_draft_tokens is not None:
-                raise SpeculationError(f"num_draft_tokens={num_draft_tokens!r} needs draft_budget=..., which drafts.")
+                raise SpeculationError(f"num_draft_tokens={shown(num_draft_tokens)} needs draft_budget=..., which drafts.")
             if kwargs.get("phase_plan") is not None:
                 return super().generate(*args, **kwargs)  # type: ignore[misc]
             with self._in_use() as model:  # type: ignore[attr-defined]
@@ -121,7 +121,7 @@ class SpeculationMixin:
         kwargs = by_name(self, args, kwargs)
         count = DRAFT_TOKENS if num_draft_tokens is None else num_draft_tokens
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise SpeculationError(f"num_draft_tokens={count!r} must be a whole number of at least 1.")
+            raise SpeculationError(f"num_draft_tokens={shown(count)} must be a whole number of at least 1.")
         model, drafter = _drafter(self, draft_budget)
         settings = _checked(model, kwargs)
         if settings.stop_strings is not None and kwargs.get("tokenizer") is not None:
@@ -282,7 +282,7 @@ def _drafter(model: Any, budget: Any) -> tuple[Any, Any]:
         verifier = model.budget or active.to_dict()
         nested = [n for n in model.budgets if (s := model.elastic_config.submodel(n)) != active and s.nests_in(active)]
         raise SpeculationError(
-            f"draft_budget={budget!r} must be smaller than the active budget, {verifier!r}, and nest in it. Named budgets that do: "
+            f"draft_budget={shown(budget)} must be smaller than the active budget, {verifier!r}, and nest in it. Named budgets that do: "
             f"{', '.join(nested) or 'none'}."
         )
     if model.training or model._computing:
@@ -306,7 +306,9 @@ def _checked(model: Any, kwargs: dict[str, Any]) -> GenerationConfig:
         raise SpeculationError(f"draft_budget= works with greedy decoding and sampling, not with {mode.value}.")
     for name, allowed in _SETTINGS.items():
         if (value := getattr(settings, name, None)) not in allowed:
-            raise SpeculationError(f"{name}={value!r} cannot be used with draft_budget=; it must be {allowed[0]!r}.")
+            raise SpeculationError(
+                f"{name}={shown(value)} cannot be used with draft_budget=; it must be {allowed[0]!r}."
+            )
     for name, value in model_kwargs.items():
         if name not in _MODEL_INPUTS and value is not None and value is not False:
             raise SpeculationError(

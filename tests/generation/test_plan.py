@@ -16,7 +16,10 @@ from hf_elastic import HandoverError, HFElasticError, Phase, PhasePlan, PhasePla
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: PhasePlan(max_thinking_tokens=0), "max_thinking_tokens=0 must be a whole number of at least 1"),
+        (lambda: PhasePlan(max_thinking_tokens=-1), "max_thinking_tokens=-1 must be a whole number of at least 0"),
+        (lambda: PhasePlan(max_answer_tokens=0), "max_answer_tokens=0 must be a whole number of at least 1"),
+        (lambda: Phase(start="<think>", max_new_tokens=0), "max_new_tokens=0 needs an end marker"),
+        (lambda: PhasePlan(phases=[Phase(max_new_tokens=0)]), "is the last one and has max_new_tokens=0"),
         (lambda: PhasePlan(max_answer_tokens=-3), "max_answer_tokens=-3 must be a whole number"),
         (lambda: PhasePlan(max_thinking_tokens=True), "max_thinking_tokens=True must be a whole number"),
         (

@@ -166,6 +166,17 @@ def test_an_end_marker_that_the_tokenizer_splits_is_refused(lab):
     assert list(lab.stream(ask(lab)))[-1].kind == "end"
 
 
+def test_a_prompt_that_the_tokenizer_cannot_read_is_refused_before_anything_runs(lab):
+    engine = ElasticEngine(lab.model, lab.tokenizer, "any chat model")
+    with pytest.raises(
+        HFElasticError, match=r"The prompt: the tokenizer has no tokens for '\?', 'W', 'y'. Take it out"
+    ):
+        engine.check(ask(engine, "Why?"))
+    with pytest.raises(HFElasticError, match="no tokens for"):
+        next(engine.stream(ask(engine, "Why?")))
+    assert list(engine.stream(ask(engine)))[-1].kind == "end"
+
+
 def _without_template(tokenizer):
     copied = pickle.loads(pickle.dumps(tokenizer))
     copied.chat_template = None

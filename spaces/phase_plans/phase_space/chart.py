@@ -114,7 +114,7 @@ def _readable(labels: Sequence[tuple[int, float, float, str]]) -> list[int]:
 
 def plan_name(point: Point) -> str:
     """`small → large`, with the cap on thinking if there is one."""
-    cap = f", ≤ {point['max_thinking_tokens']}" if point["max_thinking_tokens"] else ""
+    cap = "" if point["max_thinking_tokens"] is None else f", ≤ {point['max_thinking_tokens']}"
     return f"{point['thinking']} → {point['answering']}{cap}"
 
 

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 from hf_elastic import ElasticForCausalLM, HFElasticError, PhasePlan
 from hf_elastic.cost import Cost
 from hf_elastic.generation import PhaseEvent
+from hf_elastic.texts import check_text
 
 from .tasks import BOOK_TASK, Task
 
@@ -78,6 +79,8 @@ class Ask:
                     f"The prompt is past the {phase.name} already: it holds {phase.end}, the end marker. Take it out."
                 )
         for name, cap in (("thinking", self.max_thinking_tokens), ("answer", self.max_answer_tokens)):
+            if cap == 0:
+                raise RequestError(f"max_{name}_tokens=0 must be a whole number of at least 1 here.")
             if cap is None or cap > limit:
                 raise RequestError(f"From 1 to {limit} {name} tokens can be asked for here, not {cap}.")
         if not _is_number(self.temperature, float) or not 0 <= self.temperature <= 2:
@@ -199,6 +202,7 @@ class ElasticEngine:
         ask.check(self.limit)
         if self.task is not None:
             self.task.check(ask.messages[-1][1])
+        check_text(self.tokenizer, ask.messages[-1][1], "The prompt")
         for phase in ask.plan().phases:
             self.model.elastic_config.resolve(phase.budget, self.model.dtype)
 

@@ -189,7 +189,7 @@ class Space:
         except (AttributeError, ValueError, IndexError):  # not from our chart
             return (gr.skip(),) * 5
         thinking, answering = point["thinking"], point["answering"]
-        cap = point["max_thinking_tokens"] or self.caps[0]
+        cap = self.caps[0] if point["max_thinking_tokens"] is None else point["max_thinking_tokens"]
         return thinking, answering, cap, self.planned(thinking, answering), gr.Tabs(selected="chat")
 
 

@@ -21,6 +21,7 @@ REASONS = {
     "marker": "ended by itself",
     "soft cap": "cut at a sentence near its limit",
     "cap": "cut at its limit",
+    "skipped": "skipped: no thinking is asked for",
     "eos": "ended by itself",
     "length": "cut at the end of the context",
     "stopping criteria": "ended",
