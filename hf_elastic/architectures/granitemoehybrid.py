@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -87,6 +88,16 @@ class GraniteMoeHybrid(Architecture):
         if part == "mamba":
             return {"mamba_expand": sizes["mamba_heads"] * sizes["mamba_head_dim"] // sizes["hidden"]}
         return {"head_dim": _attention_head_dim(config)} if part == "attention" else {}
+
+    def unused_fields(self, config: PreTrainedConfig, parts: frozenset[str], sizes: Sizes) -> dict[str, Any]:
+        # The stock config checks Mamba's widths against hidden_size where no layer has Mamba, too: any that go together will do.
+        if "mamba" in parts:
+            return {}
+        some = config.per_layer_config[0]
+        inner = some.mamba_expand * sizes["hidden"]
+        heads = math.gcd(some.mamba_n_heads, inner)
+        groups = math.gcd(some.mamba_n_groups, heads)
+        return {"mamba_n_heads": heads, "mamba_d_head": inner // heads, "mamba_n_groups": groups}
 
     def check_layer(self, config: PreTrainedConfig, sizes: Sizes, where: str) -> None:
         if "mamba_heads" not in sizes:
