@@ -303,6 +303,7 @@ def _from_state_dict(cls: type, config: Any, budget: Any, *model_args: Any, **kw
         concrete, None, *model_args, config=_parent_of(config), **kwargs | {"output_loading_info": True}
     )
     model, info = loaded
+    model.__dict__.pop("_weight_conversions", None)  # as above: it is saved under the Hub's names
     refuse_incomplete(info, "the state dict")
     if isinstance(config, ElasticConfig):
         model._adopt(config)

@@ -64,6 +64,9 @@ class StateRule:
         return math.prod(dim.size(sizes) for dim in self.dims)
 
 
+LEGACY_LAYER_TYPES = {"linear_attention": "mamba", "full_attention": "attention"}
+"""What kinds of layers were called before transformers 5, which reads these names as well; many other programs read only these."""
+
 _REMEMBERED = 4096
 _BUILDABLE: dict[Any, None] = {}
 """Submodels whose stock config was built already, so that a family that is read again and again does not build all of them each time."""

@@ -13,7 +13,7 @@ from transformers.models.granitemoehybrid.modeling_granitemoehybrid import Grani
 
 from ..axes import Cut, Sizes, TensorRule, dim
 from ..errors import ElasticConfigError
-from .base import Architecture, Axis, StateRule
+from .base import LEGACY_LAYER_TYPES, Architecture, Axis, StateRule
 from .blocks import HIDDEN, RESIDUAL, attention, attention_states, linear, mamba2, mamba2_states, rms_norm
 
 
@@ -74,6 +74,19 @@ class GraniteMoeHybrid(Architecture):
 
     def layer_fields(self, config: PreTrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
         return {"layer_types": [config.layer_types[i] for i in kept], "num_hidden_layers": len(kept)}
+
+    def export_fields(self, config: PreTrainedConfig) -> dict[str, Any]:
+        fields = {
+            "layer_types": [LEGACY_LAYER_TYPES.get(kind, kind) for kind in config.layer_types],
+            "position_embedding_type": config.position_embedding_type or "nope",
+        }
+        if any("moe" in self.parts(config, layer) for layer in range(self.depth(config))):
+            return fields
+        # The stock class takes a missing number of experts for 8. llama.cpp reads the width of a dense MLP from `intermediate_size`.
+        fields |= {"num_local_experts": 0, "num_experts_per_tok": 0}
+        if "shared_intermediate_size" not in (config.per_layer_attributes or ()):
+            fields["intermediate_size"] = config.shared_intermediate_size
+        return fields
 
     def build_layer(self, config: PreTrainedConfig, layer: int) -> nn.Module:
         return GraniteMoeHybridDecoderLayer(config, layer)

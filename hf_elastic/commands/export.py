@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from .common import add_source, check_output, save_tokenizer
+from .common import add_source, check_output
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,5 +27,4 @@ def run(args: argparse.Namespace) -> None:
         args.repo, budget=args.budget, elastic_config=args.elastic_config, dtype=args.dtype
     )
     model.export(args.output, heterogeneous=args.heterogeneous)
-    save_tokenizer(args.repo, args.output)
     print(f"exported {model.num_parameters():,} parameters to {args.output}")
