@@ -304,6 +304,9 @@ def _from_state_dict(cls: type, config: Any, budget: Any, *model_args: Any, **kw
     )
     model, info = loaded
     model.__dict__.pop("_weight_conversions", None)  # as above: it is saved under the Hub's names
+    model.name_or_path = model.config.name_or_path = (
+        ""  # upstream notes "None", which is no repository to look for a tokenizer in
+    )
     refuse_incomplete(info, "the state dict")
     if isinstance(config, ElasticConfig):
         model._adopt(config)
