@@ -17,6 +17,7 @@ from .errors import (
     HandoverError,
     HFElasticError,
     PhasePlanError,
+    PortabilityWarning,
     UnknownBudgetError,
     UnsupportedArchitectureError,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "PhasePlanError",
     "PhaseStreamer",
     "PhaseTextStreamer",
+    "PortabilityWarning",
     "Scores",
     "UnknownBudgetError",
     "UnsupportedArchitectureError",

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+import warnings
 from collections.abc import Sequence
 
 from ._version import __version__
+from .errors import PortabilityWarning
 
 COMMANDS = ("lab", "plan", "elastify", "train", "slice", "export", "generate", "evaluate", "push")
 
@@ -33,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0, or 2 after printing what is wrong; a user's mistake never ends in a traceback."""
     args = build_parser().parse_args(argv)
     try:
-        return args.run(args) or 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PortabilityWarning)  # commands tell it themselves
+            return args.run(args) or 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -30,6 +30,10 @@ class ExportError(HFElasticError, ValueError):
     """The submodel cannot be written in the requested form."""
 
 
+class PortabilityWarning(UserWarning):
+    """A size was written that some other program does not run, or runs wrongly without a word."""
+
+
 class PhasePlanError(HFElasticError, ValueError):
     """A phase plan, or a prompt for it, is not allowed; nothing was generated."""
 

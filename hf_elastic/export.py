@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
@@ -16,7 +17,8 @@ from .architectures import Architecture
 from .budgets import Budget
 from .configuration_elastic import ElasticConfig
 from .errors import ExportError, refuse_misspelt
-from .origin import CUT_FROM
+from .origin import CUT_FROM, cut_from, named
+from .portability import warn_if_not_portable
 from .saving import replacing
 from .submodel import Submodel
 
@@ -60,6 +62,9 @@ class ExportMixin:
             tokenizer (*optional*): Tokenizer to save along.
             kwargs: As in `PreTrainedModel.save_pretrained` (`max_shard_size`, ...).
 
+        Warns:
+            `PortabilityWarning`: programs are known that do not run this size, or run it wrongly; see [`hf_elastic.portability`].
+
         Raises:
             `ExportError`: sizes differ per layer and `heterogeneous` is not set. Nothing is written.
         """
@@ -73,6 +78,7 @@ class ExportMixin:
                 f"{config.model_type} classes cannot load. Choose a budget with one size per axis, save it with save_pretrained, or "
                 "pass heterogeneous=True to write a checkpoint that needs hf_elastic to load."
             )
+        self._warn_of_programs(self.elastic_config, submodel)
         with self.exposed(submodel), replacing(save_directory) as scratch:  # type: ignore[attr-defined]
             self._write_stock(scratch, **kwargs)  # type: ignore[attr-defined]
             self._write_stock_config(config, submodel, scratch)
@@ -81,6 +87,11 @@ class ExportMixin:
             else:
                 _copy_tokenizer(str(self.name_or_path), scratch, **getattr(self, "_hub_kwargs", {}))  # type: ignore[attr-defined]
             _for_old_readers(scratch)
+
+    def _warn_of_programs(self, elastic: ElasticConfig, submodel: Submodel) -> None:
+        name = named(cut_from(elastic, submodel, "", {}))
+        dtype: torch.dtype = self.dtype  # type: ignore[attr-defined]
+        warn_if_not_portable(elastic.architecture, elastic.parent_config, submodel, dtype, name)
 
     def _write_stock_config(self, config: PreTrainedConfig, submodel: Submodel, directory: Path) -> None:
         architecture = self.elastic_config.architecture

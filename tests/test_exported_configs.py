@@ -19,8 +19,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from hf_elastic import ElasticConfig, ElasticForCausalLM
 from hf_elastic.cli import main
 
-pytestmark = pytest.mark.filterwarnings("ignore:exported")  # which sizes others can hold is another file's matter
-
 MOE_WORDS = ("expert", "moe", "topk", "router")
 LETTERS = {"mamba": "M", "attention": "*", "moe": "E", "mlp": "-"}
 

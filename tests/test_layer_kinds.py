@@ -99,9 +99,6 @@ def build(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.filterwarnings(
-    "ignore:exported"
-)  # most of these sizes are not for other programs, which is tested elsewhere
 def test_every_size_is_planned_loaded_and_exported(name, ids, tmp_path):
     parent = build(FAMILIES[name].config())
     budgets = FAMILIES[name].budgets

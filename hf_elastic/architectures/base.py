@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..axes import Dim, Sizes, TensorRule
 from ..errors import ElasticConfigError, did_you_mean
 from ..submodel import LAYERS, Submodel
+from .obstacles import Obstacle
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class Architecture(ABC):
     axes: ClassVar[tuple[Axis, ...]]
     disk_prefix: ClassVar[str] = "model."  # of the base model's tensors in the Hub repository
     layers_path: ClassVar[str] = "model.layers"
+    one_share: ClassVar[tuple[str, ...]] = ()  # axes that other programs hold only if all are cut by the same share
 
     # -- to be declared ------------------------------------------------------------------------------------------------
 
@@ -134,6 +136,10 @@ class Architecture(ABC):
         The stock class reads both alike. `None` leaves an entry out.
         """
         return {}
+
+    def obstacles(self, config: PreTrainedConfig, submodel: Submodel) -> Iterable[Obstacle]:
+        """What keeps other programs from running a submodel with one size per axis; see `hf_elastic.portability`."""
+        return ()
 
     def check_layer(self, config: PreTrainedConfig, sizes: Sizes, where: str) -> None:  # noqa: B027 - nothing to check by default
         """Raise [`ElasticConfigError`] if the stock model could not be built with these sizes."""

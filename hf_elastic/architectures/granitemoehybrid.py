@@ -13,8 +13,10 @@ from transformers.models.granitemoehybrid.modeling_granitemoehybrid import Grani
 
 from ..axes import Cut, Sizes, TensorRule, dim
 from ..errors import ElasticConfigError
+from ..submodel import Submodel
 from .base import LEGACY_LAYER_TYPES, Architecture, Axis, StateRule
 from .blocks import HIDDEN, RESIDUAL, attention, attention_states, linear, mamba2, mamba2_states, rms_norm
+from .obstacles import REFUSES, SILENT, Obstacle
 
 
 class GraniteMoeHybrid(Architecture):
@@ -31,6 +33,8 @@ class GraniteMoeHybrid(Architecture):
         Axis("expert_ffn", "intermediate_size", "moe"),
         Axis("shared_expert_ffn", "shared_intermediate_size", "shared"),
     )
+
+    one_share = ("hidden", "attention_heads", "mamba_heads")
 
     def parts(self, config: PreTrainedConfig, layer: int) -> frozenset[str]:
         mixer = "mamba" if config.layer_types[layer] == "linear_attention" else "attention"
@@ -122,6 +126,32 @@ class GraniteMoeHybrid(Architecture):
                 f"mamba_heads={sizes['mamba_heads']} * mamba_head_dim={sizes['mamba_head_dim']} = {inner} and hidden={hidden}; cut "
                 "them together so that hidden divides the product."
             )
+
+    def obstacles(self, config: PreTrainedConfig, submodel: Submodel) -> Iterator[Obstacle]:
+        # Others take hidden / heads for the width of a head, 2 * hidden for Mamba's inner width, and positions from whether there is Mamba.
+        hidden, heads = (
+            submodel.size("hidden"),
+            submodel.size("attention_heads") if "attention_heads" in submodel else None,
+        )
+        if heads is not None:
+            attention = next(layer for layer in submodel.layers if "attention" in self.parts(config, layer))
+            head_dim = _attention_head_dim(config.per_layer_config[attention])
+            if heads * head_dim != hidden:
+                why = f"it takes hidden / attention_heads = {hidden} / {heads} for the width of a head, which is {head_dim}"
+                yield Obstacle("vLLM", SILENT if heads * head_dim > hidden else REFUSES, why)
+                yield from (Obstacle(program, REFUSES, why) for program in ("llama.cpp", "SGLang", "mistral.rs"))
+        rope = config.position_embedding_type == "rope"
+        if any("mamba" in self.parts(config, layer) for layer in submodel.layers):
+            inner = submodel.size("mamba_heads") * submodel.size("mamba_head_dim")
+            if inner != 2 * hidden:
+                why = f"mamba_heads * mamba_head_dim = {inner} is not 2 * hidden = {2 * hidden}"
+                yield Obstacle("llama.cpp", REFUSES, why)
+            if rope:
+                yield Obstacle("llama.cpp", SILENT, "it leaves out rotary positions where there are Mamba layers")
+        else:
+            if not rope:
+                yield Obstacle("llama.cpp", SILENT, "it adds rotary positions where no layer has Mamba")
+            yield Obstacle("mistral.rs", REFUSES, "no layer has Mamba")
 
     def bias_router(self, router: Any, source: Any, bias: torch.Tensor, top_k: int) -> None:
         def forward(hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

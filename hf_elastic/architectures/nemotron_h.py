@@ -13,8 +13,10 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHBlock
 
 from ..axes import Cut, Sizes, TensorRule, dim
 from ..errors import ElasticConfigError
+from ..submodel import Submodel
 from .base import LEGACY_LAYER_TYPES, Architecture, Axis, StateRule
 from .blocks import HIDDEN, RESIDUAL, attention, attention_states, linear, mamba2, mamba2_states, rms_norm
+from .obstacles import REFUSES, Obstacle
 
 _PARTS = {"linear_attention": "mamba", "full_attention": "attention", "moe": "moe", "mlp": "mlp"}
 _MOE_FIELDS = (
@@ -106,6 +108,15 @@ class NemotronH(Architecture):
                 f"{where}: experts_per_token={sizes['experts_per_token']} is more than the {config.topk_group * per_group} experts "
                 f"in the {config.topk_group} router groups a token may use; lower it or keep more experts."
             )
+
+    def obstacles(self, config: PreTrainedConfig, submodel: Submodel) -> Iterator[Obstacle]:
+        kinds = {part for layer in submodel.layers for part in self.parts(config, layer)}
+        if "mamba" in kinds:
+            inner = max(submodel.values("mamba_heads")) * max(submodel.values("mamba_head_dim"))
+            if inner % 64:
+                yield Obstacle("llama.cpp", REFUSES, f"mamba_heads * mamba_head_dim = {inner} is no multiple of 64")
+        if {"mlp", "moe"} <= kinds:
+            yield Obstacle("llama.cpp", REFUSES, "MLP and MoE layers are in one model, and it knows one kind of them")
 
     def bias_router(self, router: Any, source: Any, bias: torch.Tensor, top_k: int) -> None:
         router.e_score_correction_bias = source.e_score_correction_bias + bias

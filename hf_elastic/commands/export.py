@@ -21,10 +21,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from ..modeling_elastic import ElasticForCausalLM
+    from ..portability import portability, words
 
     check_output(args.output, args.repo)
     model = ElasticForCausalLM.from_pretrained(
         args.repo, budget=args.budget, elastic_config=args.elastic_config, dtype=args.dtype
     )
     model.export(args.output, heterogeneous=args.heterogeneous)
+    config = model.elastic_config
+    obstacles = portability(config.architecture, config.parent_config, model.submodel, model.dtype)
+    if obstacles:
+        print(f"not for every program: {words(obstacles)}")
     print(f"exported {model.num_parameters():,} parameters to {args.output}")
