@@ -17,6 +17,7 @@ from .configuration_elastic import ElasticConfig
 from .cost import CostModel
 from .errors import ElasticConfigError
 from .importance import Scores, score
+from .leaving_out import ignored_beside, note_left_out
 from .modeling_elastic import ElasticForCausalLM, concrete_class
 from .portability import check_portable, portable_choices
 from .search import BudgetSearch, default_choices, sizes_from_spec
@@ -122,6 +123,7 @@ def elastify(
         orders = orders_from_scores(architecture, model.config, scores, wanted, smallest)
     elastic = _sorted_model(model, architecture, config, orders)
     elastic.importance_scores = scores
+    note_left_out(elastic.elastic_config, ignored_beside(model), model.name_or_path)
     return elastic
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
 
 
@@ -58,3 +59,14 @@ def refuse_misspelt(arguments: Iterable[str], *known: str) -> None:
     for name in arguments:
         if hint := did_you_mean(name, known):
             raise TypeError(f"unexpected argument {name!r}.{hint}")
+
+
+def users_level() -> int:
+    """The `stacklevel` of a warning of the function that asks, so that it points at the user's line and not into this package or the AutoClasses."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _INSIDE:
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+_INSIDE = ("hf_elastic", "transformers")

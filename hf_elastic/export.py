@@ -17,6 +17,7 @@ from .architectures import Architecture
 from .budgets import Budget
 from .configuration_elastic import ElasticConfig
 from .errors import ExportError, refuse_misspelt
+from .leaving_out import LEFT_OUT, left_out
 from .origin import CUT_FROM, cut_from, named
 from .portability import warn_if_not_portable
 from .saving import replacing
@@ -99,6 +100,8 @@ class ExportMixin:
         config.architectures = [stock.__name__]
         config.dtype = self.dtype  # type: ignore[attr-defined]
         written = {**exported_fields(config, architecture), CUT_FROM: self._cut_from(submodel)}  # type: ignore[attr-defined]
+        if groups := left_out(self.elastic_config):
+            written[LEFT_OUT] = groups
         text = json.dumps(written, indent=2, sort_keys=True) + "\n"
         (directory / "config.json").write_text(text, encoding="utf-8")
 

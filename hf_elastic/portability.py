@@ -6,7 +6,6 @@ where (`Architecture.obstacles`).
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -16,7 +15,7 @@ from transformers import PreTrainedConfig
 
 from .architectures import Architecture
 from .architectures.obstacles import REFUSES, Obstacle
-from .errors import ElasticConfigError, PortabilityWarning
+from .errors import ElasticConfigError, PortabilityWarning, users_level
 from .submodel import Submodel
 
 
@@ -129,12 +128,4 @@ def warn_if_not_portable(
     """Warn, at the user's line, of what other programs make of a size that is written for them."""
     if obstacles := portability(architecture, config, submodel, dtype):
         text = f"exported, size {name!r} is not for every program: {words(obstacles)}."
-        warnings.warn(text, PortabilityWarning, stacklevel=_users_level())
-
-
-def _users_level() -> int:
-    """The `stacklevel` of the first caller outside this package."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "hf_elastic":
-        level, frame = level + 1, frame.f_back
-    return level
+        warnings.warn(text, PortabilityWarning, stacklevel=users_level())
