@@ -49,9 +49,9 @@ def misaligned_experts(
     architecture: Architecture, config: PreTrainedConfig, submodel: Submodel, dtype: torch.dtype
 ) -> list[int]:
     """Widths of experts whose rows are no multiples of 16 bytes, which `grouped_mm` needs."""
-    kept = {layer: submodel.at(layer) for layer in submodel.layers}
+    kept = set(submodel.layers)
     routed = [rule for rule in architecture.rules(config) if rule.routed and rule.layer in kept]
-    widths = {width for rule in routed for width in rule.shape(kept[rule.layer])[1:]}
+    widths = {width for rule in routed for width in rule.shape(submodel.at(rule.layer))[1:]}
     return sorted(width for width in widths if width * dtype.itemsize % 16)
 
 
@@ -71,7 +71,8 @@ def check_portable(
 def _hint(architecture: Architecture, config: PreTrainedConfig, submodel: Submodel) -> str:
     full = architecture.full(config)
     linked = [axis for axis in architecture.one_share if axis in full]
-    shares = {Fraction(submodel.size(axis), full.size(axis)) for axis in linked if submodel.size(axis) is not None}
+    sizes = [(submodel.size(axis), full.size(axis)) for axis in linked]
+    shares = {Fraction(mine, whole) for mine, whole in sizes if mine is not None and whole is not None}
     return f" Cut {', '.join(linked)} by one and the same share." if len(shares) > 1 else ""
 
 

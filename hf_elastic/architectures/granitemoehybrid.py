@@ -129,20 +129,17 @@ class GraniteMoeHybrid(Architecture):
 
     def obstacles(self, config: PreTrainedConfig, submodel: Submodel) -> Iterator[Obstacle]:
         # Others take hidden / heads for the width of a head, 2 * hidden for Mamba's inner width, and positions from whether there is Mamba.
-        hidden, heads = (
-            submodel.size("hidden"),
-            submodel.size("attention_heads") if "attention_heads" in submodel else None,
-        )
-        if heads is not None:
+        sizes = {axis: size for axis in submodel if (size := submodel.size(axis)) is not None}
+        hidden, rope = sizes["hidden"], config.position_embedding_type == "rope"
+        if "attention_heads" in sizes:
             attention = next(layer for layer in submodel.layers if "attention" in self.parts(config, layer))
-            head_dim = _attention_head_dim(config.per_layer_config[attention])
+            heads, head_dim = sizes["attention_heads"], _attention_head_dim(config.per_layer_config[attention])
             if heads * head_dim != hidden:
                 why = f"it takes hidden / attention_heads = {hidden} / {heads} for the width of a head, which is {head_dim}"
                 yield Obstacle("vLLM", SILENT if heads * head_dim > hidden else REFUSES, why)
                 yield from (Obstacle(program, REFUSES, why) for program in ("llama.cpp", "SGLang", "mistral.rs"))
-        rope = config.position_embedding_type == "rope"
-        if any("mamba" in self.parts(config, layer) for layer in submodel.layers):
-            inner = submodel.size("mamba_heads") * submodel.size("mamba_head_dim")
+        if "mamba_heads" in sizes:
+            inner = sizes["mamba_heads"] * sizes["mamba_head_dim"]
             if inner != 2 * hidden:
                 why = f"mamba_heads * mamba_head_dim = {inner} is not 2 * hidden = {2 * hidden}"
                 yield Obstacle("llama.cpp", REFUSES, why)
