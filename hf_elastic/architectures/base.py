@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -68,7 +69,7 @@ class StateRule:
 LEGACY_LAYER_TYPES = {"linear_attention": "mamba", "full_attention": "attention"}
 """What kinds of layers were called before transformers 5, which reads these names as well; many other programs read only these."""
 
-_REMEMBERED = 4096
+_REMEMBERED = 512
 _BUILDABLE: dict[Any, None] = {}
 """Submodels whose stock config was built already, so that a family that is read again and again does not build all of them each time."""
 
@@ -252,7 +253,7 @@ class Architecture(ABC):
 
     def _check_config(self, config: PreTrainedConfig, submodel: Submodel, name: str) -> None:
         """Raise [`ElasticConfigError`] if the stock config has a rule of its own against these sizes; it is built once to ask."""
-        key = (type(self), repr(config.__dict__), submodel)
+        key = (type(self), hashlib.sha256(repr(config.__dict__).encode()).digest(), submodel)
         if key in _BUILDABLE:
             return
         try:
