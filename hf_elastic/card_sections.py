@@ -17,8 +17,10 @@ from .card_results import Results, table
 from .configuration_elastic import ElasticConfig
 from .cost import WEIGHT_DTYPES, Cost
 from .errors import ElasticConfigError
+from .leaving_out import left_out
 from .nested import FOLDER, folder_names, levels_for
 from .origin import named
+from .portability import portability, words
 from .submodel import LAYERS, Submodel
 
 DOWNLOADS = {
@@ -163,7 +165,7 @@ def _quoted(path: Path) -> str:
     return f"`{path.name}`:\n\n{fence}{path.suffix.lstrip('.')}\n{text}\n{fence}"
 
 
-def limits(elastic: ElasticConfig, read: Sequence[Results], plain: bool, base_model: Any) -> str:
+def limits(source: Any, elastic: ElasticConfig, read: Sequence[Results], plain: bool, base_model: Any) -> str:
     lines = []
     measured = {budget for entry in read for budget in entry.budgets}
     missing = [name for name in elastic.family() if name not in measured]
@@ -175,6 +177,17 @@ def limits(elastic: ElasticConfig, read: Sequence[Results], plain: bool, base_mo
     if layered:
         which = "Its sizes" if plain else f"The sizes of {', '.join(layered)}"
         lines.append(f"- {which} differ per layer: stock classes of transformers cannot load that, hf_elastic does.")
+    told: dict[str, list[str]] = {}
+    for name, member in elastic.family().items():
+        if name not in layered:
+            found = portability(elastic.architecture, elastic.parent_config, member, elastic.load_dtype)
+            told.setdefault(words(found), []).append(name)
+    for text, names in told.items():
+        if text:
+            lines.append(f"- {'In' if plain else 'Exported, ' + ', '.join(names) + ' in'} other programs: {text}.")
+    if groups := left_out(source) or left_out(elastic):
+        listed = ", ".join(f"`{group}`" for group in groups)
+        lines.append(f"- Left out, because the stock class of transformers does not load them: {listed}.")
     if not plain:
         lines.append("- Loading a size needs hf_elastic; `model.export(folder)` writes one that does not.")
     if isinstance(base_model, str):

@@ -102,7 +102,7 @@ def render_card(
         else load_code(elastic, costs, repo_id or "REPO", source),
         "results": "\n\n".join(text for entry in read for text in entry.tables),
         "made": made(source, elastic, base_model, origin, recipe),
-        "limits": limits(elastic, read, plain, base_model),
+        "limits": limits(source, elastic, read, plain, base_model),
     }
     text = _template("slice.md" if plain else "family.md").render(filled)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")

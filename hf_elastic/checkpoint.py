@@ -5,7 +5,6 @@ Files are checked by their headers before a byte of weights is read; pickle file
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from transformers import PreTrainedConfig
 from .architectures import Architecture
 from .axes import Run, TensorRule, indices_of, shape_of
 from .errors import CheckpointError
+from .leaving_out import ignored_names
 from .reading import Block, Joined, Places
 from .slicing import Piece, pieces
 from .submodel import Submodel
@@ -36,6 +36,7 @@ class Checkpoint:
 
     def __init__(self, files: list[Path]):
         self._where: dict[str, TensorFile] = {}
+        self.ignored: list[str] = []  # what is there and ignored on purpose, as `check` finds it
         for file in files:
             try:
                 with safe_open(file, framework="pt"):  # refuses damaged files
@@ -99,8 +100,9 @@ class Checkpoint:
                 problems.append(f"{key} is {self._stored_shape(key)} in the file, the config says {shape}")
             elif self._stored_dtype(key) not in _DTYPES:
                 problems.append(f"{key} is stored as {self._stored_dtype(key)}, not as {', '.join(_DTYPES)}")
-        patterns = [re.compile(pattern) for pattern in (*ignored, _ROTARY)]
-        unknown = sorted(key for key in self._where.keys() - known if not any(p.search(key) for p in patterns))
+        strange = self._where.keys() - known
+        self.ignored = ignored_names(strange, ignored)
+        unknown = sorted(strange - set(self.ignored) - set(ignored_names(strange, (_ROTARY,))))
         problems += [f"{key} belongs to no part of this {architecture.model_type}" for key in unknown]
         if problems:
             raise CheckpointError(

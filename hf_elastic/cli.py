@@ -6,9 +6,11 @@ import argparse
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from ._version import __version__
+from .errors import PortabilityWarning
 
 COMMANDS = ("lab", "plan", "elastify", "train", "slice", "export", "generate", "evaluate", "push")
 
@@ -38,7 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0, 2 after printing what is wrong, or 1 for an error that nobody expected. Tracebacks are for `--debug`."""
     args = build_parser().parse_args(argv)
     try:
-        code = args.run(args) or 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PortabilityWarning)  # commands tell it themselves
+            code = args.run(args) or 0
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:

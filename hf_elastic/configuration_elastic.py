@@ -15,6 +15,7 @@ from .architectures import Architecture, get_architecture
 from .budgets import FULL, Budget, Limit, format_count, is_limit, parse_limit
 from .cost import Cost, CostModel
 from .errors import CheckpointError, ElasticConfigError, UnknownBudgetError, did_you_mean, shown
+from .leaving_out import LEFT_OUT
 from .remote_code import InstalledCode
 from .section import check_ranking, checked_section, describe_axes
 from .submodel import LAYERS, Submodel, first_layers
@@ -37,8 +38,9 @@ class ElasticConfig(InstalledCode, PreTrainedConfig):
             - `interpolated` (`list`, *optional*): submodels without a name that a router chose between two budgets; entries as in
               `budgets`, nested with them in one chain. They are what limits between the budgets resolve to.
             - `router` (`dict`, *optional*): what the router beside the weights is rebuilt from, see [`hf_elastic.router.BudgetRouter`].
-        cut_from (`dict`, *optional*): In a slice, what it was cut from: `family` and `commit` if it was on the Hub, and the `budget`.
             - `handover` (`dict`, *optional*): `trained` (`bool`), whether submodels were trained to go on from each other's caches.
+        cut_from (`dict`, *optional*): In a slice, what it was cut from: `family` and `commit` if it was on the Hub, and the `budget`.
+        left_out (`list[str]`, *optional*): Tensors of the parent that its stock class does not load, by layer: `["mtp.layers.0.*"]`.
 
     Raises:
         `ElasticConfigError`: says which axis or budget is wrong, what is allowed, and what to do.
@@ -268,7 +270,10 @@ class ElasticConfig(InstalledCode, PreTrainedConfig):
             section["router"] = self.elastic["router"]
         if "handover" in self.elastic:
             section["handover"] = self.elastic["handover"]
-        return type(self)(parent_config=stock, elastic=section)
+        made = type(self)(parent_config=stock, elastic=section)
+        if hasattr(self, LEFT_OUT):
+            setattr(made, LEFT_OUT, getattr(self, LEFT_OUT))
+        return made
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form. The parent's section is what its own `config.json` holds."""

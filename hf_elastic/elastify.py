@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from .architectures import Architecture, get_architecture
@@ -16,7 +17,9 @@ from .configuration_elastic import ElasticConfig
 from .cost import CostModel
 from .errors import ElasticConfigError, shown
 from .importance import Scores, score
+from .leaving_out import ignored_beside, note_left_out
 from .modeling_elastic import ElasticForCausalLM, concrete_class
+from .portability import check_portable, portable_choices
 from .search import BudgetSearch, default_choices, sizes_from_spec
 from .section import check_name
 from .slicing import build_meta, check_table, share_constant_buffers
@@ -37,6 +40,7 @@ def elastify(
     scores: Scores | str | os.PathLike[str] | None = None,
     sort: bool = True,
     multiple_of: int = 8,
+    portable: bool = False,
     **score_options: Any,
 ) -> ElasticForCausalLM:
     r"""
@@ -63,6 +67,9 @@ def elastify(
         scores ([`Scores`] or path, *optional*): Reuse these instead of scoring.
         sort (`bool`, *optional*, defaults to `True`): `False` for a parent whose weights are sorted already.
         multiple_of (`int`, *optional*, defaults to 8): Widths given as shares are rounded to this.
+        portable (`bool`, *optional*, defaults to `False`):
+            Keep to sizes that every program that runs the parent can run as well (see [`hf_elastic.portability`]): others are not searched, and
+            refused where they are given. Granite's `hidden`, `attention_heads` and `mamba_heads` are then cut by one share.
         score_options: Passed to [`hf_elastic.importance.score`] (`samples`, `batch_size`, `max_length`, `tokenizer`, `progress`, ...).
 
     Returns:
@@ -92,9 +99,15 @@ def elastify(
         )
     if scores is not None and (calibration is not None or score_options):
         raise ElasticConfigError("scores= are given, so nothing is scored: leave out calibration and its options.")
+    if portable and not budgets:
+        raise ElasticConfigError("portable=True needs budgets: a router learns the size of every axis by itself.")
     choices = _choices(architecture, model.config, axes, multiple_of)
+    if portable:
+        named = {axis for axis, sizes in axes.items() if sizes is not None} if isinstance(axes, Mapping) else set()
+        choices = portable_choices(architecture, model.config, choices, named)
+    only = model.dtype if portable else None
     wanted = sorted(_axes_used(architecture, budgets, choices))
-    _check_before_scoring(architecture, model, budgets, choices, multiple_of)
+    _check_before_scoring(architecture, model, budgets, choices, multiple_of, only)
     if scores is None and calibration is not None:
         scores = score(model, calibration, axes=[a for a in wanted if a != "experts_per_token"], **score_options)
     elif isinstance(scores, (str, os.PathLike)):
@@ -104,7 +117,7 @@ def elastify(
             "give calibration= or scores= to sort by, or sort=False for a parent that is sorted already."
         )
     ranking = architecture.keepable_ranking(model.config, scores.layer_ranking) if scores and scores.layers else None
-    submodels = _resolve(architecture, model, budgets, choices, scores, ranking, multiple_of)
+    submodels = _resolve(architecture, model, budgets, choices, scores, ranking, multiple_of, only)
     config = _elastic_config(model.config, submodels, choices, ranking)
     orders: Orders = {}
     if sort and scores is not None:
@@ -112,6 +125,7 @@ def elastify(
         orders = orders_from_scores(architecture, model.config, scores, wanted, smallest)
     elastic = _sorted_model(model, architecture, config, orders)
     elastic.importance_scores = scores
+    note_left_out(elastic.elastic_config, ignored_beside(model), model.name_or_path)
     return elastic
 
 
@@ -183,6 +197,7 @@ def _check_before_scoring(
     budgets: Mapping[str, Any],
     choices: dict[str, list[int]],
     multiple_of: int,
+    portable: torch.dtype | None,
 ) -> None:
     """Refuse what needs no scores to be refused; scoring a large parent takes long."""
     for name in budgets:
@@ -194,8 +209,10 @@ def _check_before_scoring(
     unknown = any(not is_limit(spec) and isinstance(spec.get(LAYERS), (int, float)) for spec in budgets.values())
     for members in [{name: member} for name, member in submodels.items()] if unknown else [submodels]:
         _elastic_config(model.config, members, choices, ranking)
+    for name, member in submodels.items() if portable is not None else ():
+        check_portable(architecture, model.config, member, portable, f"budget {name!r}")
     if limits:
-        search = BudgetSearch(architecture, model.config, choices)
+        search = BudgetSearch(architecture, model.config, choices, portable=portable)
         for name, limit in limits.items() if LAYERS not in choices else ():
             search.check(limit, model.dtype, f"budget {name!r}")
 
@@ -247,12 +264,15 @@ def _resolve(
     scores: Scores | None,
     ranking: list[int] | None,
     multiple_of: int,
+    portable: torch.dtype | None,
 ) -> dict[str, Submodel]:
     """Submodels of all budgets; targets from large to small, so that each nests in the one before."""
     given, targets = _given(architecture, model, budgets, ranking, multiple_of), _targets(budgets)
     submodels = dict(given)
+    for name, member in given.items() if portable is not None else ():  # again: which layers stay is known only now
+        check_portable(architecture, model.config, member, portable, f"budget {name!r}")
     if targets:
-        search = BudgetSearch(architecture, model.config, choices, scores, ranking)
+        search = BudgetSearch(architecture, model.config, choices, scores, ranking, portable)
         count = CostModel(model.config, architecture)
         searched: list[Submodel] = []
         for name, limit in sorted(targets.items(), key=lambda t: -t[1].value / t[1].measure(count.full, model.dtype)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import reprlib
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -30,6 +31,10 @@ class CheckpointError(HFElasticError, OSError):
 
 class ExportError(HFElasticError, ValueError):
     """The submodel cannot be written in the requested form."""
+
+
+class PortabilityWarning(UserWarning):
+    """A size was written that some other program does not run, or runs wrongly without a word."""
 
 
 class PhasePlanError(HFElasticError, ValueError):
@@ -96,3 +101,14 @@ def refuse_misspelt(arguments: Iterable[str], *known: str) -> None:
     for name in arguments:
         if hint := did_you_mean(name, known):
             raise TypeError(f"unexpected argument {name!r}.{hint}")
+
+
+def users_level() -> int:
+    """The `stacklevel` of a warning of the function that asks, so that it points at the user's line and not into this package or the AutoClasses."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _INSIDE:
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+_INSIDE = ("hf_elastic", "transformers")

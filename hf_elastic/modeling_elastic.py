@@ -36,6 +36,7 @@ from .export import ExportMixin
 from .files import pinned
 from .generation.phases import PhasedGenerationMixin
 from .generation.speculation import SpeculationMixin
+from .leaving_out import LEFT_OUT, note_left_out
 from .loading import (
     checked_kwargs,
     configured,
@@ -191,6 +192,7 @@ class ElasticPreTrainedModel(InstalledCode, SwitchingMixin, SavingMixin, PushMix
         sliced = elastic.restrict(submodel)
         if submodel != elastic.architecture.full(elastic.parent_config) or hasattr(elastic, CUT_FROM):
             sliced.cut_from = cut_from(elastic, submodel, pretrained_model_name_or_path, hub)
+        note_left_out(sliced, checkpoint.ignored, pretrained_model_name_or_path)
         router = read_router(sliced, pretrained_model_name_or_path, **hub)
         stock = configured(sliced.parent_config, elastic, stock_kwargs, concrete)
         stock_kwargs["dtype"] = dtype
@@ -223,6 +225,9 @@ class ElasticPreTrainedModel(InstalledCode, SwitchingMixin, SavingMixin, PushMix
         if "handover" in old.elastic:
             section["handover"] = old.elastic["handover"]
         self.elastic_config = ElasticConfig(parent_config=self.config, elastic=section)
+        for key in (CUT_FROM, LEFT_OUT):
+            if hasattr(old, key):
+                setattr(self.elastic_config, key, getattr(old, key))
         try:
             self.attach_router(None if router is None else router.rebuilt(self.elastic_config))
         except ElasticConfigError as error:  # a vocabulary so small that a target is above the parent
@@ -303,6 +308,10 @@ def _from_state_dict(cls: type, config: Any, budget: Any, *model_args: Any, **kw
         concrete, None, *model_args, config=_parent_of(config), **kwargs | {"output_loading_info": True}
     )
     model, info = loaded
+    model.__dict__.pop("_weight_conversions", None)  # as above: it is saved under the Hub's names
+    model.name_or_path = model.config.name_or_path = (
+        ""  # upstream notes "None", which is no repository to look for a tokenizer in
+    )
     refuse_incomplete(info, "the state dict")
     if isinstance(config, ElasticConfig):
         model._adopt(config)

@@ -21,7 +21,7 @@ from .configuration_elastic import ElasticConfig
 from .errors import CheckpointError, ElasticConfigError, refuse_misspelt
 from .files import INDEX_NAME, find_files
 from .nested import FOLDER, write_nested
-from .origin import cut_from
+from .origin import CUT_FROM, cut_from
 from .remote_code import AUTO_MAP, write_module
 from .router import ROUTER_FILE, BudgetRouter
 from .section import checked_section
@@ -173,6 +173,8 @@ class SavingMixin:
                 self._write_stock(save_directory, *args, is_main_process=False, **kwargs)
                 return
             self._check_state_dict(kwargs.get("state_dict"))
+            for member in self._for_others(elastic, layout):
+                self._warn_of_programs(elastic, member)  # type: ignore[attr-defined]
             with replacing(save_directory) as scratch:
                 self._write_stock(scratch, *args, **kwargs)
                 files = self._nest(scratch, elastic, kwargs.get("max_shard_size")) if layout == "nested" else None
@@ -187,6 +189,11 @@ class SavingMixin:
         if push_to_hub:
             repo_id = hub.pop("repo_id", Path(save_directory).name)
             self.push_to_hub(repo_id, layout=layout or "nested", **hub)  # type: ignore[attr-defined]
+
+    def _for_others(self, elastic: ElasticConfig, layout: Layout | None) -> set[Submodel]:
+        """The sizes that a save makes for programs that know one size: a slice, and the stock folder of the nested layout."""
+        members = {elastic.architecture.full(elastic.parent_config)} if hasattr(elastic, CUT_FROM) else set()
+        return members | ({list(elastic.family().values())[-1]} if layout == "nested" else set())
 
     def _nest(
         self, folder: Path, elastic: ElasticConfig, max_shard_size: int | str | None

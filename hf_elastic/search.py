@@ -15,6 +15,7 @@ from .budgets import Limit, format_count
 from .cost import CostModel
 from .errors import ElasticConfigError, UnknownBudgetError
 from .importance import Scores
+from .portability import check_portable
 from .sorting import ranked
 from .submodel import LAYERS, Submodel, first_layers
 
@@ -90,6 +91,7 @@ class BudgetSearch:
         choices (`dict[str, list[int]]`): Per axis the sizes to choose from.
         scores (`Scores`, *optional*): Without scores an axis is worth the share of its size.
         ranking (`list[int]`, *optional*): All layers, the ones to keep first; in the parent's order if not given.
+        portable (`torch.dtype`, *optional*): Take only sizes that other programs can hold in this type, as they can hold the parent.
     """
 
     def __init__(
@@ -99,13 +101,23 @@ class BudgetSearch:
         choices: Mapping[str, Sequence[int]],
         scores: Scores | None = None,
         ranking: Sequence[int] | None = None,
+        portable: torch.dtype | None = None,
     ):
+        self._portable = portable
         self._ranking = list(ranking or range(architecture.depth(config)))
         self._architecture, self._config, self._scores = architecture, config, scores
         self._count = CostModel(config, architecture)
         self._full = architecture.full(config)
         self._choices = {axis: sorted(set(sizes), reverse=True) for axis, sizes in choices.items()}
-        total = math.prod(len(sizes) for sizes in self._choices.values())
+        linked = [axis for axis in architecture.one_share if axis in choices and portable is not None]
+        # What is chosen independently: the size of an axis, or the share of all that `portable_choices` made to agree.
+        self._options = [
+            [{axis: size} for size in sizes] for axis, sizes in self._choices.items() if axis not in linked
+        ]
+        if linked:
+            together = zip(*(self._choices[axis] for axis in linked), strict=True)
+            self._options.append([dict(zip(linked, sizes, strict=True)) for sizes in together])
+        total = math.prod(map(len, self._options))
         if total > MAX_COMBINATIONS:
             raise ElasticConfigError(
                 f"{total} combinations of choices are too many to search (at most {MAX_COMBINATIONS}); give fewer choices or axes."
@@ -116,7 +128,7 @@ class BudgetSearch:
 
     def check(self, limit: Limit, dtype: torch.dtype, name: str = "searched budget") -> None:
         """Raise `UnknownBudgetError` if even the smallest choices exceed a limit. Scores do not matter for that, a ranking of layers may."""
-        self._check_reach(limit, dtype, name, self._choices, self._full)
+        self._check_reach(limit, dtype, name, self._options, self._full)
 
     def find(
         self, limit: Limit, dtype: torch.dtype, within: Submodel | None = None, name: str = "searched budget"
@@ -127,24 +139,29 @@ class BudgetSearch:
             `UnknownBudgetError`: even the smallest choices exceed the limit; the message says by how much.
         """
         within = within or self._full
-        allowed = {
-            axis: [s for s in sizes if s <= self._ceiling(axis, within)] for axis, sizes in self._choices.items()
-        }
-        if not all(allowed.values()):
-            empty = [axis for axis, sizes in allowed.items() if not sizes]
+        allowed = [
+            [part for part in parts if all(size <= self._ceiling(axis, within) for axis, size in part.items())]
+            for parts in self._options
+        ]
+        if not all(allowed):
+            empty = [axis for parts, left in zip(self._options, allowed, strict=True) if not left for axis in parts[0]]
             raise ElasticConfigError(f"{name}: no choice of {empty} is small enough to nest in the larger budget.")
         self._check_reach(limit, dtype, name, allowed, within)
-        names = list(allowed)
+        names = list(self._choices)
         fitting: list[tuple[float, int, tuple[int, ...]]] = []
-        for sizes in itertools.product(*allowed.values()):
-            cost = self._cost(dict(zip(names, sizes, strict=True)), within)
+        for parts in itertools.product(*allowed):
+            sizes = {axis: size for part in parts for axis, size in part.items()}
+            cost = self._cost(sizes, within)
             if limit.measure(cost, dtype) <= limit.value:
-                worth = sum(math.log(self._worth[axis][size]) for axis, size in zip(names, sizes, strict=True))
-                fitting.append((worth, cost.total_params, sizes))
+                worth = sum(math.log(self._worth[axis][size]) for axis, size in sizes.items())
+                fitting.append((worth, cost.total_params, tuple(sizes[axis] for axis in names)))
         problem: Exception | None = None
-        for _, _, sizes in sorted(fitting, reverse=True):
+        for _, _, values in sorted(fitting, reverse=True):
             try:  # sizes that the stock config cannot express together are skipped
-                return self._submodel(dict(zip(names, sizes, strict=True)), within, name)
+                found = self._submodel(dict(zip(names, values, strict=True)), within, name)
+                if self._portable is not None:
+                    check_portable(self._architecture, self._config, found, self._portable, name)
+                return found
             except ElasticConfigError as error:
                 problem = problem or error
         raise UnknownBudgetError(
@@ -152,13 +169,16 @@ class BudgetSearch:
         )
 
     def _check_reach(
-        self, limit: Limit, dtype: torch.dtype, name: str, choices: Mapping[str, Sequence[int]], within: Submodel
+        self, limit: Limit, dtype: torch.dtype, name: str, options: Sequence[list[dict[str, int]]], within: Submodel
     ) -> None:
-        least = limit.measure(self._cost({axis: min(sizes) for axis, sizes in choices.items()}, within), dtype)
+        smallest = {
+            axis: size for parts in options for axis, size in min(parts, key=lambda p: sum(p.values())).items()
+        }
+        least = limit.measure(self._cost(smallest, within), dtype)
         if least > limit.value:
             need = format_count(least) if limit.quantity != "bytes" else str(Limit("bytes", least))
             raise UnknownBudgetError(
-                f"{name}: no choice of {', '.join(choices)} fits into {limit}; the smallest needs {need}. Add smaller choices."
+                f"{name}: no choice of {', '.join(self._choices)} fits into {limit}; the smallest needs {need}. Add smaller choices."
             )
 
     def _ceiling(self, axis: str, within: Submodel) -> int:

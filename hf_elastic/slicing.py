@@ -20,6 +20,7 @@ from .axes import Run, Sizes, TensorRule, take
 from .bound import Bound, view_parameter
 from .errors import ElasticConfigError, HFElasticError
 from .offloading import Offloaded, follow_hooks, is_fetched
+from .portability import misaligned_experts
 from .submodel import Submodel
 
 logger = logging.getLogger(__name__)
@@ -124,10 +125,7 @@ def use_eager_experts_if_misaligned(config: PreTrainedConfig, architecture: Arch
     """`grouped_mm` needs rows of a multiple of 16 bytes; choose the eager experts for widths that are not, and say so."""
     if config._experts_implementation not in (None, "grouped_mm"):
         return
-    full = architecture.full(config)
-    widths = {n for r in architecture.rules(config) if r.routed for n in r.shape(full.at(r.layer))[1:]}
-    misaligned = sorted(n for n in widths if n * dtype.itemsize % 16)
-    if misaligned:
+    if misaligned := misaligned_experts(architecture, config, architecture.full(config), dtype):
         logger.warning(
             "expert widths %s are not multiples of %d, which grouped_mm needs in %s; using experts_implementation='eager', which is "
             "slower.",

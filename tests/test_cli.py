@@ -72,7 +72,7 @@ def test_plan_schema_and_exact_numbers(elastic, capsys):
     assert [entry["name"] for entry in plan["budgets"]][-1] == "custom"
     for entry in plan["budgets"]:
         keys = ["name", "total_params", "active_params", "weight_bytes", "kv_bytes_per_token", "state_bytes", "sizes"]
-        assert list(entry) == keys
+        assert list(entry) == [*keys, "obstacles"]
         assert set(entry["weight_bytes"]) >= {"bfloat16", "float32"}
     custom = plan["budgets"][-1]
     assert (custom["sizes"]["hidden"], custom["sizes"]["mamba_heads"]) == (40, 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,12 +12,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..axes import Dim, Sizes, TensorRule
 from ..errors import ElasticConfigError, did_you_mean, shown
 from ..submodel import LAYERS, Submodel
+from .obstacles import Obstacle
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,14 @@ class StateRule:
         return math.prod(dim.size(sizes) for dim in self.dims)
 
 
+LEGACY_LAYER_TYPES = {"linear_attention": "mamba", "full_attention": "attention"}
+"""What kinds of layers were called before transformers 5, which reads these names as well; many other programs read only these."""
+
+_REMEMBERED = 512
+_BUILDABLE: dict[Any, None] = {}
+"""Submodels whose stock config was built already, so that a family that is read again and again does not build all of them each time."""
+
+
 class Architecture(ABC):
     """Table of one `model_type`. Subclasses declare; the methods here only read what they declare."""
 
@@ -72,6 +83,7 @@ class Architecture(ABC):
     axes: ClassVar[tuple[Axis, ...]]
     disk_prefix: ClassVar[str] = "model."  # of the base model's tensors in the Hub repository
     layers_path: ClassVar[str] = "model.layers"
+    one_share: ClassVar[tuple[str, ...]] = ()  # axes that other programs hold only if all are cut by the same share
 
     # -- to be declared ------------------------------------------------------------------------------------------------
 
@@ -109,9 +121,26 @@ class Architecture(ABC):
         """Fields that follow from the sizes of a part of a layer because the stock config computes one from another."""
         return {}
 
-    def export_fields(self, config: PreTrainedConfig) -> dict[str, Any]:
-        """Entries that other readers of an exported `config.json` want beside the stock class's own."""
+    def unused_fields(self, config: PreTrainedConfig, parts: frozenset[str], sizes: Sizes) -> dict[str, Any]:
+        """Fields of parts that no kept layer has, where the stock config checks them against global sizes all the same.
+
+        Args:
+            config (`PreTrainedConfig`): The parent's config.
+            parts (`frozenset[str]`): What the kept layers have.
+            sizes (`Sizes`): Of the global axes.
+        """
         return {}
+
+    def export_fields(self, config: PreTrainedConfig) -> dict[str, Any]:
+        """What an exported `config.json` says otherwise than the stock class writes it, because other programs read it, too.
+
+        The stock class reads both alike. `None` leaves an entry out.
+        """
+        return {}
+
+    def obstacles(self, config: PreTrainedConfig, submodel: Submodel) -> Iterable[Obstacle]:
+        """What keeps other programs from running a submodel with one size per axis; see `hf_elastic.portability`."""
+        return ()
 
     def check_layer(self, config: PreTrainedConfig, sizes: Sizes, where: str) -> None:  # noqa: B027 - nothing to check by default
         """Raise [`ElasticConfigError`] if the stock model could not be built with these sizes."""
@@ -220,6 +249,25 @@ class Architecture(ABC):
                     "lower experts_per_token or keep more experts."
                 )
             self.check_layer(layer_config, sizes, where)
+        self._check_config(config, submodel, name)
+
+    def _check_config(self, config: PreTrainedConfig, submodel: Submodel, name: str) -> None:
+        """Raise [`ElasticConfigError`] if the stock config has a rule of its own against these sizes; it is built once to ask."""
+        key = (type(self), hashlib.sha256(repr(config.__dict__).encode()).digest(), submodel)
+        if key in _BUILDABLE:
+            return
+        try:
+            built = self.config_for(config, submodel)
+            for layer in built._heterogeneity_spec.per_layer_overrides if built.is_heterogeneous else ():
+                built.per_layer_config[layer].validate()
+        except (StrictDataclassError, ValueError, TypeError, ArithmeticError) as error:
+            sizes = submodel.differs(self.full(config)) or "the parent's own sizes"
+            raise ElasticConfigError(
+                f"{name}: a stock {self.model_type} config cannot hold {sizes}: {error.__cause__ or error}. Choose others."
+            ) from error
+        while len(_BUILDABLE) >= _REMEMBERED:
+            del _BUILDABLE[next(iter(_BUILDABLE))]
+        _BUILDABLE[key] = None
 
     def config_for(self, config: PreTrainedConfig, submodel: Submodel) -> PreTrainedConfig:
         """The stock config of a submodel. Global fields hold the sizes of the first layer of each kind, `per_layer_config` the rest.
@@ -229,6 +277,8 @@ class Architecture(ABC):
         fields = config.to_dict()
         fields.pop("per_layer_config", None)
         fields.update(self.layer_fields(config, submodel.layers))
+        present = frozenset().union(*(self.parts(config, layer) for layer in submodel.layers))
+        fields.update(self.unused_fields(config, present, submodel.at(None)))
         overrides: dict[int, dict[str, Any]] = {}
         sizes = {new: submodel.at(layer) for new, layer in enumerate(submodel.layers)}
         fields.update({axis.field: submodel.at(None)[axis.name] for axis in self.axes if axis.part is None})

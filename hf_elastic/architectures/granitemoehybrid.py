@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,8 +13,10 @@ from transformers.models.granitemoehybrid.modeling_granitemoehybrid import Grani
 
 from ..axes import Cut, Sizes, TensorRule, dim
 from ..errors import ElasticConfigError
-from .base import Architecture, Axis, StateRule
+from ..submodel import Submodel
+from .base import LEGACY_LAYER_TYPES, Architecture, Axis, StateRule
 from .blocks import HIDDEN, RESIDUAL, attention, attention_states, linear, mamba2, mamba2_states, rms_norm
+from .obstacles import REFUSES, SILENT, Obstacle
 
 
 class GraniteMoeHybrid(Architecture):
@@ -30,6 +33,8 @@ class GraniteMoeHybrid(Architecture):
         Axis("expert_ffn", "intermediate_size", "moe"),
         Axis("shared_expert_ffn", "shared_intermediate_size", "shared"),
     )
+
+    one_share = ("hidden", "attention_heads", "mamba_heads")
 
     def parts(self, config: PreTrainedConfig, layer: int) -> frozenset[str]:
         mixer = "mamba" if config.layer_types[layer] == "linear_attention" else "attention"
@@ -74,6 +79,19 @@ class GraniteMoeHybrid(Architecture):
     def layer_fields(self, config: PreTrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
         return {"layer_types": [config.layer_types[i] for i in kept], "num_hidden_layers": len(kept)}
 
+    def export_fields(self, config: PreTrainedConfig) -> dict[str, Any]:
+        fields = {
+            "layer_types": [LEGACY_LAYER_TYPES.get(kind, kind) for kind in config.layer_types],
+            "position_embedding_type": config.position_embedding_type or "nope",
+        }
+        if any("moe" in self.parts(config, layer) for layer in range(self.depth(config))):
+            return fields
+        # The stock class takes a missing number of experts for 8. llama.cpp reads the width of a dense MLP from `intermediate_size`.
+        fields |= {"num_local_experts": 0, "num_experts_per_tok": 0}
+        if "shared_intermediate_size" not in (config.per_layer_attributes or ()):
+            fields["intermediate_size"] = config.shared_intermediate_size
+        return fields
+
     def build_layer(self, config: PreTrainedConfig, layer: int) -> nn.Module:
         return GraniteMoeHybridDecoderLayer(config, layer)
 
@@ -88,6 +106,16 @@ class GraniteMoeHybrid(Architecture):
             return {"mamba_expand": sizes["mamba_heads"] * sizes["mamba_head_dim"] // sizes["hidden"]}
         return {"head_dim": _attention_head_dim(config)} if part == "attention" else {}
 
+    def unused_fields(self, config: PreTrainedConfig, parts: frozenset[str], sizes: Sizes) -> dict[str, Any]:
+        # The stock config checks Mamba's widths against hidden_size where no layer has Mamba, too: any that go together will do.
+        if "mamba" in parts:
+            return {}
+        some = config.per_layer_config[0]
+        inner = some.mamba_expand * sizes["hidden"]
+        heads = math.gcd(some.mamba_n_heads, inner)
+        groups = math.gcd(some.mamba_n_groups, heads)
+        return {"mamba_n_heads": heads, "mamba_d_head": inner // heads, "mamba_n_groups": groups}
+
     def check_layer(self, config: PreTrainedConfig, sizes: Sizes, where: str) -> None:
         if "mamba_heads" not in sizes:
             return
@@ -98,6 +126,29 @@ class GraniteMoeHybrid(Architecture):
                 f"mamba_heads={sizes['mamba_heads']} * mamba_head_dim={sizes['mamba_head_dim']} = {inner} and hidden={hidden}; cut "
                 "them together so that hidden divides the product."
             )
+
+    def obstacles(self, config: PreTrainedConfig, submodel: Submodel) -> Iterator[Obstacle]:
+        # Others take hidden / heads for the width of a head, 2 * hidden for Mamba's inner width, and positions from whether there is Mamba.
+        sizes = {axis: size for axis in submodel if (size := submodel.size(axis)) is not None}
+        hidden, rope = sizes["hidden"], config.position_embedding_type == "rope"
+        if "attention_heads" in sizes:
+            attention = next(layer for layer in submodel.layers if "attention" in self.parts(config, layer))
+            heads, head_dim = sizes["attention_heads"], _attention_head_dim(config.per_layer_config[attention])
+            if heads * head_dim != hidden:
+                why = f"it takes hidden / attention_heads = {hidden} / {heads} for the width of a head, which is {head_dim}"
+                yield Obstacle("vLLM", SILENT if heads * head_dim > hidden else REFUSES, why)
+                yield from (Obstacle(program, REFUSES, why) for program in ("llama.cpp", "SGLang", "mistral.rs"))
+        if "mamba_heads" in sizes:
+            inner = sizes["mamba_heads"] * sizes["mamba_head_dim"]
+            if inner != 2 * hidden:
+                why = f"mamba_heads * mamba_head_dim = {inner} is not 2 * hidden = {2 * hidden}"
+                yield Obstacle("llama.cpp", REFUSES, why)
+            if rope:
+                yield Obstacle("llama.cpp", SILENT, "it leaves out rotary positions where there are Mamba layers")
+        else:
+            if not rope:
+                yield Obstacle("llama.cpp", SILENT, "it adds rotary positions where no layer has Mamba")
+            yield Obstacle("mistral.rs", REFUSES, "no layer has Mamba")
 
     def bias_router(self, router: Any, source: Any, bias: torch.Tensor, top_k: int) -> None:
         def forward(hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

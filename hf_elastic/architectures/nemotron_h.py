@@ -13,10 +13,26 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHBlock
 
 from ..axes import Cut, Sizes, TensorRule, dim
 from ..errors import ElasticConfigError
-from .base import Architecture, Axis, StateRule
+from ..submodel import Submodel
+from .base import LEGACY_LAYER_TYPES, Architecture, Axis, StateRule
 from .blocks import HIDDEN, RESIDUAL, attention, attention_states, linear, mamba2, mamba2_states, rms_norm
+from .obstacles import REFUSES, Obstacle
 
 _PARTS = {"linear_attention": "mamba", "full_attention": "attention", "moe": "moe", "mlp": "mlp"}
+_MOE_FIELDS = (
+    "moe_intermediate_size",
+    "moe_latent_size",
+    "moe_shared_expert_intermediate_size",
+    "moe_shared_expert_overlap",
+    "n_group",
+    "n_routed_experts",
+    "n_shared_experts",
+    "norm_topk_prob",
+    "num_experts_per_tok",
+    "output_router_logits",
+    "routed_scaling_factor",
+    "topk_group",
+)
 
 
 class NemotronH(Architecture):
@@ -54,10 +70,17 @@ class NemotronH(Architecture):
         return {"layers_block_type": [config.layers_block_type[i] for i in kept], "num_nextn_predict_layers": 0}
 
     def export_fields(self, config: PreTrainedConfig) -> dict[str, Any]:
-        # transformers writes only `layers_block_type`, under new names; serving engines read the pattern.
+        # Some read the list, some the pattern; llama.cpp takes what says `num_experts_per_tok` for a mixture of experts. SGLang and TensorRT-LLM
+        # read `mamba_n_groups`. No slice has the multi-token-prediction block.
+        kinds = config.layers_block_type
         return {
+            "layers_block_type": [LEGACY_LAYER_TYPES.get(kind, kind) for kind in kinds],
             "hybrid_override_pattern": config.hybrid_override_pattern,
-            "num_hidden_layers": config.num_hidden_layers,
+            "num_hidden_layers": len(kinds),
+            "mamba_n_groups": config.n_groups,
+            "mtp_layers_block_type": None,
+            **(dict.fromkeys(_MOE_FIELDS) if "moe" not in kinds else {}),
+            **({"moe_latent_size": None} if config.moe_latent_size is None else {}),
         }
 
     def build_layer(self, config: PreTrainedConfig, layer: int) -> nn.Module:
@@ -85,6 +108,15 @@ class NemotronH(Architecture):
                 f"{where}: experts_per_token={sizes['experts_per_token']} is more than the {config.topk_group * per_group} experts "
                 f"in the {config.topk_group} router groups a token may use; lower it or keep more experts."
             )
+
+    def obstacles(self, config: PreTrainedConfig, submodel: Submodel) -> Iterator[Obstacle]:
+        kinds = {part for layer in submodel.layers for part in self.parts(config, layer)}
+        if "mamba" in kinds:
+            inner = max(submodel.values("mamba_heads")) * max(submodel.values("mamba_head_dim"))
+            if inner % 64:
+                yield Obstacle("llama.cpp", REFUSES, f"mamba_heads * mamba_head_dim = {inner} is no multiple of 64")
+        if {"mlp", "moe"} <= kinds:
+            yield Obstacle("llama.cpp", REFUSES, "MLP and MoE layers are in one model, and it knows one kind of them")
 
     def bias_router(self, router: Any, source: Any, bias: torch.Tensor, top_k: int) -> None:
         router.e_score_correction_bias = source.e_score_correction_bias + bias

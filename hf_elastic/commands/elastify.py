@@ -54,6 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scores", metavar="FILE", help="reuse scores instead of scoring")
     parser.add_argument("--save-scores", metavar="FILE", help="keep the scores for another run")
     parser.add_argument("--no-sort", action="store_true", help="the weights are sorted already")
+    parser.add_argument(
+        "--portable",
+        action="store_true",
+        help="only sizes that every program runs that runs PARENT (llama.cpp, vLLM, ...)",
+    )
     parser.add_argument("--samples", type=int, default=1024, help="calibration rows (default: 1024)")
     parser.add_argument("--batch-size", type=int, default=8, help="rows per forward pass (default: 8)")
     parser.add_argument("--max-length", type=int, help="cut rows to this many tokens")
@@ -84,7 +89,9 @@ def run(args: argparse.Namespace) -> None:
         if not {"input_ids"} & set(data.column_names or ["input_ids"]):
             options["tokenizer"] = load_tokenizer(args.parent)
     parent = AutoModelForCausalLM.from_pretrained(args.parent, dtype=args.dtype).to(args.device)
-    model = elastify(parent, data, axes, budgets, scores=args.scores, sort=not args.no_sort, **options)
+    model = elastify(
+        parent, data, axes, budgets, scores=args.scores, sort=not args.no_sort, portable=args.portable, **options
+    )
     if args.save_scores:
         model.importance_scores.save(args.save_scores)
     model.save_pretrained(args.output)

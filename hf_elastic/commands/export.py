@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from .common import add_source, check_dtype, check_output, check_source, save_tokenizer
+from .common import add_source, check_dtype, check_output, check_source
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from ..modeling_elastic import ElasticForCausalLM
+    from ..portability import portability, words
 
     check_source(args.repo)
     check_output(args.output, args.repo)
@@ -29,5 +30,8 @@ def run(args: argparse.Namespace) -> None:
         args.repo, budget=args.budget, elastic_config=args.elastic_config, dtype=args.dtype
     )
     model.export(args.output, heterogeneous=args.heterogeneous)
-    save_tokenizer(args.repo, args.output)
+    config = model.elastic_config
+    obstacles = portability(config.architecture, config.parent_config, model.submodel, model.dtype)
+    if obstacles:
+        print(f"not for every program: {words(obstacles)}")
     print(f"exported {model.num_parameters():,} parameters to {args.output}")

@@ -22,6 +22,7 @@ from .common import add_elastic_config, add_json, parse_sizes, table
 
 if TYPE_CHECKING:
     from ..configuration_elastic import ElasticConfig
+    from ..submodel import Submodel
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,10 +87,12 @@ def plan(
 
     Returns:
         `list[dict]`: `name` (`None` for sizes between budgets), `total_params`, `active_params`, `weight_bytes` per dtype,
-        `kv_bytes_per_token`, `state_bytes`, `sizes`; the whole parent first. What a budget selects has its text as name.
+        `kv_bytes_per_token`, `state_bytes`, `sizes`, and `obstacles`: the `program`s that do not run an export of it, what each `does` and `why`; the whole
+        parent first. What a budget selects has its text as name.
     """
     from ..configuration_elastic import read_config
     from ..cost import CostModel
+    from ..portability import portability
     from ..search import sizes_from_spec
 
     elastic = read_config(repo, plain=True) if isinstance(repo, str) else repo
@@ -100,7 +103,15 @@ def plan(
         spec = sizes_from_spec(elastic.architecture, elastic.parent_config, sizes, ranking, multiple_of=8)
         members.append(("custom", elastic.architecture.submodel(elastic.parent_config, spec, "--size")))
     count = CostModel(elastic.parent_config)
-    return [{"name": name, **count(member).to_dict(), "sizes": member.to_dict()} for name, member in members]
+    table = elastic.architecture
+
+    def obstacles(member: Submodel) -> list[dict[str, str]]:
+        return [o._asdict() for o in portability(table, elastic.parent_config, member, elastic.load_dtype)]
+
+    return [
+        {"name": name, **count(member).to_dict(), "sizes": member.to_dict(), "obstacles": obstacles(member)}
+        for name, member in members
+    ]
 
 
 def fits(elastic: ElasticConfig, memory: dict[str, Any]) -> dict[str, Any]:
@@ -160,8 +171,10 @@ def tell(found: dict[str, Any]) -> str:
 
 
 def render(budgets: list[dict[str, Any]]) -> str:
-    """A table, with the sizes in which a budget differs from the whole parent."""
+    """A table, with the sizes in which a budget differs from the whole parent, and which programs do not run which of them."""
+    from ..architectures.obstacles import Obstacle
     from ..budgets import format_bytes, format_count
+    from ..portability import words
 
     whole = budgets[0]["sizes"]
     rows = [["budget", "params", "active", "bf16", "fp32", "KV/token", "state", "sizes"]]
@@ -181,7 +194,12 @@ def render(budgets: list[dict[str, Any]]) -> str:
                 " ".join(f"{axis}={_short(value)}" for axis, value in sizes.items()),
             ]
         )
-    return table(rows, right=frozenset(range(1, 7)))
+    told: dict[str, list[str]] = {}
+    for entry in budgets:
+        if entry["obstacles"]:
+            told.setdefault(words([Obstacle(**o) for o in entry["obstacles"]]), []).append(entry["name"] or "-")
+    notes = [f"exported, {', '.join(names)}: {text}" for text, names in told.items()]
+    return "\n".join([table(rows, right=frozenset(range(1, 7))), *([""] if notes else []), *notes])
 
 
 def _short(value: Any) -> str:
