@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from .configuration_elastic import ElasticConfig, plain_parent_error, read_config
 from .errors import CheckpointError, ElasticConfigError, did_you_mean
 from .known import described_config
+from .loaded_from import LoadedFrom
 
 
 def load_config(repo: Any, config: Any, described: Any, hub: dict[str, Any]) -> ElasticConfig:
@@ -25,6 +26,34 @@ def load_config(repo: Any, config: Any, described: Any, hub: dict[str, Any]) -> 
     if isinstance(config, PreTrainedConfig):
         raise plain_parent_error(repo, config.model_type)
     return read_config(config if config is not None else repo, **hub)
+
+
+def as_loaded(
+    name: LoadedFrom, config: Any, budget: Any, described: Any, kwargs: dict[str, Any]
+) -> tuple[Any, Any, Any]:
+    """`config=`, `budget=` and `elastic_config=` for loading a model again by its name, and in `kwargs` where it was; what is given goes first.
+
+    Raises:
+        `ElasticConfigError`: the size was never saved there.
+    """
+    if not name.is_saved:
+        raise ElasticConfigError(
+            f"this is a size of a family that was made in memory, and {name} is not where it was saved, so it cannot be loaded again from its "
+            "name (trainers do, for a reference model). Save the family, load it from there, and use that; or give the trainer a reference "
+            "of your own: ref_model=."
+        )
+    asked = kwargs.get("revision")
+    again = getattr(asked, "initial", asked) is None  # the AutoClasses have found out what the default is now
+    if again:
+        kwargs.update({key: value for key, value in name.hub.items() if key == "revision" or kwargs.get(key) is None})
+    if isinstance(config, PreTrainedConfig) and (
+        not isinstance(config, ElasticConfig) or again and "revision" in name.hub
+    ):
+        # The AutoClasses read it, at that revision or as a stock one, and left in it what the user said.
+        kwargs.setdefault("attn_implementation", config._attn_implementation)
+        kwargs.setdefault("experts_implementation", config._experts_implementation)
+        config = None
+    return config, name.submodel if budget is None else budget, name.described if described is None else described
 
 
 def checked_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
