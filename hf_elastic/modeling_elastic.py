@@ -28,6 +28,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.generation import GenerationMixin
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from .adapters import AdaptableMixin
 from .architectures import ARCHITECTURES, get_architecture, uniform
 from .budgets import Budget
 from .configuration_elastic import ElasticConfig, plain_parent_error
@@ -67,7 +68,9 @@ _WHERE_KWARGS = (
 _HUB_KWARGS = (*_WHERE_KWARGS, "force_download", "proxies", "token")
 
 
-class ElasticPreTrainedModel(InstalledCode, SwitchingMixin, SavingMixin, PushMixin, ExportMixin, PreTrainedModel):
+class ElasticPreTrainedModel(
+    InstalledCode, AdaptableMixin, SwitchingMixin, SavingMixin, PushMixin, ExportMixin, PreTrainedModel
+):
     """What both elastic classes share. Use [`ElasticForCausalLM`], [`ElasticModel`] or the AutoClasses."""
 
     config_class = ElasticConfig
