@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from .architectures import Architecture, get_architecture
 from .budgets import Limit, is_limit, parse_limit
+from .buffers import check_buffers, share_constant_buffers
 from .configuration_elastic import ElasticConfig
 from .cost import CostModel
 from .errors import ElasticConfigError
@@ -19,7 +20,7 @@ from .importance import Scores, score
 from .modeling_elastic import ElasticForCausalLM, concrete_class
 from .search import BudgetSearch, default_choices, sizes_from_spec
 from .section import check_name
-from .slicing import build_meta, check_table, share_constant_buffers
+from .slicing import build_meta, check_table
 from .sorting import Orders, orders_from_scores, sort_state_dict
 from .submodel import LAYERS, Submodel
 

@@ -31,6 +31,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from .adapters import AdaptableMixin
 from .architectures import ARCHITECTURES, get_architecture, uniform
 from .budgets import Budget
+from .buffers import check_buffers
 from .configuration_elastic import ElasticConfig, plain_parent_error
 from .errors import ElasticConfigError
 from .export import ExportMixin
@@ -217,6 +218,7 @@ class ElasticPreTrainedModel(
         # The loader notes which of the Hub's names it met, for saving; it met none here. Without the note, saving uses all of them.
         model.__dict__.pop("_weight_conversions", None)
         refuse_incomplete(info, pretrained_model_name_or_path)
+        check_buffers(model, pretrained_model_name_or_path)
         model._hub_kwargs = {key: hub[key] for key in _WHERE_KWARGS if key in hub}
         name = LoadedFrom(
             str(pretrained_model_name_or_path),
@@ -324,6 +326,7 @@ def _from_state_dict(cls: type, config: Any, budget: Any, *model_args: Any, **kw
     )
     model, info = loaded
     refuse_incomplete(info, "the state dict")
+    check_buffers(model, "the state dict")
     if isinstance(config, ElasticConfig):
         model._adopt(config)
     return (model, info) if kwargs.get("output_loading_info") else model
