@@ -125,6 +125,7 @@ def _check_size(model: Any, config: Any) -> None:
 
 def detach(model: nn.Module) -> None:
     """Put back the modules that adapter layers were put around."""
+    layer: Any
     for holder in [module for module in model.modules() if not is_tuner(module)]:
         for leaf, layer in [(leaf, layer) for leaf, layer in holder.named_children() if is_tuner(layer)]:
             while is_tuner(layer):

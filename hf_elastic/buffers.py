@@ -19,24 +19,25 @@ from transformers.initialization import no_init_weights
 from .errors import CheckpointError
 
 
-def constant_buffers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """Every buffer that is not saved: the name of its module, the module, and its name there."""
-    for name, module in model.named_modules():
+def constant_buffers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Tensor]]:
+    """Every buffer that is not saved: its name in the model, its module, its name there, and itself."""
+    for path, module in model.named_modules():
         for leaf in sorted(module._non_persistent_buffers_set):
-            if module._buffers.get(leaf) is not None:
-                yield name, module, leaf
+            if (buffer := module._buffers.get(leaf)) is not None:
+                yield f"{path}.{leaf}".lstrip("."), module, leaf, buffer
 
 
 def fresh_buffers(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The buffers that are not saved as a newly built model of the same class and config has them, on the CPU."""
     whole: nn.Module | None = None
     values: dict[str, torch.Tensor] = {}
-    for name, module, leaf in constant_buffers(model):
+    for name, module, leaf, _ in constant_buffers(model):
         made = _built(module)
         if made is None:
             whole = whole or _without_weights(type(model), model.config)
-            made = whole.get_submodule(name)
-        values[f"{name}.{leaf}"] = made.get_buffer(leaf)
+            values[name] = whole.get_buffer(name)
+        else:
+            values[name] = made.get_buffer(leaf)
     return values
 
 
@@ -52,9 +53,9 @@ def check_buffers(model: PreTrainedModel, where: Any) -> None:
     """
     fresh = fresh_buffers(model)
     wrong = [
-        f"{name}.{leaf}"
-        for name, module, leaf in constant_buffers(model)
-        if not module._buffers[leaf].is_meta and not same_values(module._buffers[leaf], fresh[f"{name}.{leaf}"])
+        name
+        for name, _, _, buffer in constant_buffers(model)
+        if not (buffer.is_meta or same_values(buffer, fresh[name]))
     ]
     if wrong:
         raise CheckpointError(
@@ -83,8 +84,8 @@ def share_constant_buffers(tree: PreTrainedModel, parent: nn.Module) -> None:
     fresh = fresh_buffers(tree)
     theirs = dict(parent.named_buffers(remove_duplicate=False))
     device = next(iter(parent.parameters())).device
-    for name, module, leaf in list(constant_buffers(tree)):
-        value, there = fresh[f"{name}.{leaf}"], theirs.get(f"{name}.{leaf}")
+    for name, module, leaf, _ in list(constant_buffers(tree)):
+        value, there = fresh[name], theirs.get(name)
         if there is None:
             module._buffers[leaf] = value.to("cpu" if device.type == "meta" else device)
         elif there.is_meta or same_values(there, value):

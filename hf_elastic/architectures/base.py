@@ -72,6 +72,7 @@ class Architecture(ABC):
     axes: ClassVar[tuple[Axis, ...]]
     disk_prefix: ClassVar[str] = "model."  # of the base model's tensors in the Hub repository
     layers_path: ClassVar[str] = "model.layers"
+    old_names: ClassVar[Mapping[str, str]] = {}  # how names end, and how they did in older files
 
     # -- to be declared ------------------------------------------------------------------------------------------------
 
