@@ -185,6 +185,13 @@ def test_the_revision_that_was_loaded(local_hub, folder, tmp_path, budget):
     assert "python/object" not in str(card)
 
 
+def test_a_config_that_was_written_by_hand(family_folder, tmp_path):
+    shutil.copytree(family_folder("nano3"), tmp_path / "by_hand")  # by ElasticConfig.save_pretrained
+    tokenizer().save_pretrained(tmp_path / "by_hand")
+    small = load(tmp_path / "by_hand", budget="small")
+    assert same(make("dpo", small, tmp_path / "run").ref_model, small.state_dict())
+
+
 def test_a_subfolder(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "repo" / "nested")
     small = load(tmp_path / "repo", subfolder="nested", budget="small")
