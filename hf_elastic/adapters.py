@@ -14,7 +14,7 @@ adapter layers, without storage, and takes both from the parent; dropout, scalin
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -92,7 +92,25 @@ class AdaptableMixin:
         except ElasticConfigError:
             detach(self)  # type: ignore[arg-type]
             raise
-        self.__dict__["peft_config"] = configs
+        self.__dict__["peft_config"] = configs  # peft's own dict, into which it puts further adapters without a word
+
+    def _check_further(self) -> None:
+        for name, config in list(self.__dict__.get("peft_config", {}).items()):
+            try:
+                _check_size(self, config)
+            except ElasticConfigError:
+                for layer in [layer for layer in self.modules() if is_tuner(layer)]:  # type: ignore[attr-defined]
+                    layer.delete_adapter(name)
+                del self.peft_config[name]
+                raise
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._check_further()
+        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[misc]
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._check_further()
+        super()._save_to_state_dict(*args, **kwargs)  # type: ignore[misc]
 
     @peft_config.deleter
     def peft_config(self) -> None:
@@ -105,12 +123,12 @@ def _check_size(model: Any, config: Any) -> None:
     here = model.architecture.full(model.config)
     sizes = {**here.to_dict(), "num_hidden_layers": here.depth}
     mark = (config.auto_mapping or {}).get(MARK)
-    if mark is not None:
-        if mark["sizes"] != sizes:
+    if isinstance(mark, Mapping):
+        if mark.get("sizes") != sizes:
             raise ElasticConfigError(
-                f"the adapter was trained at budget={mark['budget']!r} of a family, and this model is of another size. Load that size: "
-                f"AutoPeftModelForCausalLM.from_pretrained(adapter, budget={mark['budget']!r}), or from_pretrained(family, "
-                f"budget={mark['budget']!r}) and PeftModel.from_pretrained(it, adapter)."
+                f"the adapter was trained at budget={mark.get('budget')!r} of a family, and this model is of another size. Load that size: "
+                f"AutoPeftModelForCausalLM.from_pretrained(adapter, budget={mark.get('budget')!r}), or from_pretrained(family, "
+                f"budget={mark.get('budget')!r}) and PeftModel.from_pretrained(it, adapter)."
             )
         return
     origin = getattr(elastic, CUT_FROM, None)

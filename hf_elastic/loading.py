@@ -72,7 +72,7 @@ def checked_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
         raise ElasticConfigError("give either a checkpoint or state_dict=, not both.")
     if adapter := (kwargs.get("adapter_kwargs") or {}).get("_adapter_model_path"):
         raise ElasticConfigError(
-            f"{adapter} holds an adapter, which is not loaded along. Load the family it was trained on, then attach it: "
+            f"{adapter} holds an adapter, which is not loaded along. Load the family it was trained on, at its size, then attach it: "
             f"PeftModel.from_pretrained(family, {str(adapter)!r}); merge_and_unload() gives the family with what was learned."
         )
     if kwargs.get("ignore_mismatched_sizes"):

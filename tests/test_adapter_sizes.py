@@ -78,6 +78,22 @@ def test_adapters_of_a_whole_family_and_of_its_slices_are_not_marked(folder, tmp
     PeftModel.from_pretrained(load(folder, budget="small"), tmp_path / "small")
 
 
+def test_a_second_adapter(folder, tmp_path, ids):
+    small = adapted(load(folder, budget=SAME_SHAPES), task_type="CAUSAL_LM")
+    small.add_adapter("second", LoraConfig(r=2, target_modules=["k_proj"], task_type="CAUSAL_LM"))
+    small.save_pretrained(tmp_path)
+    family = adapted(load(folder), task_type="CAUSAL_LM")
+    before = family(ids).logits
+    for source, name in ((tmp_path, "other"), (tmp_path / "second", "second")):
+        with pytest.raises(ElasticConfigError, match=r"trained at budget="):
+            family.load_adapter(source, name)
+        assert list(family.peft_config) == ["default"]
+        assert not [key for key in family.state_dict() if f".{name}." in key]
+    assert torch.equal(family(ids).logits, before)
+    other = PeftModel.from_pretrained(load(folder, budget=SAME_SHAPES), tmp_path)
+    other.load_adapter(tmp_path / "second", "second")
+
+
 def test_in_training_mode_an_adapter_is_of_the_whole_family(folder):
     model = load(folder).train()
     model.set_budget("small")
