@@ -94,6 +94,10 @@ class AdaptableMixin:
             raise
         self.__dict__["peft_config"] = configs  # peft's own dict, into which it puts further adapters without a word
 
+    @peft_config.deleter
+    def peft_config(self) -> None:
+        self.__dict__.pop("peft_config", None)
+
     def _check_further(self) -> None:
         for name, config in list(self.__dict__.get("peft_config", {}).items()):
             try:
@@ -111,10 +115,6 @@ class AdaptableMixin:
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._check_further()
         super()._save_to_state_dict(*args, **kwargs)  # type: ignore[misc]
-
-    @peft_config.deleter
-    def peft_config(self) -> None:
-        self.__dict__.pop("peft_config", None)
 
 
 def _check_size(model: Any, config: Any) -> None:

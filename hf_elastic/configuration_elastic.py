@@ -79,7 +79,7 @@ class ElasticConfig(InstalledCode, PreTrainedConfig):
         if getattr(self, "dtype", None) is None:
             self.dtype: Any = parent.dtype
         # trl reads both without asking whether they are there.
-        self.architectures = self.architectures or ["ElasticForCausalLM"]
+        self.architectures: Any = getattr(self, "architectures", None) or ["ElasticForCausalLM"]
         self.auto_map: Any = getattr(self, "auto_map", None) or {}
 
     @classmethod
