@@ -149,7 +149,7 @@ def _sliced_config(
 
 def _plain_copy(lora: LoraConfig) -> LoraConfig:
     made = copy.deepcopy(lora)
-    made.base_model_name_or_path, made.revision, made.inference_mode = None, None, True
+    made.base_model_name_or_path, made.revision, made.auto_mapping, made.inference_mode = None, None, None, True
     return made
 
 

@@ -14,7 +14,7 @@ adapter layers, without storage, and takes both from the parent; dropout, scalin
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from transformers import PreTrainedConfig
 from .architectures import Architecture
 from .axes import Cut, TensorRule, dim
 from .errors import ElasticConfigError
+from .origin import CUT_FROM
 from .slicing import Piece
 
 if TYPE_CHECKING:
@@ -66,6 +67,88 @@ def factor_rules(rule: TensorRule, rank: int) -> tuple[FactorRule, FactorRule]:
         a, b = dim(*plain, rank), dim(rank, *segment)
     prefix = f"{rule.template}.lora"
     return FactorRule(f"{prefix}_A", (a, inner), rule.layer), FactorRule(f"{prefix}_B", (out, b), rule.layer)
+
+
+MARK = "elastic"
+"""Under `auto_mapping` of a saved adapter's config, which peft keeps and does not use where the task is known: the size it was trained at."""
+
+
+class AdaptableMixin:
+    """Adapters of peft know the size that they are made for: peft hands their configs to the model that it attaches them to."""
+
+    @property
+    def peft_config(self) -> dict[str, Any]:
+        """Configs of the attached adapters, as peft keeps them."""
+        try:
+            return self.__dict__["peft_config"]
+        except KeyError:
+            raise AttributeError("no adapters are attached") from None
+
+    @peft_config.setter
+    def peft_config(self, configs: dict[str, Any]) -> None:
+        try:
+            for config in configs.values():
+                _check_size(self, config)
+        except ElasticConfigError:
+            detach(self)  # type: ignore[arg-type]
+            raise
+        self.__dict__["peft_config"] = configs  # peft's own dict, into which it puts further adapters without a word
+
+    @peft_config.deleter
+    def peft_config(self) -> None:
+        self.__dict__.pop("peft_config", None)
+
+    def _check_further(self) -> None:
+        for name, config in list(self.__dict__.get("peft_config", {}).items()):
+            try:
+                _check_size(self, config)
+            except ElasticConfigError:
+                for layer in [layer for layer in self.modules() if is_tuner(layer)]:  # type: ignore[attr-defined]
+                    layer.delete_adapter(name)
+                del self.peft_config[name]
+                raise
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._check_further()
+        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[misc]
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._check_further()
+        super()._save_to_state_dict(*args, **kwargs)  # type: ignore[misc]
+
+
+def _check_size(model: Any, config: Any) -> None:
+    """Refuse the adapter of a slice on anything of another size, and write into a new one which slice it is of."""
+    elastic = model.elastic_config
+    here = model.architecture.full(model.config)
+    sizes = {**here.to_dict(), "num_hidden_layers": here.depth}
+    mark = (config.auto_mapping or {}).get(MARK)
+    if isinstance(mark, Mapping):
+        if mark.get("sizes") != sizes:
+            raise ElasticConfigError(
+                f"the adapter was trained at budget={mark.get('budget')!r} of a family, and this model is of another size. Load that size: "
+                f"AutoPeftModelForCausalLM.from_pretrained(adapter, budget={mark.get('budget')!r}), or from_pretrained(family, "
+                f"budget={mark.get('budget')!r}) and PeftModel.from_pretrained(it, adapter)."
+            )
+        return
+    origin = getattr(elastic, CUT_FROM, None)
+    if here != model._full:
+        origin = {"budget": model.budget, "sizes": model.submodel.to_dict()}
+    if origin is not None:
+        budget = origin.get("budget") or origin.get("sizes")
+        config.auto_mapping = {**(config.auto_mapping or {}), MARK: {"budget": budget, "sizes": sizes}}
+        if config.task_type is None:  # peft then writes over it
+            config.task_type = "CAUSAL_LM" if model.can_generate() else "FEATURE_EXTRACTION"
+
+
+def detach(model: nn.Module) -> None:
+    """Put back the modules that adapter layers were put around."""
+    layer: Any
+    for holder in [module for module in model.modules() if not is_tuner(module)]:
+        for leaf, layer in [(leaf, layer) for leaf, layer in holder.named_children() if is_tuner(layer)]:
+            while is_tuner(layer):
+                layer = getattr(layer, "original_module", None) or layer.base_layer
+            setattr(holder, leaf, layer)
 
 
 def is_tuner(module: Any) -> bool:

@@ -21,7 +21,7 @@ from .slicing import Piece, pieces
 from .submodel import Submodel
 from .tensor_file import TensorFile
 
-_ROTARY = r"rotary_emb\.inv_freq$"  # computed, but saved by old versions
+ROTARY = r"rotary_emb\.inv_freq$"  # computed, but saved by old versions
 
 
 class Checkpoint:
@@ -102,7 +102,7 @@ class Checkpoint:
                 problems.append(f"{key} is stored as {self._stored_dtype(key)}, not as {', '.join(_DTYPES)}")
         strange = self._where.keys() - known
         self.ignored = ignored_names(strange, ignored)
-        unknown = sorted(strange - set(self.ignored) - set(ignored_names(strange, (_ROTARY,))))
+        unknown = sorted(strange - set(self.ignored) - set(ignored_names(strange, (ROTARY,))))
         problems += [f"{key} belongs to no part of this {architecture.model_type}" for key in unknown]
         if problems:
             raise CheckpointError(
@@ -191,7 +191,7 @@ class Checkpoint:
 
 
 def stored_names(rule: TensorRule, architecture: Architecture, expert: int | None = None) -> tuple[str, ...]:
-    """The names a tensor can have in a file: Hub layout, live layout, and a base model's without the prefix of either.
+    """The names a tensor can have in a file: Hub layout, live layout, a base model's without the prefix of either, and old spellings.
 
     Args:
         rule (`TensorRule`): The tensor.
@@ -203,7 +203,16 @@ def stored_names(rule: TensorRule, architecture: Architecture, expert: int | Non
         live = _live_prefix(disk, architecture)
     elif not rule.stacked:
         disk = rule.disk_name()
-    return disk, live, disk.removeprefix(architecture.disk_prefix), live.removeprefix(_base(architecture))
+    names: tuple[str, ...] = (
+        disk,
+        live,
+        disk.removeprefix(architecture.disk_prefix),
+        live.removeprefix(_base(architecture)),
+    )
+    for now, before in architecture.old_names.items():
+        if any(name.endswith(f".{now}") for name in names):
+            names += tuple(name.removesuffix(now) + before for name in names)
+    return names
 
 
 def _base(architecture: Architecture) -> str:

@@ -82,6 +82,9 @@ class ElasticConfig(InstalledCode, PreTrainedConfig):
         self.elastic = checked_section(parent, self.elastic)
         if getattr(self, "dtype", None) is None:
             self.dtype: Any = parent.dtype
+        # trl reads both without asking whether they are there.
+        self.architectures: Any = getattr(self, "architectures", None) or ["ElasticForCausalLM"]
+        self.auto_map: Any = getattr(self, "auto_map", None) or {}
 
     @classmethod
     def from_parent(

@@ -9,20 +9,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .architectures import Architecture, get_architecture
 from .budgets import Limit, is_limit, parse_limit
+from .buffers import check_buffers, share_constant_buffers
 from .configuration_elastic import ElasticConfig
 from .cost import CostModel
 from .errors import ElasticConfigError, shown
 from .importance import Scores, score
 from .leaving_out import ignored_beside, note_left_out
+from .loading import checked_parent, load_stock
 from .modeling_elastic import ElasticForCausalLM, concrete_class
 from .portability import check_portable, portable_choices
 from .search import BudgetSearch, default_choices, sizes_from_spec
 from .section import check_name
-from .slicing import build_meta, check_table, share_constant_buffers
+from .slicing import build_meta, check_table
 from .sorting import Orders, orders_from_scores, sort_state_dict
 from .submodel import LAYERS, Submodel
 
@@ -48,7 +50,7 @@ def elastify(
     most important entries.
 
     Args:
-        parent (`PreTrainedModel` or `str`): Stock causal model, or where to load it from. It is not changed.
+        parent (`PreTrainedModel` or `str`): Stock causal model, or where to load it from, which has to hold every tensor of it. It is not changed.
         calibration (`datasets.Dataset` or iterable of dicts, *optional*):
             Text to score on, see [`hf_elastic.importance.score`]. Not needed with `scores`, or with `sort=False`.
         axes (`list[str]` or `dict[str, list]`, *optional*):
@@ -78,11 +80,13 @@ def elastify(
     Raises:
         `ElasticConfigError`: axes, budgets or scores that do not fit the parent, or a target that no choice meets.
         `UnsupportedArchitectureError`: no table for the parent.
+        `CheckpointError`: the parent's files lack tensors, or hold others than its config says.
     """
-    model = parent if isinstance(parent, PreTrainedModel) else AutoModelForCausalLM.from_pretrained(parent)
+    model = checked_parent(load_stock(parent) if isinstance(parent, (str, os.PathLike)) else parent)
     _refuse_elastic(model)
     architecture = get_architecture(model.config.model_type)
     check_table(architecture, model)
+    check_buffers(model, "the parent")
     if not budgets and not axes:
         raise ElasticConfigError(
             "there are neither budgets nor axes; give at least one budget, such as {'half': {'hidden': 0.5}} or {'half': '6B'}, or the "

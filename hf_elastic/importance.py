@@ -34,6 +34,7 @@ from transformers import PreTrainedModel
 from .architectures import Architecture, get_architecture
 from .axes import TensorRule
 from .errors import CheckpointError, ElasticConfigError, shown
+from .loading import checked_parent
 from .submodel import LAYERS
 from .texts import chat_tokens, check_text
 
@@ -117,7 +118,8 @@ def score(
         model (`PreTrainedModel`): Stock causal model; it is not changed.
         calibration (`datasets.Dataset` or iterable of dicts):
             Rows with `input_ids` (and `attention_mask`), or with `text` or `messages` if a tokenizer is given. A streaming dataset is read
-            once, for the first `samples` rows. Rows without tokens are passed over.
+            once, for the first `samples` rows. Rows without tokens are passed over. Batches, such as a `DataLoader` gives, and plain tensors of
+            token ids are taken apart into their rows.
         axes (`list[str]`, *optional*): Which axes to score; defaults to all the parent has, but for `layers`, which takes many more passes.
         batch_size (`int`, *optional*, defaults to 8): Rows per forward pass.
         samples (`int`, *optional*, defaults to 1024): Rows to read (the papers use 1024 of 8192 tokens).
@@ -133,6 +135,7 @@ def score(
         `ElasticConfigError`: unknown axis, no rows, or rows without a column that can be read.
         `TokenizerError`: a row that the tokenizer has no tokens for.
     """
+    model = checked_parent(model)
     architecture = get_architecture(model.config.model_type)
     available = [axis.name for axis in architecture.available_axes(model.config)]
     wanted = list(axes) if axes is not None else available
@@ -151,6 +154,10 @@ def score(
     if not batches:
         raise ElasticConfigError("calibration has no rows with tokens; give at least one with input_ids.")
     largest, vocabulary = max(int(batch["input_ids"].max()) for batch in batches), model.config.vocab_size
+    if (smallest := min(int(batch["input_ids"].min()) for batch in batches)) < 0:
+        raise ElasticConfigError(
+            f"calibration has token {smallest}; tokens are 0 or more, and padding is left out by attention_mask."
+        )
     if largest >= vocabulary:
         raise ElasticConfigError(
             f"calibration has token {largest}, the parent's vocabulary has {vocabulary}; tokenize with the parent's own tokenizer."
@@ -164,6 +171,7 @@ def score(
                 listener.mask = batch["attention_mask"].bool().to(model.device)
                 model(**{key: tensor.to(model.device) for key, tensor in batch.items()}, use_cache=False)
         scores = listener.scores()
+        _refuse_infinite(scores)
         if LAYERS in wanted:
             few = batches[: max(1, -(-depth_samples // batch_size))]
             scores.layers = rank_layers(model, few, progress=progress)
@@ -235,8 +243,13 @@ def _batches(
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Right-padded batches with a mask, of rows in the order they come; rows without tokens (empty lines) are passed over."""
     rows: list[torch.Tensor] = []
-    for i, row in enumerate(_readable_rows(itertools.islice(calibration, samples))):
-        ids = _token_ids(row, tokenizer, f"calibration row {i}")[:max_length]
+    ids_of_rows = (
+        ids
+        for i, row in enumerate(_readable_rows(calibration))
+        for ids in _token_ids(row, tokenizer, f"calibration row {i}")
+    )
+    for ids in itertools.islice(ids_of_rows, samples):
+        ids = ids[:max_length]
         if not len(ids):
             continue
         rows.append(ids)
@@ -264,23 +277,64 @@ def _padded(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def _token_ids(row: Mapping[str, Any], tokenizer: Any, where: str) -> torch.Tensor:
+def _token_ids(row: Any, tokenizer: Any, where: str) -> Iterator[torch.Tensor]:
+    """The tokens of a row, or of every row of a batch.
+
+    Args:
+        where (`str`): What the row is called in errors.
+    """
+    if isinstance(row, torch.Tensor):
+        row = {"input_ids": row}
     if not isinstance(row, Mapping):
-        raise ElasticConfigError(f"calibration rows must be dicts, not {type(row).__name__}.")
+        raise ElasticConfigError(
+            f"calibration rows must be dicts, not {type(row).__name__}; plain token ids are taken as a tensor."
+        )
     if "input_ids" in row:
-        ids = torch.as_tensor(row["input_ids"], dtype=torch.int64)
+        ids = _whole_numbers(row["input_ids"], "input_ids")
         mask = row.get("attention_mask")
-        return ids if mask is None else ids[torch.as_tensor(mask).bool()]
-    if tokenizer is not None and "messages" in row:
-        return torch.as_tensor(chat_tokens(tokenizer, row["messages"], where))
-    if tokenizer is not None and "text" in row:
-        if not isinstance(row["text"], str):
-            raise ElasticConfigError(f"{where}: text={shown(row['text'])} must be a text.")
-        check_text(tokenizer, row["text"], where)
-        return torch.as_tensor(tokenizer(row["text"])["input_ids"], dtype=torch.int64)
-    raise ElasticConfigError(
-        f"calibration rows have the columns {sorted(row)}; give input_ids, or text or messages together with tokenizer=."
-    )
+        mask = torch.ones_like(ids) if mask is None else torch.as_tensor(mask)
+        if mask.shape != ids.shape:
+            raise ElasticConfigError(
+                f"{where} has input_ids of shape {tuple(ids.shape)} and an attention_mask of {tuple(mask.shape)}; they have to agree."
+            )
+        yield from (
+            tokens[real] for tokens, real in zip(torch.atleast_2d(ids), torch.atleast_2d(mask.bool()), strict=True)
+        )
+    elif tokenizer is not None and "messages" in row:
+        yield torch.as_tensor(chat_tokens(tokenizer, row["messages"], where))
+    elif tokenizer is not None and "text" in row:
+        for text in row["text"] if isinstance(row["text"], (list, tuple)) else [row["text"]]:
+            if not isinstance(text, str):
+                raise ElasticConfigError(f"{where}: text={shown(text)} must be a text.")
+            check_text(tokenizer, text, where)
+            yield _whole_numbers(tokenizer(text)["input_ids"], "text")
+    else:
+        raise ElasticConfigError(
+            f"calibration rows have the columns {sorted(row)}; give input_ids, or text or messages together with tokenizer=."
+        )
+
+
+def _whole_numbers(ids: Any, column: str) -> torch.Tensor:
+    try:
+        tokens = torch.as_tensor(ids)
+        if tokens.ndim not in (1, 2) or tokens.numel() and tokens.dtype.is_floating_point:
+            raise ValueError(f"shape {tuple(tokens.shape)} of {tokens.dtype}")
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ElasticConfigError(
+            f"the {column} of a calibration row are no token ids, one row or a batch of rows of one length ({error}); rows of different "
+            "lengths in a DataLoader need a collator that pads them."
+        ) from error
+    return tokens.long()
+
+
+def _refuse_infinite(scores: Scores) -> None:
+    for axis, layers in scores.values.items():
+        for layer, values in layers.items():
+            if not values.isfinite().all():
+                raise ElasticConfigError(
+                    f"the scores of {axis}{'' if layer < 0 else f' in layer {layer}'} are not finite: the parent computes infinite values or NaN on "
+                    "this text. Score it in another dtype, such as bfloat16 or float32, and check that its weights are whole."
+                )
 
 
 class _Listener:

@@ -13,6 +13,7 @@ from .adapters import attached
 from .architectures import Architecture
 from .configuration_elastic import ElasticConfig
 from .errors import ElasticConfigError
+from .loaded_from import name_at
 from .members import Member
 from .slicing import bind_views, build_meta, use_eager_experts_if_misaligned
 from .stencils import Unit, install, make_units, uninstall
@@ -108,6 +109,7 @@ class LiveMixin:
         self.config = member.config
         self.__dict__.update(member.numbers)
         self._active = submodel
+        self._rename()
 
     def _train_at(self, submodel: Submodel) -> None:
         adapters = attached(self)  # type: ignore[arg-type]
@@ -127,6 +129,11 @@ class LiveMixin:
             self._members = {self._full: self._members[self._full]}
         install(stencils.get(submodel, []))
         self._active = submodel
+        self._rename()
+
+    def _rename(self) -> None:
+        """Let the name say which size runs, for whoever loads the model again by its name."""
+        self.name_or_path = self.config._name_or_path = name_at(self.config._name_or_path, self._active, self._full)
 
     def _current(self) -> Member:
         numbers = {name: value for name, value in self.__dict__.items() if type(value) is int}
@@ -140,6 +147,7 @@ class LiveMixin:
                 "a quantised model cannot switch budgets; load the budget you need with budget=...."
             )
         config = self.elastic_config.stock_config(submodel)
+        config._name_or_path = name_at(full.config._name_or_path, submodel, self._full)
         config._attn_implementation = full.config._attn_implementation
         config._experts_implementation = full.config._experts_implementation
         use_eager_experts_if_misaligned(config, self.architecture, self.dtype)  # type: ignore[attr-defined]

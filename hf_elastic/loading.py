@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import inspect
+import os
+import re
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from .configuration_elastic import ElasticConfig, plain_parent_error, read_config
+from .adapters import attached
+from .architectures import ARCHITECTURES
+from .buffers import check_buffers
+from .checkpoint import ROTARY, Checkpoint
+from .configuration_elastic import ElasticConfig, parent_from_dict, plain_parent_error, read_config
 from .errors import CheckpointError, ElasticConfigError, did_you_mean, shown
+from .files import find_files
 from .known import described_config
+from .loaded_from import LoadedFrom
 
 
 def load_config(repo: Any, config: Any, described: Any, hub: dict[str, Any]) -> ElasticConfig:
@@ -27,6 +36,34 @@ def load_config(repo: Any, config: Any, described: Any, hub: dict[str, Any]) -> 
     return read_config(config if config is not None else repo, **hub)
 
 
+def as_loaded(
+    name: LoadedFrom, config: Any, budget: Any, described: Any, kwargs: dict[str, Any]
+) -> tuple[Any, Any, Any]:
+    """`config=`, `budget=` and `elastic_config=` for loading a model again by its name, and in `kwargs` where it was; what is given goes first.
+
+    Raises:
+        `ElasticConfigError`: the size was never saved there.
+    """
+    if not name.is_saved:
+        raise ElasticConfigError(
+            f"this is a size of a family that was made in memory, and {name} is not where it was saved, so it cannot be loaded again from its "
+            "name (trainers do, for a reference model). Save the family, load it from there, and use that; or give the trainer a reference "
+            "of your own: ref_model=."
+        )
+    asked = kwargs.get("revision")
+    again = getattr(asked, "initial", asked) is None  # the AutoClasses have found out what the default is now
+    if again:
+        kwargs.update({key: value for key, value in name.hub.items() if key == "revision" or kwargs.get(key) is None})
+    if isinstance(config, PreTrainedConfig) and (
+        not isinstance(config, ElasticConfig) or again and "revision" in name.hub
+    ):
+        # The AutoClasses read it, at that revision or as a stock one, and left in it what the user said.
+        kwargs.setdefault("attn_implementation", config._attn_implementation)
+        kwargs.setdefault("experts_implementation", config._experts_implementation)
+        config = None
+    return config, name.submodel if budget is None else budget, name.described if described is None else described
+
+
 def checked_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Refuse what cannot be honoured, and what nobody knows."""
     if kwargs.get("use_safetensors") is False:
@@ -35,7 +72,7 @@ def checked_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
         raise ElasticConfigError("give either a checkpoint or state_dict=, not both.")
     if adapter := (kwargs.get("adapter_kwargs") or {}).get("_adapter_model_path"):
         raise ElasticConfigError(
-            f"{adapter} holds an adapter, which is not loaded along. Load the family it was trained on, then attach it: "
+            f"{adapter} holds an adapter, which is not loaded along. Load the family it was trained on, at its size, then attach it: "
             f"PeftModel.from_pretrained(family, {str(adapter)!r}); merge_and_unload() gives the family with what was learned."
         )
     if kwargs.get("ignore_mismatched_sizes"):
@@ -118,7 +155,78 @@ def generation_config(concrete: type[PreTrainedModel], repo: Any, hub: dict[str,
 
 
 def refuse_incomplete(info: dict[str, Any], repo: Any) -> None:
-    """The table covers every tensor, so any of these means that upstream changed under us; never go on with random weights."""
+    """Upstream goes on with random weights, or without some of the file's, where names do not match; never here."""
     for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs", "conversion_errors"):
-        if info.get(key):
-            raise CheckpointError(f"loading {repo} left {key}: {sorted(map(str, info[key]))[:5]}.")
+        if names := sorted(name for name in map(str, info.get(key) or ()) if not re.search(ROTARY, name)):
+            raise CheckpointError(
+                f"loading {repo} left {key}: {names[:5]}{' ...' if len(names) > 5 else ''}. The files and config.json do not belong together, or "
+                "are incomplete; nothing is computed with weights that are random or left out."
+            )
+
+
+_HUB = ("cache_dir", "revision", "token", "subfolder", "local_files_only", "force_download", "proxies")
+
+
+def load_stock(repo: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
+    """As `AutoModelForCausalLM.from_pretrained`, but strict: every tensor of the model is in the files, and every one of the files in the model.
+
+    Raises:
+        `CheckpointError`: names the tensors that are missing, unknown or of another shape; for supported architectures before any is read.
+    """
+    fields, _ = PreTrainedConfig.get_config_dict(repo, **{k: v for k, v in kwargs.items() if k in _HUB})
+    architecture = ARCHITECTURES.get(fields.get("model_type", ""))
+    if architecture is not None:
+        if not (fields.get("quantization_config") or kwargs.get("gguf_file") or kwargs.get("config")):
+            _check_files(repo, fields, kwargs)
+        old = {rf"\b{re.escape(before)}$": now for now, before in architecture.old_names.items()}
+        kwargs = {"key_mapping": old, **kwargs} if old else kwargs
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(repo, **{**kwargs, "output_loading_info": True})
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise CheckpointError(
+            f"{repo} holds tensors of other shapes than its config.json says; transformers lists them above."
+        ) from error
+    refuse_incomplete(info, repo)
+    if architecture is not None:
+        check_buffers(model, repo)
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def _check_files(repo: Any, fields: dict[str, Any], kwargs: dict[str, Any]) -> None:
+    """Compare names and shapes in safetensors files with the table: stacked experts hide which of them is missing."""
+    config = parent_from_dict(fields)
+    architecture = ARCHITECTURES[config.model_type]
+    hub = {k: v for k, v in kwargs.items() if k in _HUB and v is not None}
+    try:
+        files = find_files(repo, kwargs.get("variant"), **hub)
+    except CheckpointError:  # other formats, whose names are compared when they are loaded
+        return
+    ignored = architecture.causal_class._keys_to_ignore_on_load_unexpected or ()
+    Checkpoint(files).check(architecture, config, ignored=ignored)
+
+
+def checked_parent(parent: Any) -> PreTrainedModel:
+    """A live stock model that can be scored and sorted, out of what `torch.compile` made of it.
+
+    Raises:
+        `ElasticConfigError`: adapters are attached, it is wrapped, or weights are not there.
+    """
+    model = getattr(parent, "_orig_mod", parent)  # torch.compile's, with the same modules
+    if isinstance(model, nn.Module) and (attached(model) or hasattr(model, "peft_config")):
+        raise ElasticConfigError(
+            "adapters are attached to the parent, and they are no part of its weights: call merge_and_unload() first, and give what it returns."
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise ElasticConfigError(
+            f"the parent must be a PreTrainedModel, or where to load one from, not {type(model).__name__}. Give the model that is wrapped in it."
+        )
+    away = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+    if away:
+        raise ElasticConfigError(
+            f"{len(away)} tensors of the parent, such as {away[0]}, have no storage: device_map put them on disk or away from their device. Load it "
+            "whole, without device_map or with device_map='cpu'."
+        )
+    return model

@@ -28,8 +28,10 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.generation import GenerationMixin
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from .adapters import AdaptableMixin
 from .architectures import ARCHITECTURES, get_architecture, uniform
 from .budgets import Budget
+from .buffers import check_buffers
 from .configuration_elastic import ElasticConfig, plain_parent_error
 from .errors import ElasticConfigError, shown
 from .export import ExportMixin
@@ -37,7 +39,9 @@ from .files import pinned
 from .generation.phases import PhasedGenerationMixin
 from .generation.speculation import SpeculationMixin
 from .leaving_out import LEFT_OUT, note_left_out
+from .loaded_from import LoadedFrom
 from .loading import (
+    as_loaded,
     checked_kwargs,
     configured,
     generation_config,
@@ -66,7 +70,9 @@ _WHERE_KWARGS = (
 _HUB_KWARGS = (*_WHERE_KWARGS, "force_download", "proxies", "token")
 
 
-class ElasticPreTrainedModel(InstalledCode, SwitchingMixin, SavingMixin, PushMixin, ExportMixin, PreTrainedModel):
+class ElasticPreTrainedModel(
+    InstalledCode, AdaptableMixin, SwitchingMixin, SavingMixin, PushMixin, ExportMixin, PreTrainedModel
+):
     """What both elastic classes share. Use [`ElasticForCausalLM`], [`ElasticModel`] or the AutoClasses."""
 
     config_class = ElasticConfig
@@ -174,7 +180,15 @@ class ElasticPreTrainedModel(InstalledCode, SwitchingMixin, SavingMixin, PushMix
         """
         if pretrained_model_name_or_path is None:
             return _from_state_dict(cls, config, budget, *model_args, **kwargs)
+        if isinstance(pretrained_model_name_or_path, LoadedFrom):
+            config, budget, elastic_config = as_loaded(
+                pretrained_model_name_or_path, config, budget, elastic_config, kwargs
+            )
         hub = {key: kwargs.pop(key) for key in _HUB_KWARGS if kwargs.get(key) is not None}
+        if hub.get("subfolder") and os.path.isdir(
+            pretrained_model_name_or_path
+        ):  # named whole, as who loads it again has only the name
+            pretrained_model_name_or_path = os.path.join(pretrained_model_name_or_path, hub.pop("subfolder"))
         hub = pinned(pretrained_model_name_or_path, hub)
         elastic = load_config(pretrained_model_name_or_path, config, elastic_config, hub)
         stock_kwargs = checked_kwargs(kwargs)
@@ -190,7 +204,8 @@ class ElasticPreTrainedModel(InstalledCode, SwitchingMixin, SavingMixin, PushMix
         dtype = dtype or checkpoint.dtype()
         lazy = checkpoint.lazy_slice(elastic.architecture, elastic.parent_config, submodel, head=head)
         sliced = elastic.restrict(submodel)
-        if submodel != elastic.architecture.full(elastic.parent_config) or hasattr(elastic, CUT_FROM):
+        whole = submodel == elastic.architecture.full(elastic.parent_config)
+        if not whole or hasattr(elastic, CUT_FROM):
             sliced.cut_from = cut_from(elastic, submodel, pretrained_model_name_or_path, hub)
         note_left_out(sliced, checkpoint.ignored, pretrained_model_name_or_path)
         router = read_router(sliced, pretrained_model_name_or_path, **hub)
@@ -205,9 +220,16 @@ class ElasticPreTrainedModel(InstalledCode, SwitchingMixin, SavingMixin, PushMix
         # The loader notes which of the Hub's names it met, for saving; it met none here. Without the note, saving uses all of them.
         model.__dict__.pop("_weight_conversions", None)
         refuse_incomplete(info, pretrained_model_name_or_path)
-        sliced.name_or_path = model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
-        model._adopt(sliced, router)
+        check_buffers(model, pretrained_model_name_or_path)
         model._hub_kwargs = {key: hub[key] for key in _WHERE_KWARGS if key in hub}
+        name = LoadedFrom(
+            str(pretrained_model_name_or_path),
+            None if whole else submodel,
+            None if elastic_config is None else elastic,
+            model._hub_kwargs,
+        )
+        sliced._name_or_path = model.name_or_path = model.config._name_or_path = name
+        model._adopt(sliced, router)
         return (model, info) if want_info else model
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
@@ -313,20 +335,24 @@ def _from_state_dict(cls: type, config: Any, budget: Any, *model_args: Any, **kw
         ""  # upstream notes "None", which is no repository to look for a tokenizer in
     )
     refuse_incomplete(info, "the state dict")
+    check_buffers(model, "the state dict")
     if isinstance(config, ElasticConfig):
         model._adopt(config)
     return (model, info) if kwargs.get("output_loading_info") else model
 
 
-def _explain_budget(stock: type[PreTrainedModel]) -> None:
+def _explain_budget(stock: type[PreTrainedModel], facade: type[ElasticPreTrainedModel]) -> None:
     """Let a stock class say what is wrong with `budget=` and `elastic_config=`, which reaches it when an AutoClass loads a plain parent.
 
-    It would refuse it anyway, with a bare `TypeError` from its `__init__`. Nothing else of it changes, and nothing of its subclasses.
+    It would refuse it anyway, with a bare `TypeError` from its `__init__`. The name of a loaded elastic model ([`LoadedFrom`]) gives that
+    model again. Nothing else of it changes, and nothing of its subclasses.
     """
     inherited = stock.from_pretrained.__func__
 
     @functools.wraps(inherited)
     def from_pretrained(cls: type[PreTrainedModel], repo: Any, *args: Any, **kwargs: Any) -> Any:
+        if cls is stock and isinstance(repo, LoadedFrom):
+            return facade.from_pretrained(repo, *args, **kwargs)
         if cls is stock and "elastic_config" in kwargs:
             raise ElasticConfigError(
                 "elastic_config= is for ElasticForCausalLM.from_pretrained and ElasticModel.from_pretrained."
@@ -339,8 +365,8 @@ def _explain_budget(stock: type[PreTrainedModel]) -> None:
 
 
 for _architecture in ARCHITECTURES.values():
-    _explain_budget(_architecture.causal_class)
-    _explain_budget(_architecture.base_class)
+    _explain_budget(_architecture.causal_class, ElasticForCausalLM)
+    _explain_budget(_architecture.base_class, ElasticModel)
 AutoConfig.register(ElasticConfig.model_type, ElasticConfig)
 AutoModel.register(ElasticConfig, ElasticModel)
 AutoModelForCausalLM.register(ElasticConfig, ElasticForCausalLM)

@@ -18,6 +18,7 @@ from transformers.initialization import no_init_weights
 from .architectures import Architecture
 from .axes import Run, Sizes, TensorRule, take
 from .bound import Bound, view_parameter
+from .buffers import share_constant_buffers
 from .errors import ElasticConfigError, HFElasticError
 from .offloading import Offloaded, follow_hooks, is_fetched
 from .portability import misaligned_experts
@@ -216,11 +217,3 @@ def local_names(piece: Piece, architecture: Architecture, available: Mapping[str
     prefix = architecture.layers_path.partition(".")[0] + "."
     short = target.removeprefix(prefix)
     return (short, source.removeprefix(prefix)) if short in available else (None, source)
-
-
-def share_constant_buffers(tree: nn.Module, parent: nn.Module) -> None:
-    """Buffers that are not saved (rotary frequencies) depend on no axis: every budget uses the parent's."""
-    theirs = dict(parent.named_modules())
-    for name, module in tree.named_modules():
-        for leaf in module._non_persistent_buffers_set:
-            module._buffers[leaf] = theirs[name]._buffers[leaf]

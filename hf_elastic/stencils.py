@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .adapters import carry, follow, is_tuner, refuse_unsupported
 from .architectures import Architecture
 from .axes import places_of
+from .buffers import share_constant_buffers
 from .errors import ElasticConfigError
 from .slicing import Piece, local_names, pieces
 from .submodel import Submodel
@@ -89,6 +90,7 @@ def make_units(
             module = model.get_submodule(owner)
             unit = units.setdefault(id(module), Unit(module, tree.get_submodule(target.rpartition(".")[0])))
             unit.parts.append((leaf, piece))
+    share_constant_buffers(tree, model)
     for unit in units.values():
         carry(unit)
     return list(units.values())

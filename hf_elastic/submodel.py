@@ -87,6 +87,16 @@ class Submodel:
         )
         return Submodel(items, tuple(layers.index(i) for i in self.layers), len(layers))
 
+    def of(self, outer: Submodel) -> Submodel:
+        """The same submodel counted in the layers of the parent that `outer`, which this one is a submodel of, was cut out of."""
+
+        def spread(values: PerLayer) -> PerLayer:
+            there = dict(zip(outer.layers, values, strict=True))
+            return tuple(there.get(layer) for layer in range(outer.depth))
+
+        items = tuple((name, value if isinstance(value, int) else spread(value)) for name, value in self.items)
+        return Submodel(items, tuple(outer.layers[i] for i in self.layers), outer.depth)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON form: one number where all layers agree, a list per layer (`null` where absent) otherwise.
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import os
 from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_elastic import ElasticForCausalLM
 from hf_elastic.errors import ElasticConfigError
+from hf_elastic.loading import load_stock
 
 from .lora import base_of
 from .resuming import differences
@@ -30,9 +32,10 @@ def load_teacher(
 
     Raises:
         `ElasticConfigError`: options without anything to load, another vocabulary.
+        `CheckpointError`: the teacher's files lack tensors, or hold others than its config says.
     """
-    if isinstance(teacher, str):
-        teacher = AutoModelForCausalLM.from_pretrained(teacher, **{"dtype": model.dtype, **(options or {})})
+    if isinstance(teacher, (str, os.PathLike)):
+        teacher = load_stock(teacher, **{"dtype": model.dtype, **(options or {})})
     elif options:
         raise ElasticConfigError("teacher_model_init_kwargs need a teacher_model to load, a folder or Hub repository.")
     if teacher is None or base_of(teacher) is model:

@@ -84,6 +84,7 @@ class Architecture(ABC):
     disk_prefix: ClassVar[str] = "model."  # of the base model's tensors in the Hub repository
     layers_path: ClassVar[str] = "model.layers"
     one_share: ClassVar[tuple[str, ...]] = ()  # axes that other programs hold only if all are cut by the same share
+    old_names: ClassVar[Mapping[str, str]] = {}  # how names end, and how they did in older files
 
     # -- to be declared ------------------------------------------------------------------------------------------------
 

@@ -40,6 +40,7 @@ class NemotronH(Architecture):
     causal_class = NemotronHForCausalLM
     base_class = NemotronHModel
     disk_prefix = "backbone."
+    old_names = {"embeddings.weight": "embedding.weight"}
     axes = (
         Axis("hidden", "hidden_size"),
         Axis("ffn", "intermediate_size", "mlp"),

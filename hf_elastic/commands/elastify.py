@@ -67,9 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from transformers import AutoModelForCausalLM
 
     from ..elastify import elastify
+    from ..loading import load_stock
     from .plan import plan, render
 
     axes, budgets = _spec(args)
@@ -88,7 +88,8 @@ def run(args: argparse.Namespace) -> None:
         options = {"samples": args.samples, "batch_size": args.batch_size, "max_length": args.max_length}
         if not {"input_ids"} & set(data.column_names or ["input_ids"]):
             options["tokenizer"] = load_tokenizer(args.parent)
-    parent = AutoModelForCausalLM.from_pretrained(args.parent, dtype=args.dtype).to(args.device)
+    parent: Any = load_stock(args.parent, dtype=args.dtype)
+    parent = parent.to(args.device)
     model = elastify(
         parent, data, axes, budgets, scores=args.scores, sort=not args.no_sort, portable=args.portable, **options
     )

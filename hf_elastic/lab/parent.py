@@ -29,6 +29,7 @@ from transformers import (
 
 from hf_elastic.lab.book import build_tokenizer, evaluate, training_batches
 from hf_elastic.lab.muon import Muon
+from hf_elastic.loading import load_stock
 
 logger = logging.getLogger(__name__)
 
@@ -207,7 +208,7 @@ def load_parent() -> tuple[NemotronHForCausalLM, PreTrainedTokenizerFast]:
     '^a6b-1c-5d-4><think>a6b6-1=5c5-5=0d0-4=6</think>bLcLdJ<eos>'
     ```
     """
-    model = NemotronHForCausalLM.from_pretrained(PARENT_DIR, dtype=torch.float32)
+    model: Any = load_stock(PARENT_DIR, dtype=torch.float32)
     return model, AutoTokenizer.from_pretrained(PARENT_DIR)
 
 
