@@ -14,8 +14,8 @@ from transformers.utils import cached_file
 from .budgets import Budget
 from .configuration_elastic import ElasticConfig
 from .errors import ExportError, refuse_misspelt
-from .origin import CUT_FROM
-from .saving import replacing
+from .origin import CUT_FROM, refuse_loss
+from .replacing import checked_target, replacing
 from .submodel import Submodel
 
 _TOKENIZER_FILES = (
@@ -60,6 +60,7 @@ class ExportMixin:
 
         Raises:
             `ExportError`: sizes differ per layer and `heterogeneous` is not set. Nothing is written.
+            `ElasticConfigError`: the folder holds the family that this model was loaded from.
         """
         refuse_misspelt(kwargs, "budget", "heterogeneous")
         submodel = self.submodel if budget is None else self.elastic_config.resolve(budget)  # type: ignore[attr-defined]
@@ -71,6 +72,8 @@ class ExportMixin:
                 f"{config.model_type} classes cannot load. Choose a budget with one size per axis, save it with save_pretrained, or "
                 "pass heterogeneous=True to write a checkpoint that needs hf_elastic to load."
             )
+        checked_target(save_directory)
+        refuse_loss(getattr(self, "_loaded_from", None), save_directory)
         with self.exposed(submodel), replacing(save_directory) as scratch:  # type: ignore[attr-defined]
             self._write_stock(scratch, **kwargs)  # type: ignore[attr-defined]
             self._write_stock_config(config, submodel, scratch)

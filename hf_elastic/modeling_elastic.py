@@ -47,7 +47,7 @@ from .loading import (
 )
 from .memory import resolve_for_loading
 from .opening import open_checkpoint
-from .origin import CUT_FROM, cut_from
+from .origin import CUT_FROM, cut_from, loaded_from
 from .pushing import PushMixin
 from .remote_code import InstalledCode
 from .router import BudgetRouter, read_router
@@ -206,6 +206,7 @@ class ElasticPreTrainedModel(InstalledCode, SwitchingMixin, SavingMixin, PushMix
         sliced.name_or_path = model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
         model._adopt(sliced, router)
         model._hub_kwargs = {key: hub[key] for key in _WHERE_KWARGS if key in hub}
+        model._loaded_from = loaded_from(pretrained_model_name_or_path, hub)
         return (model, info) if want_info else model
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
