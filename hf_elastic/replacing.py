@@ -17,11 +17,12 @@ from .errors import CheckpointError, HFElasticError
 from .exchanging import JOURNAL, NEW, SCRATCH, Exchange, clean
 from .locking import only_writer
 from .nested import FOLDER
+from .remote_code import MODULE
 from .router import ROUTER_FILE
 
 _CHECKPOINT_FILE = re.compile(
     r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?"
-    rf"|{re.escape(ROUTER_FILE)}"
+    rf"|{re.escape(ROUTER_FILE)}|{MODULE}\.py"
     rf"|{FOLDER}/[^/]+/((model|added)(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?|(generation_)?config\.json)"
 )
 _FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
