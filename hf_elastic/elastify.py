@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -37,6 +38,7 @@ def elastify(
     scores: Scores | str | os.PathLike[str] | None = None,
     sort: bool = True,
     multiple_of: int = 8,
+    save_scores: str | os.PathLike[str] | None = None,
     **score_options: Any,
 ) -> ElasticForCausalLM:
     r"""
@@ -63,6 +65,8 @@ def elastify(
         scores ([`Scores`] or path, *optional*): Reuse these instead of scoring.
         sort (`bool`, *optional*, defaults to `True`): `False` for a parent whose weights are sorted already.
         multiple_of (`int`, *optional*, defaults to 8): Widths given as shares are rounded to this.
+        save_scores (`str` or `os.PathLike`, *optional*):
+            File for the scores, written as soon as they are there. If it cannot be, they go to a temporary file, which a warning names.
         score_options: Passed to [`hf_elastic.importance.score`] (`samples`, `batch_size`, `max_length`, `tokenizer`, `progress`, ...).
 
     Returns:
@@ -90,11 +94,15 @@ def elastify(
         raise ElasticConfigError(f"scores={scores!r} must be Scores, or the path of a file that Scores.save wrote.")
     if scores is not None and (calibration is not None or score_options):
         raise ElasticConfigError("scores= are given, so nothing is scored: leave out calibration and its options.")
+    if save_scores is not None and (scores is not None or calibration is None):
+        raise ElasticConfigError("save_scores= needs calibration=, and no scores=: it keeps what is scored here.")
     choices = _choices(architecture, model.config, axes, multiple_of)
     wanted = sorted(_axes_used(architecture, budgets, choices))
     _check_before_scoring(architecture, model, budgets, choices, multiple_of)
     if scores is None and calibration is not None:
         scores = score(model, calibration, axes=[a for a in wanted if a != "experts_per_token"], **score_options)
+        if save_scores is not None:
+            _keep(scores, save_scores)
     elif isinstance(scores, (str, os.PathLike)):
         scores = Scores.load(scores)
     if scores is None and sort:
@@ -111,6 +119,22 @@ def elastify(
     elastic = _sorted_model(model, architecture, config, orders)
     elastic.importance_scores = scores
     return elastic
+
+
+def _keep(scores: Scores, path: str | os.PathLike[str]) -> None:
+    """Save scores, if not where they should be then in a temporary file: scoring takes long, and is not done again for a full disk."""
+    try:
+        scores.save(path)
+    except OSError as error:
+        descriptor, other = tempfile.mkstemp(prefix="hf-elastic-scores-", suffix=".safetensors")
+        os.close(descriptor)
+        try:
+            scores.save(other)
+        except OSError as second:
+            os.unlink(other)
+            logger.warning("the scores could not be saved: %s Nor in %s: %s", error, other, second)
+        else:
+            logger.warning("%s The scores are in %s instead; scores= (--scores) uses them again.", error, other)
 
 
 def _refuse_elastic(model: PreTrainedModel) -> None:

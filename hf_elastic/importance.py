@@ -34,6 +34,7 @@ from transformers import PreTrainedModel
 from .architectures import Architecture, get_architecture
 from .axes import TensorRule
 from .errors import CheckpointError, ElasticConfigError
+from .replacing import replacing_file
 from .submodel import LAYERS
 
 MAMBA = "mamba_channels"
@@ -71,11 +72,16 @@ class Scores:
         return [layer for layer, _ in reversed(self.layers)]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one safetensors file."""
+        """Write one safetensors file, whole or not at all.
+
+        Raises:
+            `CheckpointError`: the disk is full.
+        """
         tensors = {
             f"{axis}.{layer}": t.contiguous() for axis, layers in self.values.items() for layer, t in layers.items()
         }
-        save_file(tensors, path, {"info": json.dumps(self.info), "layers": json.dumps(self.layers)})
+        with replacing_file(path) as file:
+            save_file(tensors, file, {"info": json.dumps(self.info), "layers": json.dumps(self.layers)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Scores:

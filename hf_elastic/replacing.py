@@ -8,7 +8,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -55,6 +55,27 @@ def replacing(directory: str | os.PathLike[str]) -> Iterator[Path]:
             if folder.exists() and not any(folder.iterdir()):
                 folder.rmdir()
         raise
+
+
+@contextmanager
+def replacing_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a file to write; when the block ends well, it takes the place of `path`, and if it does not, that is as it was.
+
+    Raises:
+        `CheckpointError`: the disk is full.
+    """
+    path = Path(os.path.realpath(path))
+    part = path.with_name(f".{path.name}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    except Exception as error:
+        if (explained := write_error(error, path)) is not None:
+            raise explained from error
+        raise
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def checked_target(directory: str | os.PathLike[str]) -> Path:
@@ -120,7 +141,7 @@ def write_error(error: Exception, target: Path, fresh: Path | None = None) -> Ch
     """What to say if something could not be written, where what was raised does not say which file; `None` for any other error.
 
     Args:
-        target (`Path`): Folder that was to be written.
+        target (`Path`): Folder or file that was to be written.
         fresh (`Path`, *optional*): Folder that was written into instead; the last file in it is what failed.
     """
     if isinstance(error, HFElasticError):
@@ -128,15 +149,17 @@ def write_error(error: Exception, target: Path, fresh: Path | None = None) -> Ch
     number = error.errno if isinstance(error, OSError) else None
     if found := re.search(r"os error (\d+)", str(error)):  # from Rust: safetensors, tokenizers
         number = int(found[1])
-    if number not in _FULL and not isinstance(error, SafetensorError):
+    silent = isinstance(error, SafetensorError) or "inline_container.cc" in str(error)  # the latter is `torch.save`
+    if number not in _FULL and not silent:
         return None
     files = [file for file in fresh.rglob("*") if file.is_file()] if fresh is not None and fresh.exists() else []
     last = max(files, key=lambda file: file.stat().st_mtime_ns, default=None)
     where = target if last is None or fresh is None else target / last.relative_to(fresh)
-    room = ""
-    if number in _FULL and target.exists():
-        room = f" ({shutil.disk_usage(target).free:,} bytes are free; new files are written beside the old ones first)"
-    made = CheckpointError(f"{where} cannot be written: {error}{room}. What {target} held before is untouched.")
+    place = next(folder for folder in (target, *target.absolute().parents) if folder.exists())
+    made = CheckpointError(
+        f"{where} cannot be written: {error} ({shutil.disk_usage(place).free:,} bytes are free there, and new files are written beside the old "
+        f"ones first). What {target} held before is untouched."
+    )
     made.errno = number
     return made
 

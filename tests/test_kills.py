@@ -28,11 +28,11 @@ Save = Callable[[ElasticForCausalLM, Path], None]
 
 SAVES: dict[str, Save] = {
     "stock": lambda model, folder: model.save_pretrained(folder),
-    "sharded": lambda model, folder: model.save_pretrained(folder, max_shard_size="60KB"),
+    "sharded": lambda model, folder: model.save_pretrained(folder, max_shard_size="120KB"),
     "nested": lambda model, folder: model.save_pretrained(folder, layout="nested"),
-    "nested-sharded": lambda model, folder: model.save_pretrained(folder, layout="nested", max_shard_size="60KB"),
+    "nested-sharded": lambda model, folder: model.save_pretrained(folder, layout="nested", max_shard_size="120KB"),
     "export": lambda model, folder: model.export(folder, "small"),
-    "export-sharded": lambda model, folder: model.export(folder, "small", max_shard_size="60KB"),
+    "export-sharded": lambda model, folder: model.export(folder, "small", max_shard_size="120KB"),
 }
 OVER = [
     *((layout, layout) for layout in SAVES),
