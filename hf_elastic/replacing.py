@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import tempfile
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -142,7 +143,7 @@ def write_error(error: Exception, target: Path, fresh: Path | None = None) -> Ch
 
     Args:
         target (`Path`): Folder or file that was to be written.
-        fresh (`Path`, *optional*): Folder that was written into instead; the last file in it is what failed.
+        fresh (`Path`, *optional*): Folder that was written into instead.
     """
     if isinstance(error, HFElasticError):
         return None
@@ -152,16 +153,29 @@ def write_error(error: Exception, target: Path, fresh: Path | None = None) -> Ch
     silent = isinstance(error, SafetensorError) or "inline_container.cc" in str(error)  # the latter is `torch.save`
     if number not in _FULL and not silent:
         return None
-    files = [file for file in fresh.rglob("*") if file.is_file()] if fresh is not None and fresh.exists() else []
-    last = max(files, key=lambda file: file.stat().st_mtime_ns, default=None)
-    where = target if last is None or fresh is None else target / last.relative_to(fresh)
     place = next(folder for folder in (target, *target.absolute().parents) if folder.exists())
     made = CheckpointError(
-        f"{where} cannot be written: {error} ({shutil.disk_usage(place).free:,} bytes are free there, and new files are written beside the old "
-        f"ones first). What {target} held before is untouched."
+        f"{_outside(_file_of(error, fresh) or target)} cannot be written: {error} ({shutil.disk_usage(place).free:,} bytes are free there, and "
+        f"new files are written beside the old ones first). What {_outside(target)} held before is untouched."
     )
     made.errno = number
     return made
+
+
+def _file_of(error: Exception, fresh: Path | None) -> Path | None:
+    """The file that could not be written: safetensors does not say which, but was told; of anything else the last one that was begun."""
+    named = getattr(error, "filename", None)
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        named = frame.f_locals.get("filename", named) if isinstance(error, SafetensorError) else named
+    if named is not None:
+        return Path(named)
+    files = [file for file in fresh.rglob("*") if file.is_file()] if fresh is not None else []
+    return max(files, key=lambda file: file.stat().st_mtime_ns, default=None)
+
+
+def _outside(path: Path) -> str:
+    """A path as it is when everything is in its place."""
+    return re.sub(rf"[/\\]{re.escape(SCRATCH)}[^/\\]+[/\\]{NEW}\b", "", str(path))
 
 
 def _is_folder(path: Path) -> bool:
