@@ -14,11 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 from test_router_saving import routed
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, TrainerState
 
 import hf_elastic
 from hf_elastic import CheckpointError, ElasticConfig, ElasticForCausalLM
 from hf_elastic.replacing import replacing
+from hf_elastic.trainers.checkpoints import put_back, replaced
+from hf_elastic.trainers.resuming import is_complete
 
 Files = dict[str, str]
 """Names and what they hold, as a key of `contents`; folders end in `/`."""
@@ -236,3 +238,43 @@ def test_every_kill_point(before, after, models, saved, states, tmp_path, caplog
         with replacing(folder) as scratch:
             shutil.copytree(saved[after, 1], scratch, dirs_exist_ok=True)
         assert everything(folder) == new
+
+
+def test_every_kill_point_of_a_trainers_checkpoint(states, tmp_path):
+    """Of a run that makes a checkpoint again: what was complete stays, and nothing half removed is taken for complete."""
+
+    def make(folder: Path, text: str) -> None:
+        folder.mkdir(exist_ok=True)
+        for name in ("a", "model.safetensors", "z"):
+            (folder / name).write_text(text)
+        TrainerState().save_to_json(folder / "trainer_state.json")
+
+    def again() -> None:
+        with replaced(work / "checkpoint-4"):
+            make(work / "checkpoint-4", "new")
+
+    work = tmp_path / "work"
+    work.mkdir()
+    make(work / "checkpoint-4", "old")
+    old = everything(work)
+    found = unique(states(work, again))
+    new = everything(work)
+    for state in found:
+        for first in (lambda: None, shutil.rmtree):  # nothing, or upstream's rotation of a checkpoint that is complete
+            folder = write(state, tmp_path / "state")
+            whole = is_complete(folder / "checkpoint-4")
+            if first is shutil.rmtree and whole:
+                first(folder / "checkpoint-4")
+            put_back(folder)
+            left = everything(folder)
+            assert left in (old, new) or (first is shutil.rmtree and whole and left in ({}, old))
+
+        def fail() -> None:
+            with replaced(tmp_path / "state" / "checkpoint-4"):
+                make(tmp_path / "state" / "checkpoint-4", "third")
+                raise OSError(28, "No space left on device")
+
+        write(state, tmp_path / "state")  # a run that does not resume, and has no room for its checkpoint
+        with pytest.raises(CheckpointError, match="checkpoint-4 cannot be written: .*No space left"):
+            fail()
+        assert everything(tmp_path / "state") in (old, new)
