@@ -199,6 +199,7 @@ def same(left: Outcome, right: Outcome) -> bool:
     return equal(left[0], right[0]) and left[1] == right[1] and equal(left[2], right[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), OVER, ids=["-to-".join(pair) for pair in OVER])
 def test_every_kill_point(before, after, models, saved, states, tmp_path, caplog):
     caplog.set_level(logging.ERROR)

@@ -243,6 +243,14 @@ def test_a_half_exchanged_adapter_says_so(tmp_path):
         hf_elastic.slice_adapter(tmp_path, "small")
 
 
+@pytest.mark.parametrize("command", ["slice", "export", "plan", "push"])
+def test_commands_say_that_a_save_was_interrupted(command, folder, tmp_path, capsys):
+    interrupted(folder)
+    last = {"slice": [str(tmp_path / "out")], "export": [str(tmp_path / "out")], "push": ["me/it"]}
+    assert main([command, str(folder), *last.get(command, [])]) == 2
+    assert "a save into it was interrupted" in capsys.readouterr().err
+
+
 def test_files_that_can_be_neither_replaced_nor_put_back_are_kept(folder, other, monkeypatch):
     before, real, broken = load(folder), os.replace, []
 
