@@ -23,6 +23,7 @@ from .errors import (
     UnknownBudgetError,
     UnsupportedArchitectureError,
 )
+from .exchanging import recover
 from .generation import Phase, PhaseEvent, PhaseOutput, PhasePlan, PhaseStreamer, PhaseTextStreamer
 from .importance import Scores, score
 from .masking import masked_model
@@ -54,6 +55,7 @@ __all__ = [
     "elastify",
     "load_adapter",
     "masked_model",
+    "recover",
     "render_card",
     "score",
     "slice_adapter",

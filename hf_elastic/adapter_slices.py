@@ -25,8 +25,9 @@ from .axes import take
 from .budgets import Budget
 from .configuration_elastic import ElasticConfig, read_config
 from .errors import CheckpointError, ElasticConfigError
+from .exchanging import refuse_interrupted
 from .modeling_elastic import ElasticForCausalLM, ElasticPreTrainedModel, concrete_class
-from .saving import replacing
+from .replacing import replacing
 from .slicing import Piece, pieces
 from .submodel import Submodel
 
@@ -242,6 +243,7 @@ def _family_beside(source: Any, family: Any) -> ElasticConfig:
 def _saved(source: str | os.PathLike[str]) -> tuple[LoraConfig, Weights]:
     from peft import LoraConfig, PeftConfig
 
+    refuse_interrupted(source, start="adapter_config.json")
     lora = PeftConfig.from_pretrained(str(source))
     if not isinstance(lora, LoraConfig):
         raise ElasticConfigError(f"{source} holds a {type(lora).__name__}; only LoRA and DoRA adapters can be cut.")

@@ -15,6 +15,7 @@ from .architectures import Architecture, get_architecture
 from .budgets import FULL, Budget, Limit, format_count, is_limit, parse_limit
 from .cost import Cost, CostModel
 from .errors import CheckpointError, ElasticConfigError, UnknownBudgetError, did_you_mean, shown
+from .exchanging import refuse_interrupted
 from .leaving_out import LEFT_OUT
 from .remote_code import InstalledCode
 from .section import check_ranking, checked_section, describe_axes
@@ -322,6 +323,7 @@ def read_config(repo: Any, plain: bool = False, **hub: Any) -> ElasticConfig:
     """
     if Path(repo).is_absolute() and not Path(repo).exists():
         raise CheckpointError(f"there is no folder {repo}.")
+    refuse_interrupted(repo, hub.get("subfolder"))
     fields, _ = PreTrainedConfig.get_config_dict(repo, **hub)
     model_type = fields.get("model_type")
     if model_type is None:

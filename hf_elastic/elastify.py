@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -43,6 +44,7 @@ def elastify(
     sort: bool = True,
     multiple_of: int = 8,
     portable: bool = False,
+    save_scores: str | os.PathLike[str] | None = None,
     **score_options: Any,
 ) -> ElasticForCausalLM:
     r"""
@@ -72,6 +74,8 @@ def elastify(
         portable (`bool`, *optional*, defaults to `False`):
             Keep to sizes that every program that runs the parent can run as well (see [`hf_elastic.portability`]): others are not searched, and
             refused where they are given. Granite's `hidden`, `attention_heads` and `mamba_heads` are then cut by one share.
+        save_scores (`str` or `os.PathLike`, *optional*):
+            File for the scores, written as soon as they are there. If it cannot be, they go to a temporary file, which a warning names.
         score_options: Passed to [`hf_elastic.importance.score`] (`samples`, `batch_size`, `max_length`, `tokenizer`, `progress`, ...).
 
     Returns:
@@ -105,6 +109,8 @@ def elastify(
         raise ElasticConfigError("scores= are given, so nothing is scored: leave out calibration and its options.")
     if portable and not budgets:
         raise ElasticConfigError("portable=True needs budgets: a router learns the size of every axis by itself.")
+    if save_scores is not None and (scores is not None or calibration is None):
+        raise ElasticConfigError("save_scores= needs calibration=, and no scores=: it keeps what is scored here.")
     choices = _choices(architecture, model.config, axes, multiple_of)
     if portable:
         named = {axis for axis, sizes in axes.items() if sizes is not None} if isinstance(axes, Mapping) else set()
@@ -114,6 +120,8 @@ def elastify(
     _check_before_scoring(architecture, model, budgets, choices, multiple_of, only)
     if scores is None and calibration is not None:
         scores = score(model, calibration, axes=[a for a in wanted if a != "experts_per_token"], **score_options)
+        if save_scores is not None:
+            _keep(scores, save_scores)
     elif isinstance(scores, (str, os.PathLike)):
         scores = Scores.load(scores)
     if scores is None and sort:
@@ -131,6 +139,22 @@ def elastify(
     elastic.importance_scores = scores
     note_left_out(elastic.elastic_config, ignored_beside(model), model.name_or_path)
     return elastic
+
+
+def _keep(scores: Scores, path: str | os.PathLike[str]) -> None:
+    """Save scores, if not where they should be then in a temporary file: scoring takes long, and is not done again for a full disk."""
+    try:
+        scores.save(path)
+    except OSError as error:
+        descriptor, other = tempfile.mkstemp(prefix="hf-elastic-scores-", suffix=".safetensors")
+        os.close(descriptor)
+        try:
+            scores.save(other)
+        except OSError as second:
+            os.unlink(other)
+            logger.warning("the scores could not be saved: %s Nor in %s: %s", error, other, second)
+        else:
+            logger.warning("%s The scores are in %s instead; scores= (--scores) uses them again.", error, other)
 
 
 def _refuse_elastic(model: PreTrainedModel) -> None:

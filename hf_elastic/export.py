@@ -18,9 +18,9 @@ from .budgets import Budget
 from .configuration_elastic import ElasticConfig
 from .errors import ExportError, refuse_misspelt
 from .leaving_out import LEFT_OUT, left_out
-from .origin import CUT_FROM, cut_from, named
+from .origin import CUT_FROM, cut_from, named, refuse_loss
 from .portability import warn_if_not_portable
-from .saving import replacing
+from .replacing import checked_target, replacing
 from .submodel import Submodel
 
 _TOKENIZER_FILES = (
@@ -68,6 +68,7 @@ class ExportMixin:
 
         Raises:
             `ExportError`: sizes differ per layer and `heterogeneous` is not set. Nothing is written.
+            `ElasticConfigError`: the folder holds the family that this model was loaded from.
         """
         refuse_misspelt(kwargs, "budget", "heterogeneous")
         submodel = self.submodel if budget is None else self.elastic_config.resolve(budget)  # type: ignore[attr-defined]
@@ -79,6 +80,8 @@ class ExportMixin:
                 f"{config.model_type} classes cannot load. Choose a budget with one size per axis, save it with save_pretrained, or "
                 "pass heterogeneous=True to write a checkpoint that needs hf_elastic to load."
             )
+        checked_target(save_directory)
+        refuse_loss(getattr(self, "_loaded_from", None), save_directory)
         self._warn_of_programs(self.elastic_config, submodel)
         with self.exposed(submodel), replacing(save_directory) as scratch:  # type: ignore[attr-defined]
             self._write_stock(scratch, **kwargs)  # type: ignore[attr-defined]

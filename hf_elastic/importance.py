@@ -35,6 +35,7 @@ from .architectures import Architecture, get_architecture
 from .axes import TensorRule
 from .errors import CheckpointError, ElasticConfigError, shown
 from .loading import checked_parent
+from .replacing import replacing_file
 from .submodel import LAYERS
 from .texts import chat_tokens, check_text
 
@@ -73,11 +74,16 @@ class Scores:
         return [layer for layer, _ in reversed(self.layers)]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one safetensors file."""
+        """Write one safetensors file, whole or not at all.
+
+        Raises:
+            `CheckpointError`: the disk is full.
+        """
         tensors = {
             f"{axis}.{layer}": t.contiguous() for axis, layers in self.values.items() for layer, t in layers.items()
         }
-        save_file(tensors, path, {"info": json.dumps(self.info), "layers": json.dumps(self.layers)})
+        with replacing_file(path) as file:
+            save_file(tensors, file, {"info": json.dumps(self.info), "layers": json.dumps(self.layers)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Scores:

@@ -71,6 +71,13 @@ def name_at(name: str, submodel: Submodel, full: Submodel) -> str:
     return LoadedFrom(whole, there, whole.described, whole.hub, whole)
 
 
+def taken_from(name: str) -> str:
+    """The name of a size that becomes a model of its own, from its name at that size in the whole model; empty if it is saved nowhere."""
+    if not isinstance(name, LoadedFrom) or name.whole is None:
+        return name
+    return LoadedFrom(name, name.submodel, name.described, name.hub) if name.is_saved else ""
+
+
 def _write(dumper: Any, name: LoadedFrom) -> Any:
     return dumper.represent_str(str(name))
 

@@ -52,7 +52,7 @@ from .loading import (
 )
 from .memory import resolve_for_loading
 from .opening import open_checkpoint
-from .origin import CUT_FROM, cut_from
+from .origin import CUT_FROM, cut_from, loaded_from
 from .pushing import PushMixin
 from .remote_code import InstalledCode, add_to_transformers
 from .router import BudgetRouter, read_router
@@ -230,6 +230,7 @@ class ElasticPreTrainedModel(
         )
         sliced._name_or_path = model.name_or_path = model.config._name_or_path = name
         model._adopt(sliced, router)
+        model._loaded_from = loaded_from(pretrained_model_name_or_path, hub)
         return (model, info) if want_info else model
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:

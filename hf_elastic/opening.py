@@ -10,6 +10,7 @@ from typing import Any
 from .checkpoint import Checkpoint
 from .configuration_elastic import ElasticConfig
 from .errors import CheckpointError
+from .exchanging import refuse_interrupted
 from .fetching import MOSTLY, PartialFile, RangesRefused, commit_of
 from .files import (
     INDEX_NAME,
@@ -48,6 +49,8 @@ def open_checkpoint(
     Raises:
         `CheckpointError`: files are missing, damaged, or disagree with the config.
     """
+
+    refuse_interrupted(repo, hub.get("subfolder"))  # with a config that was given, weights alone would do
 
     def check(checkpoint: Checkpoint) -> Checkpoint:
         checkpoint.check(elastic.architecture, elastic.parent_config, head=head, ignored=ignored)

@@ -30,6 +30,7 @@ from .card_sections import has_head
 from .cards import is_generated, render_card
 from .configuration_elastic import ElasticConfig, parent_from_dict
 from .errors import ElasticConfigError
+from .exchanging import refuse_interrupted
 from .files import INDEX_NAME, SINGLE_NAME
 from .nested import FOLDER
 from .opening import open_checkpoint
@@ -215,6 +216,7 @@ def full_repo_id(repo_id: str, token: bool | str | None = None) -> str:
 
 def read_published(folder: Path) -> PreTrainedConfig:
     """The config of what a folder publishes: an elastic one, or a stock one that says what it was cut from."""
+    refuse_interrupted(folder)
     if not (folder / "config.json").is_file():
         raise ElasticConfigError(f"{folder} is no checkpoint: it has no config.json.")
     fields, _ = PreTrainedConfig.get_config_dict(folder)

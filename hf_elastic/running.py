@@ -16,6 +16,7 @@ from .budgets import Budget
 from .errors import BusyError, HFElasticError
 from .generation.caches import claim
 from .live import LiveMixin
+from .loaded_from import taken_from
 from .sharing import Users, shadow
 from .sized import Share, own
 from .stencils import CutHead
@@ -90,10 +91,8 @@ class RunningMixin(LiveMixin):
 
             def change(twin: nn.Module) -> None:
                 if isinstance(twin, RunningMixin):
-                    twin.__dict__.update(
-                        {**member.numbers, "config": member.config, "_active": submodel, "_exposing": True}
-                    )
-                    twin.__dict__.update(_members={}, _stencils={}, _users=Users())
+                    twin.__dict__.update(member.numbers, config=member.config, name_or_path=member.config._name_or_path)
+                    twin.__dict__.update(_active=submodel, _exposing=True, _members={}, _stencils={}, _users=Users())
 
             return shadow(self, member.modules, change)  # type: ignore[arg-type]
 
@@ -127,7 +126,7 @@ class RunningMixin(LiveMixin):
             elastic.cut_from = self._cut_from(submodel)  # type: ignore[attr-defined]
         if (generation := getattr(self, "generation_config", None)) is not None:
             model.generation_config = copy.deepcopy(generation)
-        elastic.name_or_path = model.name_or_path
+        elastic._name_or_path = model.name_or_path = model.config._name_or_path = taken_from(model.name_or_path)
         model._adopt(elastic, self.router if submodel == self._full else None)  # type: ignore[attr-defined]
         model.__dict__["_taken_as"] = submodel
         model.__dict__["_shares"] = Share(weakref.ref(self), member, self._members[self._full], places)

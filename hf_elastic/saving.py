@@ -1,14 +1,11 @@
-"""Saving whole or not at all: everything is written beside the target first, then moved over it."""
+"""`save_pretrained` of an elastic checkpoint."""
 
 from __future__ import annotations
 
 import copy
 import os
-import re
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -20,94 +17,16 @@ from .checkpoint import Checkpoint
 from .configuration_elastic import ElasticConfig
 from .errors import CheckpointError, ElasticConfigError, refuse_misspelt
 from .files import INDEX_NAME, find_files
-from .nested import FOLDER, write_nested
-from .origin import CUT_FROM, cut_from
+from .nested import write_nested
+from .origin import CUT_FROM, cut_from, refuse_loss
 from .remote_code import AUTO_MAP, write_module
-from .router import ROUTER_FILE, BudgetRouter
+from .replacing import checked_target, replacing
+from .router import BudgetRouter
 from .section import checked_section
 from .submodel import Submodel
 
 _HUB_KWARGS = ("repo_id", "commit_message", "create_pr", "private", "token")
-_WEIGHT_FILE = re.compile(
-    r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?"
-    rf"|{re.escape(ROUTER_FILE)}"
-    rf"|{FOLDER}/[^/]+/((model|added)(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?|(generation_)?config\.json)"
-)
 Layout = Literal["stock", "nested"]
-
-
-@contextmanager
-def replacing(directory: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a scratch folder inside `directory`; when the block ends well, its files replace those of the same name.
-
-    If the block fails (a full disk, an error, an interrupt), the scratch folder is removed and `directory` is as it was. Weight files
-    of an older save that the new one does not overwrite are removed at the end, so that no stale shard stays beside the new ones.
-    """
-    target = Path(directory)
-    if target.exists() and not target.is_dir():
-        raise CheckpointError(f"{target} is a file; give a folder to save into.")
-    made = [folder for folder in (target, *target.parents) if not folder.exists()]  # innermost first
-    target.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
-    try:
-        yield scratch
-        _exchange(scratch, target)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        for folder in made:
-            if not any(folder.iterdir()):
-                folder.rmdir()
-        raise
-    shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _exchange(scratch: Path, target: Path) -> None:
-    """Move the files of `scratch` over those of `target`, all of them or none."""
-    names = {file.relative_to(scratch).as_posix() for file in scratch.rglob("*") if file.is_file()}
-    for name in names:
-        if (target / name).is_dir():
-            raise CheckpointError(
-                f"{target / name} is a folder, and a file of that name has to be written; move it away."
-            )
-        for above in (target / name).parents:
-            if above != target and above.exists() and not above.is_dir():
-                raise CheckpointError(f"{above} is a file, and a folder of that name has to be made; move it away.")
-    stale = set()
-    if any(_WEIGHT_FILE.fullmatch(name) for name in names):
-        files = [*target.iterdir(), *(target / FOLDER).rglob("*")]
-        stale = {name for file in files if _WEIGHT_FILE.fullmatch(name := file.relative_to(target).as_posix())} - names
-    there = {name for name in names | stale if (target / name).exists()}
-    old = Path(tempfile.mkdtemp(prefix=".old-", dir=scratch))
-    try:
-        for name in names | stale:
-            for folder in (old, target):
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        # config.json last: until it is there, a reader sees either the old pair or a config that refuses the new weights.
-        for name in sorted(names, key=lambda n: (n == "config.json", n)):
-            if name in there:
-                _keep(target / name, old / name)
-            os.replace(scratch / name, target / name)
-        for name in stale:
-            os.replace(target / name, old / name)
-    except BaseException:
-        for name in names | stale:
-            if (old / name).exists():
-                os.replace(old / name, target / name)
-            elif name not in there and not (scratch / name).exists():
-                (target / name).unlink()
-        raise
-    finally:
-        for folder in (*(target / FOLDER).glob("*/"), target / FOLDER):
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
-
-
-def _keep(file: Path, copy: Path) -> None:
-    """A second name for a file, so that the first one can be given to another; where there are no links, the only one."""
-    try:
-        os.link(file, copy)
-    except OSError:
-        os.replace(file, copy)
 
 
 class SavingMixin:
@@ -148,13 +67,19 @@ class SavingMixin:
         Saves everything that is loaded, whichever budget is active, so that no weight is lost by saving while switched.
 
         Args:
-            save_directory (`str` or `os.PathLike`): Folder to write into. If saving fails, what it held before is untouched.
+            save_directory (`str` or `os.PathLike`):
+                Folder to write into. If saving fails, what it held before is untouched. If the process is killed, it holds the old checkpoint, the
+                new one, or no `config.json`; then [`hf_elastic.recover`] or the next save gives the new one.
             budget (*optional*): Save only this size and what nests in it, without the router.
             layout (`str`, *optional*):
                 `"stock"`, the default for a folder, writes the weights as the stock class does. `"nested"`, the default for the Hub, writes files per budget, so that who wants one downloads
                 exactly what it needs, see [`hf_elastic.nested`]; the folder then needs room for two copies while it is saved.
             push_to_hub (`bool`, *optional*, defaults to `False`): As in `PreTrainedModel.save_pretrained`.
             kwargs: As in `PreTrainedModel.save_pretrained` (`max_shard_size`, `variant`, ...).
+
+        Raises:
+            `ElasticConfigError`: less than the family would be saved over it.
+            `CheckpointError`: something is in the way, or the disk is full.
         """
         refuse_misspelt(kwargs, "budget", "layout")
         check_layout(layout or "stock", kwargs)
@@ -167,6 +92,8 @@ class SavingMixin:
         elastic = self.elastic_config if budget is None else self.elastic_config.restrict(submodel)
         if elastic is not self.elastic_config:
             elastic.cut_from = self._cut_from(submodel)
+        checked_target(save_directory)
+        refuse_loss(getattr(self, "_loaded_from", None), save_directory, elastic)
         hub = {key: kwargs.pop(key) for key in _HUB_KWARGS if key in kwargs}
         with self.exposed(submodel):  # type: ignore[attr-defined]
             if not is_main_process:  # the main process writes; the others only take part in gathering

@@ -208,6 +208,18 @@ def test_base_models_have_sizes(name, family_folder, ids):
     assert torch.equal(size(ids, use_cache=False).last_hidden_state, expected)
 
 
+@each_model
+@pytest.mark.parametrize("budget", SIZES)
+def test_the_name_of_a_size_loads_it_again(name, budget, family, sliced):
+    size = family(name).sized(budget)
+    for path in (size.name_or_path, size.config._name_or_path):
+        assert_same_weights(load(path), size)
+    size.set_budget("small")
+    assert_same_weights(load(size.config._name_or_path), sliced(name, "small"))
+    size.set_budget(None)
+    assert_same_weights(load(size.config._name_or_path), size)
+
+
 # Threads
 
 

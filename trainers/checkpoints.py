@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTTrainer
 
 from hf_elastic import ElasticForCausalLM
 from hf_elastic.adapter_slices import FAMILY_FILE
+from hf_elastic.replacing import replacing, write_error
 from hf_elastic.router import ROUTER_FILE
 
 from .resuming import (
@@ -90,11 +92,17 @@ class CheckpointsMixin(SFTTrainer):
         super()._push_from_checkpoint(checkpoint_folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Save the model, or its adapter with the description of the family that it is of."""
-        super()._save(output_dir, state_dict)
-        if self._adapted and self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
-            self._elastic.elastic_config.to_json_file(folder / FAMILY_FILE)
+        """Save the model, or its adapter with the description of the family that it is of; with its tokenizer, whole or not at all."""
+        if not self.args.should_save:
+            super()._save(output_dir, state_dict)
+            return
+        target = Path(output_dir or self.args.output_dir or ".")
+        with replacing(target) as folder:
+            if (target / "README.md").is_file():
+                shutil.copyfile(target / "README.md", folder / "README.md")  # peft adds to one that is there
+            super()._save(str(folder), state_dict)
+            if self._adapted:
+                self._elastic.elastic_config.to_json_file(folder / FAMILY_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load the weights of a checkpoint, refusing one of another family or of another run.
@@ -134,27 +142,41 @@ class CheckpointsMixin(SFTTrainer):
 def replaced(folder: Path) -> Iterator[None]:
     """Write a checkpoint inside a `with` block. If that fails, the folder has the one that was there before, or is not there."""
     aside = folder.with_name(_ASIDE + folder.name)
-    shutil.rmtree(aside, ignore_errors=True)
+    _settle(folder)
     if is_complete(folder):
         folder.rename(aside)
     else:
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
     try:
         yield
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+    except BaseException as error:
+        explained = write_error(error, folder) if isinstance(error, Exception) else None
+        _remove(folder)
         if aside.exists():
             aside.rename(folder)
+        if explained is not None:
+            raise explained from error
         raise
-    shutil.rmtree(aside, ignore_errors=True)
+    _remove(aside)
 
 
 def put_back(output_dir: Path) -> None:
     """Undo what a process that was killed while it replaced a checkpoint could not undo."""
     for aside in output_dir.glob(f"{_ASIDE}checkpoint-*"):
-        folder = aside.with_name(aside.name.removeprefix(_ASIDE))
-        if is_complete(folder):
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
-            aside.rename(folder)
+        _settle(aside.with_name(aside.name.removeprefix(_ASIDE)))
+
+
+def _settle(folder: Path) -> None:
+    """Keep the new checkpoint of a number if it is whole, otherwise the one that it was to replace."""
+    aside = folder.with_name(_ASIDE + folder.name)
+    if is_complete(aside) and not is_complete(folder):
+        _remove(folder)
+        aside.rename(folder)
+    else:
+        _remove(aside)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint; from the first step on it is not a complete one any more, so that a kill leaves none with files missing."""
+    (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)

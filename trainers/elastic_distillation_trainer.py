@@ -16,6 +16,7 @@ from trl import SFTTrainer
 
 from hf_elastic import ElasticForCausalLM
 from hf_elastic.errors import ElasticConfigError, HFElasticError
+from hf_elastic.origin import refuse_loss
 from hf_elastic.texts import readable
 
 from .checkpoints import CheckpointsMixin
@@ -102,6 +103,8 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
             model = ElasticForCausalLM.from_pretrained(model, **{"dtype": "float32", **(args.model_init_kwargs or {})})
             args.model_init_kwargs = None
         given, model = model, check_model(model)
+        if given is model and peft_config is None:
+            refuse_loss(getattr(model, "_loaded_from", None), args.output_dir or ".", model.elastic_config)
         for name in ("train_dataset", "eval_dataset"):
             check_columns(kwargs.get(name), name, args, kwargs.get("formatting_func"))
         model.set_budget(None)

@@ -15,6 +15,7 @@ import torch
 from hf_elastic import ElasticForCausalLM
 from hf_elastic.decisions import render
 from hf_elastic.errors import CheckpointError, ElasticConfigError
+from hf_elastic.replacing import replacing_file
 from hf_elastic.router import ROUTER_FILE, BudgetRouter, Schedule
 from hf_elastic.section import checked_section
 from hf_elastic.soft import SoftUnits
@@ -150,4 +151,5 @@ class Routing:
 
     def _write_report(self, folder: Path) -> None:
         text = json.dumps(self.report, indent=2, allow_nan=False) + "\n"
-        (folder / REPORT_FILE).write_text(text, encoding="utf-8")
+        with replacing_file(folder / REPORT_FILE) as file:
+            file.write_text(text, encoding="utf-8")

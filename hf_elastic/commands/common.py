@@ -51,12 +51,18 @@ def table(rows: Sequence[Sequence[str]], right: frozenset[int] = frozenset()) ->
 
 def check_output(output: str, source: str) -> None:
     """Refuse, before anything else is done, a folder that cannot be written to, or that would replace what is read."""
+    if not output:
+        raise ElasticConfigError("OUTPUT is '', which names no folder; for the current one give '.'.")
     path = Path(output)
     if path.exists() and not path.is_dir():
         raise ElasticConfigError(f"{output} is a file; give a folder to save into.")
-    if path.exists() and Path(source).exists() and path.samefile(source):
+    if not Path(source).exists():
+        return
+    read, written = Path(source).resolve(), path.resolve()
+    if written == read or written.is_relative_to(read / "budgets"):
+        where = "is" if written == read else "belongs to"
         raise ElasticConfigError(
-            f"{output} is the checkpoint that is read, and would be replaced; give another folder."
+            f"{output} {where} the checkpoint that is read, and would be replaced; give another folder."
         )
 
 
@@ -130,6 +136,15 @@ def save_tokenizer(source: str, target: str | Path) -> None:
     except (OSError, ValueError):
         return
     tokenizer.save_pretrained(target)
+
+
+def save_with_tokenizer(model: Any, source: str, target: str | Path) -> None:
+    """Save a checkpoint and the tokenizer of `source` at once, so that a kill leaves no tokenizer of another one."""
+    from ..replacing import replacing
+
+    with replacing(target) as folder:
+        model.save_pretrained(folder)
+        save_tokenizer(source, folder)
 
 
 def add_source(parser: argparse.ArgumentParser, output: str | None = None) -> None:

@@ -11,6 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +28,7 @@ from .common import (
     load_tokenizer,
     parse_sizes,
     parse_value,
-    save_tokenizer,
+    save_with_tokenizer,
 )
 
 
@@ -67,7 +72,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-
     from ..elastify import elastify
     from ..loading import load_stock
     from .plan import plan, render
@@ -90,15 +94,33 @@ def run(args: argparse.Namespace) -> None:
             options["tokenizer"] = load_tokenizer(args.parent)
     parent: Any = load_stock(args.parent, dtype=args.dtype)
     parent = parent.to(args.device)
-    model = elastify(
-        parent, data, axes, budgets, scores=args.scores, sort=not args.no_sort, portable=args.portable, **options
-    )
-    if args.save_scores:
-        model.importance_scores.save(args.save_scores)
-    model.save_pretrained(args.output)
-    save_tokenizer(args.parent, args.output)
+    options |= {"scores": args.scores, "sort": not args.no_sort, "portable": args.portable}
+    with _kept_scores(args.save_scores) if data is not None else nullcontext() as save_scores:
+        model = elastify(parent, data, axes, budgets, save_scores=save_scores, **options)
+        save_with_tokenizer(model, args.parent, args.output)
     print(render(plan(args.output)))
     print(f"saved to {args.output}")
+
+
+@contextmanager
+def _kept_scores(path: str | None) -> Iterator[str]:
+    """Where scores are kept until the checkpoint is saved: if that fails, or there is no room for it, they are not lost."""
+    if path is not None:
+        yield path
+        return
+    descriptor, name = tempfile.mkstemp(prefix="hf-elastic-scores-", suffix=".safetensors")
+    os.close(descriptor)
+    try:
+        yield name
+    except BaseException:
+        if os.path.getsize(name):
+            print(
+                f"the scores are kept in {name}; --scores {name} uses them instead of scoring again", file=sys.stderr
+            )
+        else:
+            os.unlink(name)
+        raise
+    os.unlink(name)
 
 
 def _spec(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:

@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
     from ..errors import ElasticConfigError
     from ..evaluation import PREFILL_SPEED, measure_plan, plan_matrix, results_file
     from ..modeling_elastic import ElasticForCausalLM
-    from ..saving import replacing
+    from ..replacing import replacing
 
     caps = [_cap(text) for text in args.max_thinking_tokens or ["none"]]
     for name in ("count", "batch_size"):

@@ -91,11 +91,13 @@ def _checkpoint(args: argparse.Namespace, repo_id: str, card: CardArguments) -> 
     from transformers import PreTrainedConfig
 
     from ..configuration_elastic import ElasticConfig, read_config
+    from ..exchanging import refuse_interrupted
     from ..modeling_elastic import ElasticForCausalLM
     from ..publishing import copy_others, read_published
 
     check_source(args.source)
     source = Path(args.source)
+    refuse_interrupted(source)
     fields, _ = PreTrainedConfig.get_config_dict(args.source)
     if fields.get("model_type") != ElasticConfig.model_type:
         if not source.is_dir():

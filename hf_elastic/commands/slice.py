@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from .common import add_source, check_dtype, check_output, check_source, save_tokenizer
+from .common import add_source, check_dtype, check_output, check_source, save_with_tokenizer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +24,6 @@ def run(args: argparse.Namespace) -> None:
     model = ElasticForCausalLM.from_pretrained(
         args.repo, budget=args.budget, elastic_config=args.elastic_config, dtype=args.dtype
     )
-    model.save_pretrained(args.output)
-    save_tokenizer(args.repo, args.output)
+    save_with_tokenizer(model, args.repo, args.output)
     print(render(plan(args.output)))
     print(f"saved to {args.output}")

@@ -152,6 +152,7 @@ def train(arguments: TrainArguments, adapter: AdapterArguments, config: Any) -> 
     """Train and save to `output_dir`."""
     from ..decisions import render
     from ..modeling_elastic import ElasticForCausalLM
+    from ..replacing import replacing
     from ..trainers import ElasticDistillationTrainer
     from ..trainers.routing import REPORT_FILE
 
@@ -174,10 +175,13 @@ def train(arguments: TrainArguments, adapter: AdapterArguments, config: Any) -> 
         )
     trainer.train(resume_from_checkpoint=arguments.resume or None)
     trainer.save_model()
-    tokenizer.save_pretrained(config.output_dir)
+    if trainer.is_world_process_zero():
+        with replacing(config.output_dir) as folder:
+            tokenizer.save_pretrained(folder)
     if trainer.routing is not None and trainer.is_world_process_zero():
         print(f"the router decided (see {Path(config.output_dir) / REPORT_FILE}):\n{render(trainer.routing.report)}")
     if adapter.merge_adapter and trainer.is_world_process_zero():
         merged = Path(config.output_dir) / "merged"
-        trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().save_pretrained(merged)
-        tokenizer.save_pretrained(merged)
+        with replacing(merged) as folder:
+            trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().save_pretrained(folder)
+            tokenizer.save_pretrained(folder)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import BUDGETS, build_parent
+from peft import LoraConfig
 from runs import Recorder, config, family, rows, tokenizer, trainer
 from transformers import TrainerCallback, TrainerState, modeling_utils
 
@@ -469,3 +470,40 @@ def test_stage_lengths_fit_the_model(tmp_path):
             train_dataset=rows(),
             processing_class=tokenizer(),
         )
+
+
+# -- where a run saves -------------------------------------------------------------------------------------------------
+
+
+def test_a_slice_is_not_trained_into_the_folder_of_its_family(tmp_path):
+    """Said before the first step, not after the last one; the whole family may be saved back."""
+    family().save_pretrained(tmp_path)
+    with pytest.raises(ElasticConfigError, match="would be replaced by a smaller one"):
+        trainer(tmp_path, ElasticForCausalLM.from_pretrained(tmp_path, budget="small"))
+    made = trainer(tmp_path, ElasticForCausalLM.from_pretrained(tmp_path))
+    made.save_model()
+    assert ElasticForCausalLM.from_pretrained(tmp_path).budgets == made.model.budgets
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["model", "adapter"])
+def test_a_model_is_saved_with_its_tokenizer_or_not_at_all(adapted, tmp_path, monkeypatch):
+    made = trainer(tmp_path, peft_config=LoraConfig(r=2, target_modules=["q_proj"]) if adapted else None)
+    made.save_model()
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\nmine\n")
+    before = files(tmp_path)
+    for parameter in made.model.parameters():
+        parameter.data.add_(1.0)
+
+    def full_disk(folder: str, *args, **kwargs) -> None:
+        (Path(folder) / "tokenizer.json").write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(made.processing_class, "save_pretrained", full_disk)
+        with pytest.raises(CheckpointError, match=r"tokenizer\.json cannot be written"):
+            made.save_model()
+    assert files(tmp_path) == before
+    made.save_model()
+    weights = "adapter_model.safetensors" if adapted else "model.safetensors"
+    assert files(tmp_path)[weights] != before[weights]
+    assert "mine" in (tmp_path / "README.md").read_text()
