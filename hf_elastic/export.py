@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
-from transformers.utils import cached_file
 
 from .budgets import Budget
 from .configuration_elastic import ElasticConfig
 from .errors import ExportError, refuse_misspelt
+from .files import Unreachable, find_file
 from .origin import CUT_FROM
 from .saving import replacing
 from .submodel import Submodel
@@ -95,7 +95,11 @@ def _copy_tokenizer(source: str, target: Path, **hub: Any) -> None:
     """Copy the tokenizer files of a folder or Hub repository, those that it has."""
     for name in _TOKENIZER_FILES if source else ():
         try:
-            path = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
+            path = find_file(source, name, hub)
+        except Unreachable:
+            if "revision" in hub:  # it was loaded from there, so it may have a tokenizer
+                raise
+            return
         except OSError:  # a model made in memory can be named anything
             return
         if path is not None:

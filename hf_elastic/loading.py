@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from .configuration_elastic import ElasticConfig, plain_parent_error, read_config
 from .errors import CheckpointError, ElasticConfigError, did_you_mean
+from .files import find_file, refuse_damaged
 from .known import described_config
 
 
@@ -21,6 +22,7 @@ def load_config(repo: Any, config: Any, described: Any, hub: dict[str, Any]) -> 
             raise ElasticConfigError("give either config= or elastic_config=, not both.")
         return described_config(repo, described, **hub)
     if isinstance(config, ElasticConfig):
+        refuse_damaged(repo, "config.json", hub)  # an AutoClass has read it
         return config
     if isinstance(config, PreTrainedConfig):
         raise plain_parent_error(repo, config.model_type)
@@ -109,10 +111,9 @@ def unknown_argument(name: str, stock: PreTrainedConfig, signature: Iterable[str
 def generation_config(concrete: type[PreTrainedModel], repo: Any, hub: dict[str, Any]) -> GenerationConfig | None:
     if not concrete.can_generate():
         return None
-    try:
-        return GenerationConfig.from_pretrained(repo, **hub)
-    except OSError:  # none was saved: the stock class makes one from the config
+    if find_file(repo, "generation_config.json", hub) is None:  # the stock class makes one from the config
         return None
+    return GenerationConfig.from_pretrained(repo, **hub)
 
 
 def refuse_incomplete(info: dict[str, Any], repo: Any) -> None:

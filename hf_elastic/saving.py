@@ -17,6 +17,7 @@ import torch
 from .architectures import uniform
 from .budgets import Budget
 from .checkpoint import Checkpoint
+from .checksums import write_checksums
 from .configuration_elastic import ElasticConfig
 from .errors import CheckpointError, ElasticConfigError, refuse_misspelt
 from .files import INDEX_NAME, find_files
@@ -29,7 +30,7 @@ from .submodel import Submodel
 
 _HUB_KWARGS = ("repo_id", "commit_message", "create_pr", "private", "token")
 _WEIGHT_FILE = re.compile(
-    r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?"
+    r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.(index|checksums)\.json)?"
     rf"|{re.escape(ROUTER_FILE)}"
     rf"|{FOLDER}/[^/]+/((model|added)(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?|(generation_)?config\.json)"
 )
@@ -183,6 +184,7 @@ class SavingMixin:
                         )
                     self.router.save(scratch)
                 write_module(scratch)
+                write_checksums(scratch, kwargs.get("variant"))
                 self._written_config(elastic, files).save_pretrained(scratch)
         if push_to_hub:
             repo_id = hub.pop("repo_id", Path(save_directory).name)

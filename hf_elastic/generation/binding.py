@@ -10,6 +10,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..errors import PhasePlanError
+from ..files import find_file
 from ..submodel import Submodel
 from .caches import check_hand_over
 from .plan import Phase, PhasePlan
@@ -81,7 +82,13 @@ def find_tokenizer(model: Any) -> PreTrainedTokenizerBase:
     try:
         if not where:
             raise OSError("the model was not loaded from a checkpoint")
-        return AutoTokenizer.from_pretrained(where, **getattr(model, "_hub_kwargs", {}))
+        hub = getattr(model, "_hub_kwargs", {})
+        for name in (
+            "tokenizer_config.json",
+            "tokenizer.json",
+        ):  # upstream takes a connection that failed for none of them
+            find_file(where, name, hub)
+        return AutoTokenizer.from_pretrained(where, **hub)
     except (OSError, ValueError) as error:
         raise PhasePlanError(
             f"the plan's markers need a tokenizer, and none was found beside the model ({error}); give tokenizer=."
