@@ -18,6 +18,7 @@ from .errors import (
     HFElasticError,
     PhasePlanError,
     UnknownBudgetError,
+    UnreachableError,
     UnsupportedArchitectureError,
 )
 from .generation import Phase, PhaseEvent, PhaseOutput, PhasePlan, PhaseStreamer, PhaseTextStreamer
@@ -43,6 +44,7 @@ __all__ = [
     "PhaseTextStreamer",
     "Scores",
     "UnknownBudgetError",
+    "UnreachableError",
     "UnsupportedArchitectureError",
     "__version__",
     "elastify",

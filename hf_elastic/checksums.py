@@ -1,6 +1,6 @@
 """Checksums of the blocks of weight files, so that rows fetched by HTTP range can be checked as whole files are.
 
-Of a whole file the Hub says the sha256; of a part nothing. A save writes `model.safetensors.checksums.json` beside the weights, with the
+Of a whole file the Hub says the sha256; of a part nothing. A save writes `weights.checksums.json` beside the weights, with the
 first 8 bytes of the sha256 of every block of every weight file, headers included. It is found by its name, as an index is, and not named in
 `config.json`: readers that know nothing of it go on as before, and what a stock program uploads again without it is read unchecked.
 
@@ -21,11 +21,12 @@ from typing import Any
 
 from .axes import Run
 from .errors import CheckpointError
-from .files import SINGLE_NAME, with_variant
+from .files import with_variant
 
-CHECKSUMS_NAME = f"{SINGLE_NAME}.checksums.json"
-BLOCK_BYTES = 1 << 16
-"""Bytes of one block: what is fetched is made of whole blocks, so small ones save traffic, and large ones room."""
+CHECKSUMS_NAME = "weights.checksums.json"
+BLOCK_BYTES = 1 << 14
+"""Bytes of the smallest blocks: what is fetched is made of whole blocks, so small ones save traffic, and large ones room."""
+_MOST_BLOCKS = 1 << 20  # in a larger checkpoint, of larger matrices, blocks are larger; so the file stays below 12 MB
 _VERSION = 1
 _DIGEST_BYTES = 8
 _MOST_BLOCK_BYTES = 1 << 26
@@ -78,14 +79,18 @@ def write_checksums(folder: Path, variant: str | None = None) -> None:
     files = sorted(folder.rglob("*.safetensors"))
     if not files:
         return
+    sizes = [file.stat().st_size for file in files]
+    block = BLOCK_BYTES
+    while sum(sizes) > block * _MOST_BLOCKS:
+        block *= 2
     entries = {
         file.relative_to(folder).as_posix(): {
-            "bytes": file.stat().st_size,
-            "digests": base64.b64encode(_digests(file, BLOCK_BYTES)).decode(),
+            "bytes": size,
+            "digests": base64.b64encode(_digests(file, block)).decode(),
         }
-        for file in files
+        for file, size in zip(files, sizes, strict=True)
     }
-    written = {"version": _VERSION, "block_bytes": BLOCK_BYTES, "files": entries}
+    written = {"version": _VERSION, "block_bytes": block, "files": entries}
     (folder / with_variant(CHECKSUMS_NAME, variant)).write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
 
 

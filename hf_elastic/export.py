@@ -12,8 +12,8 @@ from transformers import PreTrainedConfig
 
 from .budgets import Budget
 from .configuration_elastic import ElasticConfig
-from .errors import ExportError, refuse_misspelt
-from .files import Unreachable, find_file
+from .errors import ExportError, UnreachableError, refuse_misspelt
+from .files import find_file
 from .origin import CUT_FROM
 from .saving import replacing
 from .submodel import Submodel
@@ -96,7 +96,7 @@ def _copy_tokenizer(source: str, target: Path, **hub: Any) -> None:
     for name in _TOKENIZER_FILES if source else ():
         try:
             path = find_file(source, name, hub)
-        except Unreachable:
+        except UnreachableError:
             if "revision" in hub:  # it was loaded from there, so it may have a tokenizer
                 raise
             return

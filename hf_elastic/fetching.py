@@ -35,8 +35,8 @@ from huggingface_hub.utils import (
 from . import retries
 from .axes import Run, without
 from .checksums import CHECKSUMS_NAME, Checksums
-from .errors import CheckpointError
-from .files import Unreachable, commit_of
+from .errors import CheckpointError, UnreachableError
+from .files import commit_of
 
 MOSTLY = 0.8
 """Share of a file's bytes above which it is fetched whole, into the ordinary cache."""
@@ -234,16 +234,18 @@ class PartialFile:
         if self._checksums is None:
             yield from chunks
             return
-        waiting = bytearray()
+        waiting = b""
         for data in chunks:
-            waiting += data
-            while len(waiting) >= (size := self._checksums.end(start) - start) > 0:
-                block = bytes(waiting[:size])
-                del waiting[:size]
-                if not self._checksums.fit(start, block):
-                    raise _Damaged
-                yield block
-                start += size
+            waiting, done, fits = waiting + data, 0, True
+            while fits and 0 < (size := self._checksums.end(start) - start) <= len(waiting) - done:
+                fits = self._checksums.fit(start, waiting[done : done + size])
+                if fits:
+                    start, done = start + size, done + size
+            if done:
+                yield waiting[:done]
+            if not fits:
+                raise _Damaged
+            waiting = waiting[done:]
 
     def _stream(self, start: int, stop: int) -> Iterator[bytes]:
         url, headers = self._address()
@@ -287,7 +289,7 @@ class PartialFile:
         except EntryNotFoundError as error:
             raise FileNotFoundError(f"{self._repo} has no {self.name}.") from error
         except Exception as error:  # the client lets errors of its HTTP library through
-            kind = Unreachable if retries.passes(error) else CheckpointError
+            kind = UnreachableError if retries.passes(error) else CheckpointError
             raise kind(f"{self.name} of {self._repo} cannot be asked for: {error}") from error
         if not about.etag or not about.size or os.path.basename(about.etag) != about.etag:
             raise RangesRefused(f"the server does not say what {self.name} of {self._repo} is.")

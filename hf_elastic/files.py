@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
 from transformers.utils import cached_file
 from transformers.utils.hub import hf_api
 
-from .errors import CheckpointError
+from .errors import CheckpointError, UnreachableError
 from .retries import passes, persistently
 from .section import is_inner_path
 
@@ -32,10 +32,6 @@ SINGLE_NAME = "model.safetensors"
 HUB_ARGUMENTS = ("cache_dir", "local_files_only", "revision", "subfolder", "force_download", "proxies", "token")
 """What `from_pretrained` passes on to what finds its files."""
 _SMALL = 10_000_000  # bytes of a file that costs nothing to compare at every load
-
-
-class Unreachable(CheckpointError):
-    """The Hub could not be asked, which says nothing about what it has."""
 
 
 def find_files(
@@ -145,7 +141,7 @@ def find_file(repo: str | os.PathLike[str], name: str, hub: Mapping[str, Any], *
     to, and with `verify` all do.
 
     Raises:
-        `Unreachable`: the Hub could not be asked, or the connection failed for good.
+        `UnreachableError`: the Hub could not be asked, or the connection failed for good.
         `CheckpointError`: no such repository or revision, or the contents are damaged and stay so.
     """
     if os.path.isdir(repo):
@@ -205,7 +201,7 @@ def _refusal(repo: str, name: str, hub: Mapping[str, Any], error: Exception) -> 
             return CheckpointError(f"{name} of {repo} cannot be fetched: {said}")
     if isinstance(error, LocalEntryNotFoundError) or passes(error):
         reason = error.__cause__ or error
-        return Unreachable(
+        return UnreachableError(
             f"{name} of {repo} could not be fetched, because the connection to the Hub failed ({type(reason).__name__}: {reason}). That says "
             "nothing about whether the repository has it; try again, or set HF_HUB_OFFLINE=1 to go on with what is in the cache."
         )

@@ -109,11 +109,10 @@ def _fetch_parts(
         if (path := find_cached(repo, name, hub)) is not None:
             return path if not verify else fetched(repo, name, index, hub, verify=True)
         known = checksums()
-        if known is None and not verify:
-            return PartialFile(repo, name, hub)
-        if known is None or name not in known:
+        file = PartialFile(repo, name, hub, (known or {}).get(name), verify=verify)  # which says so if there is none
+        if name not in (known or {}) and (verify or known is not None):
             raise RangesRefused(f"{repo} has no checksums of parts of {name}.")
-        return PartialFile(repo, name, hub, known[name], verify=verify)
+        return file
 
     try:
         files = {single: part(single)}  # first, as upstream does where a repository holds both

@@ -30,8 +30,8 @@ from .card_sections import has_head
 from .cards import is_generated, render_card
 from .checksums import CHECKSUMS_NAME
 from .configuration_elastic import ElasticConfig, parent_from_dict
-from .errors import ElasticConfigError
-from .files import INDEX_NAME, SINGLE_NAME, Unreachable
+from .errors import ElasticConfigError, UnreachableError
+from .files import INDEX_NAME, SINGLE_NAME
 from .nested import FOLDER
 from .opening import open_checkpoint
 from .origin import CUT_FROM, is_repo_id
@@ -172,7 +172,7 @@ def prepare_upload(
     unasked = ""
     try:
         remote = _readme_of(repo_id, revision, token)
-    except (LocalEntryNotFoundError, Unreachable):
+    except (LocalEntryNotFoundError, UnreachableError):
         if not offline:
             raise
         remote, unasked = None, f" (the Hub could not be asked whether {repo_id} has one)"
@@ -275,7 +275,7 @@ def _readme_of(repo_id: str, revision: str | None, token: bool | str | None) -> 
         return None
     except Exception as error:
         if passes(error):
-            raise Unreachable(f"the {README} of {repo_id} could not be fetched: {error}. Try again.") from error
+            raise UnreachableError(f"the {README} of {repo_id} could not be fetched: {error}. Try again.") from error
         raise
     return _read_card(Path(path), repo_id)
 
@@ -299,7 +299,7 @@ def _with_license(
         return earlier
     try:
         parent = _readme_of(base, None, token)
-    except (LocalEntryNotFoundError, Unreachable):  # the card says no license then, and a warning says so
+    except (LocalEntryNotFoundError, UnreachableError):  # the card says no license then, and a warning says so
         return earlier
     for key in ("license", "license_name", "license_link"):
         setattr(data, key, getattr(parent.data, key) if parent is not None else None)

@@ -17,7 +17,7 @@ import torch
 from .architectures import uniform
 from .budgets import Budget
 from .checkpoint import Checkpoint
-from .checksums import write_checksums
+from .checksums import CHECKSUMS_NAME, write_checksums
 from .configuration_elastic import ElasticConfig
 from .errors import CheckpointError, ElasticConfigError, refuse_misspelt
 from .files import INDEX_NAME, find_files
@@ -30,8 +30,8 @@ from .submodel import Submodel
 
 _HUB_KWARGS = ("repo_id", "commit_message", "create_pr", "private", "token")
 _WEIGHT_FILE = re.compile(
-    r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.(index|checksums)\.json)?"
-    rf"|{re.escape(ROUTER_FILE)}"
+    r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?"
+    rf"|{re.escape(ROUTER_FILE)}|{re.escape(CHECKSUMS_NAME)}"
     rf"|{FOLDER}/[^/]+/((model|added)(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?|(generation_)?config\.json)"
 )
 Layout = Literal["stock", "nested"]
