@@ -44,6 +44,7 @@ _GAP = 1 << 16  # what is cheaper to fetch along than to ask for twice
 _PIECE = 1 << 24  # bytes of one request
 _WORKERS = 8
 _SECONDS = 2.0  # between two writes of the record
+_SECONDS_OF_SILENCE = 30.0  # after which a connection is given up
 _LARGEST_HEADER = 100_000_000  # as safetensors itself has it
 
 
@@ -254,7 +255,7 @@ class PartialFile:
             "retry_on_exceptions": (),
             "retry_on_status_codes": (429,),
         }  # what else passes, the caller tries
-        with http_stream_backoff("GET", url, headers=headers, timeout=30, **again) as response:
+        with http_stream_backoff("GET", url, headers=headers, timeout=_SECONDS_OF_SILENCE, **again) as response:
             hf_raise_for_status(response)
             if (
                 response.status_code != 206

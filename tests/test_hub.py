@@ -10,58 +10,27 @@ import pytest
 import torch
 from cases import BUDGETS
 from compare import assert_same_weights
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from hf_elastic import CheckpointError, ElasticConfig, ElasticForCausalLM, checksums, fetching, retries
+from hf_elastic import CheckpointError, ElasticConfig, ElasticForCausalLM, fetching, retries
 from hf_elastic.checksums import CHECKSUMS_NAME
 
 CONFIG, SMALL, MEDIUM = "config.json", "budgets/small/model.safetensors", "budgets/medium/added.safetensors"
 
 
-@pytest.fixture(scope="module")
-def folders(original, tmp_path_factory):
-    """One family four times: nested, in one stock file, in a stock file per layer or so, and the same with checksums of small blocks."""
-    folder = tmp_path_factory.mktemp("hub")
-    original("nano3").save_pretrained(folder / "stock")
-    ElasticConfig.from_parent(original("nano3").config, BUDGETS["nano3"]).save_pretrained(folder / "stock")
-    family = ElasticForCausalLM.from_pretrained(folder / "stock")
-    family.save_pretrained(folder / "nested", layout="nested")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checksums, "BLOCK_BYTES", 256)
-        family.save_pretrained(folder / "checked", max_shard_size="60KB")
-    shutil.copytree(folder / "checked", folder / "sharded")
-    (folder / "sharded" / CHECKSUMS_NAME).unlink()
-    return folder
+@pytest.fixture
+def folders(hub_folders):
+    return hub_folders
 
 
 @pytest.fixture
-def hub(folders, local_hub, monkeypatch):
-    """The server, with all of them."""
-    for name in ("nested", "stock", "sharded", "checked"):
-        local_hub.commit(f"org/{name}", folders / name)
-    monkeypatch.setattr(retries, "WAIT", 0)
-    monkeypatch.setattr(fetching, "_GAP", 0)  # in tiny files everything is near
-    return local_hub
+def load(pull):
+    return pull
 
 
 @pytest.fixture
-def load(hub, tmp_path):
-    def load(repo, budget=None, **kwargs):
-        return AutoModelForCausalLM.from_pretrained(repo, budget=budget, cache_dir=tmp_path / "cache", **kwargs)
-
-    return load
-
-
-@pytest.fixture(scope="module")
-def expected(folders):
-    models = {}
-
-    def get(budget):
-        if budget not in models:
-            models[budget] = ElasticForCausalLM.from_pretrained(folders / "stock", budget=budget)
-        return models[budget]
-
-    return get
+def expected(pulled):
+    return pulled
 
 
 @pytest.fixture
