@@ -108,7 +108,7 @@ class PartialFile:
         self._record = self._folder / f"{self.etag}.json"
         self._have, checked = self._recorded()
         if checksums is not None and self._have and (verify or not checked):
-            self._check_again(checked)
+            self._check_again(checksums, checked)
         self._have_header()
 
     def _have_header(self) -> None:
@@ -306,22 +306,22 @@ class PartialFile:
             pass
         return [], True
 
-    def _check_again(self, checked: bool) -> None:
+    def _check_again(self, checksums: Checksums, checked: bool) -> None:
         """Forget what is not on the disk as its checksums say."""
-        before, self._have = self._have, self._right(self._have)
+        before, self._have = self._have, self._right(self._have, checksums)
         if self._have != before or not checked:
             with self._writing(), self.path.open("r+b") as file:
                 self._note(file)
 
-    def _right(self, ranges: Sequence[Run]) -> list[Run]:
+    def _right(self, ranges: Sequence[Run], checksums: Checksums) -> list[Run]:
         """The whole blocks of some ranges that are on the disk as their checksums say."""
         right = []
         with self.path.open("rb") as file:
             for start, stop in ranges:
-                start = -(-start // self._checksums.block) * self._checksums.block
+                start = -(-start // checksums.block) * checksums.block
                 file.seek(start)
-                while start < stop and (end := self._checksums.end(start)) <= stop:
-                    if self._checksums.fit(start, file.read(end - start)):
+                while start < stop and (end := checksums.end(start)) <= stop:
+                    if checksums.fit(start, file.read(end - start)):
                         right.append((start, end))
                     start = end
         return _merged(right)
