@@ -5,7 +5,7 @@
         ...  # HF_ENDPOINT=hub.url
         print(hub.sent)
 
-It counts the bytes of bodies that it sends, can cut a connection, send other bytes than a file has, and ask for a token. Weights are served as
+It counts the bytes of bodies that it sends, can cut a connection, fail in other ways, send other bytes than a file has, and ask for a token. Weights are served as
 the Hub serves them: `resolve` redirects to another address, with the sha256 of the file as its etag.
 """
 
@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Lock, Thread
+from threading import Event, Lock, Thread
 from typing import Any
 from urllib.parse import unquote
 
@@ -30,6 +30,7 @@ import yaml
 
 Content = Path | bytes
 _CHUNK = 1 << 20
+_STALL = 1.0  # seconds; clients have to wait for less
 
 
 @dataclass
@@ -59,6 +60,10 @@ class LocalHub:
         cuts (`dict[str, list[int]]`): Per file after how many bytes of a body the connection is cut, once per entry.
         limit (`int`): Bytes of bodies after which every connection is cut, if it is not `None`.
         corrupt (`set[str]`): Files of which one byte is sent wrong.
+        flips (`dict[str, list[int]]`): Per file places of bytes that are sent wrong, each once; with `flips_stay` whenever they are sent.
+        faults (`dict[str, Iterator[int | str | None]]`):
+            Per pattern of requests (`GET /cdn/.*model`) what they get, one after the other: a status, `"hang up"` or `"stall"`, or `None` for
+            what was asked for, as after the last.
         ranges (`bool`): Whether ranges are honoured; without, the whole file is sent.
     """
 
@@ -69,6 +74,9 @@ class LocalHub:
         self.cuts: dict[str, list[int]] = {}
         self.limit: int | None = None
         self.corrupt: set[str] = set()
+        self.flips: dict[str, list[int]] = {}
+        self.flips_stay = False
+        self.faults: dict[str, Iterator[int | str | None]] = {}
         self.ranges = True
         self.lock = Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
@@ -119,6 +127,11 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(self.path.partition("?")[0])
         body = self._body()
         self.hub.requests.append(f"{self.command} {path}")
+        if (fault := self._fault(f"{self.command} {path}")) is not None:
+            if fault == "stall":
+                Event().wait(_STALL)
+            self.close_connection = True
+            return self._error(fault, "", "a fault") if isinstance(fault, int) else None
         if match := re.fullmatch(r"/cdn/([0-9a-f]{64})/(.+)", path):
             return self._cdn(*match.groups())
         if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
@@ -131,6 +144,11 @@ class _Handler(BaseHTTPRequestHandler):
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/([a-z-]+)/?([^/]*))?(?:/.*)?", path):
             return self._api(match[1], match[2] or "revision", match[3] or "main", body)
         self._error(404, "", "no such address")
+
+    def _fault(self, request: str) -> int | str | None:
+        with self.hub.lock:
+            found = (next(faults, None) for pattern, faults in self.hub.faults.items() if re.search(pattern, request))
+            return next((fault for fault in found if fault is not None), None)
 
     def _api(self, repo: str, action: str, revision: str, body: bytes) -> None:
         if action == "branch":
@@ -242,6 +260,7 @@ class _Handler(BaseHTTPRequestHandler):
         with io.BytesIO(content) if isinstance(content, bytes) else content.open("rb") as file:
             file.seek(start)
             while start < stop and (data := file.read(min(_CHUNK, stop - start))):
+                data = self._flipped(name, start, data)
                 start += len(data)
                 if start == size and name in self.hub.corrupt:
                     data = data[:-1] + bytes([data[-1] ^ 1])
@@ -252,6 +271,15 @@ class _Handler(BaseHTTPRequestHandler):
                 if left < len(data):
                     self.close_connection = True
                     return
+
+    def _flipped(self, name: str, start: int, data: bytes) -> bytes:
+        changed = bytearray(data)
+        with self.hub.lock:
+            for place in [place for place in self.hub.flips.get(name, []) if 0 <= place - start < len(data)]:
+                changed[place - start] ^= 1
+                if not self.hub.flips_stay:
+                    self.hub.flips[name].remove(place)
+        return bytes(changed)
 
     def _json(self, value: Any, status: int = 200) -> None:
         body = json.dumps(value).encode()

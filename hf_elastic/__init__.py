@@ -21,6 +21,7 @@ from .errors import (
     PortabilityWarning,
     TokenizerError,
     UnknownBudgetError,
+    UnreachableError,
     UnsupportedArchitectureError,
 )
 from .exchanging import recover
@@ -50,6 +51,7 @@ __all__ = [
     "Scores",
     "TokenizerError",
     "UnknownBudgetError",
+    "UnreachableError",
     "UnsupportedArchitectureError",
     "__version__",
     "elastify",

@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import cached_file
 
 from .adapter_table import NAME, PREFIX, Tensor, Weights, adapter_table, check_fit, shape_of
 from .adapters import is_tuner, refuse_changed_weights, rules_by_name
@@ -26,6 +25,7 @@ from .budgets import Budget
 from .configuration_elastic import ElasticConfig, read_config
 from .errors import CheckpointError, ElasticConfigError
 from .exchanging import refuse_interrupted
+from .files import find_file
 from .modeling_elastic import ElasticForCausalLM, ElasticPreTrainedModel, concrete_class
 from .replacing import replacing
 from .slicing import Piece, pieces
@@ -232,7 +232,7 @@ def _weights_of(model: nn.Module) -> Weights:
 def _family_beside(source: Any, family: Any) -> ElasticConfig:
     if family is not None:
         return read_config(family)
-    path = cached_file(source, FAMILY_FILE, _raise_exceptions_for_missing_entries=False)
+    path = find_file(source, FAMILY_FILE, {})
     if path is None:
         raise ElasticConfigError(
             f"{source} does not say which family it was trained on; pass family=, the elastic checkpoint, its config or the live model."
@@ -248,7 +248,7 @@ def _saved(source: str | os.PathLike[str]) -> tuple[LoraConfig, Weights]:
     if not isinstance(lora, LoraConfig):
         raise ElasticConfigError(f"{source} holds a {type(lora).__name__}; only LoRA and DoRA adapters can be cut.")
     refuse_changed_weights(lora)
-    path = cached_file(source, WEIGHTS_FILE, _raise_exceptions_for_missing_entries=False)
+    path = find_file(source, WEIGHTS_FILE, {})
     if path is None:
         raise CheckpointError(f"{source} holds no {WEIGHTS_FILE}; pickled adapters (.bin) are not loaded.")
     # Where embeddings or the head are adapted, peft saves them along, frozen as they are; the slice has its own.

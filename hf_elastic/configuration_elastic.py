@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping
 from numbers import Real
 from pathlib import Path
@@ -16,6 +17,7 @@ from .budgets import FULL, Budget, Limit, format_count, is_limit, parse_limit
 from .cost import Cost, CostModel
 from .errors import CheckpointError, ElasticConfigError, UnknownBudgetError, did_you_mean, shown
 from .exchanging import refuse_interrupted
+from .files import HUB_ARGUMENTS, find_file, pinned
 from .leaving_out import LEFT_OUT
 from .remote_code import InstalledCode
 from .section import check_ranking, checked_section, describe_axes
@@ -122,6 +124,15 @@ class ElasticConfig(InstalledCode, PreTrainedConfig):
         axes = describe_axes(architecture, parent_config, list(submodels.values()), choices or {}, layer_ranking)
         entries = {name: {"sizes": submodel.to_dict()} for name, submodel in submodels.items()}
         return cls(parent_config=parent_config, elastic={"axes": axes, "budgets": entries})
+
+    @classmethod
+    def get_config_dict(cls, repo: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As upstream's, which takes a connection that failed for a repository without a config; here the file is fetched before."""
+        if not os.path.exists(repo):
+            hub = pinned(repo, {key: kwargs[key] for key in HUB_ARGUMENTS if kwargs.get(key) is not None})
+            if find_file(repo, "config.json", hub) is not None:
+                kwargs |= {key: value for key, value in hub.items() if key in ("revision", "subfolder")}
+        return super().get_config_dict(repo, **kwargs)
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
@@ -324,7 +335,7 @@ def read_config(repo: Any, plain: bool = False, **hub: Any) -> ElasticConfig:
     if Path(repo).is_absolute() and not Path(repo).exists():
         raise CheckpointError(f"there is no folder {repo}.")
     refuse_interrupted(repo, hub.get("subfolder"))
-    fields, _ = PreTrainedConfig.get_config_dict(repo, **hub)
+    fields, _ = ElasticConfig.get_config_dict(repo, **hub)
     model_type = fields.get("model_type")
     if model_type is None:
         raise CheckpointError(f"{repo} has no config.json with a model_type.")

@@ -29,6 +29,10 @@ class CheckpointError(HFElasticError, OSError):
     """Files on disk are missing, damaged, or disagree with their configuration; no weight was placed."""
 
 
+class UnreachableError(CheckpointError):
+    """The Hub could not be asked, or a connection to it failed for good, which says nothing about what it has."""
+
+
 class ExportError(HFElasticError, ValueError):
     """The submodel cannot be written in the requested form."""
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.utils import cached_file
 
 from .architectures import Architecture
 from .budgets import Budget
 from .configuration_elastic import ElasticConfig
-from .errors import ExportError, refuse_misspelt
+from .errors import ExportError, UnreachableError, refuse_misspelt
+from .files import find_file
 from .leaving_out import LEFT_OUT, left_out
 from .origin import CUT_FROM, cut_from, named, refuse_loss
 from .portability import warn_if_not_portable
@@ -159,7 +159,11 @@ def _copy_tokenizer(source: str, target: Path, **hub: Any) -> None:
     """Copy the tokenizer files of a folder or Hub repository, those that it has."""
     for name in _TOKENIZER_FILES if source else ():
         try:
-            path = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub)
+            path = find_file(source, name, hub)
+        except UnreachableError:
+            if "revision" in hub:  # it was loaded from there, so it may have a tokenizer
+                raise
+            return
         except OSError:  # a model made in memory can be named anything
             return
         if path is not None:

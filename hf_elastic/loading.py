@@ -18,7 +18,7 @@ from .buffers import check_buffers
 from .checkpoint import ROTARY, Checkpoint
 from .configuration_elastic import ElasticConfig, parent_from_dict, plain_parent_error, read_config
 from .errors import CheckpointError, ElasticConfigError, did_you_mean, shown
-from .files import find_files
+from .files import find_file, find_files, refuse_damaged
 from .known import described_config
 from .loaded_from import LoadedFrom
 
@@ -30,6 +30,7 @@ def load_config(repo: Any, config: Any, described: Any, hub: dict[str, Any]) -> 
             raise ElasticConfigError("give either config= or elastic_config=, not both.")
         return described_config(repo, described, **hub)
     if isinstance(config, ElasticConfig):
+        refuse_damaged(repo, "config.json", hub)  # an AutoClass has read it
         return config
     if isinstance(config, PreTrainedConfig):
         raise plain_parent_error(repo, config.model_type)
@@ -148,10 +149,9 @@ def unknown_argument(name: str, stock: PreTrainedConfig, signature: Iterable[str
 def generation_config(concrete: type[PreTrainedModel], repo: Any, hub: dict[str, Any]) -> GenerationConfig | None:
     if not concrete.can_generate():
         return None
-    try:
-        return GenerationConfig.from_pretrained(repo, **hub)
-    except OSError:  # none was saved: the stock class makes one from the config
+    if find_file(repo, "generation_config.json", hub) is None:  # the stock class makes one from the config
         return None
+    return GenerationConfig.from_pretrained(repo, **hub)
 
 
 def refuse_incomplete(info: dict[str, Any], repo: Any) -> None:

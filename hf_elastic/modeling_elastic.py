@@ -151,6 +151,7 @@ class ElasticPreTrainedModel(
         config: PreTrainedConfig | str | os.PathLike[str] | None = None,
         budget: Budget | Submodel = None,
         elastic_config: Any = None,
+        verify: bool = False,
         **kwargs: Any,
     ) -> Any:
         r"""
@@ -165,6 +166,9 @@ class ElasticPreTrainedModel(
             elastic_config (*optional*):
                 For a plain checkpoint whose weights are sorted already, what it nests: `"auto"` for a released family, or an
                 [`ElasticConfig`], its section or budgets; see [`hf_elastic.known.described_config`].
+            verify (`bool`, *optional*, defaults to `False`):
+                Compare all weights with their checksums, also those that lie in the cache already: with the Hub's, and of parts of files and
+                folders with those that `save_pretrained` wrote. Parts of which there are none are not taken; whole files are fetched.
             kwargs:
                 As in `PreTrainedModel.from_pretrained` (`dtype`, `device_map`, `attn_implementation`, `output_loading_info`, Hub
                 arguments, ...). Fields of the parent's config override it.
@@ -199,7 +203,7 @@ class ElasticPreTrainedModel(
         head = concrete._stock_class is elastic.architecture.causal_class
         ignored = concrete._keys_to_ignore_on_load_unexpected or ()
         checkpoint = open_checkpoint(
-            pretrained_model_name_or_path, elastic, submodel, variant, head=head, ignored=ignored, **hub
+            pretrained_model_name_or_path, elastic, submodel, variant, head=head, ignored=ignored, verify=verify, **hub
         )
         dtype = dtype or checkpoint.dtype()
         lazy = checkpoint.lazy_slice(elastic.architecture, elastic.parent_config, submodel, head=head)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from .checkpoint import Checkpoint
+from .checksums import CHECKSUMS_NAME, Checksums, read_checksums, verify_files
 from .configuration_elastic import ElasticConfig
 from .errors import CheckpointError
 from .exchanging import refuse_interrupted
-from .fetching import MOSTLY, PartialFile, RangesRefused, commit_of
+from .fetching import MOSTLY, PartialFile, RangesRefused
 from .files import (
     INDEX_NAME,
     SINGLE_NAME,
+    commit_of,
     fetched,
     find_cached,
     find_file,
@@ -27,6 +31,8 @@ from .files import (
 from .nested import NestedCheckpoint, levels_for
 from .submodel import Submodel
 
+logger = logging.getLogger(__name__)
+
 
 def open_checkpoint(
     repo: str | os.PathLike[str],
@@ -36,6 +42,7 @@ def open_checkpoint(
     *,
     head: bool = True,
     ignored: Iterable[str] = (),
+    verify: bool = False,
     **hub: Any,
 ) -> Checkpoint:
     """Open and check the files that a submodel needs.
@@ -44,6 +51,7 @@ def open_checkpoint(
         repo (`str` or `os.PathLike`): Folder or repository id.
         elastic (`ElasticConfig`): Its config.
         head, ignored: As `Checkpoint.check` takes them.
+        verify (`bool`, *optional*, defaults to `False`): Compare all that is opened with checksums, the Hub's or those that a save wrote.
         hub: As `find_files` takes them.
 
     Raises:
@@ -58,18 +66,26 @@ def open_checkpoint(
 
     if "files" in elastic.elastic:
         levels = levels_for(elastic, submodel)
-        files = find_nested_files(repo, [elastic.elastic["files"][name] for name in levels], variant, **hub)
+        files = find_nested_files(
+            repo, [elastic.elastic["files"][name] for name in levels], variant, verify=verify, **hub
+        )
+        if verify and os.path.isdir(repo):
+            verify_files(Path(repo, hub.get("subfolder") or ""), files)
         return check(NestedCheckpoint(files, elastic.architecture, elastic.parent_config, list(levels.values())))
     if os.path.isdir(repo) or hub.get("force_download") or commit_of(hub) is None:
-        return check(Checkpoint(find_files(repo, variant, **hub)))
+        files = find_files(repo, variant, verify=verify, **hub)
+        if verify and os.path.isdir(repo):
+            verify_files(Path(repo, hub.get("subfolder") or ""), files, variant)
+        return check(Checkpoint(files))
 
     def needs(checkpoint: Checkpoint) -> dict[Path, list[tuple[int, int]]]:
         return check(checkpoint).extents(elastic.architecture, elastic.parent_config, submodel, head=head)
 
     try:
-        return check(Checkpoint(_fetch_parts(str(repo), variant, needs, hub)))
-    except RangesRefused:
-        return check(Checkpoint(find_files(repo, variant, **hub)))
+        return check(Checkpoint(_fetch_parts(str(repo), variant, needs, hub, verify)))
+    except RangesRefused as refusal:
+        logger.warning("whole files are fetched: %s", refusal)
+        return check(Checkpoint(find_files(repo, variant, verify=verify, **hub)))
 
 
 def _fetch_parts(
@@ -77,6 +93,7 @@ def _fetch_parts(
     variant: str | None,
     needs: Callable[[Checkpoint], dict[Path, list[tuple[int, int]]]],
     hub: dict[str, Any],
+    verify: bool,
 ) -> list[Path]:
     """The files of a Hub repository in the stock layout, with at least what is needed of them.
 
@@ -84,8 +101,24 @@ def _fetch_parts(
         needs: Gives per file the ranges of bytes that are needed, from headers alone.
     """
     single, index = with_variant(SINGLE_NAME, variant), with_variant(INDEX_NAME, variant)
+
+    @cache
+    def checksums() -> dict[str, Checksums] | None:
+        """Of all files; asked for when the first is not in the ordinary cache."""
+        path = find_file(repo, with_variant(CHECKSUMS_NAME, variant), hub)
+        return None if path is None else read_checksums(path)
+
+    def part(name: str) -> Path | PartialFile:
+        if (path := find_cached(repo, name, hub)) is not None:
+            return path if not verify else fetched(repo, name, index, hub, verify=True)
+        known = checksums()
+        file = PartialFile(repo, name, hub, (known or {}).get(name), verify=verify)  # which says so if there is none
+        if name not in (known or {}) and (verify or known is not None):
+            raise RangesRefused(f"{repo} has no checksums of parts of {name}.")
+        return file
+
     try:
-        files = {single: _part(repo, single, hub)}  # first, as upstream does where a repository holds both
+        files = {single: part(single)}  # first, as upstream does where a repository holds both
     except FileNotFoundError:
         listing = find_file(repo, index, hub)
         if listing is None:
@@ -93,7 +126,7 @@ def _fetch_parts(
         files = {}
         for name in shard_names(listing):
             try:
-                files[name] = _part(repo, name, hub)
+                files[name] = part(name)
             except FileNotFoundError as error:
                 raise CheckpointError(f"{error} {index} lists it; the checkpoint is incomplete.") from error
     paths = {name: file.path if isinstance(file, PartialFile) else file for name, file in files.items()}
@@ -106,7 +139,3 @@ def _fetch_parts(
             else:
                 file.fetch(ranges)
     return list(paths.values())
-
-
-def _part(repo: str, name: str, hub: dict[str, Any]) -> Path | PartialFile:
-    return find_cached(repo, name, hub) or PartialFile(repo, name, hub)

@@ -28,14 +28,16 @@ from transformers.utils.hub import hf_api
 from .card_results import SEPARATOR
 from .card_sections import has_head
 from .cards import is_generated, render_card
+from .checksums import CHECKSUMS_NAME
 from .configuration_elastic import ElasticConfig, parent_from_dict
-from .errors import ElasticConfigError
+from .errors import ElasticConfigError, UnreachableError
 from .exchanging import refuse_interrupted
 from .files import INDEX_NAME, SINGLE_NAME
 from .nested import FOLDER
 from .opening import open_checkpoint
 from .origin import CUT_FROM, is_repo_id
 from .remote_code import MODULE
+from .retries import passes, persistently
 from .router import ROUTER_FILE
 
 README = "README.md"
@@ -43,6 +45,7 @@ _SHARDS = SINGLE_NAME.replace(".", "-*.")
 _OURS = [
     SINGLE_NAME,
     INDEX_NAME,
+    CHECKSUMS_NAME,
     _SHARDS,
     "pytorch_model*.bin",
     "pytorch_model.bin.index.json",
@@ -170,7 +173,7 @@ def prepare_upload(
     unasked = ""
     try:
         remote = _readme_of(repo_id, revision, token)
-    except LocalEntryNotFoundError:
+    except (LocalEntryNotFoundError, UnreachableError):
         if not offline:
             raise
         remote, unasked = None, f" (the Hub could not be asked whether {repo_id} has one)"
@@ -265,13 +268,17 @@ def copy_others(source: Path, target: Path) -> None:
 def _readme_of(repo_id: str, revision: str | None, token: bool | str | None) -> ModelCard | None:
     """The README of a repository; `None` if it has none, does not exist, or may not be seen (creating it then says so)."""
     try:
-        path = hf_api().hf_hub_download(repo_id, README, revision=revision, token=token)
+        path = persistently(lambda: hf_api().hf_hub_download(repo_id, README, revision=revision, token=token))
     except LocalEntryNotFoundError:  # the Hub could not be asked
         raise
     except RevisionNotFoundError:  # a branch that is not made yet begins with what main has
         return None if revision is None else _readme_of(repo_id, None, token)
     except (EntryNotFoundError, RepositoryNotFoundError):
         return None
+    except Exception as error:
+        if passes(error):
+            raise UnreachableError(f"the {README} of {repo_id} could not be fetched: {error}. Try again.") from error
+        raise
     return _read_card(Path(path), repo_id)
 
 
@@ -294,7 +301,7 @@ def _with_license(
         return earlier
     try:
         parent = _readme_of(base, None, token)
-    except LocalEntryNotFoundError:  # the card says no license then, and a warning says so
+    except (LocalEntryNotFoundError, UnreachableError):  # the card says no license then, and a warning says so
         return earlier
     for key in ("license", "license_name", "license_link"):
         setattr(data, key, getattr(parent.data, key) if parent is not None else None)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from .checksums import CHECKSUMS_NAME
 from .errors import CheckpointError, HFElasticError
 from .exchanging import JOURNAL, NEW, SCRATCH, Exchange, clean
 from .locking import only_writer
@@ -23,7 +24,7 @@ from .router import ROUTER_FILE
 
 _CHECKPOINT_FILE = re.compile(
     r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?"
-    rf"|{re.escape(ROUTER_FILE)}|{MODULE}\.py"
+    rf"|{re.escape(ROUTER_FILE)}|{re.escape(CHECKSUMS_NAME)}|{MODULE}\.py"
     rf"|{FOLDER}/[^/]+/((model|added)(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?|(generation_)?config\.json)"
 )
 _FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))

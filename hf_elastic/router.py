@@ -13,7 +13,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
-from transformers.utils import cached_file
 
 from .budgets import FULL, Limit
 from .choosing import Key
@@ -21,6 +20,7 @@ from .configuration_elastic import ElasticConfig
 from .cost import Cost, CostModel
 from .decisions import DEAD_ZONE, Decided, decide
 from .errors import CheckpointError, ElasticConfigError, shown
+from .files import find_file
 from .soft import Mixture, keep_weights
 from .submodel import LAYERS
 from .targets import Target, limits_of, pinned_targets
@@ -281,8 +281,7 @@ def read_router(config: ElasticConfig, repo: str | os.PathLike[str], **hub: Any)
     if "router" not in config.elastic:
         return None
     router = _described(config, config.elastic["router"])
-    path = cached_file(repo, ROUTER_FILE, _raise_exceptions_for_missing_entries=False, **hub)
-    return router.load(Path(path) if path else Path(repo) / ROUTER_FILE).freeze()
+    return router.load(find_file(repo, ROUTER_FILE, hub) or Path(repo) / ROUTER_FILE).freeze()
 
 
 def _described(config: ElasticConfig, description: Mapping[str, Any]) -> BudgetRouter:

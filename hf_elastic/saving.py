@@ -14,6 +14,7 @@ import torch
 from .architectures import uniform
 from .budgets import Budget
 from .checkpoint import Checkpoint
+from .checksums import write_checksums
 from .configuration_elastic import ElasticConfig
 from .errors import CheckpointError, ElasticConfigError, refuse_misspelt
 from .files import INDEX_NAME, find_files
@@ -112,6 +113,7 @@ class SavingMixin:
                         )
                     self.router.save(scratch)
                 write_module(scratch)
+                write_checksums(scratch, kwargs.get("variant"))
                 self._written_config(elastic, files).save_pretrained(scratch)
         if push_to_hub:
             repo_id = hub.pop("repo_id", Path(save_directory).name)

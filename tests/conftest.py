@@ -15,9 +15,9 @@ import torch
 import transformers
 import transformers.utils.hub
 from cases import BUDGETS, VOCAB, build_parent
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from hf_elastic import ElasticConfig
+from hf_elastic import ElasticConfig, ElasticForCausalLM, checksums, fetching, retries
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 from local_hub import LocalHub
@@ -136,3 +136,52 @@ def local_hub(tmp_path, monkeypatch) -> Iterator[LocalHub]:
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "default"))
         monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
         yield hub
+
+
+@pytest.fixture(scope="session")
+def hub_folders(original, tmp_path_factory) -> Path:
+    """One family four times: nested, in one stock file, in a stock file per layer or so, and the same with checksums of small blocks."""
+    folder: Path = tmp_path_factory.mktemp("hub")
+    original("nano3").save_pretrained(folder / "stock")
+    ElasticConfig.from_parent(original("nano3").config, BUDGETS["nano3"]).save_pretrained(folder / "stock")
+    family = ElasticForCausalLM.from_pretrained(folder / "stock")
+    family.save_pretrained(folder / "nested", layout="nested")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checksums, "BLOCK_BYTES", 256)
+        family.save_pretrained(folder / "checked", max_shard_size="60KB")
+    shutil.copytree(folder / "checked", folder / "sharded")
+    (folder / "sharded" / checksums.CHECKSUMS_NAME).unlink()
+    return folder
+
+
+@pytest.fixture
+def hub(hub_folders, local_hub, monkeypatch) -> LocalHub:
+    """The server, with all of them."""
+    for name in ("nested", "stock", "sharded", "checked"):
+        local_hub.commit(f"org/{name}", hub_folders / name)
+    monkeypatch.setattr(retries, "WAIT", 0)
+    monkeypatch.setattr(fetching, "_GAP", 0)  # in tiny files everything is near
+    return local_hub
+
+
+@pytest.fixture
+def pull(hub, tmp_path) -> Callable[..., PreTrainedModel]:
+    """Load from the server, with a cache of one's own."""
+
+    def pull(repo: str, budget: str | None = None, **kwargs: object) -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(repo, budget=budget, cache_dir=tmp_path / "cache", **kwargs)
+
+    return pull
+
+
+@pytest.fixture(scope="session")
+def pulled(hub_folders) -> Callable[[str | None], PreTrainedModel]:
+    """What `pull` has to give."""
+    models: dict[str | None, PreTrainedModel] = {}
+
+    def get(budget: str | None) -> PreTrainedModel:
+        if budget not in models:
+            models[budget] = ElasticForCausalLM.from_pretrained(hub_folders / "stock", budget=budget)
+        return models[budget]
+
+    return get

@@ -284,6 +284,7 @@ def test_layouts_replace_each_other(folder, folders):
         "config.json",
         "generation_config.json",
         "model.safetensors",
+        "weights.checksums.json",
     }
     assert [path.name for path in (folder / "budgets").iterdir()] == ["small"]
     family.save_pretrained(folder, layout="nested", max_shard_size="50KB")

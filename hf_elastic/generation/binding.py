@@ -10,6 +10,7 @@ from typing import Any, Literal
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..errors import PhasePlanError, shown
+from ..files import find_file
 from ..submodel import Submodel
 from .caches import check_hand_over
 from .plan import Phase, PhasePlan
@@ -98,7 +99,10 @@ def find_tokenizer(model: Any) -> PreTrainedTokenizerBase:
     try:
         if not where:
             raise OSError("the model was not loaded from a checkpoint")
-        return AutoTokenizer.from_pretrained(where, **getattr(model, "_hub_kwargs", {}))
+        hub = getattr(model, "_hub_kwargs", {})
+        for name in ("tokenizer_config.json", "tokenizer.json"):  # upstream takes a connection that failed for none of them
+            find_file(where, name, hub)
+        return AutoTokenizer.from_pretrained(where, **hub)
     except Exception as error:  # of many kinds, for what is missing or damaged
         why = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise PhasePlanError(
