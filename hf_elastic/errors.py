@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
+
+_LONGEST = 300  # characters of a value in a message
 
 
 class HFElasticError(Exception):
@@ -54,3 +57,22 @@ def refuse_misspelt(arguments: Iterable[str], *known: str) -> None:
     for name in arguments:
         if hint := did_you_mean(name, known):
             raise TypeError(f"unexpected argument {name!r}.{hint}")
+
+
+def shown(value: Any) -> str:
+    """`repr` for an error message: what is long is cut, as a value from a damaged file can have any length."""
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = f"a {type(value).__name__} of many levels"
+    return _cut(text)
+
+
+def reason(error: BaseException) -> str:
+    """What an error of another library says, on one line and not too long, with its type where the text alone says nothing."""
+    text = " ".join(str(error).split())
+    return _cut(text if text.count(" ") > 3 else f"{type(error).__name__}: {text}")
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."

@@ -6,7 +6,6 @@ An index or a config says which files there are. What it names has to lie in the
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -16,7 +15,8 @@ from typing import Any
 from huggingface_hub import ResolvedRevision, try_to_load_from_cache
 from transformers.utils import cached_file, resolve_revision
 
-from .errors import CheckpointError
+from .errors import CheckpointError, reason, shown
+from .json_files import LARGEST_INDEX, read_json
 from .section import is_inner_path
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -101,6 +101,10 @@ def pinned(repo: str | os.PathLike[str], hub: Mapping[str, Any]) -> dict[str, An
 def find_file(repo: str | os.PathLike[str], name: str, hub: Mapping[str, Any]) -> Path | None:
     """A file of a folder or Hub repository, `None` if there is none of that name."""
     path = cached_file(repo, name, _raise_exceptions_for_missing_entries=False, **hub)
+    if path is None and os.path.isdir(repo):
+        place = Path(repo, hub.get("subfolder") or "", name)
+        if os.path.lexists(place):  # not the same as none: what it stands for would be left out without a word
+            raise CheckpointError(f"{place} is no file that can be read.")
     return Path(path) if path else None
 
 
@@ -111,16 +115,15 @@ def shard_names(index: Path) -> list[str]:
         `CheckpointError`: it is none, or names something that is not a safetensors file beside it.
     """
     try:
-        weight_map: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
+        names = sorted(set(read_json(index, LARGEST_INDEX)["weight_map"].values()))
         if not names:
             raise ValueError("no files")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is no index of safetensors files ({error!r}).") from error
+    except (CheckpointError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is no index of safetensors files ({reason(error)}).") from error
     for name in names:
         if not is_inner_path(name) or "/" in name:
             raise CheckpointError(
-                f"{index} names {name!r}, which is not a safetensors file beside it; it is not opened."
+                f"{index} names {shown(name)}, which is not a safetensors file beside it; it is not opened."
             )
     return names
 

@@ -177,6 +177,7 @@ class NestedCheckpoint(Checkpoint):
         self, files: list[Path], architecture: Architecture, config: PreTrainedConfig, levels: Sequence[Submodel]
     ):
         super().__init__(files)
+        self.refuse_far_off(architecture, config, levels[-1])
         tensors = _tensors(architecture, config, levels, lambda tensor: tensor.parts[0].names[0] in self._where)
         self._stored = {tensor.rule.name: tensor for tensor in tensors}
 
