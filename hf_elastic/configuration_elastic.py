@@ -32,7 +32,7 @@ from .section import check_origin, check_ranking, checked_section, describe_axes
 from .submodel import LAYERS, Submodel, first_layers
 
 _MOST = {
-    **dict.fromkeys(("num_hidden_layers", "layer_types", "layers_block_type", "hybrid_override_pattern"), 512),
+    **dict.fromkeys(("num_hidden_layers", "layer_types", "layers_block_type", "hybrid_override_pattern"), 256),
     **dict.fromkeys(("num_labels", "id2label", "label2id"), 10_000),
 }
 """Layers and labels that a config may have; no hybrid has more than some 120 layers."""
@@ -91,13 +91,17 @@ class ElasticConfig(InstalledCode, PreTrainedConfig):
             )
         self.parent_config = parent
         check_origin(kwargs.get("cut_from"))
-        code = kwargs.get("auto_map") or {}
+        code = kwargs.get("auto_map", {})
         if not isinstance(code, Mapping) or not all(isinstance(name, str) for name in code.values()):
             raise ElasticConfigError(f"auto_map={shown(code)} must be a dict from class to the name of one.")
-        if isinstance(self.dtype, str) and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+        dtype = getattr(torch, self.dtype, None) if isinstance(self.dtype, str) else self.dtype
+        if not isinstance(dtype, torch.dtype) and self.dtype is not None:
             raise ElasticConfigError(
-                f"dtype={self.dtype!r} must be 'auto', a torch.dtype or its name, such as 'bfloat16'."
+                f"dtype={shown(self.dtype)} must be 'auto', a torch.dtype or its name, such as 'bfloat16'."
             )
+        names = self.architectures
+        if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise ElasticConfigError(f"architectures={shown(names)} must be a list of names of classes.")
         super().__post_init__(**kwargs)
         self.elastic = checked_section(parent, self.elastic)
         if getattr(self, "dtype", None) is None:
@@ -112,7 +116,15 @@ class ElasticConfig(InstalledCode, PreTrainedConfig):
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:
-        return cls._decode_special_floats(read_json(json_file))
+        fields = cls._decode_special_floats(read_json(json_file))
+        if not isinstance(fields, dict):  # {"__float__": ...} is a number
+            raise CheckpointError(f"{json_file} holds {fields}, it must hold a JSON object.")
+        return fields
+
+    @classmethod
+    def from_json_file(cls, json_file: str | os.PathLike[str]) -> Any:
+        """As the stock method, with the checks of `from_dict`."""
+        return cls.from_dict(cls._dict_from_json_file(json_file))
 
     @classmethod
     def from_parent(
@@ -394,6 +406,7 @@ def parent_from_dict(fields: Mapping[str, Any]) -> PreTrainedConfig:
         config = AutoConfig.for_model(model_type, **fields)
         if differences:
             config.per_layer_config = differences
+        config.to_dict()  # which every slice is made from
         check_stock(config)
     return config
 
@@ -435,3 +448,14 @@ def check_stock(config: PreTrainedConfig) -> None:
     for field, value in vars(config).items():
         if field.endswith("hidden_act") and value not in ACT2FN:
             raise ElasticConfigError(f"{field}={shown(value)} is no activation.{did_you_mean(value, ACT2FN)}")
+    if config.dtype is not None and not isinstance(config.dtype, torch.dtype):
+        raise ElasticConfigError(f"dtype={shown(config.dtype)} must be the name of a torch.dtype, such as 'bfloat16'.")
+    for layer in range(full.depth if config.is_heterogeneous else 0):
+        layer_config, parts = config.per_layer_config[layer], architecture.parts(config, layer)
+        sizes = full.at(layer)
+        known = {axis.field for axis in architecture.axes if axis.part in parts}
+        known |= {key for part in parts for key in architecture.tied_fields(layer_config, part, sizes)}
+        if stray := sorted(config._heterogeneity_spec.per_layer_overrides.get(layer, {}).keys() - known):
+            raise ElasticConfigError(
+                f"per_layer_config of layer {layer} has {stray[0]}, which no size of that layer is; such models are not supported."
+            )

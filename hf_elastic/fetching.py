@@ -78,7 +78,7 @@ class PartialFile:
         try:
             known = json.loads(entry.read_text(encoding="utf-8"))
             self.etag, self.size = str(known["etag"]), int(known["size"])
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             self._ask()
             _write(entry, {"etag": self.etag, "size": self.size})
         self.path = self._folder / f"{self.etag}.safetensors"

@@ -105,7 +105,15 @@ def built_from(stock: PreTrainedConfig) -> Iterator[None]:
         yield
     except (HFElasticError, torch.OutOfMemoryError):
         raise
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise ElasticConfigError(
             f"no {stock.model_type} can be built from this config, it was edited or damaged, or an argument does not fit it: {reason(error)}."
         ) from error

@@ -18,6 +18,7 @@ from .submodel import LAYERS, Submodel
 FORMAT_VERSION = 3
 """Version of the section on disk. A reader refuses newer ones; a writer writes the oldest that holds what it has to say."""
 
+_MOST_TARGETS = 64
 _MOST_SUBMODELS = 256  # those between two budgets are a hundredth of the parent apart
 
 _SECTION_KEYS = {1: {"version", "axes", "budgets"}}
@@ -260,9 +261,10 @@ def _checked_router(router: Any) -> dict[str, Any]:
     per_layer = router["per_layer"]
     if not isinstance(per_layer, list) or not all(isinstance(axis, str) for axis in per_layer):
         raise ElasticConfigError(f"elastic.router.per_layer={shown(per_layer)} must be a list of axes.")
-    if not isinstance(router["targets"], Mapping):
+    targets = router["targets"]
+    if not isinstance(targets, Mapping) or len(targets) > _MOST_TARGETS:
         raise ElasticConfigError(
-            f"elastic.router.targets={shown(router['targets'])} must be a dict from budget to target."
+            f"elastic.router.targets={shown(targets)} must be a dict from budget to target, of at most {_MOST_TARGETS}."
         )
     return copy.deepcopy(dict(router))
 
