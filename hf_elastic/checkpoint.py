@@ -80,7 +80,7 @@ class Checkpoint:
         Raises:
             `CheckpointError`: names the first tensors that are missing, unknown, of another shape or not floating point.
         """
-        self.refuse_far_off(architecture, config, architecture.full(config))
+        self._refuse_far_off(architecture, config, self._held(architecture, config))
         problems: list[str] = []
         known: set[str] = set()
         for key, shape, required in self._expected(architecture, config, head):
@@ -103,7 +103,11 @@ class Checkpoint:
                 + ". Nothing was loaded; the checkpoint is incomplete or its config.json belongs to other weights."
             )
 
-    def refuse_far_off(self, architecture: Architecture, config: PreTrainedConfig, submodel: Submodel) -> None:
+    def _held(self, architecture: Architecture, config: PreTrainedConfig) -> Submodel:
+        """The submodel that the files should hold."""
+        return architecture.full(config)
+
+    def _refuse_far_off(self, architecture: Architecture, config: PreTrainedConfig, submodel: Submodel) -> None:
         """Refuse files that hold less than half of the numbers that a config says, before its tensors are gone through one by one.
 
         A damaged config can have a hundred thousand experts.

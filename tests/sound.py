@@ -187,7 +187,7 @@ def _current(sound: Sound, folder: Path) -> np.ndarray:
     for file in weight_files(folder):
         try:
             held = plain_tensors(file)
-        except (ValueError, TypeError, LookupError, struct.error):
+        except (ValueError, TypeError, LookupError, RecursionError, struct.error):
             continue  # of a larger budget: what is loaded has no element in it, or it is not a number here
         for key, value in held.items():
             if key in sound.stored and value.size == sound.stored[key].size:
