@@ -402,6 +402,9 @@ def parent_from_dict(fields: Mapping[str, Any]) -> PreTrainedConfig:
     differences = fields.pop("per_layer_config", None)
     check_origin(fields.get("cut_from"))
     _refuse_huge(fields)
+    quantized = fields.get("quantization_config")
+    if quantized is not None and not (isinstance(quantized, Mapping) and "quant_method" in quantized):
+        raise ElasticConfigError(f"quantization_config={shown(quantized)} must be a dict with a `quant_method`.")
     with _explained(architecture.model_type):
         config = AutoConfig.for_model(model_type, **fields)
         if differences:

@@ -187,7 +187,8 @@ def test_no_utf8(own):
         ("per_layer_config", {"1": {"hidden_size": 7}}, "hidden_size"),
         ("per_layer_config", [3], "make no config of nemotron_h"),
         ("per_layer_config", {"1": {"mlp_hidden_act": "relu3"}}, "mlp_hidden_act, which"),
-        ("quantization_config", "int8", "quantization_config|to_dict"),
+        ("quantization_config", "int8", "quantization_config='int8' must be"),
+        ("quantization_config", {"a": 1}, "must be a dict with a `quant_method`"),
         ("num_labels", 10**9, "num_labels: 1,000,000,000 is more than"),
     ],
 )
