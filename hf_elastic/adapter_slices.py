@@ -8,9 +8,11 @@ for DoRA, too. What comes out is an ordinary adapter that plain peft loads on an
 from __future__ import annotations
 
 import copy
+import json
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,18 +25,21 @@ from .adapters import is_tuner, refuse_changed_weights, rules_by_name
 from .axes import take
 from .budgets import Budget
 from .configuration_elastic import ElasticConfig, read_config
-from .errors import CheckpointError, ElasticConfigError
+from .errors import CheckpointError, ElasticConfigError, reason, shown
 from .exchanging import refuse_interrupted
 from .files import find_file
 from .modeling_elastic import ElasticForCausalLM, ElasticPreTrainedModel, concrete_class
 from .replacing import replacing
 from .slicing import Piece, pieces
 from .submodel import Submodel
+from .tensor_file import TensorFile
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+_NO_CONFIG = (AttributeError, LookupError, RecursionError, TypeError, UnicodeDecodeError, json.JSONDecodeError)
+"""What peft's reader ends in where `adapter_config.json` is damaged; a missing one has an error of its own."""
 FAMILY_FILE = "elastic_config.json"
 """Beside an adapter: the description of the family that it was trained on. A `config.json` there would say that the model is, too."""
 
@@ -244,14 +249,25 @@ def _saved(source: str | os.PathLike[str]) -> tuple[LoraConfig, Weights]:
     from peft import LoraConfig, PeftConfig
 
     refuse_interrupted(source, start="adapter_config.json")
-    lora = PeftConfig.from_pretrained(str(source))
+    try:
+        lora = PeftConfig.from_pretrained(str(source))
+    except _NO_CONFIG as error:
+        raise CheckpointError(f"the adapter_config.json of {source} describes no adapter: {reason(error)}.") from error
     if not isinstance(lora, LoraConfig):
         raise ElasticConfigError(f"{source} holds a {type(lora).__name__}; only LoRA and DoRA adapters can be cut.")
+    for key, kinds in {
+        "r": (int,),
+        "lora_alpha": (int, float),
+        "target_modules": (str, set, list, type(None)),
+    }.items():
+        if not isinstance(value := getattr(lora, key), kinds):
+            raise CheckpointError(f"the adapter_config.json of {source} was edited or damaged: {key}={shown(value)}.")
     refuse_changed_weights(lora)
     path = find_file(source, WEIGHTS_FILE, {})
     if path is None:
         raise CheckpointError(f"{source} holds no {WEIGHTS_FILE}; pickled adapters (.bin) are not loaded.")
     # Where embeddings or the head are adapted, peft saves them along, frozen as they are; the slice has its own.
+    TensorFile.opened(Path(path))  # refuses what is damaged
     return lora, {key: tensor for key, tensor in load_file(path).items() if not key.endswith(".base_layer.weight")}
 
 

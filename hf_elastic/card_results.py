@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +19,8 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 from .cost import Cost
-from .errors import ElasticConfigError, did_you_mean
+from .errors import ElasticConfigError, HFElasticError, did_you_mean
+from .json_files import parse_json
 
 SEPARATOR = "::"
 _COUNTS = ("total_params", "active_params")
@@ -74,8 +74,8 @@ def _read(given: str, family: Mapping[str, Cost]) -> Results:
     path = Path(name)
     try:
         content = path.read_bytes()
-        data = json.loads(content)
-    except (OSError, ValueError) as error:
+        data = parse_json(content)
+    except (OSError, ValueError, RecursionError) as error:
         raise ElasticConfigError(f"{path} cannot be read as a results file: {error}") from error
     readers = {"points": _plans, "measurements": _measurements, "evaluation": _evaluation}
     kind = next((key for key in readers if isinstance(data, dict) and key in data), None)
@@ -90,9 +90,11 @@ def _read(given: str, family: Mapping[str, Cost]) -> Results:
         )
     try:
         tables, evaluations, budgets = readers[kind](data, family, path, pattern)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        source = _source(data, path, content)
+    except HFElasticError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise ElasticConfigError(f"{path} is no complete results file: {error!r} in its {kind}.") from error
-    source = _source(data, path, content)
     return Results(path, tuple(f"{table}\n\n{source}" for table in tables), tuple(evaluations), frozenset(budgets))
 
 

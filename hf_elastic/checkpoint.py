@@ -5,11 +5,11 @@ Files are checked by their headers before a byte of weights is read; pickle file
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 
 from .architectures import Architecture
@@ -22,6 +22,7 @@ from .submodel import Submodel
 from .tensor_file import TensorFile
 
 ROTARY = r"rotary_emb\.inv_freq$"  # computed, but saved by old versions
+_SLACK = 100_000  # numbers; of so few every tensor is compared, and named
 
 
 class Checkpoint:
@@ -38,15 +39,7 @@ class Checkpoint:
         self._where: dict[str, TensorFile] = {}
         self.ignored: list[str] = []  # what is there and ignored on purpose, as `check` finds it
         for file in files:
-            try:
-                with safe_open(file, framework="pt"):  # refuses damaged files
-                    opened = TensorFile(file)
-            except FileNotFoundError as error:
-                raise CheckpointError(f"{file} is missing.") from error
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(
-                    f"{file} cannot be read as safetensors, it is damaged or incomplete ({error}); fetch or save it again."
-                ) from error
+            opened = TensorFile.opened(file)
             for key in opened.shapes:
                 if key in self._where:
                     raise CheckpointError(f"{key} occurs in two files of the checkpoint, one of them {file}.")
@@ -88,6 +81,7 @@ class Checkpoint:
         Raises:
             `CheckpointError`: names the first tensors that are missing, unknown, of another shape or not floating point.
         """
+        self._refuse_far_off(architecture, config, self._held(architecture, config))
         problems: list[str] = []
         known: set[str] = set()
         for key, shape, required in self._expected(architecture, config, head):
@@ -109,6 +103,26 @@ class Checkpoint:
                 f"the weights do not fit the config ({len(problems)} of the tensors): {'; '.join(problems[:5])}"
                 + (" ..." if len(problems) > 5 else "")
                 + ". Nothing was loaded; the checkpoint is incomplete or its config.json belongs to other weights."
+            )
+
+    def _held(self, architecture: Architecture, config: PreTrainedConfig) -> Submodel:
+        """The submodel that the files should hold."""
+        return architecture.full(config)
+
+    def _refuse_far_off(self, architecture: Architecture, config: PreTrainedConfig, submodel: Submodel) -> None:
+        """Refuse files that hold less than half of the numbers that a config says, before its tensors are gone through one by one.
+
+        A damaged config can have a hundred thousand experts.
+
+        Raises:
+            `CheckpointError`: says both.
+        """
+        said = sum(math.prod(piece.shape) for piece in pieces(architecture, config, submodel) if not piece.rule.tied)
+        held = sum(math.prod(file.shapes[key]) for key, file in self._where.items())
+        if said > 2 * held + _SLACK:
+            raise CheckpointError(
+                f"the weights do not fit the config: it says {said:,} numbers, the files hold {held:,}. Nothing was loaded; the checkpoint is "
+                "incomplete or its config.json belongs to other weights."
             )
 
     def _expected(

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
+_LONGEST = 300  # characters of a value in a message
+
 
 class HFElasticError(Exception):
     """Base class of every error raised on purpose by `hf_elastic`."""
@@ -90,7 +92,7 @@ _SHOWN = _Shown()
 
 def shown(value: Any) -> str:
     """A value for an error: as Python writes it if that is short; a tensor by its shape, a model by its class, much else by its type."""
-    return _SHOWN.repr(value)
+    return _cut(_SHOWN.repr(value))
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -116,3 +118,11 @@ def users_level() -> int:
 
 
 _INSIDE = ("hf_elastic", "transformers")
+def reason(error: BaseException) -> str:
+    """What an error of another library says, on one line and not too long, with its type where the text alone says nothing."""
+    text = " ".join(str(error).split())
+    return _cut(text if text.count(" ") > 3 else f"{type(error).__name__}: {text}")
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."

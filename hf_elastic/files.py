@@ -6,7 +6,6 @@ An index or a config says which files there are. What it names has to lie in the
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -23,7 +22,8 @@ from huggingface_hub.errors import (
 from transformers.utils import cached_file
 from transformers.utils.hub import hf_api
 
-from .errors import CheckpointError, UnreachableError
+from .errors import CheckpointError, UnreachableError, reason, shown
+from .json_files import LARGEST_INDEX, read_json
 from .retries import passes, persistently
 from .section import is_inner_path
 
@@ -146,6 +146,8 @@ def find_file(repo: str | os.PathLike[str], name: str, hub: Mapping[str, Any], *
     """
     if os.path.isdir(repo):
         path = Path(repo, hub.get("subfolder") or "", name)
+        if not path.is_file() and os.path.lexists(path):  # not the same as none: what it stands for would be left out without a word
+            raise CheckpointError(f"{path} is no file that can be read.")
         return path if path.is_file() else None
     repo = str(repo)
     there = None if hub.get("force_download") else _cached(repo, name, hub)
@@ -215,16 +217,15 @@ def shard_names(index: Path) -> list[str]:
         `CheckpointError`: it is none, or names something that is not a safetensors file beside it.
     """
     try:
-        weight_map: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
+        names = sorted(set(read_json(index, LARGEST_INDEX)["weight_map"].values()))
         if not names:
             raise ValueError("no files")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is no index of safetensors files ({error!r}).") from error
+    except (CheckpointError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is no index of safetensors files ({reason(error)}).") from error
     for name in names:
         if not is_inner_path(name) or "/" in name:
             raise CheckpointError(
-                f"{index} names {name!r}, which is not a safetensors file beside it; it is not opened."
+                f"{index} names {shown(name)}, which is not a safetensors file beside it; it is not opened."
             )
     return names
 

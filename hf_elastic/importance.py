@@ -101,7 +101,7 @@ class Scores:
                 for key in file.keys():  # noqa: SIM118 - not a dict
                     axis, _, layer = key.rpartition(".")
                     scores.values.setdefault(axis, {})[int(layer)] = file.get_tensor(key)
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} holds no scores written by Scores.save ({error}).") from error
         return scores
 

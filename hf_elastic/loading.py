@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from .adapters import attached
 from .architectures import ARCHITECTURES
 from .buffers import check_buffers
 from .checkpoint import ROTARY, Checkpoint
 from .configuration_elastic import ElasticConfig, parent_from_dict, plain_parent_error, read_config
-from .errors import CheckpointError, ElasticConfigError, did_you_mean, shown
+from .errors import CheckpointError, ElasticConfigError, HFElasticError, did_you_mean, reason, shown
 from .files import find_file, find_files, refuse_damaged
+from .json_files import read_json
 from .known import described_config
 from .loaded_from import LoadedFrom
 
@@ -133,6 +137,27 @@ def configured(
     return stock
 
 
+@contextmanager
+def built_from(stock: PreTrainedConfig) -> Iterator[None]:
+    """Errors of a stock class that cannot be built from its config (an unknown activation, a table that misses a name) as one of this package."""
+    try:
+        yield
+    except (HFElasticError, torch.OutOfMemoryError):
+        raise
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise ElasticConfigError(
+            f"no {stock.model_type} can be built from this config, it was edited or damaged, or an argument does not fit it: {reason(error)}."
+        ) from error
+
+
 def unknown_argument(name: str, stock: PreTrainedConfig, signature: Iterable[str]) -> TypeError:
     known = {
         *signature,
@@ -146,12 +171,59 @@ def unknown_argument(name: str, stock: PreTrainedConfig, signature: Iterable[str
     )
 
 
+_KINDS = {
+    **dict.fromkeys(("max_length", "max_new_tokens", "min_length", "min_new_tokens"), "a whole number"),
+    **dict.fromkeys(("num_beams", "num_return_sequences", "top_k", "no_repeat_ngram_size"), "a whole number"),
+    **dict.fromkeys(
+        ("bos_token_id", "decoder_start_token_id", "forced_bos_token_id", "pad_token_id"), "a whole number"
+    ),
+    **dict.fromkeys(("eos_token_id", "forced_eos_token_id"), "a whole number or a list of them"),
+    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens"), "a list of whole numbers"),
+    **dict.fromkeys(
+        ("temperature", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"), "a number"
+    ),
+    **dict.fromkeys(("repetition_penalty", "length_penalty", "guidance_scale", "max_time"), "a number"),
+    **dict.fromkeys(("do_sample", "use_cache", "renormalize_logits", "remove_invalid_values"), "true or false"),
+    **dict.fromkeys(("output_attentions", "output_hidden_states", "output_logits", "output_scores"), "true or false"),
+    **dict.fromkeys(("return_dict_in_generate", "token_healing"), "true or false"),
+}
+"""What fields of a generation config are. The stock class takes anything, and generation then fails, or not, somewhere else."""
+
+
+def _is_kind(value: Any, kind: str) -> bool:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if kind == "true or false":
+        return isinstance(value, bool)
+    if kind == "a number":
+        return whole or (isinstance(value, float) and math.isfinite(value))
+    several = isinstance(value, list) and all(_is_kind(entry, "a whole number") for entry in value)
+    return {"a whole number": whole, "a list of whole numbers": several}.get(kind, whole or several)
+
+
 def generation_config(concrete: type[PreTrainedModel], repo: Any, hub: dict[str, Any]) -> GenerationConfig | None:
+    """The generation config of a checkpoint; `None` if none was saved, for which the stock class makes one from the config.
+
+    Raises:
+        `CheckpointError`: there is one, and it is damaged.
+    """
     if not concrete.can_generate():
         return None
-    if find_file(repo, "generation_config.json", hub) is None:  # the stock class makes one from the config
+    path = find_file(repo, GENERATION_CONFIG_NAME, hub)
+    if path is None:
         return None
-    return GenerationConfig.from_pretrained(repo, **hub)
+    fields = read_json(path)
+    for field, value in fields.items():
+        if value is not None and (kind := _KINDS.get(field)) and not _is_kind(value, kind):
+            raise CheckpointError(f"{path}: {field}={shown(value)} must be {kind}.")
+    try:
+        made = GenerationConfig.from_dict(fields)
+        made.to_json_string()
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} holds no generation config: {reason(error)}.") from error
+    made._original_object_hash = hash(
+        made
+    )  # as `from_pretrained` does: saving a model looks whether it was changed since
+    return made
 
 
 def refuse_incomplete(info: dict[str, Any], repo: Any) -> None:

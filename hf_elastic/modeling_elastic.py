@@ -42,6 +42,7 @@ from .leaving_out import LEFT_OUT, note_left_out
 from .loaded_from import LoadedFrom
 from .loading import (
     as_loaded,
+    built_from,
     checked_kwargs,
     configured,
     generation_config,
@@ -88,10 +89,11 @@ class ElasticPreTrainedModel(
         if kwargs:  # what from_pretrained knows was taken out on the way, so this is what nobody knows
             signature = inspect.signature(type(self).from_pretrained).parameters
             raise unknown_argument(next(iter(kwargs)), stock, signature)
-        with uniform(stock):
-            super().__init__(stock, *args)
-        if stock.is_heterogeneous:
-            self._rebuild_layers()
+        with built_from(stock):
+            with uniform(stock):
+                super().__init__(stock, *args)
+            if stock.is_heterogeneous:
+                self._rebuild_layers()
         self._adopt(config if isinstance(config, ElasticConfig) else ElasticConfig.from_parent(stock, {}))
 
     def _adopt(self, config: ElasticConfig, router: BudgetRouter | None = None) -> None:

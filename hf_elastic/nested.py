@@ -177,6 +177,8 @@ class NestedCheckpoint(Checkpoint):
         self, files: list[Path], architecture: Architecture, config: PreTrainedConfig, levels: Sequence[Submodel]
     ):
         super().__init__(files)
+        self._largest = levels[-1]
+        self._refuse_far_off(architecture, config, self._largest)
         tensors = _tensors(architecture, config, levels, lambda tensor: tensor.parts[0].names[0] in self._where)
         self._stored = {tensor.rule.name: tensor for tensor in tensors}
 
@@ -189,6 +191,9 @@ class NestedCheckpoint(Checkpoint):
             types = {self._stored_dtype(name) for name in names}
             if len(types) > 1:
                 raise CheckpointError(f"the parts of {tensor.rule.name} are stored as {' and '.join(sorted(types))}.")
+
+    def _held(self, architecture: Architecture, config: PreTrainedConfig) -> Submodel:
+        return self._largest
 
     def _expected(
         self, architecture: Architecture, config: PreTrainedConfig, head: bool

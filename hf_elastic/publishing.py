@@ -222,7 +222,7 @@ def read_published(folder: Path) -> PreTrainedConfig:
     refuse_interrupted(folder)
     if not (folder / "config.json").is_file():
         raise ElasticConfigError(f"{folder} is no checkpoint: it has no config.json.")
-    fields, _ = PreTrainedConfig.get_config_dict(folder)
+    fields, _ = ElasticConfig.get_config_dict(folder)
     if fields.get("model_type") == ElasticConfig.model_type:
         return ElasticConfig.from_pretrained(folder)
     if CUT_FROM not in fields:

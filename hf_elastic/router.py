@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
@@ -24,9 +23,11 @@ from .files import find_file
 from .soft import Mixture, keep_weights
 from .submodel import LAYERS
 from .targets import Target, limits_of, pinned_targets
+from .tensor_file import TensorFile
 
 ROUTER_FILE = "router.safetensors"
 """Beside the weights of a checkpoint whose config has a `router`."""
+_WIDEST = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class BudgetRouter(nn.Module):
         per_layer (`list[str]`, *optional*): Axes with a choice of their own in every layer; `hidden` and `layers` are always global.
         width (`int`, *optional*, defaults to 256): Hidden width.
         std (`float`, *optional*, defaults to 0.05): Standard deviation of the initial weights; there are no biases.
+        device (`str` or `torch.device`, *optional*): Where its weights are; on `"meta"` it has none, until `load`.
 
     Raises:
         `ElasticConfigError`: no axis with more than one choice, or targets that are not below the parent's cost or out of reach.
@@ -76,6 +78,7 @@ class BudgetRouter(nn.Module):
         per_layer: Sequence[str] = (),
         width: int = 256,
         std: float = 0.05,
+        device: str | torch.device | None = None,
     ):
         super().__init__()
         self.config, self.per_layer, self.width = config, tuple(per_layer), width
@@ -99,8 +102,8 @@ class BudgetRouter(nn.Module):
                 raise ElasticConfigError(
                     f"per_layer={axis!r} must be an elastic axis that belongs to layers, one of {sorted(self.choices)}."
                 )
-        if isinstance(width, bool) or not isinstance(width, int) or width < 1:
-            raise ElasticConfigError(f"width={shown(width)} of the router must be a whole number of at least 1.")
+        if isinstance(width, bool) or not isinstance(width, int) or not 1 <= width <= _WIDEST:
+            raise ElasticConfigError(f"width={shown(width)} of the router must be a whole number in 1..{_WIDEST}.")
         self.keys: list[Key] = []
         for axis in self.choices:
             layers: Sequence[int | None] = [None]
@@ -110,9 +113,9 @@ class BudgetRouter(nn.Module):
         self.networks = nn.ModuleDict(
             {
                 _name(key): nn.Sequential(
-                    nn.Linear(len(self.names), width, bias=False),
+                    nn.Linear(len(self.names), width, bias=False, device=device),
                     nn.LeakyReLU(0.1),
-                    nn.Linear(width, len(self.choices[key[0]]), bias=False),
+                    nn.Linear(width, len(self.choices[key[0]]), bias=False, device=device),
                 )
                 for key in self.keys
             }
@@ -213,8 +216,8 @@ class BudgetRouter(nn.Module):
     def rebuilt(self, config: ElasticConfig) -> BudgetRouter:
         """The same router for a config with the same axes, such as that of a parent with another vocabulary."""
         router = _described(config, self.describe())
-        router.load_state_dict(self.state_dict())
-        return router.to(next(self.parameters()).device).freeze()
+        router.load_state_dict({name: tensor.clone() for name, tensor in self.state_dict().items()}, assign=True)
+        return router.freeze()
 
     def save(self, folder: Path) -> None:
         """Write the weights into a folder."""
@@ -227,24 +230,21 @@ class BudgetRouter(nn.Module):
         Raises:
             `CheckpointError`: the file is missing, damaged, or of a router with other axes, choices or targets. Nothing was changed.
         """
-        try:
-            state = load_file(file)
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{file} is missing, though the config says that there is a router.") from error
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{file} cannot be read as safetensors, it is damaged or incomplete ({error}); fetch or save it again."
-            ) from error
+        if not file.exists():
+            raise CheckpointError(f"{file} is missing, though the config says that there is a router.")
+        header = TensorFile.opened(file)  # compared before anything of its sizes, or of the config's, is in memory
         mine = self.state_dict()
-        wrong = sorted(mine.keys() ^ state.keys())
-        wrong += [name for name in mine.keys() & state.keys() if mine[name].shape != state[name].shape]
-        wrong += [name for name in mine.keys() & state.keys() if not state[name].isfinite().all()]
+        wrong = sorted(mine.keys() ^ header.shapes.keys())
+        both = sorted(mine.keys() & header.shapes.keys())
+        wrong += [name for name in both if mine[name].shape != header.shapes[name] or header.dtypes[name] != "F32"]
+        state = {} if wrong else load_file(file)
+        wrong += [name for name in state if not state[name].isfinite().all()]
         if wrong:
             raise CheckpointError(
                 f"{file} does not fit the router of this config ({len(wrong)} tensors, the first is {wrong[0]}); it belongs to other axes, "
                 "choices or targets, or is damaged."
             )
-        self.load_state_dict(state)
+        self.load_state_dict(state, assign=next(self.parameters()).is_meta)
         return self
 
     # -- helpers -------------------------------------------------------------------------------------------------------
@@ -285,9 +285,8 @@ def read_router(config: ElasticConfig, repo: str | os.PathLike[str], **hub: Any)
 
 
 def _described(config: ElasticConfig, description: Mapping[str, Any]) -> BudgetRouter:
-    """A router whose weights are to be loaded; making it draws none of the numbers that the caller's seed stands for."""
-    with torch.random.fork_rng(devices=[]):
-        return BudgetRouter(config, **description)
+    """A router whose weights are to be loaded: it has no storage, and making it draws none of the numbers that the caller's seed stands for."""
+    return BudgetRouter(config, **description, device="meta")
 
 
 def _name(key: Key) -> str:

@@ -12,11 +12,14 @@ from transformers import PreTrainedConfig
 from .architectures import Architecture, get_architecture
 from .budgets import FULL
 from .cost import CostModel
-from .errors import ElasticConfigError, did_you_mean
+from .errors import ElasticConfigError, did_you_mean, shown
 from .submodel import LAYERS, Submodel
 
 FORMAT_VERSION = 3
 """Version of the section on disk. A reader refuses newer ones; a writer writes the oldest that holds what it has to say."""
+
+_MOST_TARGETS = 64
+_MOST_SUBMODELS = 256  # those between two budgets are a hundredth of the parent apart
 
 _SECTION_KEYS = {1: {"version", "axes", "budgets"}}
 _SECTION_KEYS[2] = _SECTION_KEYS[1] | {"interpolated", "router"}
@@ -69,7 +72,7 @@ def checked_section(parent: PreTrainedConfig, section: Any) -> dict[str, Any]:
     needed = next((n for n, keys in _SECTION_KEYS.items() if section.keys() <= keys), FORMAT_VERSION)
     version = section.get("version", needed)
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
-        raise ElasticConfigError(f"elastic.version={version!r} must be a whole number of at least 1.")
+        raise ElasticConfigError(f"elastic.version={shown(version)} must be a whole number of at least 1.")
     if version > FORMAT_VERSION:
         raise ElasticConfigError(
             f"this checkpoint has elastic format {version}, this hf_elastic reads up to {FORMAT_VERSION}; "
@@ -79,14 +82,18 @@ def checked_section(parent: PreTrainedConfig, section: Any) -> dict[str, Any]:
     architecture = get_architecture(parent.model_type)
     axes, budgets = section.get("axes", {}), section.get("budgets", {})
     if not isinstance(budgets, Mapping):
-        raise ElasticConfigError(f"elastic.budgets={budgets!r} must be a dict.")
+        raise ElasticConfigError(f"elastic.budgets={shown(budgets)} must be a dict.")
     _check_axes(architecture, parent, axes)
+    interpolated = section.get("interpolated", [])
+    if not isinstance(interpolated, list):
+        raise ElasticConfigError(f"elastic.interpolated={shown(interpolated)} must be a list.")
+    if (listed := len(budgets) + len(interpolated)) > _MOST_SUBMODELS:
+        raise ElasticConfigError(
+            f"elastic.budgets and elastic.interpolated list {listed:,} submodels; at most {_MOST_SUBMODELS} are read."
+        )
     submodels: dict[str, Submodel] = {}
     for name, entry in budgets.items():
         submodels[name] = _check_budget(architecture, parent, name, entry, axes)
-    interpolated = section.get("interpolated", [])
-    if not isinstance(interpolated, list):
-        raise ElasticConfigError(f"elastic.interpolated={interpolated!r} must be a list.")
     between = [
         _check_entry(architecture, parent, f"elastic.interpolated[{i}]", entry, axes)
         for i, entry in enumerate(interpolated)
@@ -124,7 +131,7 @@ def _counted(count: CostModel, name: str | None, submodel: Submodel, entry: Mapp
         if given != checked[key]:
             where = "an interpolated submodel" if name is None else f"budget {name!r}"
             raise ElasticConfigError(
-                f"{where} says {key}={given}, its sizes have {checked[key]}; config.json was edited or damaged."
+                f"{where} says {key}={shown(given)}, its sizes have {checked[key]}; config.json was edited or damaged."
             )
     return checked
 
@@ -133,13 +140,13 @@ def _refuse_unknown(mapping: Mapping[str, Any], known: set[str], where: str) -> 
     for key in mapping:
         if key not in known:
             raise ElasticConfigError(
-                f"unknown key {key!r} in {where}; it takes {', '.join(sorted(known))}.{did_you_mean(key, known)}"
+                f"unknown key {shown(key)} in {where}; it takes {', '.join(sorted(known))}.{did_you_mean(key, known)}"
             )
 
 
 def _check_axes(architecture: Architecture, parent: PreTrainedConfig, axes: Any) -> None:
     if not isinstance(axes, Mapping):
-        raise ElasticConfigError(f"elastic.axes={axes!r} must be a dict.")
+        raise ElasticConfigError(f"elastic.axes={shown(axes)} must be a dict.")
     full = architecture.full(parent)
     for name, entry in axes.items():
         where = f"elastic.axes[{name!r}]"
@@ -152,21 +159,21 @@ def _check_axes(architecture: Architecture, parent: PreTrainedConfig, axes: Any)
         else:
             policy, largest, groups = "ranking", full.depth, 1
         if not isinstance(entry, Mapping):
-            raise ElasticConfigError(f"{where}={entry!r} must be a dict.")
+            raise ElasticConfigError(f"{where}={shown(entry)} must be a dict.")
         _refuse_unknown(entry, _AXIS_KEYS if name == LAYERS else _AXIS_KEYS - {"ranking"}, where)
         if entry.get("policy") != policy:
             raise ElasticConfigError(
-                f"{where}.policy={entry.get('policy')!r} is not how {parent.model_type} weights are cut; it must be {policy!r}."
+                f"{where}.policy={shown(entry.get('policy'))} is not how {parent.model_type} weights are cut; it must be {policy!r}."
             )
         choices = entry.get("choices")
         _check_list(choices, f"{where}.choices")
         if not choices or any(not 1 <= c <= largest for c in choices) or choices != sorted(set(choices), reverse=True):
             raise ElasticConfigError(
-                f"{where}.choices={choices!r} must go down, without repeats, within 1..{largest}."
+                f"{where}.choices={shown(choices)} must go down, without repeats, within 1..{largest}."
             )
         if groups > 1 and (odd := [c for c in choices if c % groups]):
             raise ElasticConfigError(
-                f"{where}.choices={choices!r}: {odd} cannot be shared among the {groups} groups; give multiples of {groups}."
+                f"{where}.choices={shown(choices)}: {odd} cannot be shared among the {groups} groups; give multiples of {groups}."
             )
     if LAYERS in axes:
         check_ranking(axes[LAYERS].get("ranking"), full.depth, "elastic.axes['layers'].ranking")
@@ -174,13 +181,14 @@ def _check_axes(architecture: Architecture, parent: PreTrainedConfig, axes: Any)
 
 def check_ranking(ranking: Any, depth: int, where: str) -> None:
     """Raise [`ElasticConfigError`] for what does not rank all layers."""
-    if not isinstance(ranking, list) or sorted(ranking, key=repr) != sorted(range(depth), key=repr):
-        raise ElasticConfigError(f"{where}={ranking!r} must list every layer 0..{depth - 1} once.")
+    whole = isinstance(ranking, list) and all(type(layer) is int for layer in ranking)
+    if not whole or sorted(ranking) != list(range(depth)):
+        raise ElasticConfigError(f"{where}={shown(ranking)} must list every layer 0..{depth - 1} once.")
 
 
 def _check_list(sizes: Any, where: str) -> None:
     if not isinstance(sizes, list) or any(isinstance(size, bool) or not isinstance(size, int) for size in sizes):
-        raise ElasticConfigError(f"{where}={sizes!r} must be a list of whole numbers.")
+        raise ElasticConfigError(f"{where}={shown(sizes)} must be a list of whole numbers.")
 
 
 def check_name(name: Any, where: str) -> None:
@@ -206,7 +214,7 @@ def _check_entry(
     architecture: Architecture, parent: PreTrainedConfig, where: str, entry: Any, axes: Mapping[str, Any]
 ) -> Submodel:
     if not isinstance(entry, Mapping) or not isinstance(entry.get("sizes"), Mapping):
-        raise ElasticConfigError(f"{where}={entry!r} must be a dict with `sizes`, a dict from axis to size.")
+        raise ElasticConfigError(f"{where}={shown(entry)} must be a dict with `sizes`, a dict from axis to size.")
     _refuse_unknown(entry, _BUDGET_KEYS, where)
     submodel = architecture.submodel(parent, entry["sizes"], where)
     for axis in submodel.cuts(architecture.full(parent)):
@@ -246,10 +254,18 @@ def _called(name: str | None) -> str:
 def _checked_router(router: Any) -> dict[str, Any]:
     """What a router is rebuilt from; [`hf_elastic.router.BudgetRouter`] checks the values against the axes and the parent."""
     if not isinstance(router, Mapping):
-        raise ElasticConfigError(f"elastic.router={router!r} must be a dict.")
+        raise ElasticConfigError(f"elastic.router={shown(router)} must be a dict.")
     _refuse_unknown(router, _ROUTER_KEYS, "elastic.router")
     if missing := sorted(_ROUTER_KEYS - router.keys()):
         raise ElasticConfigError(f"elastic.router does not say {missing[0]}; config.json was edited or damaged.")
+    per_layer = router["per_layer"]
+    if not isinstance(per_layer, list) or not all(isinstance(axis, str) for axis in per_layer):
+        raise ElasticConfigError(f"elastic.router.per_layer={shown(per_layer)} must be a list of axes.")
+    targets = router["targets"]
+    if not isinstance(targets, Mapping) or len(targets) > _MOST_TARGETS:
+        raise ElasticConfigError(
+            f"elastic.router.targets={shown(targets)} must be a dict from budget to target, of at most {_MOST_TARGETS}."
+        )
     return copy.deepcopy(dict(router))
 
 
@@ -261,7 +277,7 @@ def _checked_files(files: Any, whole: str, budgets: set[str]) -> dict[str, dict[
         budgets (`set[str]`): Names of all budgets.
     """
     if not isinstance(files, Mapping):
-        raise ElasticConfigError(f"elastic.files={files!r} must be a dict from budget to files.")
+        raise ElasticConfigError(f"elastic.files={shown(files)} must be a dict from budget to files.")
     if stray := sorted(map(str, files.keys() - budgets)):
         raise ElasticConfigError(
             f"elastic.files has files for {stray[0]!r}, which is no budget; there are {sorted(budgets)}."
@@ -274,16 +290,16 @@ def _checked_files(files: Any, whole: str, budgets: set[str]) -> dict[str, dict[
     for name, entry in files.items():
         where = f"elastic.files[{name!r}]"
         if not isinstance(entry, Mapping):
-            raise ElasticConfigError(f"{where}={entry!r} must be a dict from file to bytes.")
+            raise ElasticConfigError(f"{where}={shown(entry)} must be a dict from file to bytes.")
         for path, size in entry.items():
             if not is_inner_path(path):
                 raise ElasticConfigError(
-                    f"{where} names {path!r}, which is not a safetensors file in the checkpoint's folder; it is not opened."
+                    f"{where} names {shown(path)}, which is not a safetensors file in the checkpoint's folder; it is not opened."
                 )
             if path.lower() in seen:
-                raise ElasticConfigError(f"elastic.files names {path!r} twice, or in two spellings.")
+                raise ElasticConfigError(f"elastic.files names {shown(path)} twice, or in two spellings.")
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise ElasticConfigError(f"{where}[{path!r}]={size!r} must be a number of bytes.")
+                raise ElasticConfigError(f"{where}[{shown(path)}]={shown(size)} must be a number of bytes.")
             seen.add(path.lower())
     return {name: dict(entry) for name, entry in files.items()}
 
@@ -295,13 +311,27 @@ def is_inner_path(path: Any) -> bool:
     return all(part.strip(". ") for part in path.split("/"))
 
 
+def check_origin(origin: Any) -> None:
+    """Raise [`ElasticConfigError`] for a `cut_from` that is none, see [`hf_elastic.origin`]; `None` says nothing of an origin."""
+    if origin is None:
+        return
+    kinds: dict[str, type] = {"family": str, "commit": str, "budget": str, "sizes": Mapping}
+    if not isinstance(origin, Mapping):
+        raise ElasticConfigError(f"cut_from={shown(origin)} must be a dict.")
+    for key, kind in kinds.items():
+        if key in origin and not isinstance(origin[key], kind):
+            raise ElasticConfigError(
+                f"cut_from.{key}={shown(origin[key])} must be {'a dict from axis to size' if kind is Mapping else 'a text'}."
+            )
+
+
 def _checked_handover(handover: Any) -> dict[str, bool]:
     """What training did for the hand-over of caches between submodels."""
     if not isinstance(handover, Mapping):
-        raise ElasticConfigError(f"elastic.handover={handover!r} must be a dict.")
+        raise ElasticConfigError(f"elastic.handover={shown(handover)} must be a dict.")
     _refuse_unknown(handover, _HANDOVER_KEYS, "elastic.handover")
     if not isinstance(handover.get("trained"), bool):
-        raise ElasticConfigError(f"elastic.handover.trained={handover.get('trained')!r} must be true or false.")
+        raise ElasticConfigError(f"elastic.handover.trained={shown(handover.get('trained'))} must be true or false.")
     return dict(handover)
 
 

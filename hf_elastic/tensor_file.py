@@ -13,6 +13,7 @@ import weakref
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from .errors import CheckpointError
 
@@ -54,6 +55,27 @@ class TensorFile:
         self.offsets = {key: 8 + header.nbytes + entry["data_offsets"][0] for key, entry in entries.items()}
         self.shapes = {key: tuple(entry["shape"]) for key, entry in entries.items()}
         self.dtypes = {key: str(entry["dtype"]) for key, entry in entries.items()}
+
+    @classmethod
+    def opened(cls, path: Path) -> TensorFile:
+        """A file that is checked first.
+
+        Raises:
+            `CheckpointError`: it is missing, truncated or no safetensors file.
+        """
+        try:
+            if path.exists() and not path.is_file():
+                raise CheckpointError(f"{path} is no file.")
+            with safe_open(path, framework="pt"):  # refuses damaged files
+                return cls(path)
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{path} is missing.") from error
+        except (SafetensorError, OSError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(
+                f"{path} cannot be read as safetensors, it is damaged or incomplete ({error}); fetch or save it again."
+            ) from error
 
     def announce(self, offset: int, size: int) -> None:
         """Let the kernel fetch a range in the background, where it can."""

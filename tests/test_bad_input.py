@@ -454,7 +454,7 @@ def test_what_the_stock_class_ignores_may_be_there(folder):
 def test_a_parent_without_groups(field, folder, no_weights_placed):
     edit(folder, lambda c: (c["parent_config"].update({field: 0}), c["elastic"].update(budgets={}, axes={})))
     for budget in (None, {"hidden": 32}):
-        with pytest.raises(ElasticConfigError, match=f"the parent's {field} must be at least 1"):
+        with pytest.raises(ElasticConfigError, match=f"the parent's {field}=0 must be at least 1"):
             load(folder, budget=budget)
 
 

@@ -16,6 +16,7 @@ from transformers.utils import logging
 from hf_elastic import ElasticConfig
 from hf_elastic.adapter_slices import FAMILY_FILE
 from hf_elastic.errors import CheckpointError, ElasticConfigError
+from hf_elastic.json_files import read_json
 
 from .curriculum import Curriculum
 from .elastic_distillation_config import ElasticDistillationConfig
@@ -124,8 +125,13 @@ def check_training(folder: str, ours: Mapping[str, Any]) -> int:
         raise CheckpointError(f"{folder} is not a complete checkpoint: it has no readable trainer_state.json.")
     if not (Path(folder) / STATE_FILE).exists():  # of a trainer without a curriculum
         return 0
-    theirs = json.loads((Path(folder) / STATE_FILE).read_text(encoding="utf-8"))
+    theirs = read_json(Path(folder) / STATE_FILE)
     tokens = theirs.pop("num_tokens", 0)
+    stages = theirs.get("stages")
+    if not isinstance(stages, list) or not all(
+        isinstance(s, dict) and isinstance(s.get("steps"), int) for s in stages
+    ):
+        raise CheckpointError(f"{Path(folder) / STATE_FILE} lists no stages; it is damaged or incomplete.")
     past = [{**run, "stages": _until(run["stages"], state.global_step)} for run in (theirs, ours)]
     for group in ("arguments", "router_arguments"):
         found = [run.pop(group, None) for run in past]

@@ -173,16 +173,15 @@ class Architecture(ABC):
         depth = self.depth(config)
         layers = [(config.per_layer_config[i], self.parts(config, i)) for i in range(depth)]
         for axis in self.axes:
-            if axis.groups and any(axis.part in parts and getattr(c, axis.groups) < 1 for c, parts in layers):
-                raise ElasticConfigError(
-                    f"the parent's {axis.groups} must be at least 1; its config was edited or damaged."
-                )
+            if axis.groups:
+                for layer_config in (c for c, parts in layers if axis.part in parts):
+                    _field(layer_config, axis.groups)
         items: list[tuple[str, int | tuple[int | None, ...]]] = []
         for axis in self.axes:
             if axis.part is None:
-                items.append((axis.name, int(getattr(config, axis.field))))
+                items.append((axis.name, _field(config, axis.field)))
             elif any(axis.part in parts for _, parts in layers):
-                sizes = (int(getattr(c, axis.field)) if axis.part in parts else None for c, parts in layers)
+                sizes = (_field(c, axis.field) if axis.part in parts else None for c, parts in layers)
                 items.append((axis.name, tuple(sizes)))
         return Submodel(tuple(items), tuple(range(depth)), depth)
 
@@ -327,6 +326,16 @@ def uniform(config: PreTrainedConfig) -> Iterator[None]:
     finally:
         if differences is not None:
             config._heterogeneity_spec = differences
+
+
+def _field(config: PreTrainedConfig, name: str) -> int:
+    """A size or a number of groups in the parent's config."""
+    value = getattr(config, name)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ElasticConfigError(
+            f"the parent's {name}={shown(value)} must be at least 1, and a whole number; its config was edited or damaged."
+        )
+    return value
 
 
 def _kept_layers(value: Any, depth: int, name: str) -> tuple[int, ...]:

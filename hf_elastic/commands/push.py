@@ -88,8 +88,6 @@ def run(args: argparse.Namespace) -> None:
 @contextmanager
 def _checkpoint(args: argparse.Namespace, repo_id: str, card: CardArguments) -> Iterator[Path]:
     """The folder to upload: the source itself if it is as it has to be, otherwise a temporary one."""
-    from transformers import PreTrainedConfig
-
     from ..configuration_elastic import ElasticConfig, read_config
     from ..exchanging import refuse_interrupted
     from ..modeling_elastic import ElasticForCausalLM
@@ -98,7 +96,7 @@ def _checkpoint(args: argparse.Namespace, repo_id: str, card: CardArguments) -> 
     check_source(args.source)
     source = Path(args.source)
     refuse_interrupted(source)
-    fields, _ = PreTrainedConfig.get_config_dict(args.source)
+    fields, _ = ElasticConfig.get_config_dict(args.source)
     if fields.get("model_type") != ElasticConfig.model_type:
         if not source.is_dir():
             raise ElasticConfigError(f"{args.source} is no elastic checkpoint; an export is pushed from its folder.")
