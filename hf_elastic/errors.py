@@ -118,6 +118,8 @@ def users_level() -> int:
 
 
 _INSIDE = ("hf_elastic", "transformers")
+
+
 def reason(error: BaseException) -> str:
     """What an error of another library says, on one line and not too long, with its type where the text alone says nothing."""
     text = " ".join(str(error).split())

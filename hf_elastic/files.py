@@ -146,7 +146,9 @@ def find_file(repo: str | os.PathLike[str], name: str, hub: Mapping[str, Any], *
     """
     if os.path.isdir(repo):
         path = Path(repo, hub.get("subfolder") or "", name)
-        if not path.is_file() and os.path.lexists(path):  # not the same as none: what it stands for would be left out without a word
+        if not path.is_file() and os.path.lexists(
+            path
+        ):  # not the same as none: what it stands for would be left out without a word
             raise CheckpointError(f"{path} is no file that can be read.")
         return path if path.is_file() else None
     repo = str(repo)

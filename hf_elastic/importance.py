@@ -251,7 +251,7 @@ def _batches(
     rows: list[torch.Tensor] = []
     ids_of_rows = (
         ids
-        for i, row in enumerate(_readable_rows(calibration))
+        for i, row in enumerate(_readable_rows(iter(calibration)))
         for ids in _token_ids(row, tokenizer, f"calibration row {i}")
     )
     for ids in itertools.islice(ids_of_rows, samples):

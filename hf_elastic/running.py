@@ -91,7 +91,9 @@ class RunningMixin(LiveMixin):
 
             def change(twin: nn.Module) -> None:
                 if isinstance(twin, RunningMixin):
-                    twin.__dict__.update(member.numbers, config=member.config, name_or_path=member.config._name_or_path)
+                    twin.__dict__.update(
+                        member.numbers, config=member.config, name_or_path=member.config._name_or_path
+                    )
                     twin.__dict__.update(_active=submodel, _exposing=True, _members={}, _stencils={}, _users=Users())
 
             return shadow(self, member.modules, change)  # type: ignore[arg-type]

@@ -100,7 +100,10 @@ def find_tokenizer(model: Any) -> PreTrainedTokenizerBase:
         if not where:
             raise OSError("the model was not loaded from a checkpoint")
         hub = getattr(model, "_hub_kwargs", {})
-        for name in ("tokenizer_config.json", "tokenizer.json"):  # upstream takes a connection that failed for none of them
+        for name in (
+            "tokenizer_config.json",
+            "tokenizer.json",
+        ):  # upstream takes a connection that failed for none of them
             find_file(where, name, hub)
         return AutoTokenizer.from_pretrained(where, **hub)
     except Exception as error:  # of many kinds, for what is missing or damaged

@@ -112,7 +112,9 @@ class SpeculationMixin:
         """
         if draft_budget is None:
             if num_draft_tokens is not None:
-                raise SpeculationError(f"num_draft_tokens={shown(num_draft_tokens)} needs draft_budget=..., which drafts.")
+                raise SpeculationError(
+                    f"num_draft_tokens={shown(num_draft_tokens)} needs draft_budget=..., which drafts."
+                )
             if kwargs.get("phase_plan") is not None:
                 return super().generate(*args, **kwargs)  # type: ignore[misc]
             with self._in_use() as model:  # type: ignore[attr-defined]
