@@ -135,7 +135,7 @@ def _live_budgets(parent: PreTrainedConfig, budgets: dict[str, dict[str, int]]) 
     storages: dict[int, int] = {}
     for name in (*budgets, "full"):
         model.set_budget(name)
-        tensors = [*model.parameters(), *model.buffers()]
+        tensors = list(model.state_dict(keep_vars=True).values())  # of the budget; parameters() are the family's
         places[name] = [tensor.data_ptr() for tensor in tensors]
         storages.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors})
     del tensors
@@ -147,7 +147,7 @@ def _live_budgets(parent: PreTrainedConfig, budgets: dict[str, dict[str, int]]) 
             start = perf_counter()
             model.set_budget(name)
             microseconds.append(1e6 * (perf_counter() - start))
-            places_now = [tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())]
+            places_now = [tensor.data_ptr() for tensor in model.state_dict(keep_vars=True).values()]
             moved += sum(old != new for old, new in zip(places[name], places_now, strict=True))
     assert with_parent - before > 0.9 * weights, (
         "the parent's weights are not in anonymous memory, so this shows nothing"
