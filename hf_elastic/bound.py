@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .axes import Run, places_of, take
 from .errors import ElasticConfigError, HFElasticError
@@ -68,6 +69,8 @@ def _look(tensor: Any) -> None:
 
 def watch(tensor: torch.Tensor) -> torch.Tensor:
     """Notice from now on who takes the `.data` of a tensor; tensors of other classes than torch's own are left alone."""
+    if tensor.is_inference():
+        return tensor
     if type(tensor) is nn.Parameter:
         tensor.__class__ = WatchedParameter
     elif type(tensor) is torch.Tensor:
@@ -133,7 +136,7 @@ class Bound:
         self._note()
 
     def _note(self) -> None:
-        self.seen = (_state(self.source), _state(self.placed))
+        self.seen = (_state(self.source, _steps), _state(self.placed))
 
     @property
     def is_current(self) -> bool:
@@ -143,7 +146,7 @@ class Bound:
 
     def refresh(self) -> None:
         """Copy again if the parent's tensor was changed since."""
-        if not self.copied or (state := _state(self.source)) == self.seen[0] is not None:
+        if not self.copied or (state := _state(self.source, _steps)) == self.seen[0] is not None:
             return
         values = take(self.source.detach(), self.runs)
         # Who took `.data` may only have looked.
@@ -152,6 +155,11 @@ class Bound:
             with writable(self.placed):
                 self.placed.copy_(values)
         self._note()
+
+    def write_back(self) -> None:
+        """Carry over to the parent what was changed in a copy; what was exchanged waits for `settle`."""
+        if self.copied and self._was_changed(self.placed):
+            self._write(self.placed)
 
     def settle(self) -> bool:
         """Carry over to the parent what was changed at the budget.
@@ -173,13 +181,16 @@ class Bound:
         if frozen and self.source.is_leaf:
             self.source.requires_grad_(now.requires_grad)
         if exchanged or (self.copied and self._was_changed(now)):
-            values = now.detach()
-            with writable(self.source):
-                for places in product(*(places_of(runs) for runs in self.runs)):
-                    kept, place = zip(*places, strict=True) if places else ((), ())
-                    self.source[kept] = values[place]
-            self._note()
+            self._write(now)
         return exchanged or frozen
+
+    def _write(self, now: torch.Tensor) -> None:
+        values = now.detach()
+        with writable(self.source):
+            for places in product(*(places_of(runs) for runs in self.runs)):
+                kept, place = zip(*places, strict=True) if places else ((), ())
+                self.source[kept] = values[place]
+        self._note()
 
     def _was_changed(self, now: torch.Tensor) -> bool:
         (source, seen), placed = self.seen, _state(now)
@@ -190,7 +201,7 @@ class Bound:
         if placed.version != seen.version:
             return True
         # Who took `.data` may only have looked; and if the parent was changed as well, what it holds is newer.
-        unchanged = source is not None and source == _state(self.source)
+        unchanged = source is not None and source == _state(self.source, _steps)
         return unchanged and not torch.equal(now, take(self.source.detach(), self.runs))
 
     def _check(self, now: Any) -> None:
@@ -213,12 +224,25 @@ def writable(tensor: torch.Tensor) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _State:
-    """How often a tensor was changed in place, and its `.data` taken."""
+    """How often a tensor was changed in place, its `.data` taken, and any optimizer has made a step."""
 
     version: int
     looks: int
+    steps: int
 
 
-def _state(tensor: torch.Tensor) -> _State | None:
+_steps = 0
+
+
+def _count_step(*_: Any) -> None:
+    global _steps
+    _steps += 1
+
+
+# Fused optimizers change weights without counting it.
+register_optimizer_step_post_hook(_count_step)
+
+
+def _state(tensor: torch.Tensor, steps: int = 0) -> _State | None:
     """`None` for tensors made in inference mode, which do not count changes."""
-    return None if tensor.is_inference() else _State(tensor._version, tensor.__dict__.get("looks", 0))
+    return None if tensor.is_inference() else _State(tensor._version, tensor.__dict__.get("looks", 0), steps)

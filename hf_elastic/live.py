@@ -66,7 +66,7 @@ class LiveMixin:
             return full
         if member is not None and member.settle():
             member = None
-        if member is None or not member.is_current(full):
+        if member is None or not member.is_current(full.modules):
             member = self._members[submodel] = self._bind(submodel)
         member.follow(full)
         return member
@@ -86,14 +86,37 @@ class LiveMixin:
         member = self._members.get(self._active)
         if self._active == self._full or member is None or member.tree is None:
             return
+        self._check_children(member)
+        if member.settle():
+            del self._members[self._active]
+
+    def _check_children(self, member: Member) -> None:
         for name, module in member.modules.items():
             if self._modules.get(name) is not module:
                 raise ElasticConfigError(
                     f"{name} was exchanged while a budget was active, and the family cannot take that over. Put it back, or call forget_budgets(), "
                     "which drops the change; to change the family itself, call set_budget(None) first."
                 )
-        if member.settle():
-            del self._members[self._active]
+
+    def _whole_children(self) -> dict[str, nn.Module]:
+        """The children of everything that is loaded."""
+        return self._modules if self._active == self._full else self._members[self._full].modules
+
+    def _write_back(self) -> None:
+        for member in self._members.values():
+            member.write_back()
+
+    def _sync(self) -> None:
+        """Let what was changed anywhere reach what runs: copies that were changed are written back, others made again."""
+        self._write_back()
+        member = self._members.get(self._active)
+        if self._trains or member is None or member.tree is None:
+            return
+        self._check_children(member)
+        if member.is_current(self._whole_children()):
+            member.refresh()
+        else:
+            self._place(self._member(self._active), self._active)
 
     def _settle(self) -> None:
         """Carry over what was changed at any budget."""
@@ -102,13 +125,13 @@ class LiveMixin:
                 del self._members[submodel]
 
     def _place(self, member: Member, submodel: Submodel) -> None:
+        self._active = submodel
         for name, module in member.modules.items():
             self._modules[name] = module
             if module.training != self.training:
                 module.train(self.training)
         self.config = member.config
         self.__dict__.update(member.numbers)
-        self._active = submodel
         self._rename()
 
     def _train_at(self, submodel: Submodel) -> None:

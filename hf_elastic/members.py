@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,13 +39,12 @@ class Member:
         self._structure = structure_of({} if self.tree is None else self.modules)
         self._theirs = structure_of(self.parents[0])
         self._shared = _shared(self.tree)
+        self._copies = [bound for bound in self.bound if isinstance(bound, Bound) and bound.copied]
 
-    def is_current(self, full: Member) -> bool:
-        """Whether the parent still has the same modules, parameters and memory as when this was bound."""
+    def is_current(self, modules: Mapping[str, nn.Module | None]) -> bool:
+        """Whether the parent, whose children are given, has the same modules, parameters and memory as when this was bound."""
         return (
-            self.parents[0] == full.modules
-            and is_unchanged(self._theirs)
-            and all(bound.is_current for bound in self.bound)
+            self.parents[0] == modules and is_unchanged(self._theirs) and all(bound.is_current for bound in self.bound)
         )
 
     def follow(self, full: Member) -> None:
@@ -58,9 +58,15 @@ class Member:
 
     def refresh(self) -> None:
         """Make copies again of what was changed in the parent."""
-        with torch.inference_mode(False), torch.no_grad():
-            for bound in self.bound:
-                bound.refresh()
+        if self._copies:
+            with torch.inference_mode(False), torch.no_grad():
+                for bound in self._copies:
+                    bound.refresh()
+
+    def write_back(self) -> None:
+        """Carry over to the parent what was changed in copies."""
+        for bound in self._copies:
+            bound.write_back()
 
     def settle(self) -> bool:
         """Carry over to the parent what was changed at this budget: values, exchanged tensors, and what was frozen.

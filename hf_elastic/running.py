@@ -6,6 +6,7 @@ import copy
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from .errors import BusyError, HFElasticError
 from .generation.caches import claim
 from .live import LiveMixin
 from .loaded_from import taken_from
+from .members import Member
 from .sharing import Users, shadow
 from .sized import Share, own
 from .stencils import CutHead
@@ -30,10 +32,12 @@ class RunningMixin(LiveMixin):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the stock model's, at the budget of this thread. A cache goes on at the budget that wrote it; at another one it is refused."""
+        if torch.compiler.is_compiling():
+            model = self._before_compiled()
+            run = super().__call__ if model is self else model  # type: ignore[misc]
+            return run(*args, **kwargs)
         users = self.__dict__.get("_users")
-        if users is None or torch.compiler.is_compiling():
-            return super().__call__(*args, **kwargs)  # type: ignore[misc]
-        if users.runs_here:  # inside generate, which has seen to everything else
+        if users is None or (users.runs_here and self._is_meant()):  # generate has seen to everything else
             self._claim(kwargs.get("past_key_values"))
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
         with self._in_use() as model:
@@ -42,8 +46,23 @@ class RunningMixin(LiveMixin):
                 kwargs |= self._training_cache(self.config.use_cache and not _recomputes(self), kwargs)
             outputs = super(RunningMixin, model).__call__(*args, **kwargs)  # type: ignore[misc]
             if kwargs.get("past_key_values") is None:
-                model._claim(getattr(outputs, "past_key_values", None))
+                given = outputs if isinstance(outputs, tuple) else (getattr(outputs, "past_key_values", None),)
+                for cache in given:
+                    model._claim(cache)
             return outputs
+
+    @torch.compiler.disable
+    def _before_compiled(self) -> Any:
+        """What a compiled call runs. Not part of what is compiled, as it depends on what other threads do."""
+        if self._users.runs_here and self._is_meant():
+            return self
+        with self._in_use() as model:
+            return model
+
+    def _is_meant(self) -> bool:
+        """Whether the family itself is at the budget of this context."""
+        block = self._users.own()
+        return block is None or block.submodel == self._active
 
     @contextmanager
     def _in_use(self) -> Iterator[Any]:
@@ -54,9 +73,8 @@ class RunningMixin(LiveMixin):
         """
         users = self._users
         with users.lock:
-            block = users.own()
+            block, settled = users.own(), users.settled(self._active)
             if block is None and not users.runs_here:
-                settled = users.settled(self._active)
                 if foreign := [other for other in users.others() if other.submodel != settled]:
                     raise BusyError(
                         f"thread {foreign[0].thread!r} is inside at() of this family, and this thread is not, so it is not known at which budget it "
@@ -67,7 +85,8 @@ class RunningMixin(LiveMixin):
                         "another thread has called set_budget() of this family since this one did, so it is not known at which budget to run. "
                         "Call it again, use at(), or take a model of its own for the size: small = family.sized('small')."
                     )
-            submodel = self._active if block is None else block.submodel
+            resting = self._active if users.runs_here else settled
+            submodel = resting if block is None else block.submodel
             if not users.runs_here and not self._trains:
                 self._follow()
             model = self if submodel == self._active else self._shadow(submodel)
@@ -75,14 +94,39 @@ class RunningMixin(LiveMixin):
         try:
             yield model
         finally:
-            model._users.end()
+            with model._users.lock:
+                if (back := model._users.end()) is not None:
+                    model._switch(back)
 
     def _follow(self) -> None:
-        """Before a call: what runs is what the family's weights are now."""
-        if (share := self.__dict__.get("_shares")) is not None:
-            share.follow()
-        if (member := self._members.get(self._active)) is not None:
-            member.refresh()
+        """Let what was changed in the family, here or in a size of it, reach what runs here."""
+        with self._users.lock:
+            if (share := self.__dict__.get("_shares")) is not None:
+                share.follow()
+            if (beside := self.__dict__.get("_beside")) is not None:
+                beside()
+            self._sync()
+
+    def _refuse_beside(self, what: str) -> None:
+        """Refuse what would be of the budget that another thread has switched the family to."""
+        block = self.__dict__["_users"].own() if "_users" in self.__dict__ else None
+        if block is not None and block.beside and block.submodel != self._active:
+            raise BusyError(
+                f"{what} is that of the family, which another thread runs at another budget now; this at() block can call it and generate. Take a "
+                "model of its own for the size: small = family.sized('small')."
+            )
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As upstream, of the active budget."""
+        self._refuse_beside("state_dict()")
+        if "_users" in self.__dict__ and not self._trains:
+            self._follow()
+        return super().state_dict(*args, **kwargs)  # type: ignore[misc]
+
+    def get_input_embeddings(self) -> Any:
+        """As upstream, of the active budget."""
+        self._refuse_beside("get_input_embeddings()")
+        return super().get_input_embeddings()  # type: ignore[misc]
 
     def _shadow(self, submodel: Submodel) -> Any:
         """A model of a submodel over the same tensors, in evaluation mode, that runs whatever the family is switched to."""
@@ -95,8 +139,21 @@ class RunningMixin(LiveMixin):
                         member.numbers, config=member.config, name_or_path=member.config._name_or_path
                     )
                     twin.__dict__.update(_active=submodel, _exposing=True, _members={}, _stencils={}, _users=Users())
+                    twin.__dict__.update(_shares=None, _beside=partial(self._keep_up, submodel, member))
 
             return shadow(self, member.modules, change)  # type: ignore[arg-type]
+
+    def _keep_up(self, submodel: Submodel, member: Member) -> None:
+        """Let what was changed in the family reach a shadow of it."""
+        with self._users.lock:
+            if (share := self.__dict__.get("_shares")) is not None:
+                share.follow()
+            self._write_back()
+            if submodel != self._full and not member.is_current(self._whole_children()):
+                raise HFElasticError(
+                    "the weights of the family were moved, cast or exchanged while a size of it was generating; generate again."
+                )
+            member.refresh()
 
     def sized(self, budget: Budget | Submodel) -> Any:
         """A live size as a model of its own: it stays at its size whatever this family is set to, and runs in a thread of its own.
@@ -131,7 +188,9 @@ class RunningMixin(LiveMixin):
         elastic._name_or_path = model.name_or_path = model.config._name_or_path = taken_from(model.name_or_path)
         model._adopt(elastic, self.router if submodel == self._full else None)  # type: ignore[attr-defined]
         model.__dict__["_taken_as"] = submodel
-        model.__dict__["_shares"] = Share(weakref.ref(self), member, self._members[self._full], places)
+        model.__dict__["_beside"] = None
+        outer = self.__dict__.get("_shares")
+        model.__dict__["_shares"] = Share(weakref.ref(self), member, self._members[self._full], places, outer)
         return model
 
     def _running_at(self, submodel: Submodel) -> Any:
@@ -163,6 +222,7 @@ class RunningMixin(LiveMixin):
 
     def get_output_embeddings(self) -> Any:
         """As upstream; at a budget in training mode the head's `weight` is what the budget keeps of it."""
+        self._refuse_beside("get_output_embeddings()")
         head = super().get_output_embeddings()  # type: ignore[misc]
         units = self.__dict__.get("_stencils", {}).get(self.__dict__.get("_active"), []) if self._trains else []
         return next((CutHead(unit) for unit in units if unit.module is head), head)

@@ -48,10 +48,10 @@ class Users:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self._left = threading.Condition(self.lock)
         self._running: dict[int, int] = {}  # calls of the family itself, per thread
         self.blocks: list[Block] = []
         self.base: Submodel | None = None  # what the family goes back to when all blocks that switched it are left
+        self.pending: Submodel | None = None  # the same, when the calls of other threads that run it have ended
 
     def own(self) -> Block | None:
         """The innermost open block of this context."""
@@ -78,14 +78,17 @@ class Users:
             thread = threading.get_ident()
             self._running[thread] = self._running.get(thread, 0) + 1
 
-    def end(self) -> None:
-        """Its end."""
+    def end(self) -> Submodel | None:
+        """Its end; returns what the family has to go back to now."""
         with self.lock:
             thread = threading.get_ident()
             self._running[thread] -= 1
             if not self._running[thread]:
                 del self._running[thread]
-                self._left.notify_all()
+            if self._running:
+                return None
+            back, self.pending = self.pending, None
+            return back
 
     def open(self, submodel: Submodel, active: Submodel, beside: bool = False) -> Block:
         """A block of this context.
@@ -97,24 +100,28 @@ class Users:
             self.base = active
         block = Block(self, submodel, beside, threading.current_thread().name)
         self.blocks.append(block)
-        _OPEN.set((*_OPEN.get(), block))
+        _OPEN.set((*(other for other in _OPEN.get() if other in other.users.blocks), block))
         return block
 
     def close(self, block: Block) -> Submodel | None:
         """Its end, in whatever context: a generator may be closed in another one.
 
         Returns:
-            `Submodel`: What the family has to go back to; `None` for a block beside it. Nobody else is inside a call of the family then.
+            `Submodel`: What the family has to go back to now; `None` for a block beside it, and while another thread is inside a call of the
+                family, whose end then sees to it.
         """
         self.blocks.remove(block)
         _OPEN.set(tuple(other for other in _OPEN.get() if other is not block))
         if block.beside:
             return None
-        self._left.wait_for(lambda: not self.runs_elsewhere)
-        return next((other.submodel for other in reversed(self.blocks) if not other.beside), self.base)
+        back = next((other.submodel for other in reversed(self.blocks) if not other.beside), self.base)
+        self.pending = back if self.runs_elsewhere else None
+        return None if self.runs_elsewhere else back
 
     def settled(self, active: Submodel) -> Submodel:
         """What the family, which is at `active` now, is at for those who are in no block."""
+        if self.pending is not None:
+            return self.pending
         return active if self.base is None or all(block.beside for block in self.blocks) else self.base
 
     def note_set(self, submodel: Submodel) -> None:
@@ -139,6 +146,10 @@ class Users:
 _INSTEAD = "Wait for it, or take a model of its own for the size, small = family.sized('small'), which runs in its own thread whatever the family does."
 
 
+COMPILED = ("_compiled_call_impl", "_compiled_call", "_last_compile_config")
+"""What `compile` and the stock `generate` keep on a module; it leads back to that very module."""
+
+
 def shadow(
     module: nn.Module, children: Mapping[str, nn.Module | None], change: Callable[[nn.Module], None]
 ) -> nn.Module:
@@ -158,6 +169,8 @@ def shadow(
             return made[id(module)]
         twin = made[id(module)] = object.__new__(type(module))
         for key, value in module.__dict__.items():
+            if key in COMPILED:
+                continue
             own = isinstance(value, (dict, set)) and key.startswith("_")  # parameters, buffers, hooks
             twin.__dict__[key] = value.copy() if own else value
         for key in ("forward", "_old_forward"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,35 +29,44 @@ class Share:
         member (`Member`): The family's own form of this size.
         whole (`Member`): What ran everything that is loaded.
         places (`list[Place]`): The tensors that were taken over.
+        outer (`Share`, *optional*): What the family has of a family of its own.
     """
 
     family: weakref.ref[Any]
     member: Member
     whole: Member
     places: list[Place]
+    outer: Share | None = None
 
     def __post_init__(self) -> None:
         self._structure = structure_of(self.whole.modules)
 
     def follow(self) -> None:
-        """Take over what was changed in the family.
+        """Take over what was changed in the family, and what is changed in this size's copies into the family.
 
         Raises:
             `HFElasticError`: the family's weights lie elsewhere now.
         """
         family = self.family()
-        here = is_unchanged(self._structure) and all(
-            module._parameters.get(leaf) is tensor and tensor.data_ptr() == address
-            for module, leaf, tensor, address in self.places
-        )
-        whole = self.whole if family is None else family._whole_member()
-        bound = self.member.tree is None or self.member.is_current(whole)
-        if not (here and bound and whole.modules == self.whole.modules):
-            raise HFElasticError(
-                "the weights of the family were moved, cast or exchanged since this size was taken from it with sized(), and it would run on the old "
-                "ones; take it again."
+        if self.outer is not None:  # the family is itself a size of another one
+            self.outer.follow()
+        with nullcontext() if family is None else family._users.lock:
+            modules = self.whole.modules
+            if family is not None:
+                family._sync()
+                modules = family._whole_children()
+            here = is_unchanged(self._structure) and all(
+                module._parameters.get(leaf) is tensor and tensor.data_ptr() == address
+                for module, leaf, tensor, address in self.places
             )
-        self.member.refresh()
+            bound = self.member.tree is None or self.member.is_current(modules)
+            if not (here and bound and modules == self.whole.modules):
+                raise HFElasticError(
+                    "the weights of the family were moved, cast or exchanged since this size was taken from it with sized(), and it would run on "
+                    "the old ones; take it again."
+                )
+            self.member.write_back()
+            self.member.refresh()
 
 
 def own(model: Any, member: Member, name: str) -> list[Place]:
@@ -82,7 +92,8 @@ def own(model: Any, member: Member, name: str) -> list[Place]:
             if tensor is None:
                 continue
             if id(tensor) not in made:
-                places.append((theirs[path], leaf, tensor, tensor.data_ptr()))
+                if not tensor.is_meta:  # those are exchanged for every forward pass
+                    places.append((theirs[path], leaf, tensor, tensor.data_ptr()))
                 made[id(tensor)] = _view(tensor, f"{path}.{leaf} of sized({name!r})")
             module._parameters[leaf] = made[id(tensor)]
     return places

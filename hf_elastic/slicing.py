@@ -166,6 +166,10 @@ def bind_views(
         owner, _, leaf = source.rpartition(".")
         holder = parent.get_submodule(owner)
         tensor: torch.Tensor = getattr(holder, leaf)
+        if hasattr(tensor, "full_tensor"):
+            raise ElasticConfigError(
+                f"{source} is sharded (FSDP), and a size of it would need the whole; budgets of a sharded family compute in training mode only."
+            )
         view = piece.narrow(tensor.detach())
         if tensor.is_meta and not any(map(is_fetched, _around(parent, owner))):
             raise ElasticConfigError(

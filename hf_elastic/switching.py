@@ -7,7 +7,7 @@ is looked up per token. Who may switch when others use the family is in [`hf_ela
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,9 +17,9 @@ from torch import nn
 from .adapters import attached
 from .budgets import Budget
 from .configuration_elastic import ElasticConfig
-from .errors import ElasticConfigError, HFElasticError
+from .errors import CheckpointError, ElasticConfigError, HFElasticError
 from .running import RunningMixin
-from .sharing import Users
+from .sharing import COMPILED, Users
 from .submodel import Submodel
 
 
@@ -49,7 +49,7 @@ class SwitchingMixin(RunningMixin):
     def submodel(self) -> Submodel:
         """Sizes of the active budget: that of the `at` block that this thread or task is in, if it is in one."""
         block = self._users.own()
-        return self._active if block is None else block.submodel
+        return self._users.settled(self._active) if block is None else block.submodel
 
     def set_budget(self, budget: Budget | Submodel) -> None:
         """Run at another budget from now on.
@@ -79,7 +79,7 @@ class SwitchingMixin(RunningMixin):
             if block is not None and block.beside:
                 self._member(submodel)
             else:
-                if submodel != self._active:
+                if submodel != self._active or self._users.others():
                     self._users.refuse_others("switching")
                 self._switch(submodel)
             if block is not None:
@@ -98,7 +98,7 @@ class SwitchingMixin(RunningMixin):
         submodel = self.elastic_config.resolve(budget, self.dtype)  # type: ignore[attr-defined]
         users = self._users
         with users.lock:
-            beside = bool(users.others()) or (submodel != self._active and users.runs_elsewhere)
+            beside = bool(users.others() or users.pending) or (submodel != self._active and users.runs_elsewhere)
             if beside and self._trains:
                 users.refuse_others("switching in training mode")
             before = self._active
@@ -143,6 +143,8 @@ class SwitchingMixin(RunningMixin):
         with users.lock:
             users.refuse_others("saving it, or training it at a budget,")
             before, computing, exposing = self._active, self._computing, self._exposing
+            if not self._trains:
+                self._follow()
             self._switch(self._full)
             self._settle()
             self._members[self._full] = self._current()
@@ -195,6 +197,36 @@ class SwitchingMixin(RunningMixin):
                 raise
         return self
 
+    def load_state_dict(
+        self, state_dict: Mapping[str, torch.Tensor], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As upstream, into the active budget; the state dict of everything that is loaded is taken at a smaller one, too.
+
+        Raises:
+            `CheckpointError`: at a smaller budget, names or shapes that are neither the budget's nor the family's. Nothing was changed.
+            `ElasticConfigError`: at a smaller budget of a model that was made in inference mode, whose changes torch does not count.
+        """
+        self._refuse_beside("load_state_dict()")
+        if self._active == self._full or self._trains:
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)  # type: ignore[misc]
+        given = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+        here = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
+        if any(tensor.is_inference() for tensor in self.parameters()):  # type: ignore[attr-defined]
+            raise ElasticConfigError(
+                "this model was made in inference mode, where changes are not counted: call set_budget(None), load the weights, then set_budget()."
+            )
+        if given.items() <= here.items():
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)  # type: ignore[misc]
+        with self._whole("loading weights"):
+            whole = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
+            if given.items() <= whole.items():
+                return super().load_state_dict(state_dict, strict=strict, assign=assign)  # type: ignore[misc]
+        wrong = next((name for name in given if given[name] != whole.get(name)), next(iter(given)))
+        raise CheckpointError(
+            f"the state dict is neither that of the active budget nor that of the family: {wrong} {given[wrong]} is {here.get(wrong)} at the budget "
+            f"and {whole.get(wrong)} in the family. Take it from a model of the same budget, or call set_budget(None) first."
+        )
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         # Moving or casting the views one by one would tear them off the shared storage: do it to the parent, then view again.
         with self._whole("moving or casting it"):
@@ -236,6 +268,8 @@ class SwitchingMixin(RunningMixin):
         with self._users.lock:
             self._users.refuse_others(what)
             active = self._active
+            if not self._trains:
+                self._follow()
             self._forget()
             try:
                 yield
@@ -244,9 +278,9 @@ class SwitchingMixin(RunningMixin):
 
     def __getstate__(self) -> dict[str, Any]:
         with self._whole("copying it"):
-            state = {**self.__dict__, "_modules": dict(self._modules)}
-            del state["_users"]
-            state.pop("_shares", None)
+            state = {**self.__dict__, "_modules": dict(self._modules), "_members": {}, "_stencils": {}}
+            for key in ("_users", "_shares", "_beside", *COMPILED):
+                state.pop(key, None)
         state["_active_when_saved"] = self._active
         return state
 

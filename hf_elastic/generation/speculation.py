@@ -22,7 +22,7 @@ from transformers.generation import (
 from ..budgets import Budget
 from ..errors import SpeculationError, shown
 from ..submodel import Submodel
-from .arguments import by_name, with_stop_strings
+from .arguments import by_name, telling, with_stop_strings
 from .snapshots import Reader
 
 DRAFT_TOKENS = 4
@@ -117,7 +117,7 @@ class SpeculationMixin:
                 )
             if kwargs.get("phase_plan") is not None:
                 return super().generate(*args, **kwargs)  # type: ignore[misc]
-            with self._in_use() as model:  # type: ignore[attr-defined]
+            with telling(kwargs.get("streamer")), self._in_use() as model:  # type: ignore[attr-defined]
                 given = kwargs | model._training_cache(True, kwargs)
                 return super(SpeculationMixin, model).generate(*args, **given)  # type: ignore[misc]
         kwargs = by_name(self, args, kwargs)
