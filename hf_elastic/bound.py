@@ -139,10 +139,14 @@ class Bound:
         self.seen = (_state(self.source, _steps), _state(self.placed))
 
     @property
+    def lies_there(self) -> bool:
+        """Whether the parent still holds the same memory, and not another tensor that was put in its place."""
+        return getattr(self.owner, self.leaf) is self.source and self.source.data_ptr() == self.address
+
+    @property
     def is_current(self) -> bool:
-        """Whether the parent still holds the same memory, frozen or not as then, and not another tensor that was put in its place."""
-        same = getattr(self.owner, self.leaf) is self.source and self.source.data_ptr() == self.address
-        return same and self.source.requires_grad == self.requires_grad
+        """The same, and frozen or not as then."""
+        return self.lies_there and self.source.requires_grad == self.requires_grad
 
     def refresh(self) -> None:
         """Copy again if the parent's tensor was changed since."""

@@ -56,11 +56,8 @@ class LiveMixin:
 
     def _member(self, submodel: Submodel) -> Member:
         """What runs a submodel, bound to the weights as they are now."""
-        if {submodel, self._active} != {self._full} and attached(self):  # type: ignore[arg-type]
-            raise ElasticConfigError(
-                "adapters are attached, and they do not follow a budget in evaluation mode. Call merge_and_unload() first, or stay in training "
-                "mode."
-            )
+        if {submodel, self._active} != {self._full}:
+            self._refuse_adapters()
         full, member = self._whole_member(), self._members.get(submodel)
         if submodel == self._full:
             return full
@@ -77,6 +74,13 @@ class LiveMixin:
             self._members[self._full] = self._current()
         return self._members[self._full]
 
+    def _refuse_adapters(self) -> None:
+        if attached(self):  # type: ignore[arg-type]
+            raise ElasticConfigError(
+                "adapters are attached, and they do not follow a budget in evaluation mode. Call merge_and_unload() first, or stay in training "
+                "mode."
+            )
+
     def _view_at(self, submodel: Submodel) -> None:
         self._leave()
         self._place(self._member(submodel), submodel)
@@ -87,6 +91,7 @@ class LiveMixin:
         if self._active == self._full or member is None or member.tree is None:
             return
         self._check_children(member)
+        self._refuse_adapters()
         if member.settle():
             del self._members[self._active]
 
@@ -113,7 +118,7 @@ class LiveMixin:
         if self._trains or member is None or member.tree is None:
             return
         self._check_children(member)
-        if member.is_current(self._whole_children()):
+        if member.lies_in(self._whole_children()):
             member.refresh()
         else:
             self._place(self._member(self._active), self._active)
@@ -203,18 +208,16 @@ class LiveMixin:
         tree._modules.update(self._members[self._full].modules)
         return tree
 
-    def named_modules(
-        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
-    ) -> Any:
-        """As `nn.Module.named_modules`, of the family at every budget; so are `modules`, `parameters` and `buffers`."""
-        if (tree := self._family_tree) is None:
-            yield from super().named_modules(memo, prefix, remove_duplicate)  # type: ignore[misc]
-            return
-        for name, module in tree.named_modules(memo, prefix, remove_duplicate):
-            yield name, self if module is tree else module
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """As `nn.Module.named_parameters`, of the family at every budget, so that whoever trains them trains the family."""
+        tree: Any = self._family_tree
+        named = super().named_parameters if tree is None else tree.named_parameters  # type: ignore[misc]
+        yield from named(prefix, recurse, remove_duplicate)
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """As `nn.Module.named_children`, of the family at every budget."""
+        """As `nn.Module.named_children`, of the family at every budget: trainers find the names of parameters by it."""
         tree = self._family_tree
         yield from super().named_children() if tree is None else tree.named_children()  # type: ignore[misc]
 

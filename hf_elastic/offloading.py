@@ -34,6 +34,11 @@ class Offloaded:
         """Whether the parent's tensor is still fetched, too."""
         return getattr(self.owner, self.leaf).is_meta
 
+    @property
+    def lies_there(self) -> bool:
+        """The same: there is nothing to freeze."""
+        return self.is_current
+
     def refresh(self) -> None:
         """Nothing is kept."""
 

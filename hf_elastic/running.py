@@ -149,7 +149,7 @@ class RunningMixin(LiveMixin):
             if (share := self.__dict__.get("_shares")) is not None:
                 share.follow()
             self._write_back()
-            if submodel != self._full and not member.is_current(self._whole_children()):
+            if submodel != self._full and not member.lies_in(self._whole_children()):
                 raise HFElasticError(
                     "the weights of the family were moved, cast or exchanged while a size of it was generating; generate again."
                 )

@@ -48,6 +48,7 @@ class Users:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
+        self.saver = threading.RLock()
         self._running: dict[int, int] = {}  # calls of the family itself, per thread
         self.blocks: list[Block] = []
         self.base: Submodel | None = None  # what the family goes back to when all blocks that switched it are left

@@ -59,7 +59,7 @@ class Share:
                 module._parameters.get(leaf) is tensor and tensor.data_ptr() == address
                 for module, leaf, tensor, address in self.places
             )
-            bound = self.member.tree is None or self.member.is_current(modules)
+            bound = self.member.tree is None or self.member.lies_in(modules)
             if not (here and bound and modules == self.whole.modules):
                 raise HFElasticError(
                     "the weights of the family were moved, cast or exchanged since this size was taken from it with sized(), and it would run on "

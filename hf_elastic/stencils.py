@@ -104,17 +104,17 @@ class CutHead:
     """
 
     def __init__(self, unit: Unit):
-        self._unit, self._pieces = unit, dict(unit.parts)
+        self.module, self._pieces = unit.module, dict(unit.parts)
 
     def __getattr__(self, name: str) -> Any:
         if name not in self._pieces:
-            return getattr(self._unit.module, name)
-        tensor = attribute(self._unit.module, name)
+            return getattr(self.module, name)
+        tensor = attribute(self.module, name)
         # A shard knows nothing of the rows that others hold.
         return cut(tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor, self._pieces[name])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._unit.module(*args, **kwargs)
+        return self.module(*args, **kwargs)
 
 
 class StandIn(partial):

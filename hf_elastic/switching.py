@@ -57,8 +57,8 @@ class SwitchingMixin(RunningMixin):
         The first time, a stock model of that size is made whose weights are views of this model's (heads cut per group and fused
         matrices need a copy, which is kept). After that nothing is copied, unless weights were changed meanwhile: those copies are made
         again here, and what was changed in copies while their budget was active is written back. While a smaller budget is active,
-        `config`, `state_dict()` and attributes (`model.lm_head`) are those of the submodel; `parameters()`, `modules()` and `children()`
-        stay the family's, which is what optimizers and wrappers need: training reaches it whether they are made before or after.
+        `config`, `state_dict()`, `modules()` and attributes (`model.lm_head`) are those of the submodel; `parameters()` and `children()` stay the
+        family's, which is what optimizers need: training reaches it whether they are made before or after.
         `save_pretrained` still saves everything that is loaded.
 
         In training mode the parent's own modules stay, with their parameters, hooks and gradients; they compute only what the budget keeps
@@ -126,7 +126,7 @@ class SwitchingMixin(RunningMixin):
                 "adapters are attached, and checkpoints of a family have no place for them. Call merge_and_unload() first, or save the "
                 "adapter alone: save_pretrained() of the PeftModel."
             )
-        with self._by(self._view_at, budget):
+        with self._users.saver, self._by(self._view_at, budget):  # several threads that save wait for each other
             yield self
 
     @contextmanager
@@ -241,6 +241,32 @@ class SwitchingMixin(RunningMixin):
         with self._whole("freezing it"):
             super().requires_grad_(requires_grad)  # type: ignore[misc]
         return self
+
+    def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
+        """As upstream, of everything that is loaded."""
+        with self._whole("checkpointing it"):
+            super()._set_gradient_checkpointing(*args, **kwargs)  # type: ignore[misc]
+
+    def enable_input_require_grads(self) -> None:
+        """As upstream, of everything that is loaded."""
+        with self._whole("hooking it"):
+            super().enable_input_require_grads()  # type: ignore[misc]
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> Any:
+        """What DDP asks for first. It would hold on to tensors of a budget in evaluation mode, which training passes by."""
+        if self._family_tree is not None:
+            raise HFElasticError(
+                "DistributedDataParallel around a family at a smaller budget in evaluation mode would not see its gradients: call train() first, or "
+                "set_budget(None) and set the budget afterwards."
+            )
+        if "_ddp_ignored" in self.__dict__:
+            return self.__dict__["_ddp_ignored"]
+        raise AttributeError("_ddp_params_and_buffers_to_ignore")
+
+    @_ddp_params_and_buffers_to_ignore.setter
+    def _ddp_params_and_buffers_to_ignore(self, names: Any) -> None:
+        self.__dict__["_ddp_ignored"] = names
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
         """As `PreTrainedModel.set_attn_implementation`, for every budget."""

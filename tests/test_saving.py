@@ -523,8 +523,8 @@ def test_scores_are_there_before_anything_is_sorted(elastifying, tmp_path, monke
         raise MemoryError
 
     monkeypatch.setattr(sys.modules["hf_elastic.elastify"], "sort_state_dict", sort)
-    with pytest.raises(MemoryError):
-        main([*elastifying, "--save-scores", str(tmp_path / "scores")])
+    assert main([*elastifying, "--save-scores", str(tmp_path / "scores")]) == 1
+    assert Scores.load(tmp_path / "scores").values["ffn"]
 
 
 def test_nothing_temporary_stays_after_a_run_that_went_well(elastifying, tmp_path):

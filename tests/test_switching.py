@@ -397,7 +397,7 @@ def test_settings_reach_every_budget(name, active, family, ids):
         model.set_budget(budget)
         assert model.config._attn_implementation == "eager"
         assert model.config._experts_implementation == "eager"
-        configs = {id(m.config) for m in model.model.modules() if hasattr(m, "config")}
+        configs = {id(m.config) for m in model.modules() if hasattr(m, "config")}
         assert configs == {id(model.config)}
         assert model(ids, output_attentions=True).attentions
 

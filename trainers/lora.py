@@ -17,7 +17,7 @@ from hf_elastic import ElasticForCausalLM
 from hf_elastic.adapters import attached, disabled, refuse_changed_weights, refuse_unsupported
 from hf_elastic.errors import ElasticConfigError
 from hf_elastic.slicing import build_meta
-from hf_elastic.stencils import uninstalled
+from hf_elastic.stencils import CutHead, uninstalled
 
 from .losses import Head
 
@@ -87,4 +87,5 @@ def as_teacher(model: nn.Module) -> Iterator[None]:
 def whole_head_of(model: PreTrainedModel) -> Head:
     """From last hidden states of the parent to logits, whatever budget runs."""
     scaling, head = getattr(model.config, "logits_scaling", 1.0), model.get_output_embeddings()
+    head = head.module if isinstance(head, CutHead) else head
     return lambda hidden: type(head).forward(head, hidden) / scaling
