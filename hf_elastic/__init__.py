@@ -24,11 +24,11 @@ from .errors import (
     UnreachableError,
     UnsupportedArchitectureError,
 )
-from .exchanging import recover
 from .generation import Phase, PhaseEvent, PhaseOutput, PhasePlan, PhaseStreamer, PhaseTextStreamer
 from .importance import Scores, score
 from .masking import masked_model
 from .modeling_elastic import ElasticForCausalLM, ElasticModel
+from .storage.exchanging import recover
 
 __all__ = [
     "BusyError",

@@ -22,17 +22,17 @@ from transformers import PreTrainedModel
 
 from .adapter_table import NAME, PREFIX, Tensor, Weights, adapter_table, check_fit, shape_of
 from .adapters import is_tuner, refuse_changed_weights, rules_by_name
-from .axes import take
-from .budgets import Budget
+from .architectures.axes import take
+from .architectures.submodel import Submodel
+from .configuration.budgets import Budget
 from .configuration_elastic import ElasticConfig, read_config
 from .errors import CheckpointError, ElasticConfigError, reason, shown
-from .exchanging import refuse_interrupted
-from .files import find_file
 from .modeling_elastic import ElasticForCausalLM, ElasticPreTrainedModel, concrete_class
 from .replacing import replacing
 from .slicing import Piece, pieces
-from .submodel import Submodel
-from .tensor_file import TensorFile
+from .storage.exchanging import refuse_interrupted
+from .storage.files import find_file
+from .storage.tensor_file import TensorFile
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -56,7 +56,7 @@ def slice_adapter(
 
     Args:
         source (`PeftModel` or `str` or `os.PathLike`): A family with adapters attached, or the folder or repository of a saved adapter.
-        budget: The size, see [`hf_elastic.budgets`].
+        budget: The size, see [`hf_elastic.configuration.budgets`].
         output (`str` or `os.PathLike`, *optional*): Folder to write the adapter to, for `PeftModel.from_pretrained(slice, output)`.
         family (*optional*):
             The family that a saved adapter was trained on: the live model, its config, or where it is saved. Not needed if the adapter

@@ -15,11 +15,11 @@ import torch
 from transformers import PreTrainedModel
 
 from .adapters import FactorRule, factor_rules, is_tuner, passed_by, rules_by_name
-from .axes import TensorRule, dim
+from .architectures.axes import TensorRule, dim
+from .architectures.submodel import Submodel
 from .configuration_elastic import ElasticConfig
 from .errors import ElasticConfigError
 from .slicing import build_meta
-from .submodel import Submodel
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -24,7 +24,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from .architectures import Architecture
-from .axes import Cut, TensorRule, dim
+from .architectures.axes import Cut, TensorRule, dim
 from .errors import ElasticConfigError
 from .origin import CUT_FROM
 from .slicing import Piece

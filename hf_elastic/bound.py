@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .axes import Run, places_of, take
+from .architectures.axes import Run, places_of, take
 from .errors import ElasticConfigError, HFElasticError
 
 

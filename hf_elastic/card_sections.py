@@ -12,16 +12,16 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ._version import __version__
-from .budgets import format_bytes, format_count
+from .architectures.cost import WEIGHT_DTYPES, Cost
+from .architectures.portability import portability, words
+from .architectures.submodel import LAYERS, Submodel
 from .card_results import Results, table
+from .configuration.budgets import format_bytes, format_count
+from .configuration.leaving_out import left_out
 from .configuration_elastic import ElasticConfig
-from .cost import WEIGHT_DTYPES, Cost
 from .errors import ElasticConfigError
-from .leaving_out import left_out
 from .nested import FOLDER, folder_names, levels_for
 from .origin import named
-from .portability import portability, words
-from .submodel import LAYERS, Submodel
 
 DOWNLOADS = {
     "nested": "A download is the files up to that size, as `config.json` lists them; what is there already is not fetched again.",

@@ -13,13 +13,13 @@ import torch
 from transformers import PreTrainedConfig
 
 from .architectures import Architecture
-from .axes import Run, TensorRule, indices_of, shape_of
+from .architectures.axes import Run, TensorRule, indices_of, shape_of
+from .architectures.submodel import Submodel
+from .configuration.leaving_out import ignored_names
 from .errors import CheckpointError
-from .leaving_out import ignored_names
-from .reading import Block, Joined, Places
 from .slicing import Piece, pieces
-from .submodel import Submodel
-from .tensor_file import TensorFile
+from .storage.reading import Block, Joined, Places
+from .storage.tensor_file import TensorFile
 
 ROTARY = r"rotary_emb\.inv_freq$"  # computed, but saved by old versions
 _SLACK = 100_000  # numbers; of so few every tensor is compared, and named

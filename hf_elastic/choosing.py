@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from .budgets import Limit
+from .architectures.submodel import LAYERS, Submodel
+from .configuration.budgets import Limit
 from .errors import ElasticConfigError
-from .submodel import LAYERS, Submodel
 
 if TYPE_CHECKING:
     from .router import BudgetRouter

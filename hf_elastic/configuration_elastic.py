@@ -15,8 +15,12 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from .architectures import Architecture, get_architecture
-from .budgets import FULL, Budget, Limit, format_count, is_limit, parse_limit
-from .cost import Cost, CostModel
+from .architectures.cost import Cost, CostModel
+from .architectures.submodel import LAYERS, Submodel, first_layers
+from .configuration.budgets import FULL, Budget, Limit, format_count, is_limit, parse_limit
+from .configuration.leaving_out import LEFT_OUT
+from .configuration.remote_code import InstalledCode
+from .configuration.section import check_origin, check_ranking, checked_section, describe_axes
 from .errors import (
     CheckpointError,
     ElasticConfigError,
@@ -26,13 +30,9 @@ from .errors import (
     reason,
     shown,
 )
-from .exchanging import refuse_interrupted
-from .files import HUB_ARGUMENTS, find_file, pinned
-from .json_files import read_json
-from .leaving_out import LEFT_OUT
-from .remote_code import InstalledCode
-from .section import check_origin, check_ranking, checked_section, describe_axes
-from .submodel import LAYERS, Submodel, first_layers
+from .storage.exchanging import refuse_interrupted
+from .storage.files import HUB_ARGUMENTS, find_file, pinned
+from .storage.json_files import read_json
 
 _MOST = {
     **dict.fromkeys(("num_hidden_layers", "layer_types", "layers_block_type", "hybrid_override_pattern"), 256),
@@ -252,7 +252,7 @@ class ElasticConfig(InstalledCode, PreTrainedConfig):
         """The submodel that a budget asks for.
 
         Args:
-            budget: See [`hf_elastic.budgets`].
+            budget: See [`hf_elastic.configuration.budgets`].
             dtype (`torch.dtype`, *optional*): Load dtype for budgets given in bytes, defaults to the checkpoint's.
 
         Raises:

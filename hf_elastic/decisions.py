@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .architectures.submodel import Submodel
 from .choosing import Found, Search, build
 from .errors import ElasticConfigError
-from .submodel import Submodel
 
 if TYPE_CHECKING:
     from .router import BudgetRouter

@@ -13,21 +13,21 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .architectures import Architecture, get_architecture
-from .budgets import Limit, is_limit, parse_limit
+from .architectures.cost import CostModel
+from .architectures.portability import check_portable, portable_choices
+from .architectures.submodel import LAYERS, Submodel
 from .buffers import check_buffers, share_constant_buffers
+from .configuration.budgets import Limit, is_limit, parse_limit
+from .configuration.leaving_out import ignored_beside, note_left_out
+from .configuration.section import check_name
 from .configuration_elastic import ElasticConfig
-from .cost import CostModel
 from .errors import ElasticConfigError, shown
 from .importance import Scores, score
-from .leaving_out import ignored_beside, note_left_out
 from .loading import checked_parent, load_stock
 from .modeling_elastic import ElasticForCausalLM, concrete_class
-from .portability import check_portable, portable_choices
 from .search import BudgetSearch, default_choices, sizes_from_spec
-from .section import check_name
 from .slicing import build_meta, check_table
 from .sorting import Orders, orders_from_scores, sort_state_dict
-from .submodel import LAYERS, Submodel
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def elastify(
             - sizes: `{"hidden": 1920, "ffn": [...], "layers": 40}`; an `int` is a size, a `float` a share of the parent's, a list or dict
               one per layer; `layers` takes a number (the most important ones stay) or a list of layers;
             - a target: `"12B"`, `"2.1B active"`, `"24GB"` (weights at the parent's dtype), or with caches as in
-              [`hf_elastic.budgets`]. Sizes are searched over the axes' choices: the ones that keep most importance within the target,
+              [`hf_elastic.configuration.budgets`]. Sizes are searched over the axes' choices: the ones that keep most importance within the target,
               by the exact count. Needs `axes`.
 
             Budgets are nested. Targets are searched from large to small, each inside the budget before it.
@@ -72,7 +72,7 @@ def elastify(
         sort (`bool`, *optional*, defaults to `True`): `False` for a parent whose weights are sorted already.
         multiple_of (`int`, *optional*, defaults to 8): Widths given as shares are rounded to this.
         portable (`bool`, *optional*, defaults to `False`):
-            Keep to sizes that every program that runs the parent can run as well (see [`hf_elastic.portability`]): others are not searched, and
+            Keep to sizes that every program that runs the parent can run as well (see [`hf_elastic.architectures.portability`]): others are not searched, and
             refused where they are given. Granite's `hidden`, `attention_heads` and `mamba_heads` are then cut by one share.
         save_scores (`str` or `os.PathLike`, *optional*):
             File for the scores, written as soon as they are there. If it cannot be, they go to a temporary file, which a warning names.

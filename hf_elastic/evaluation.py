@@ -22,8 +22,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ._version import __version__
-from .budgets import Budget
-from .cost import CostModel
+from .architectures.cost import CostModel
+from .configuration.budgets import Budget
 from .errors import PhasePlanError, TokenizerError
 from .generation import PhaseOutput, PhasePlan, PhaseRecord
 from .modeling_elastic import ElasticForCausalLM

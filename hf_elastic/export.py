@@ -13,15 +13,15 @@ import torch
 from transformers import PreTrainedConfig
 
 from .architectures import Architecture
-from .budgets import Budget
+from .architectures.portability import warn_if_not_portable
+from .architectures.submodel import Submodel
+from .configuration.budgets import Budget
+from .configuration.leaving_out import LEFT_OUT, left_out
 from .configuration_elastic import ElasticConfig
 from .errors import ExportError, UnreachableError, refuse_misspelt
-from .files import find_file
-from .leaving_out import LEFT_OUT, left_out
 from .origin import CUT_FROM, cut_from, named, refuse_loss
-from .portability import warn_if_not_portable
 from .replacing import checked_target, replacing
-from .submodel import Submodel
+from .storage.files import find_file
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -64,7 +64,7 @@ class ExportMixin:
             kwargs: As in `PreTrainedModel.save_pretrained` (`max_shard_size`, ...).
 
         Warns:
-            `PortabilityWarning`: programs are known that do not run this size, or run it wrongly; see [`hf_elastic.portability`].
+            `PortabilityWarning`: programs are known that do not run this size, or run it wrongly; see [`hf_elastic.architectures.portability`].
 
         Raises:
             `ExportError`: sizes differ per layer and `heterogeneous` is not set. Nothing is written.

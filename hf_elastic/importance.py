@@ -32,11 +32,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .architectures import Architecture, get_architecture
-from .axes import TensorRule
+from .architectures.axes import TensorRule
+from .architectures.submodel import LAYERS
 from .errors import CheckpointError, ElasticConfigError, shown
 from .loading import checked_parent
 from .replacing import replacing_file
-from .submodel import LAYERS
 from .texts import chat_tokens, check_text
 
 MAMBA = "mamba_channels"

@@ -11,13 +11,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .adapters import attached
 from .architectures import Architecture
+from .architectures.submodel import Submodel
 from .configuration_elastic import ElasticConfig
 from .errors import ElasticConfigError
 from .loaded_from import name_at
 from .members import Member
 from .slicing import bind_views, build_meta, use_eager_experts_if_misaligned
 from .stencils import Unit, install, make_units, uninstall
-from .submodel import Submodel
 
 
 class LiveMixin:

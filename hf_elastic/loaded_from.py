@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from .submodel import Submodel
+from .architectures.submodel import Submodel
 
 
 class LoadedFrom(str):

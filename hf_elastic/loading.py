@@ -21,10 +21,10 @@ from .buffers import check_buffers
 from .checkpoint import ROTARY, Checkpoint
 from .configuration_elastic import ElasticConfig, parent_from_dict, plain_parent_error, read_config
 from .errors import CheckpointError, ElasticConfigError, HFElasticError, did_you_mean, reason, shown
-from .files import find_file, find_files, refuse_damaged
-from .json_files import read_json
 from .known import described_config
 from .loaded_from import LoadedFrom
+from .storage.files import find_file, find_files, refuse_damaged
+from .storage.json_files import read_json
 
 
 def load_config(repo: Any, config: Any, described: Any, hub: dict[str, Any]) -> ElasticConfig:

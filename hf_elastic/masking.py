@@ -14,9 +14,9 @@ import torch
 from transformers import PreTrainedModel
 
 from .architectures import get_architecture
+from .architectures.submodel import Submodel
 from .errors import ElasticConfigError, shown
 from .slicing import Piece, pieces
-from .submodel import Submodel
 
 
 def masked_model(parent: PreTrainedModel, submodel: Submodel) -> PreTrainedModel:

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from accelerate.utils import get_max_memory
 
-from .budgets import AUTO, Budget, Limit, format_bytes, parse_limit
+from .architectures.cost import CostModel
+from .architectures.submodel import Submodel
+from .configuration.budgets import AUTO, Budget, Limit, format_bytes, parse_limit
 from .configuration_elastic import ElasticConfig
-from .cost import CostModel
 from .errors import ElasticConfigError, UnknownBudgetError, shown
-from .submodel import Submodel
 
 logger = logging.getLogger(__name__)
 

@@ -30,15 +30,16 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from .adapters import AdaptableMixin
 from .architectures import ARCHITECTURES, get_architecture, uniform
-from .budgets import Budget
+from .architectures.submodel import Submodel
 from .buffers import check_buffers
+from .configuration.budgets import Budget
+from .configuration.leaving_out import LEFT_OUT, note_left_out
+from .configuration.remote_code import InstalledCode, add_to_transformers
 from .configuration_elastic import ElasticConfig, plain_parent_error
 from .errors import ElasticConfigError, shown
 from .export import ExportMixin
-from .files import pinned
 from .generation.phases import PhasedGenerationMixin
 from .generation.speculation import SpeculationMixin
-from .leaving_out import LEFT_OUT, note_left_out
 from .loaded_from import LoadedFrom
 from .loading import (
     as_loaded,
@@ -55,11 +56,10 @@ from .memory import resolve_for_loading
 from .opening import open_checkpoint
 from .origin import CUT_FROM, cut_from, loaded_from
 from .pushing import PushMixin
-from .remote_code import InstalledCode, add_to_transformers
 from .router import BudgetRouter, read_router
 from .saving import SavingMixin
 from .slicing import use_eager_experts_if_misaligned
-from .submodel import Submodel
+from .storage.files import pinned
 from .switching import SwitchingMixin
 
 _WHERE_KWARGS = (
@@ -164,7 +164,7 @@ class ElasticPreTrainedModel(
             config (`ElasticConfig`, *optional*): Use it instead of the checkpoint's `config.json`.
             budget (*optional*):
                 Which size: a name, a number of parameters (`1.2e9`, `"1.2B"`), active parameters (`"300M active"`), weight memory
-                (`"24GB"`), what is free (`"auto"`, see [`hf_elastic.memory`]), or a dict of sizes; see [`hf_elastic.budgets`]. `None` is the whole parent with all budgets switchable.
+                (`"24GB"`), what is free (`"auto"`, see [`hf_elastic.memory`]), or a dict of sizes; see [`hf_elastic.configuration.budgets`]. `None` is the whole parent with all budgets switchable.
             elastic_config (*optional*):
                 For a plain checkpoint whose weights are sorted already, what it nests: `"auto"` for a released family, or an
                 [`ElasticConfig`], its section or budgets; see [`hf_elastic.known.described_config`].

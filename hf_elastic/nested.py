@@ -31,14 +31,14 @@ from safetensors.torch import save_file
 from transformers import PreTrainedConfig
 
 from .architectures import Architecture
-from .axes import Run, TensorRule, indices_of, shape_of, without
+from .architectures.axes import Run, TensorRule, indices_of, shape_of, without
+from .architectures.submodel import Submodel
 from .checkpoint import Checkpoint, is_base, stored_names
 from .configuration_elastic import ElasticConfig
 from .errors import CheckpointError
-from .files import INDEX_NAME
-from .reading import Block, Joined, Places, Readable
 from .slicing import Piece, pieces
-from .submodel import Submodel
+from .storage.files import INDEX_NAME
+from .storage.reading import Block, Joined, Places, Readable
 
 FOLDER = "budgets"
 Region = list[list[Run]]

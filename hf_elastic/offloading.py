@@ -16,7 +16,7 @@ from accelerate.hooks import AlignDevicesHook, SequentialHook, add_hook_to_modul
 from torch import nn
 
 from .architectures import Architecture
-from .submodel import Submodel
+from .architectures.submodel import Submodel
 
 if TYPE_CHECKING:
     from .slicing import Piece

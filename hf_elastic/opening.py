@@ -9,13 +9,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from .architectures.submodel import Submodel
 from .checkpoint import Checkpoint
-from .checksums import CHECKSUMS_NAME, Checksums, read_checksums, verify_files
 from .configuration_elastic import ElasticConfig
 from .errors import CheckpointError
-from .exchanging import refuse_interrupted
-from .fetching import MOSTLY, PartialFile, RangesRefused
-from .files import (
+from .nested import NestedCheckpoint, levels_for
+from .storage.checksums import CHECKSUMS_NAME, Checksums, read_checksums, verify_files
+from .storage.exchanging import refuse_interrupted
+from .storage.fetching import MOSTLY, PartialFile, RangesRefused
+from .storage.files import (
     INDEX_NAME,
     SINGLE_NAME,
     commit_of,
@@ -28,8 +30,6 @@ from .files import (
     shard_names,
     with_variant,
 )
-from .nested import NestedCheckpoint, levels_for
-from .submodel import Submodel
 
 logger = logging.getLogger(__name__)
 

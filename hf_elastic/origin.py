@@ -9,12 +9,12 @@ from typing import Any
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from .budgets import FULL
+from .architectures.submodel import Submodel
+from .configuration.budgets import FULL
 from .configuration_elastic import ElasticConfig
 from .errors import ElasticConfigError
-from .fetching import commit_of
 from .nested import FOLDER
-from .submodel import Submodel
+from .storage.fetching import commit_of
 
 CUT_FROM = "cut_from"
 

@@ -14,13 +14,13 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from .checksums import CHECKSUMS_NAME
+from .configuration.remote_code import MODULE
 from .errors import CheckpointError, HFElasticError
-from .exchanging import JOURNAL, NEW, SCRATCH, Exchange, clean
-from .locking import only_writer
 from .nested import FOLDER
-from .remote_code import MODULE
 from .router import ROUTER_FILE
+from .storage.checksums import CHECKSUMS_NAME
+from .storage.exchanging import JOURNAL, NEW, SCRATCH, Exchange, clean
+from .storage.locking import only_writer
 
 _CHECKPOINT_FILE = re.compile(
     r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?"
@@ -35,7 +35,7 @@ def replacing(directory: str | os.PathLike[str]) -> Iterator[Path]:
     """Give an empty folder; when the block ends well, its files replace those of the same name in `directory`.
 
     If the block fails (a full disk, an error, an interrupt), `directory` is as it was; if the process is killed, it is as it was, as it should
-    be, or without its `config.json`, see [`hf_elastic.exchanging`]. Weight files of an older save that the new one does not overwrite are removed
+    be, or without its `config.json`, see [`hf_elastic.storage.exchanging`]. Weight files of an older save that the new one does not overwrite are removed
     at the end, so that no stale shard stays beside the new ones. Links are replaced, never what they lead to. Who else writes into `directory`
     with this function is waited for.
 

@@ -13,17 +13,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from .budgets import FULL, Limit
+from .architectures.cost import Cost, CostModel
+from .architectures.submodel import LAYERS
 from .choosing import Key
+from .configuration.budgets import FULL, Limit
 from .configuration_elastic import ElasticConfig
-from .cost import Cost, CostModel
 from .decisions import DEAD_ZONE, Decided, decide
 from .errors import CheckpointError, ElasticConfigError, shown
-from .files import find_file
 from .soft import Mixture, keep_weights
-from .submodel import LAYERS
+from .storage.files import find_file
+from .storage.tensor_file import TensorFile
 from .targets import Target, limits_of, pinned_targets
-from .tensor_file import TensorFile
 
 ROUTER_FILE = "router.safetensors"
 """Beside the weights of a checkpoint whose config has a `router`."""
@@ -59,7 +59,7 @@ class BudgetRouter(nn.Module):
         config ([`ElasticConfig`]): Its axes and choices are what the router chooses among.
         targets (`dict[str, str | float | dict]`):
             Per budget what it may cost: a share of the parent's total parameters (`0.5`), or `"12B"`, `"2.1B active"`, `"24GB"`, or with
-            caches `{"memory": "24GB", "context_length": 32768, "batch_size": 4, "dtype": "bfloat16"}` (see [`hf_elastic.budgets`];
+            caches `{"memory": "24GB", "context_length": 32768, "batch_size": 4, "dtype": "bfloat16"}` (see [`hf_elastic.configuration.budgets`];
             memory without a `dtype` is that of the config). The whole parent (`"full"`) is always a budget of the router.
         per_layer (`list[str]`, *optional*): Axes with a choice of their own in every layer; `hidden` and `layers` are always global.
         width (`int`, *optional*, defaults to 256): Hidden width.

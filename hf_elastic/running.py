@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedConfig
 
-from .budgets import Budget
+from .architectures.submodel import Submodel
+from .configuration.budgets import Budget
 from .errors import BusyError, HFElasticError
 from .generation.caches import claim
 from .live import LiveMixin
@@ -20,7 +21,6 @@ from .loaded_from import taken_from
 from .sharing import Users, shadow
 from .sized import Share, own
 from .stencils import CutHead
-from .submodel import Submodel
 
 
 class RunningMixin(LiveMixin):
@@ -106,7 +106,7 @@ class RunningMixin(LiveMixin):
         generation config are its own. It nests the smaller budgets, and saves and exports itself.
 
         Args:
-            budget: See [`hf_elastic.budgets`]; `None` is everything that is loaded.
+            budget: See [`hf_elastic.configuration.budgets`]; `None` is everything that is loaded.
 
         Returns:
             [`ElasticPreTrainedModel`]: In evaluation mode, for inference. Once the family's weights are moved, cast or exchanged, it refuses to

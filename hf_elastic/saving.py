@@ -12,19 +12,19 @@ from typing import Any, Literal, get_args
 import torch
 
 from .architectures import uniform
-from .budgets import Budget
+from .architectures.submodel import Submodel
 from .checkpoint import Checkpoint
-from .checksums import write_checksums
+from .configuration.budgets import Budget
+from .configuration.remote_code import AUTO_MAP, write_module
+from .configuration.section import checked_section
 from .configuration_elastic import ElasticConfig
 from .errors import CheckpointError, ElasticConfigError, refuse_misspelt
-from .files import INDEX_NAME, find_files
 from .nested import write_nested
 from .origin import CUT_FROM, cut_from, refuse_loss
-from .remote_code import AUTO_MAP, write_module
 from .replacing import checked_target, replacing
 from .router import BudgetRouter
-from .section import checked_section
-from .submodel import Submodel
+from .storage.checksums import write_checksums
+from .storage.files import INDEX_NAME, find_files
 
 _HUB_KWARGS = ("repo_id", "commit_message", "create_pr", "private", "token")
 Layout = Literal["stock", "nested"]

@@ -11,13 +11,13 @@ import torch
 from transformers import PreTrainedConfig
 
 from .architectures import Architecture
-from .budgets import Limit, format_count
-from .cost import CostModel
+from .architectures.cost import CostModel
+from .architectures.portability import check_portable
+from .architectures.submodel import LAYERS, Submodel, first_layers
+from .configuration.budgets import Limit, format_count
 from .errors import ElasticConfigError, UnknownBudgetError
 from .importance import Scores
-from .portability import check_portable
 from .sorting import ranked
-from .submodel import LAYERS, Submodel, first_layers
 
 MAX_COMBINATIONS = 500_000
 DEFAULT_RATIOS = (1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25)

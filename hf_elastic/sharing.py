@@ -18,8 +18,8 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from .architectures.submodel import Submodel
 from .errors import BusyError
-from .submodel import Submodel
 
 
 @dataclass(eq=False)

@@ -16,13 +16,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from .architectures import Architecture
-from .axes import Run, Sizes, TensorRule, take
+from .architectures.axes import Run, Sizes, TensorRule, take
+from .architectures.portability import misaligned_experts
+from .architectures.submodel import Submodel
 from .bound import Bound, view_parameter
 from .buffers import share_constant_buffers
 from .errors import ElasticConfigError, HFElasticError
 from .offloading import Offloaded, follow_hooks, is_fetched
-from .portability import misaligned_experts
-from .submodel import Submodel
 
 logger = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ import torch
 from transformers import PreTrainedModel
 
 from .architectures import Architecture
+from .architectures.submodel import Submodel
 from .slicing import build_meta
 from .stencils import StandIn, Unit, attribute, checkpointed, make_units, uninstall
-from .submodel import Submodel
 
 _DROPPED = 0.05
 """Experts with less weight than this are not chosen. Above it their outputs are weighted, so that the router feels what it loses."""

@@ -8,9 +8,9 @@ import torch
 from transformers import PreTrainedConfig
 
 from .architectures import Architecture
+from .architectures.submodel import LAYERS
 from .errors import ElasticConfigError
 from .importance import MAMBA, Scores
-from .submodel import LAYERS
 
 Orders = dict[int | None, dict[str, torch.Tensor]]
 """Per layer (`None`: global) and axis the old index of every new position, `(groups, size per group)`."""

@@ -21,11 +21,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .adapters import carry, follow, is_tuner, refuse_unsupported
 from .architectures import Architecture
-from .axes import places_of
+from .architectures.axes import places_of
+from .architectures.submodel import Submodel
 from .buffers import share_constant_buffers
 from .errors import ElasticConfigError
 from .slicing import Piece, local_names, pieces
-from .submodel import Submodel
 
 
 @dataclass

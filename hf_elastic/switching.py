@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from .adapters import attached
-from .budgets import Budget
+from .architectures.submodel import Submodel
+from .configuration.budgets import Budget
 from .configuration_elastic import ElasticConfig
 from .errors import ElasticConfigError, HFElasticError
 from .running import RunningMixin
 from .sharing import Users
-from .submodel import Submodel
 
 
 class SwitchingMixin(RunningMixin):
@@ -65,7 +65,7 @@ class SwitchingMixin(RunningMixin):
         (see [`hf_elastic.stencils`]). Backward has to run before the next switch if gradient checkpointing is on.
 
         Args:
-            budget: See [`hf_elastic.budgets`]; `None` is everything that is loaded.
+            budget: See [`hf_elastic.configuration.budgets`]; `None` is everything that is loaded.
 
         Raises:
             `UnknownBudgetError`, `ElasticConfigError`: the budget does not exist here, weights have no storage, or what was exchanged at the

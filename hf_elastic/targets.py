@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from .budgets import FULL, Limit, parse_limit
-from .cost import Cost
+from .architectures.cost import Cost
+from .configuration.budgets import FULL, Limit, parse_limit
+from .configuration.section import check_name
 from .errors import ElasticConfigError
-from .section import check_name
 
 Target = str | int | float | Mapping[str, Any]
-"""A share of the parent (`0.5`), or a limit as in [`hf_elastic.budgets`]."""
+"""A share of the parent (`0.5`), or a limit as in [`hf_elastic.configuration.budgets`]."""
 
 
 def pinned_targets(targets: Mapping[str, Target], dtype: torch.dtype) -> dict[str, Target]:

@@ -10,8 +10,8 @@ from compare import assert_same_logits, logits
 
 import hf_elastic.masking
 from hf_elastic.architectures import get_architecture
+from hf_elastic.architectures.axes import Cut, Dim, TensorRule, dim, take
 from hf_elastic.architectures.blocks import HIDDEN, attention, mamba2
-from hf_elastic.axes import Cut, Dim, TensorRule, dim, take
 from hf_elastic.masking import masked_model
 from hf_elastic.slicing import slice_state_dict
 

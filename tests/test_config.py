@@ -18,8 +18,8 @@ from hf_elastic import (
     masked_model,
 )
 from hf_elastic.architectures import ARCHITECTURES, get_architecture
-from hf_elastic.budgets import Limit, format_bytes, format_count, parse_limit
-from hf_elastic.cost import CostModel
+from hf_elastic.architectures.cost import CostModel
+from hf_elastic.configuration.budgets import Limit, format_bytes, format_count, parse_limit
 
 NAMES = ["nano3", "granite"]
 each_model = pytest.mark.parametrize("name", NAMES)

@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 from hf_elastic import ElasticConfigError, Scores, UnknownBudgetError, UnsupportedArchitectureError, elastify
-from hf_elastic.cost import CostModel
+from hf_elastic.architectures.cost import CostModel
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}  # reordered float32 sums
 

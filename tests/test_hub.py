@@ -12,8 +12,9 @@ from cases import BUDGETS
 from compare import assert_same_weights
 from transformers import PreTrainedModel
 
-from hf_elastic import CheckpointError, ElasticConfig, ElasticForCausalLM, fetching, retries
-from hf_elastic.checksums import CHECKSUMS_NAME
+from hf_elastic import CheckpointError, ElasticConfig, ElasticForCausalLM
+from hf_elastic.storage import fetching, retries
+from hf_elastic.storage.checksums import CHECKSUMS_NAME
 
 CONFIG, SMALL, MEDIUM = "config.json", "budgets/small/model.safetensors", "budgets/medium/added.safetensors"
 

@@ -15,11 +15,12 @@ import pytest
 from compare import assert_same_weights
 from safetensors.torch import load_file
 
-from hf_elastic import CheckpointError, ElasticConfig, ElasticForCausalLM, checksums, fetching, retries
-from hf_elastic.checksums import CHECKSUMS_NAME, read_checksums, write_checksums
+from hf_elastic import CheckpointError, ElasticConfig, ElasticForCausalLM
 from hf_elastic.errors import UnreachableError
-from hf_elastic.fetching import PartialFile
-from hf_elastic.files import find_file, pinned
+from hf_elastic.storage import checksums, fetching, retries
+from hf_elastic.storage.checksums import CHECKSUMS_NAME, read_checksums, write_checksums
+from hf_elastic.storage.fetching import PartialFile
+from hf_elastic.storage.files import find_file, pinned
 
 INDEX = "model.safetensors.index.json"
 LAYOUTS = ["org/nested", "org/stock", "org/checked"]

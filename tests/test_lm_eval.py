@@ -17,8 +17,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from hf_elastic import ElasticConfigError, ElasticForCausalLM
+from hf_elastic.configuration.remote_code import AUTO_MAP
 from hf_elastic.evaluating_lm import evaluate_with_lm_eval
-from hf_elastic.remote_code import AUTO_MAP
 
 OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 TASK = """\

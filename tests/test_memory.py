@@ -11,8 +11,8 @@ from cases import BUDGETS
 from transformers import AutoModelForCausalLM
 
 from hf_elastic import ElasticConfig, ElasticConfigError, UnknownBudgetError, memory
+from hf_elastic.architectures.cost import CostModel
 from hf_elastic.cli import main
-from hf_elastic.cost import CostModel
 
 load = AutoModelForCausalLM.from_pretrained
 

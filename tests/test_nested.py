@@ -15,8 +15,8 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 import hf_elastic.nested as nested
 from hf_elastic import CheckpointError, ElasticConfig, ElasticConfigError, ElasticForCausalLM, UnknownBudgetError
 from hf_elastic.architectures import get_architecture
+from hf_elastic.architectures.cost import CostModel
 from hf_elastic.cli import main
-from hf_elastic.cost import CostModel
 from hf_elastic.slicing import pieces, slice_state_dict
 
 load = AutoModelForCausalLM.from_pretrained

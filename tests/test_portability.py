@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM
 
 from hf_elastic import ElasticConfig, ElasticConfigError, ElasticForCausalLM, PortabilityWarning, elastify
 from hf_elastic.architectures import get_architecture
+from hf_elastic.architectures.cost import CostModel
 from hf_elastic.architectures.obstacles import SILENT
-from hf_elastic.budgets import Limit
+from hf_elastic.architectures.portability import portability
 from hf_elastic.cli import main
 from hf_elastic.commands.plan import plan
-from hf_elastic.cost import CostModel
-from hf_elastic.portability import portability
+from hf_elastic.configuration.budgets import Limit
 from hf_elastic.search import BudgetSearch
 
 ROPE = {"position_embedding_type": "rope"}

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hf_elastic import reading, rows, tensor_file
-from hf_elastic.axes import take
+from hf_elastic.architectures.axes import take
 from hf_elastic.errors import CheckpointError
-from hf_elastic.tensor_file import TensorFile
+from hf_elastic.storage import reading, rows, tensor_file
+from hf_elastic.storage.tensor_file import TensorFile
 
 CASES = {
     "whole vector": ((7,), [[(0, 7)]]),

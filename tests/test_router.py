@@ -10,8 +10,8 @@ from cases import BUDGETS, build_parent
 from torch.nn import functional as F
 
 from hf_elastic import ElasticConfig, ElasticConfigError, elastify
-from hf_elastic.budgets import Limit
-from hf_elastic.cost import CostModel
+from hf_elastic.architectures.cost import CostModel
+from hf_elastic.configuration.budgets import Limit
 from hf_elastic.router import DEAD_ZONE, BudgetRouter, Schedule
 from hf_elastic.soft import Mixture, SoftUnits, keep_weights
 

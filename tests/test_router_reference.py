@@ -15,7 +15,7 @@ from cases import build_parent
 from test_router import CHOICES, CLOSE, PARENTS, RANKING, config_of
 
 from hf_elastic import ElasticConfig, elastify
-from hf_elastic.budgets import Limit, parse_limit
+from hf_elastic.configuration.budgets import Limit, parse_limit
 from hf_elastic.router import BudgetRouter
 from hf_elastic.soft import SoftUnits
 

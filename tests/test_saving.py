@@ -23,9 +23,9 @@ from transformers import AutoModelForCausalLM
 import hf_elastic
 from hf_elastic import CheckpointError, ElasticConfigError, ElasticForCausalLM, Scores
 from hf_elastic.cli import main
-from hf_elastic.exchanging import JOURNAL, NEW, OLD, SCRATCH, Exchange
-from hf_elastic.locking import LOCK
 from hf_elastic.replacing import replacing, replacing_file
+from hf_elastic.storage.exchanging import JOURNAL, NEW, OLD, SCRATCH, Exchange
+from hf_elastic.storage.locking import LOCK
 
 load = AutoModelForCausalLM.from_pretrained
 FULL = "Error while serializing: I/O error: No space left on device (os error 28)"

@@ -11,8 +11,8 @@ from test_sorting import random_scores
 
 from hf_elastic import ElasticConfigError, UnknownBudgetError
 from hf_elastic.architectures import get_architecture
-from hf_elastic.budgets import Limit
-from hf_elastic.cost import CostModel
+from hf_elastic.architectures.cost import CostModel
+from hf_elastic.configuration.budgets import Limit
 from hf_elastic.importance import MAMBA
 from hf_elastic.search import BudgetSearch, default_choices, round_size, sizes_from_spec
 

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, DynamicCache, GraniteMoeHybridFor
 
 from hf_elastic import HFElasticError
 from hf_elastic.architectures import ARCHITECTURES, get_architecture
+from hf_elastic.architectures.axes import Cut, dim
+from hf_elastic.architectures.cost import CostModel
 from hf_elastic.architectures.nemotron_h import NemotronH
-from hf_elastic.axes import Cut, dim
-from hf_elastic.cost import CostModel
 from hf_elastic.slicing import build_meta, check_table, pieces
 
 each_case = pytest.mark.parametrize("case", CASES, ids=IDS)

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from hf_elastic import ElasticForCausalLM
+from hf_elastic.configuration.section import checked_section
 from hf_elastic.decisions import render
 from hf_elastic.errors import CheckpointError, ElasticConfigError
 from hf_elastic.replacing import replacing_file
 from hf_elastic.router import ROUTER_FILE, BudgetRouter, Schedule
-from hf_elastic.section import checked_section
 from hf_elastic.soft import SoftUnits
 
 from .elastic_distillation_config import ElasticDistillationConfig

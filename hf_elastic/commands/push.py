@@ -89,9 +89,9 @@ def run(args: argparse.Namespace) -> None:
 def _checkpoint(args: argparse.Namespace, repo_id: str, card: CardArguments) -> Iterator[Path]:
     """The folder to upload: the source itself if it is as it has to be, otherwise a temporary one."""
     from ..configuration_elastic import ElasticConfig, read_config
-    from ..exchanging import refuse_interrupted
     from ..modeling_elastic import ElasticForCausalLM
     from ..publishing import copy_others, read_published
+    from ..storage.exchanging import refuse_interrupted
 
     check_source(args.source)
     source = Path(args.source)

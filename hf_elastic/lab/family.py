@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 
-from ..cost import CostModel
+from ..architectures.cost import CostModel
 from ..elastify import elastify
 from ..modeling_elastic import ElasticForCausalLM
 from .book import calibration_dataset, evaluate, training_dataset

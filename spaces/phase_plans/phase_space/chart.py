@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from hf_elastic.budgets import format_count
+from hf_elastic.configuration.budgets import format_count
 from hf_elastic.evaluation import pareto_front
 
 from .engine import Size

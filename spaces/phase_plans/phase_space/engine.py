@@ -15,7 +15,7 @@ import torch
 from transformers import AutoTokenizer
 
 from hf_elastic import ElasticForCausalLM, HFElasticError, PhasePlan
-from hf_elastic.cost import Cost
+from hf_elastic.architectures.cost import Cost
 from hf_elastic.generation import PhaseEvent
 from hf_elastic.texts import check_text
 
@@ -108,7 +108,7 @@ class Size:
 
     Args:
         name (`str`): Of the budget.
-        total_params, active_params, weight_bytes, kv_bytes_per_token, state_bytes (`int`): As in [`hf_elastic.cost.Cost`].
+        total_params, active_params, weight_bytes, kv_bytes_per_token, state_bytes (`int`): As in [`hf_elastic.architectures.cost.Cost`].
     """
 
     name: str

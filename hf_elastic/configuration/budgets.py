@@ -23,8 +23,8 @@ from typing import Any, Literal
 
 import torch
 
-from .cost import WEIGHT_DTYPES, Cost
-from .errors import ElasticConfigError, did_you_mean, shown
+from ..architectures.cost import WEIGHT_DTYPES, Cost
+from ..errors import ElasticConfigError, did_you_mean, shown
 
 FULL = "full"
 AUTO = "auto"

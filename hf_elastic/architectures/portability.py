@@ -13,9 +13,9 @@ from fractions import Fraction
 import torch
 from transformers import PreTrainedConfig
 
-from .architectures import Architecture
-from .architectures.obstacles import REFUSES, Obstacle
-from .errors import ElasticConfigError, PortabilityWarning, users_level
+from ..errors import ElasticConfigError, PortabilityWarning, users_level
+from . import Architecture
+from .obstacles import REFUSES, Obstacle
 from .submodel import Submodel
 
 

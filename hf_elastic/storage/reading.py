@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .axes import Run, places_of, shape_of
+from ..architectures.axes import Run, places_of, shape_of
 from .rows import Kept, Rows, fill
 from .tensor_file import TensorFile
 

@@ -5,7 +5,7 @@ in `cache_dir`), sparse and as long as the whole, with a record of the ranges th
 fetches what the record lacks, so an interrupted one goes on where it stopped. A file that is needed nearly whole goes into the ordinary
 cache as ever.
 
-Where the repository has checksums (see [`hf_elastic.checksums`]), whole blocks are fetched, and only those that are right are kept and
+Where the repository has checksums (see [`hf_elastic.storage.checksums`]), whole blocks are fetched, and only those that are right are kept and
 recorded. Where nothing is missing nothing is written, not even a lock, so a cache may be read-only.
 """
 
@@ -32,10 +32,10 @@ from huggingface_hub.utils import (
     tqdm,
 )
 
+from ..architectures.axes import Run, without
+from ..errors import CheckpointError, UnreachableError
 from . import retries
-from .axes import Run, without
 from .checksums import CHECKSUMS_NAME, Checksums
-from .errors import CheckpointError, UnreachableError
 from .files import commit_of
 
 MOSTLY = 0.8

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .axes import Run
-from .errors import CheckpointError
+from ..architectures.axes import Run
+from ..errors import CheckpointError
 from .files import with_variant
 
 CHECKSUMS_NAME = "weights.checksums.json"

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .errors import CheckpointError
+from ..errors import CheckpointError
 from .locking import only_writer
 
 logger = logging.getLogger(__name__)

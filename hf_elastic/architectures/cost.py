@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from .architectures import Architecture, StateRule, get_architecture
+from . import Architecture, StateRule, get_architecture
 from .axes import TensorRule
 from .submodel import Submodel
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from .errors import CheckpointError
+from ..errors import CheckpointError
 
 _SCATTERED_BYTES = 512  # from here on rows that lie apart in memory are read there one by one, without a copy
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None

@@ -14,8 +14,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .errors import users_level
-from .files import INDEX_NAME, SINGLE_NAME, find_file
+from ..errors import users_level
+from ..storage.files import INDEX_NAME, SINGLE_NAME, find_file
 
 LEFT_OUT = "left_out"
 

@@ -22,10 +22,10 @@ from huggingface_hub.errors import (
 from transformers.utils import cached_file
 from transformers.utils.hub import hf_api
 
-from .errors import CheckpointError, UnreachableError, reason, shown
+from ..configuration.section import is_inner_path
+from ..errors import CheckpointError, UnreachableError, reason, shown
 from .json_files import LARGEST_INDEX, read_json
 from .retries import passes, persistently
-from .section import is_inner_path
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"

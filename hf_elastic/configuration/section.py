@@ -9,11 +9,11 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from .architectures import Architecture, get_architecture
+from ..architectures import Architecture, get_architecture
+from ..architectures.cost import CostModel
+from ..architectures.submodel import LAYERS, Submodel
+from ..errors import ElasticConfigError, did_you_mean, shown
 from .budgets import FULL
-from .cost import CostModel
-from .errors import ElasticConfigError, did_you_mean, shown
-from .submodel import LAYERS, Submodel
 
 FORMAT_VERSION = 3
 """Version of the section on disk. A reader refuses newer ones; a writer writes the oldest that holds what it has to say."""

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError, shown
+from ..errors import CheckpointError, shown
 
 LARGEST_CONFIG = 4 << 20
 """Bytes. A config with every size in every layer of a hundred submodels has about a million."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import ElasticConfigError
+from ..errors import ElasticConfigError
 
 LAYERS = "layers"
 """The depth axis. Its size is the set of kept layers."""
