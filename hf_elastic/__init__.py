@@ -26,9 +26,9 @@ from .errors import (
 )
 from .generation import Phase, PhaseEvent, PhaseOutput, PhasePlan, PhaseStreamer, PhaseTextStreamer
 from .importance import Scores, score
-from .masking import masked_model
 from .modeling_elastic import ElasticForCausalLM, ElasticModel
 from .storage.exchanging import recover
+from .submodels.masking import masked_model
 
 __all__ = [
     "BusyError",

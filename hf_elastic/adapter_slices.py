@@ -1,6 +1,6 @@
 """Saved LoRA and DoRA adapters of a parent, cut to any of its sizes: the adapter of a slice is the slice of the adapter.
 
-Factors are cut by the rules of their tensors ([`hf_elastic.adapters`]). DoRA scales every row of `W + s B A` to a trained length; a slice has
+Factors are cut by the rules of their tensors ([`hf_elastic.submodels.adapters`]). DoRA scales every row of `W + s B A` to a trained length; a slice has
 shorter rows, so its lengths are those of the parent times the share of the row that is kept, which makes `slice(merge) = merge(slice)`
 for DoRA, too. What comes out is an ordinary adapter that plain peft loads on an exported slice.
 """
@@ -21,18 +21,18 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .adapter_table import NAME, PREFIX, Tensor, Weights, adapter_table, check_fit, shape_of
-from .adapters import is_tuner, refuse_changed_weights, rules_by_name
 from .architectures.axes import take
 from .architectures.submodel import Submodel
+from .checkpoints.replacing import replacing
 from .configuration.budgets import Budget
 from .configuration_elastic import ElasticConfig, read_config
 from .errors import CheckpointError, ElasticConfigError, reason, shown
 from .modeling_elastic import ElasticForCausalLM, ElasticPreTrainedModel, concrete_class
-from .replacing import replacing
-from .slicing import Piece, pieces
 from .storage.exchanging import refuse_interrupted
 from .storage.files import find_file
 from .storage.tensor_file import TensorFile
+from .submodels.adapters import is_tuner, refuse_changed_weights, rules_by_name
+from .submodels.slicing import Piece, pieces
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel

@@ -16,12 +16,12 @@ from .architectures.cost import WEIGHT_DTYPES, Cost
 from .architectures.portability import portability, words
 from .architectures.submodel import LAYERS, Submodel
 from .card_results import Results, table
+from .checkpoints.nested import FOLDER, folder_names, levels_for
+from .checkpoints.origin import named
 from .configuration.budgets import format_bytes, format_count
 from .configuration.leaving_out import left_out
 from .configuration_elastic import ElasticConfig
 from .errors import ElasticConfigError
-from .nested import FOLDER, folder_names, levels_for
-from .origin import named
 
 DOWNLOADS = {
     "nested": "A download is the files up to that size, as `config.json` lists them; what is there already is not fetched again.",

@@ -18,9 +18,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .card_results import read_all
 from .card_sections import DOWNLOADS, cut_words, has_head, limits, load_code, load_code_plain, made, sizes_table
+from .checkpoints.origin import CUT_FROM, is_repo_id
 from .configuration_elastic import ElasticConfig
 from .errors import ElasticConfigError
-from .origin import CUT_FROM, is_repo_id
 
 logger = logging.getLogger(__name__)
 

@@ -57,7 +57,7 @@ class ElasticConfig(InstalledCode, PreTrainedConfig):
               the next larger one. Counts may be left out when a config is made; they are always written and always checked.
             - `interpolated` (`list`, *optional*): submodels without a name that a router chose between two budgets; entries as in
               `budgets`, nested with them in one chain. They are what limits between the budgets resolve to.
-            - `router` (`dict`, *optional*): what the router beside the weights is rebuilt from, see [`hf_elastic.router.BudgetRouter`].
+            - `router` (`dict`, *optional*): what the router beside the weights is rebuilt from, see [`hf_elastic.routing.router.BudgetRouter`].
             - `handover` (`dict`, *optional*): `trained` (`bool`), whether submodels were trained to go on from each other's caches.
         cut_from (`dict`, *optional*): In a slice, what it was cut from: `family` and `commit` if it was on the Hub, and the `budget`.
         left_out (`list[str]`, *optional*): Tensors of the parent that its stock class does not load, by layer: `["mtp.layers.0.*"]`.
@@ -394,7 +394,7 @@ def read_config(repo: Any, plain: bool = False, **hub: Any) -> ElasticConfig:
 
 def plain_parent_error(repo: Any, model_type: Any) -> ElasticConfigError:
     """What to say to a budget for a checkpoint that has none."""
-    from .known import KNOWN
+    from .checkpoints.known import KNOWN
 
     known = (
         "its sizes are known, give elastic_config='auto'" if str(repo) in KNOWN else "describe it with elastic_config="

@@ -16,18 +16,18 @@ from .architectures import Architecture, get_architecture
 from .architectures.cost import CostModel
 from .architectures.portability import check_portable, portable_choices
 from .architectures.submodel import LAYERS, Submodel
-from .buffers import check_buffers, share_constant_buffers
+from .checkpoints.loading import checked_parent, load_stock
 from .configuration.budgets import Limit, is_limit, parse_limit
 from .configuration.leaving_out import ignored_beside, note_left_out
 from .configuration.section import check_name
 from .configuration_elastic import ElasticConfig
 from .errors import ElasticConfigError, shown
 from .importance import Scores, score
-from .loading import checked_parent, load_stock
 from .modeling_elastic import ElasticForCausalLM, concrete_class
 from .search import BudgetSearch, default_choices, sizes_from_spec
-from .slicing import build_meta, check_table
 from .sorting import Orders, orders_from_scores, sort_state_dict
+from .submodels.buffers import check_buffers, share_constant_buffers
+from .submodels.slicing import build_meta, check_table
 
 logger = logging.getLogger(__name__)
 

@@ -26,8 +26,8 @@ from .architectures.cost import CostModel
 from .configuration.budgets import Budget
 from .errors import PhasePlanError, TokenizerError
 from .generation import PhaseOutput, PhasePlan, PhaseRecord
+from .generation.texts import readable, unknown_token
 from .modeling_elastic import ElasticForCausalLM
-from .texts import readable, unknown_token
 
 PREFILL_SPEED = 16.0
 """Tokens that are read in the time in which one is written, where nobody measured it. It only moves `cost`."""

@@ -28,13 +28,13 @@ from transformers.utils.hub import hf_api
 from .card_results import SEPARATOR
 from .card_sections import has_head
 from .cards import is_generated, render_card
+from .checkpoints.nested import FOLDER
+from .checkpoints.opening import open_checkpoint
+from .checkpoints.origin import CUT_FROM, is_repo_id
 from .configuration.remote_code import MODULE
 from .configuration_elastic import ElasticConfig, parent_from_dict
 from .errors import ElasticConfigError, UnreachableError
-from .nested import FOLDER
-from .opening import open_checkpoint
-from .origin import CUT_FROM, is_repo_id
-from .router import ROUTER_FILE
+from .routing.router import ROUTER_FILE
 from .storage.checksums import CHECKSUMS_NAME
 from .storage.exchanging import refuse_interrupted
 from .storage.files import INDEX_NAME, SINGLE_NAME

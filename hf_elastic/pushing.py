@@ -9,9 +9,9 @@ from typing import Any
 
 from huggingface_hub import CommitInfo
 
+from .checkpoints.saving import Layout, check_layout
 from .errors import refuse_misspelt
 from .publishing import CardArguments, full_repo_id, prepare_upload
-from .saving import Layout, check_layout
 
 
 class PushMixin:

@@ -8,12 +8,12 @@ import torch
 from cases import CONFIGS
 from compare import assert_same_logits, logits
 
-import hf_elastic.masking
+import hf_elastic.submodels.masking
 from hf_elastic.architectures import get_architecture
 from hf_elastic.architectures.axes import Cut, Dim, TensorRule, dim, take
 from hf_elastic.architectures.blocks import HIDDEN, attention, mamba2
-from hf_elastic.masking import masked_model
-from hf_elastic.slicing import slice_state_dict
+from hf_elastic.submodels.masking import masked_model
+from hf_elastic.submodels.slicing import slice_state_dict
 
 GROUPS, STATE, KV_HEADS, HEAD_DIM, ROUTER_GROUPS = 2, 3, 2, 4, 2
 FULL = {
@@ -453,6 +453,6 @@ def test_masks_need_both_norm_corrections(sizes, correction, original, ids, monk
     stock = original("granite")
     sliced, right = sliced_by(get_architecture("granitemoehybrid"), stock, sizes)
     assert_same_logits(logits(right, ids), logits(sliced, ids))
-    monkeypatch.setattr(hf_elastic.masking, "_correct_norm", correction)
+    monkeypatch.setattr(hf_elastic.submodels.masking, "_correct_norm", correction)
     wrong = masked_model(stock, get_architecture("granitemoehybrid").submodel(stock.config, sizes))
     assert (logits(wrong, ids) - logits(sliced, ids)).abs().max() > WRONG

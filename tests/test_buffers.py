@@ -10,9 +10,9 @@ from transformers.initialization import no_init_weights
 from transformers.models.granitemoehybrid import modeling_granitemoehybrid as granite
 
 from hf_elastic import CheckpointError, ElasticConfig, ElasticForCausalLM, elastify
-from hf_elastic.buffers import constant_buffers, fresh_buffers
-from hf_elastic.loading import load_stock
-from hf_elastic.slicing import build_meta
+from hf_elastic.checkpoints.loading import load_stock
+from hf_elastic.submodels.buffers import constant_buffers, fresh_buffers
+from hf_elastic.submodels.slicing import build_meta
 
 MESSAGE = r"other values in model\.rotary_emb\.inv_freq"
 

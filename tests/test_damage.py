@@ -23,7 +23,7 @@ from hf_elastic.configuration_elastic import read_config
 from hf_elastic.errors import HFElasticError
 from hf_elastic.importance import Scores
 from hf_elastic.publishing import read_published
-from hf_elastic.router import ROUTER_FILE
+from hf_elastic.routing.router import ROUTER_FILE
 from hf_elastic.storage.json_files import LARGEST_CONFIG, read_json
 
 load = ElasticForCausalLM.from_pretrained

@@ -14,8 +14,8 @@ from hf_elastic import ElasticConfig, ElasticConfigError
 from hf_elastic.architectures.cost import CostModel
 from hf_elastic.configuration.budgets import parse_limit
 from hf_elastic.configuration.section import checked_section
-from hf_elastic.decisions import DEAD_ZONE, interpolate, render
-from hf_elastic.router import BudgetRouter
+from hf_elastic.routing.decisions import DEAD_ZONE, interpolate, render
+from hf_elastic.routing.router import BudgetRouter
 
 PER_LAYER = {
     "nano3": ("ffn", "mamba_heads", "attention_heads", "experts", "expert_ffn", "shared_expert_ffn"),

@@ -14,8 +14,8 @@ from transformers import AutoModel, AutoModelForCausalLM
 import hf_elastic
 from hf_elastic import ElasticConfig
 from hf_elastic.architectures import get_architecture
-from hf_elastic.masking import masked_model
-from hf_elastic.slicing import slice_state_dict
+from hf_elastic.submodels.masking import masked_model
+from hf_elastic.submodels.slicing import slice_state_dict
 
 each_case = pytest.mark.parametrize("case", CASES, ids=IDS)
 SOME = [case for case in CASES if case.name.startswith(("full", "all", "layers_without_first"))]

@@ -177,7 +177,7 @@ def test_only_the_rows_of_a_budget_are_fetched(repo, hub, load, expected, folder
     """Counted from the table: whole rows where a row is kept in part, nothing of what is dropped, and the headers."""
     config = ElasticConfig.from_pretrained(folders / "stock")
     headers = sum(header_bytes(file) for file in (folders / repo.removeprefix("org/")).glob("*.safetensors"))
-    monkeypatch.setattr("hf_elastic.opening.MOSTLY", 1.0)
+    monkeypatch.setattr("hf_elastic.checkpoints.opening.MOSTLY", 1.0)
     rows = 0
     small = config.submodel("small")
     for rule in config.architecture.rules(config.parent_config):

@@ -160,7 +160,7 @@ def test_a_config_that_an_auto_class_read_damaged_is_refused(hub, pull, pulled, 
 
 def test_parts_without_checksums_are_taken_unless_verify_is_set(hub, load, pulled, hub_folders, monkeypatch):
     """What the README says of repositories of other programs."""
-    monkeypatch.setattr("hf_elastic.opening.MOSTLY", 1.0)
+    monkeypatch.setattr("hf_elastic.checkpoints.opening.MOSTLY", 1.0)
     size = (hub_folders / "stock/model.safetensors").stat().st_size
     load("org/stock")
     assert hub.sent["model.safetensors"] < 0.9 * size
@@ -374,7 +374,7 @@ def test_a_file_that_could_not_be_asked_for_is_not_called_missing(name, hub, loa
 def test_the_router_and_the_tokenizer_are_not_called_missing(hub, load, hub_folders, tmp_path):
     from hf_elastic.errors import PhasePlanError
     from hf_elastic.generation.binding import find_tokenizer
-    from hf_elastic.router import ROUTER_FILE, BudgetRouter, read_router
+    from hf_elastic.routing.router import ROUTER_FILE, BudgetRouter, read_router
 
     config = ElasticConfig.from_pretrained(hub_folders / "stock")
     config.elastic["router"] = BudgetRouter(config, {"half": 0.5}).describe()

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainerState
 
 import hf_elastic
 from hf_elastic import CheckpointError, ElasticConfig, ElasticForCausalLM
-from hf_elastic.replacing import replacing
+from hf_elastic.checkpoints.replacing import replacing
 from hf_elastic.trainers.checkpoints import put_back, replaced
 from hf_elastic.trainers.resuming import is_complete
 

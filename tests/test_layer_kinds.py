@@ -22,7 +22,7 @@ from hf_elastic import ElasticConfig, ElasticConfigError, elastify
 from hf_elastic.architectures import get_architecture
 from hf_elastic.architectures.granitemoehybrid import GraniteMoeHybrid
 from hf_elastic.commands.plan import plan
-from hf_elastic.masking import masked_model
+from hf_elastic.submodels.masking import masked_model
 
 KINDS = ["full_attention"] * 3
 DENSE = {"num_local_experts": 0, "num_experts_per_tok": 0}

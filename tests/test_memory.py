@@ -10,8 +10,9 @@ import torch
 from cases import BUDGETS
 from transformers import AutoModelForCausalLM
 
-from hf_elastic import ElasticConfig, ElasticConfigError, UnknownBudgetError, memory
+from hf_elastic import ElasticConfig, ElasticConfigError, UnknownBudgetError
 from hf_elastic.architectures.cost import CostModel
+from hf_elastic.checkpoints import memory
 from hf_elastic.cli import main
 
 load = AutoModelForCausalLM.from_pretrained
@@ -47,7 +48,7 @@ def test_auto_is_the_largest_with_its_caches_in_nine_tenths_of_what_is_free(fami
                 with pytest.raises(UnknownBudgetError, match=r"90% of .* of main memory.*no submodel.*'small', needs"):
                     load(folder, budget="auto", dtype="bfloat16")
                 continue
-            with caplog.at_level(logging.INFO, "hf_elastic.memory"):
+            with caplog.at_level(logging.INFO, "hf_elastic.checkpoints.memory"):
                 model = load(folder, budget="auto", dtype="bfloat16")
             assert (model.budget == name) == fits
     assert "1 x 128 tokens, which is 90% of" in caplog.text

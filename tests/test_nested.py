@@ -12,12 +12,12 @@ from compare import assert_same_logits, assert_same_weights, logits
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
-import hf_elastic.nested as nested
+import hf_elastic.checkpoints.nested as nested
 from hf_elastic import CheckpointError, ElasticConfig, ElasticConfigError, ElasticForCausalLM, UnknownBudgetError
 from hf_elastic.architectures import get_architecture
 from hf_elastic.architectures.cost import CostModel
 from hf_elastic.cli import main
-from hf_elastic.slicing import pieces, slice_state_dict
+from hf_elastic.submodels.slicing import pieces, slice_state_dict
 
 load = AutoModelForCausalLM.from_pretrained
 FAMILIES = {
@@ -313,7 +313,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(where, over, folders, tmp_path,
         move(source, target)
 
     monkeypatch.setattr(nested, "save_file", full_disk)
-    monkeypatch.setattr("hf_elastic.saving.os.replace", busy)
+    monkeypatch.setattr("hf_elastic.checkpoints.saving.os.replace", busy)
     with pytest.raises(OSError, match="No space left"):
         model.save_pretrained(folder, layout="nested")
     assert listing(folder) == before

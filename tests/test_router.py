@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from hf_elastic import ElasticConfig, ElasticConfigError, elastify
 from hf_elastic.architectures.cost import CostModel
 from hf_elastic.configuration.budgets import Limit
-from hf_elastic.router import DEAD_ZONE, BudgetRouter, Schedule
-from hf_elastic.soft import Mixture, SoftUnits, keep_weights
+from hf_elastic.routing.router import DEAD_ZONE, BudgetRouter, Schedule
+from hf_elastic.submodels.soft import Mixture, SoftUnits, keep_weights
 
 # Products of more float32 factors than in the stencil, in another order; logits are of the order of 1 to 10.
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}

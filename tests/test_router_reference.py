@@ -16,8 +16,8 @@ from test_router import CHOICES, CLOSE, PARENTS, RANKING, config_of
 
 from hf_elastic import ElasticConfig, elastify
 from hf_elastic.configuration.budgets import Limit, parse_limit
-from hf_elastic.router import BudgetRouter
-from hf_elastic.soft import SoftUnits
+from hf_elastic.routing.router import BudgetRouter
+from hf_elastic.submodels.soft import SoftUnits
 
 MEMORY = {"memory": "1kB", "context_length": 300, "batch_size": 3, "dtype": "bfloat16"}
 LIMITS = {"total": Limit("total", 1.0), "active": Limit("active", 1.0), "memory": parse_limit(MEMORY)}

@@ -20,7 +20,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from hf_elastic import CheckpointError, ElasticConfig, ElasticConfigError, ElasticForCausalLM, elastify
 from hf_elastic.architectures.cost import CostModel
 from hf_elastic.commands.plan import plan
-from hf_elastic.router import ROUTER_FILE, BudgetRouter, read_router
+from hf_elastic.routing.router import ROUTER_FILE, BudgetRouter, read_router
 
 each_parent = pytest.mark.parametrize("name", PARENTS)
 

@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM
 
 import hf_elastic
 from hf_elastic import CheckpointError, ElasticConfigError, ElasticForCausalLM, Scores
+from hf_elastic.checkpoints.replacing import replacing, replacing_file
 from hf_elastic.cli import main
-from hf_elastic.replacing import replacing, replacing_file
 from hf_elastic.storage.exchanging import JOURNAL, NEW, OLD, SCRATCH, Exchange
 from hf_elastic.storage.locking import LOCK
 
@@ -400,7 +400,7 @@ def full(family_folder, monkeypatch) -> None:
     def save(tensors, filename, metadata=None):
         raise SafetensorError(FULL)
 
-    for place in ("transformers.modeling_utils.safe_save_file", "hf_elastic.router.save_file"):
+    for place in ("transformers.modeling_utils.safe_save_file", "hf_elastic.routing.router.save_file"):
         monkeypatch.setattr(place, save)
 
 

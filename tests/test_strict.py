@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, NemotronHForCausalLM
 
 from hf_elastic import CheckpointError, ElasticConfigError, ElasticForCausalLM, elastify, score
+from hf_elastic.checkpoints.loading import load_stock
 from hf_elastic.cli import main
-from hf_elastic.loading import load_stock
 from hf_elastic.trainers import ElasticDistillationConfig, ElasticDistillationTrainer
 
 Weights = dict[str, torch.Tensor]

@@ -12,7 +12,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from hf_elastic import ElasticConfig, ElasticConfigError, UnknownBudgetError
 from hf_elastic.errors import HFElasticError
-from hf_elastic.slicing import pieces
+from hf_elastic.submodels.slicing import pieces
 
 load = AutoModelForCausalLM.from_pretrained
 NAMES = ["nano3", "granite"]

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_elastic import ElasticConfigError
 from hf_elastic.errors import HFElasticError
-from hf_elastic.slicing import pieces
+from hf_elastic.submodels.slicing import pieces
 
 load = AutoModelForCausalLM.from_pretrained
 NAMES = ["nano3", "granite"]

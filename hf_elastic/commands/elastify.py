@@ -72,8 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from ..checkpoints.loading import load_stock
     from ..elastify import elastify
-    from ..loading import load_stock
     from .plan import plan, render
 
     axes, budgets = _spec(args)

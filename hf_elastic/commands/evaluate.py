@@ -60,10 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from tqdm.auto import tqdm
 
+    from ..checkpoints.replacing import replacing
     from ..errors import ElasticConfigError
     from ..evaluation import PREFILL_SPEED, measure_plan, plan_matrix, results_file
     from ..modeling_elastic import ElasticForCausalLM
-    from ..replacing import replacing
 
     caps = [_cap(text) for text in args.max_thinking_tokens or ["none"]]
     for name in ("count", "batch_size"):

@@ -74,8 +74,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _config(repo: str, described: str | None, hub: dict[str, Any]) -> ElasticConfig:
+    from ..checkpoints.known import described_config
     from ..configuration_elastic import read_config
-    from ..known import described_config
 
     return read_config(repo, plain=True, **hub) if described is None else described_config(repo, described, **hub)
 
@@ -125,9 +125,9 @@ def fits(elastic: ElasticConfig, memory: dict[str, Any]) -> dict[str, Any]:
         `None` if none does; `between`: whether a size between two budgets is larger and fits, and then its `total_params` and `needs`.
     """
     from ..architectures.cost import CostModel
+    from ..checkpoints.memory import asks_for_free_memory, with_free_memory
     from ..configuration.budgets import parse_limit
     from ..errors import UnknownBudgetError
-    from ..memory import asks_for_free_memory, with_free_memory
 
     if asks_for_free_memory(memory, elastic):
         memory, _ = with_free_memory(memory, elastic)

@@ -252,7 +252,7 @@ def _called(name: str | None) -> str:
 
 
 def _checked_router(router: Any) -> dict[str, Any]:
-    """What a router is rebuilt from; [`hf_elastic.router.BudgetRouter`] checks the values against the axes and the parent."""
+    """What a router is rebuilt from; [`hf_elastic.routing.router.BudgetRouter`] checks the values against the axes and the parent."""
     if not isinstance(router, Mapping):
         raise ElasticConfigError(f"elastic.router={shown(router)} must be a dict.")
     _refuse_unknown(router, _ROUTER_KEYS, "elastic.router")
@@ -312,7 +312,7 @@ def is_inner_path(path: Any) -> bool:
 
 
 def check_origin(origin: Any) -> None:
-    """Raise [`ElasticConfigError`] for a `cut_from` that is none, see [`hf_elastic.origin`]; `None` says nothing of an origin."""
+    """Raise [`ElasticConfigError`] for a `cut_from` that is none, see [`hf_elastic.checkpoints.origin`]; `None` says nothing of an origin."""
     if origin is None:
         return
     kinds: dict[str, type] = {"family": str, "commit": str, "budget": str, "sizes": Mapping}

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from hf_elastic import ElasticForCausalLM, HFElasticError, PhasePlan
 from hf_elastic.architectures.cost import Cost
 from hf_elastic.generation import PhaseEvent
-from hf_elastic.texts import check_text
+from hf_elastic.generation.texts import check_text
 
 from .tasks import BOOK_TASK, Task
 
