@@ -31,7 +31,7 @@ from synthetic import nano_like
 from transformers import AutoModelForCausalLM
 
 from hf_elastic import ElasticConfig, ElasticForCausalLM, Phase, PhasePlan
-from hf_elastic.evaluation import BookTask, measure_plan, pareto_front, plan_matrix
+from hf_elastic.evaluation.plans import BookTask, measure_plan, pareto_front, plan_matrix
 from hf_elastic.lab.book import THINK_END
 
 FAMILY = ("full", *SIZES)

@@ -53,7 +53,7 @@ from .configuration_elastic import ElasticConfig, plain_parent_error
 from .errors import ElasticConfigError, shown
 from .generation.phases import PhasedGenerationMixin
 from .generation.speculation import SpeculationMixin
-from .pushing import PushMixin
+from .hub.pushing import PushMixin
 from .routing.router import BudgetRouter, read_router
 from .storage.files import pinned
 from .submodels.adapters import AdaptableMixin

@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.torch import load_file, save_file
 
 from hf_elastic import ElasticConfig, ElasticConfigError, ElasticForCausalLM, ElasticModel, elastify
-from hf_elastic.adapter_slices import load_adapter, slice_adapter
+from hf_elastic.adapters.slices import load_adapter, slice_adapter
 
 LAYERED = {"layers_to_transform": [0, 2, 7], "rank_pattern": {"layers.2.mixer.q_proj": 3, "in_proj": 2}}
 KINDS = {

@@ -17,12 +17,12 @@ from sound import differences, sound_checkpoints
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_elastic import CheckpointError, ElasticConfig, ElasticConfigError, ElasticForCausalLM
-from hf_elastic.card_results import read_all
 from hf_elastic.commands.plan import plan
 from hf_elastic.configuration_elastic import read_config
+from hf_elastic.elastification.importance import Scores
 from hf_elastic.errors import HFElasticError
-from hf_elastic.importance import Scores
-from hf_elastic.publishing import read_published
+from hf_elastic.hub.card_results import read_all
+from hf_elastic.hub.publishing import read_published
 from hf_elastic.routing.router import ROUTER_FILE
 from hf_elastic.storage.json_files import LARGEST_CONFIG, read_json
 

@@ -13,7 +13,7 @@ from transformers import StoppingCriteria
 
 from hf_elastic import ElasticForCausalLM, PhasePlan, PhasePlanError
 from hf_elastic.cli import main
-from hf_elastic.evaluation import BookTask, Task, measure_plan, pareto_front, plan_matrix, planned
+from hf_elastic.evaluation.plans import BookTask, Task, measure_plan, pareto_front, plan_matrix, planned
 from hf_elastic.lab.book import evaluate
 from hf_elastic.lab.family import make_family
 from hf_elastic.lab.parent import load_parent
@@ -100,7 +100,7 @@ class Remembers(StoppingCriteria):
     ],
 )
 def test_criteria_of_a_task_see_the_answer_alone(lab, prompt, written, seen):
-    from hf_elastic.evaluating_lm import LmEvalTask
+    from hf_elastic.evaluation.lm_eval import LmEvalTask
 
     tokenizer, criterion = lab[1], Remembers()
     prompts = tokenizer(prompt, return_tensors="pt")["input_ids"]

@@ -9,7 +9,7 @@ from torch import nn
 
 from hf_elastic import CheckpointError, ElasticConfigError, Scores, score
 from hf_elastic.architectures import get_architecture
-from hf_elastic.importance import MAMBA, rank_layers
+from hf_elastic.elastification.importance import MAMBA, rank_layers
 from hf_elastic.submodels.slicing import slice_state_dict
 
 # Sums of a few hundred float32 terms in another order.

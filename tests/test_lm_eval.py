@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from hf_elastic import ElasticConfigError, ElasticForCausalLM
 from hf_elastic.configuration.remote_code import AUTO_MAP
-from hf_elastic.evaluating_lm import evaluate_with_lm_eval
+from hf_elastic.evaluation.lm_eval import evaluate_with_lm_eval
 
 OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 TASK = """\

@@ -380,7 +380,7 @@ def test_only_the_main_process_writes(loaded, tmp_path):
 def test_pushing_is_saving_and_uploading(loaded, tmp_path, monkeypatch):
     pushed = {}
     monkeypatch.setattr(
-        "hf_elastic.pushing.PushMixin.push_to_hub", lambda self, repo, **kwargs: pushed.update({repo: kwargs})
+        "hf_elastic.hub.pushing.PushMixin.push_to_hub", lambda self, repo, **kwargs: pushed.update({repo: kwargs})
     )
     loaded("nano3").save_pretrained(tmp_path, push_to_hub=True, repo_id="me/tiny", commit_message="first", token="x")
     assert pushed["me/tiny"] == {"layout": "nested", "commit_message": "first", "token": "x"}

@@ -20,7 +20,7 @@ from hf_elastic.architectures.portability import portability
 from hf_elastic.cli import main
 from hf_elastic.commands.plan import plan
 from hf_elastic.configuration.budgets import Limit
-from hf_elastic.search import BudgetSearch
+from hf_elastic.elastification.search import BudgetSearch
 
 ROPE = {"position_embedding_type": "rope"}
 

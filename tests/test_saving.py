@@ -489,7 +489,7 @@ def elastifying(original, tmp_path, monkeypatch) -> list[str]:
 @pytest.mark.parametrize("where", ["output", "scores", "both"])
 def test_scores_are_not_lost_on_a_full_disk(where, elastifying, tmp_path, monkeypatch, capsys, caplog):
     """Of the output, of the file they should go to, or of both: a second run needs no scoring."""
-    real = hf_elastic.importance.save_file
+    real = hf_elastic.elastification.importance.save_file
 
     def save(tensors, filename, metadata=None):
         if "temporary" not in str(filename):
@@ -500,7 +500,7 @@ def test_scores_are_not_lost_on_a_full_disk(where, elastifying, tmp_path, monkey
     if where != "scores":
         monkeypatch.setattr("transformers.modeling_utils.safe_save_file", save)
     if where != "output":
-        monkeypatch.setattr("hf_elastic.importance.save_file", save)
+        monkeypatch.setattr("hf_elastic.elastification.importance.save_file", save)
     options = [] if where == "output" else ["--save-scores", str(tmp_path / "scores")]
     assert main([*elastifying, *options]) == (0 if where == "scores" else 2)
     said = capsys.readouterr().err + caplog.text
@@ -522,7 +522,7 @@ def test_scores_are_there_before_anything_is_sorted(elastifying, tmp_path, monke
         assert Scores.load(tmp_path / "scores").values["ffn"]
         raise MemoryError
 
-    monkeypatch.setattr(sys.modules["hf_elastic.elastify"], "sort_state_dict", sort)
+    monkeypatch.setattr(sys.modules["hf_elastic.elastification.elastify"], "sort_state_dict", sort)
     with pytest.raises(MemoryError):
         main([*elastifying, "--save-scores", str(tmp_path / "scores")])
 

@@ -13,8 +13,8 @@ from hf_elastic import ElasticConfigError, UnknownBudgetError
 from hf_elastic.architectures import get_architecture
 from hf_elastic.architectures.cost import CostModel
 from hf_elastic.configuration.budgets import Limit
-from hf_elastic.importance import MAMBA
-from hf_elastic.search import BudgetSearch, default_choices, round_size, sizes_from_spec
+from hf_elastic.elastification.importance import MAMBA
+from hf_elastic.elastification.search import BudgetSearch, default_choices, round_size, sizes_from_spec
 
 CHOICES = {"hidden": [48, 40, 32], "ffn": [40, 24, 8], "mamba_heads": [12, 8, 4], "layers": [8, 7, 6]}
 

@@ -8,8 +8,8 @@ from cases import CONFIGS, VOCAB, build_parent
 
 from hf_elastic import ElasticConfigError, Scores, elastify
 from hf_elastic.architectures import get_architecture
-from hf_elastic.importance import MAMBA
-from hf_elastic.sorting import orders_from_scores, sort_state_dict
+from hf_elastic.elastification.importance import MAMBA
+from hf_elastic.elastification.sorting import orders_from_scores, sort_state_dict
 
 # Reordered float32 sums; logits are of the order of 1 to 10.
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}

@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from ..checkpoints.loading import load_stock
-    from ..elastify import elastify
+    from ..elastification.elastify import elastify
     from .plan import plan, render
 
     axes, budgets = _spec(args)

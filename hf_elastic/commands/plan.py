@@ -93,7 +93,7 @@ def plan(
     from ..architectures.cost import CostModel
     from ..architectures.portability import portability
     from ..configuration_elastic import read_config
-    from ..search import sizes_from_spec
+    from ..elastification.search import sizes_from_spec
 
     elastic = read_config(repo, plain=True) if isinstance(repo, str) else repo
     members = elastic.chain()

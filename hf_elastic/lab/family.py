@@ -18,7 +18,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 
 from ..architectures.cost import CostModel
-from ..elastify import elastify
+from ..elastification.elastify import elastify
 from ..modeling_elastic import ElasticForCausalLM
 from .book import calibration_dataset, evaluate, training_dataset
 

@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from hf_elastic.configuration.budgets import format_count
-from hf_elastic.evaluation import pareto_front
+from hf_elastic.evaluation.plans import pareto_front
 
 from .engine import Size
 from .view import place

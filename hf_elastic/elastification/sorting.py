@@ -7,9 +7,9 @@ from collections.abc import Collection, Mapping
 import torch
 from transformers import PreTrainedConfig
 
-from .architectures import Architecture
-from .architectures.submodel import LAYERS
-from .errors import ElasticConfigError
+from ..architectures import Architecture
+from ..architectures.submodel import LAYERS
+from ..errors import ElasticConfigError
 from .importance import MAMBA, Scores
 
 Orders = dict[int | None, dict[str, torch.Tensor]]

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ._version import __version__
-from .architectures.cost import CostModel
-from .configuration.budgets import Budget
-from .errors import PhasePlanError, TokenizerError
-from .generation import PhaseOutput, PhasePlan, PhaseRecord
-from .generation.texts import readable, unknown_token
-from .modeling_elastic import ElasticForCausalLM
+from .._version import __version__
+from ..architectures.cost import CostModel
+from ..configuration.budgets import Budget
+from ..errors import PhasePlanError, TokenizerError
+from ..generation import PhaseOutput, PhasePlan, PhaseRecord
+from ..generation.texts import readable, unknown_token
+from ..modeling_elastic import ElasticForCausalLM
 
 PREFILL_SPEED = 16.0
 """Tokens that are read in the time in which one is written, where nobody measured it. It only moves `cost`."""
@@ -72,7 +72,7 @@ class BookTask(Task):
     def score(
         self, model: ElasticForCausalLM, tokenizer: PreTrainedTokenizerBase
     ) -> tuple[str, int, dict[str, float]]:
-        from .lab.book import evaluate
+        from ..lab.book import evaluate
 
         options = {"letters": self.letters, "count": self.count, "batch_size": self.batch_size, "seed": self.seed}
         result = evaluate(model, tokenizer, **options)  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ def draw_pareto(results: Mapping[str, Any], path: Path, *, largest: float = 1.0,
     """Plans of one submodel and of two as points, and the front through the best, as PNG.
 
     Args:
-        results (`dict[str, Any]`): As [`hf_elastic.evaluation.results_file`] makes it.
+        results (`dict[str, Any]`): As [`hf_elastic.evaluation.plans.results_file`] makes it.
         path (`Path`): File to write.
         largest (`float`, *optional*): Active parameters of the largest size, by which costs are divided.
         timed (`str`, *optional*, defaults to `"measured"`): How seconds came about.

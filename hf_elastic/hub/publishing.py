@@ -25,20 +25,20 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import PreTrainedConfig
 from transformers.utils.hub import hf_api
 
+from ..checkpoints.nested import FOLDER
+from ..checkpoints.opening import open_checkpoint
+from ..checkpoints.origin import CUT_FROM, is_repo_id
+from ..configuration.remote_code import MODULE
+from ..configuration_elastic import ElasticConfig, parent_from_dict
+from ..errors import ElasticConfigError, UnreachableError
+from ..routing.router import ROUTER_FILE
+from ..storage.checksums import CHECKSUMS_NAME
+from ..storage.exchanging import refuse_interrupted
+from ..storage.files import INDEX_NAME, SINGLE_NAME
+from ..storage.retries import passes, persistently
 from .card_results import SEPARATOR
 from .card_sections import has_head
 from .cards import is_generated, render_card
-from .checkpoints.nested import FOLDER
-from .checkpoints.opening import open_checkpoint
-from .checkpoints.origin import CUT_FROM, is_repo_id
-from .configuration.remote_code import MODULE
-from .configuration_elastic import ElasticConfig, parent_from_dict
-from .errors import ElasticConfigError, UnreachableError
-from .routing.router import ROUTER_FILE
-from .storage.checksums import CHECKSUMS_NAME
-from .storage.exchanging import refuse_interrupted
-from .storage.files import INDEX_NAME, SINGLE_NAME
-from .storage.retries import passes, persistently
 
 README = "README.md"
 _SHARDS = SINGLE_NAME.replace(".", "-*.")
@@ -120,7 +120,7 @@ class Upload:
 
 @dataclass(frozen=True, kw_only=True)
 class CardArguments:
-    """What the card is told, see [`hf_elastic.cards.render_card`].
+    """What the card is told, see [`hf_elastic.hub.cards.render_card`].
 
     Args:
         overwrite_readme (`bool`, *optional*, defaults to `False`): Replace a README that somebody wrote, too.

@@ -18,9 +18,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from .architectures.cost import Cost
-from .errors import ElasticConfigError, HFElasticError, did_you_mean
-from .storage.json_files import parse_json
+from ..architectures.cost import Cost
+from ..errors import ElasticConfigError, HFElasticError, did_you_mean
+from ..storage.json_files import parse_json
 
 SEPARATOR = "::"
 _COUNTS = ("total_params", "active_params")

@@ -31,13 +31,13 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .architectures import Architecture, get_architecture
-from .architectures.axes import TensorRule
-from .architectures.submodel import LAYERS
-from .checkpoints.loading import checked_parent
-from .checkpoints.replacing import replacing_file
-from .errors import CheckpointError, ElasticConfigError, shown
-from .generation.texts import chat_tokens, check_text
+from ..architectures import Architecture, get_architecture
+from ..architectures.axes import TensorRule
+from ..architectures.submodel import LAYERS
+from ..checkpoints.loading import checked_parent
+from ..checkpoints.replacing import replacing_file
+from ..errors import CheckpointError, ElasticConfigError, shown
+from ..generation.texts import chat_tokens, check_text
 
 MAMBA = "mamba_channels"
 """Key of the second moments of Mamba's x, of shape `(heads, head_dim)`: both Mamba axes are scored from them."""

@@ -16,11 +16,11 @@ import jinja2
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..checkpoints.origin import CUT_FROM, is_repo_id
+from ..configuration_elastic import ElasticConfig
+from ..errors import ElasticConfigError
 from .card_results import read_all
 from .card_sections import DOWNLOADS, cut_words, has_head, limits, load_code, load_code_plain, made, sizes_table
-from .checkpoints.origin import CUT_FROM, is_repo_id
-from .configuration_elastic import ElasticConfig
-from .errors import ElasticConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def render_card(
         repo_id (`str`, *optional*): The repository, for the title and the code.
         base_model (`str`, *optional*): Repository of the parent, or of the family for a slice, which knows it by itself if it was cut from a repository.
         license (`str`, *optional*): The Hub's identifier, such as `apache-2.0`; with `other` also `license_name` and `license_link`.
-        results (`list`, *optional*): Results files, see [`hf_elastic.card_results`].
+        results (`list`, *optional*): Results files, see [`hf_elastic.hub.card_results`].
         recipe (`str` or `os.PathLike`, *optional*): Text file that says how it was made, such as a recipe of `hf-elastic train`; the card quotes it.
         tags (`list[str]`, *optional*): Besides those that the architecture gives.
         earlier (`ModelCard`, *optional*): An older card of the same model, for the base model, license, language and datasets where they are not given.

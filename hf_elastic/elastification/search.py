@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from .architectures import Architecture
-from .architectures.cost import CostModel
-from .architectures.portability import check_portable
-from .architectures.submodel import LAYERS, Submodel, first_layers
-from .configuration.budgets import Limit, format_count
-from .errors import ElasticConfigError, UnknownBudgetError
+from ..architectures import Architecture
+from ..architectures.cost import CostModel
+from ..architectures.portability import check_portable
+from ..architectures.submodel import LAYERS, Submodel, first_layers
+from ..configuration.budgets import Limit, format_count
+from ..errors import ElasticConfigError, UnknownBudgetError
 from .importance import Scores
 from .sorting import ranked
 

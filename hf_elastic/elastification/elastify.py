@@ -12,22 +12,22 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .architectures import Architecture, get_architecture
-from .architectures.cost import CostModel
-from .architectures.portability import check_portable, portable_choices
-from .architectures.submodel import LAYERS, Submodel
-from .checkpoints.loading import checked_parent, load_stock
-from .configuration.budgets import Limit, is_limit, parse_limit
-from .configuration.leaving_out import ignored_beside, note_left_out
-from .configuration.section import check_name
-from .configuration_elastic import ElasticConfig
-from .errors import ElasticConfigError, shown
+from ..architectures import Architecture, get_architecture
+from ..architectures.cost import CostModel
+from ..architectures.portability import check_portable, portable_choices
+from ..architectures.submodel import LAYERS, Submodel
+from ..checkpoints.loading import checked_parent, load_stock
+from ..configuration.budgets import Limit, is_limit, parse_limit
+from ..configuration.leaving_out import ignored_beside, note_left_out
+from ..configuration.section import check_name
+from ..configuration_elastic import ElasticConfig
+from ..errors import ElasticConfigError, shown
+from ..modeling_elastic import ElasticForCausalLM, concrete_class
+from ..submodels.buffers import check_buffers, share_constant_buffers
+from ..submodels.slicing import build_meta, check_table
 from .importance import Scores, score
-from .modeling_elastic import ElasticForCausalLM, concrete_class
 from .search import BudgetSearch, default_choices, sizes_from_spec
 from .sorting import Orders, orders_from_scores, sort_state_dict
-from .submodels.buffers import check_buffers, share_constant_buffers
-from .submodels.slicing import build_meta, check_table
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def elastify(
     Args:
         parent (`PreTrainedModel` or `str`): Stock causal model, or where to load it from, which has to hold every tensor of it. It is not changed.
         calibration (`datasets.Dataset` or iterable of dicts, *optional*):
-            Text to score on, see [`hf_elastic.importance.score`]. Not needed with `scores`, or with `sort=False`.
+            Text to score on, see [`hf_elastic.elastification.importance.score`]. Not needed with `scores`, or with `sort=False`.
         axes (`list[str]` or `dict[str, list]`, *optional*):
             Elastic axes, or per axis its choices: sizes (`int`) or shares of the parent's (`float`); `None` for default choices. Defaults to
             the axes that the budgets cut.
@@ -76,7 +76,7 @@ def elastify(
             refused where they are given. Granite's `hidden`, `attention_heads` and `mamba_heads` are then cut by one share.
         save_scores (`str` or `os.PathLike`, *optional*):
             File for the scores, written as soon as they are there. If it cannot be, they go to a temporary file, which a warning names.
-        score_options: Passed to [`hf_elastic.importance.score`] (`samples`, `batch_size`, `max_length`, `tokenizer`, `progress`, ...).
+        score_options: Passed to [`hf_elastic.elastification.importance.score`] (`samples`, `batch_size`, `max_length`, `tokenizer`, `progress`, ...).
 
     Returns:
         [`ElasticForCausalLM`]: With all budgets live, on the parent's device and dtype. `model.importance_scores` holds the scores.

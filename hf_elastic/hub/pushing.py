@@ -9,8 +9,8 @@ from typing import Any
 
 from huggingface_hub import CommitInfo
 
-from .checkpoints.saving import Layout, check_layout
-from .errors import refuse_misspelt
+from ..checkpoints.saving import Layout, check_layout
+from ..errors import refuse_misspelt
 from .publishing import CardArguments, full_repo_id, prepare_upload
 
 
@@ -49,7 +49,7 @@ class PushMixin:
             max_shard_size (`int` or `str`, *optional*): Of one file; as in `save_pretrained` if not given.
             commit_message, commit_description, private, token, revision, create_pr, tags: As in `PreTrainedModel.push_to_hub`.
             base_model, license, license_name, license_link, results, recipe:
-                For the card, see [`hf_elastic.cards.render_card`]; results files are uploaded to `results/`. Without `license`, that of the base
+                For the card, see [`hf_elastic.hub.cards.render_card`]; results files are uploaded to `results/`. Without `license`, that of the base
                 model's card is taken.
             overwrite_readme (`bool`, *optional*, defaults to `False`):
                 Replace also a `README.md` that somebody wrote. Without, only one that a push wrote is written anew.

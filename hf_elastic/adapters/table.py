@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel
 
-from .architectures.axes import TensorRule, dim
-from .architectures.submodel import Submodel
-from .configuration_elastic import ElasticConfig
-from .errors import ElasticConfigError
-from .submodels.adapters import FactorRule, factor_rules, is_tuner, passed_by, rules_by_name
-from .submodels.slicing import build_meta
+from ..architectures.axes import TensorRule, dim
+from ..architectures.submodel import Submodel
+from ..configuration_elastic import ElasticConfig
+from ..errors import ElasticConfigError
+from ..submodels.adapters import FactorRule, factor_rules, is_tuner, passed_by, rules_by_name
+from ..submodels.slicing import build_meta
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -20,19 +20,19 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from .adapter_table import NAME, PREFIX, Tensor, Weights, adapter_table, check_fit, shape_of
-from .architectures.axes import take
-from .architectures.submodel import Submodel
-from .checkpoints.replacing import replacing
-from .configuration.budgets import Budget
-from .configuration_elastic import ElasticConfig, read_config
-from .errors import CheckpointError, ElasticConfigError, reason, shown
-from .modeling_elastic import ElasticForCausalLM, ElasticPreTrainedModel, concrete_class
-from .storage.exchanging import refuse_interrupted
-from .storage.files import find_file
-from .storage.tensor_file import TensorFile
-from .submodels.adapters import is_tuner, refuse_changed_weights, rules_by_name
-from .submodels.slicing import Piece, pieces
+from ..architectures.axes import take
+from ..architectures.submodel import Submodel
+from ..checkpoints.replacing import replacing
+from ..configuration.budgets import Budget
+from ..configuration_elastic import ElasticConfig, read_config
+from ..errors import CheckpointError, ElasticConfigError, reason, shown
+from ..modeling_elastic import ElasticForCausalLM, ElasticPreTrainedModel, concrete_class
+from ..storage.exchanging import refuse_interrupted
+from ..storage.files import find_file
+from ..storage.tensor_file import TensorFile
+from ..submodels.adapters import is_tuner, refuse_changed_weights, rules_by_name
+from ..submodels.slicing import Piece, pieces
+from .table import NAME, PREFIX, Tensor, Weights, adapter_table, check_fit, shape_of
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel

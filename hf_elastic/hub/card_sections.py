@@ -11,17 +11,17 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ._version import __version__
-from .architectures.cost import WEIGHT_DTYPES, Cost
-from .architectures.portability import portability, words
-from .architectures.submodel import LAYERS, Submodel
+from .._version import __version__
+from ..architectures.cost import WEIGHT_DTYPES, Cost
+from ..architectures.portability import portability, words
+from ..architectures.submodel import LAYERS, Submodel
+from ..checkpoints.nested import FOLDER, folder_names, levels_for
+from ..checkpoints.origin import named
+from ..configuration.budgets import format_bytes, format_count
+from ..configuration.leaving_out import left_out
+from ..configuration_elastic import ElasticConfig
+from ..errors import ElasticConfigError
 from .card_results import Results, table
-from .checkpoints.nested import FOLDER, folder_names, levels_for
-from .checkpoints.origin import named
-from .configuration.budgets import format_bytes, format_count
-from .configuration.leaving_out import left_out
-from .configuration_elastic import ElasticConfig
-from .errors import ElasticConfigError
 
 DOWNLOADS = {
     "nested": "A download is the files up to that size, as `config.json` lists them; what is there already is not fetched again.",

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
-from .errors import ElasticConfigError, did_you_mean
-from .evaluation import Task
-from .generation import PhasePlan
-from .modeling_elastic import ElasticForCausalLM
+from ..errors import ElasticConfigError, did_you_mean
+from ..generation import PhasePlan
+from ..modeling_elastic import ElasticForCausalLM
+from .plans import Task
 
 
 def evaluate_with_lm_eval(
