@@ -10,32 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import build_parent
 from compare import assert_same_logits, logits
+from routed import PARENTS, PER_LAYER, config_of, routed
 from safetensors.torch import load_file, save_file
-from test_decisions import PER_LAYER
-from test_router import PARENTS, config_of
 from transformers import AutoModel, AutoModelForCausalLM
 
-from hf_elastic import CheckpointError, ElasticConfig, ElasticConfigError, ElasticForCausalLM, elastify
+from hf_elastic import CheckpointError, ElasticConfig, ElasticConfigError, ElasticForCausalLM
 from hf_elastic.architectures.cost import CostModel
 from hf_elastic.commands.plan import plan
 from hf_elastic.routing.router import ROUTER_FILE, BudgetRouter, read_router
 
 each_parent = pytest.mark.parametrize("name", PARENTS)
-
-
-def routed(name: str, per_layer=(), decide: bool = True, seed: int = 0) -> ElasticForCausalLM:
-    """A model whose router decided its budgets, without having been trained."""
-    model = elastify(build_parent(name), budgets={"some": {"hidden": 24}}, sort=False).eval()
-    model.elastic_config = config_of(model, name)
-    torch.manual_seed(seed)
-    router = BudgetRouter(model.elastic_config, {"large": 0.8, "small": 0.5}, per_layer=per_layer, std=0.5)
-    model.attach_router(router.freeze())
-    if decide:
-        section = router.decide().section(model.elastic_config.axes, router.describe())
-        model.elastic_config.elastic = ElasticConfig(parent_config=model.config, elastic=section).elastic
-    return model
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import torch
 from adapted import RANK, adapted, adapter_parameters, effective_weights, perturb, targets
 from cases import BUDGETS, CASES, IDS, Case, build_parent
 from peft import IA3Config, LoraConfig, get_peft_model
-from test_router import CHOICES
+from routed import CHOICES
 from torch.func import functional_call
 
 from hf_elastic import ElasticConfig, ElasticConfigError, ElasticForCausalLM, ElasticModel, elastify, masked_model

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_router_saving import routed
+from routed import routed
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerState
 
 import hf_elastic

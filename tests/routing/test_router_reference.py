@@ -12,7 +12,8 @@ from functools import partial
 import pytest
 import torch
 from cases import build_parent
-from test_router import CHOICES, CLOSE, PARENTS, RANKING, config_of
+from routed import CHOICES, PARENTS, RANKING, config_of
+from test_router import CLOSE
 
 from hf_elastic import ElasticConfig, elastify
 from hf_elastic.configuration.budgets import Limit, parse_limit

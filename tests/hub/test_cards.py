@@ -23,7 +23,7 @@ from hf_elastic.hub.publishing import README, CardArguments, prepare_upload
 from hf_elastic.lab.family import FAMILY_DIR, load_family
 from hf_elastic.lab.parent import PARENT_DIR
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MEASURED = ROOT / "benchmarks" / "results" / "lab_family.json"
 PLANS, PARENT = "plans.json", "org/parent"
 

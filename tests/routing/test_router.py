@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from cases import BUDGETS, build_parent
+from routed import CHOICES, PARENTS, RANKING, config_of
 from torch.nn import functional as F
 
 from hf_elastic import ElasticConfig, ElasticConfigError, elastify
@@ -17,35 +18,6 @@ from hf_elastic.submodels.soft import Mixture, SoftUnits, keep_weights
 
 # Products of more float32 factors than in the stencil, in another order; logits are of the order of 1 to 10.
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
-
-CHOICES = {
-    "nano3": {
-        "hidden": [48, 40, 32, 24],
-        "ffn": [40, 24, 8],
-        "mamba_heads": [12, 8, 4],
-        "mamba_head_dim": [8, 4],
-        "attention_heads": [6, 4, 2],
-        "experts": [12, 8],
-        "expert_ffn": [16, 12, 8],
-        "shared_expert_ffn": [24, 16, 8],
-        "layers": [8, 7, 6, 5],
-    },
-    "granite": {
-        "hidden": [48, 24],
-        "mamba_heads": [24, 18, 12],
-        "attention_heads": [6, 4, 2],
-        "experts": [8, 6, 4],
-        "expert_ffn": [16, 12, 8],
-        "shared_expert_ffn": [24, 16, 8],
-        "layers": [4, 3],
-    },
-}
-RANKING = {"nano3": [2, 0, 7, 1, 5, 3, 4, 6], "granite": [1, 0, 2, 3]}
-PARENTS = list(CHOICES)
-
-
-def config_of(model, name: str) -> ElasticConfig:
-    return ElasticConfig.from_parent(model.config, {}, choices=CHOICES[name], layer_ranking=RANKING[name])
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from test_router import CHOICES, PARENTS, RANKING, config_of
+from routed import CHOICES, PARENTS, PER_LAYER, RANKING, config_of
 
 from hf_elastic import ElasticConfig, ElasticConfigError
 from hf_elastic.architectures.cost import CostModel
@@ -17,10 +17,6 @@ from hf_elastic.configuration.section import checked_section
 from hf_elastic.routing.decisions import DEAD_ZONE, interpolate, render
 from hf_elastic.routing.router import BudgetRouter
 
-PER_LAYER = {
-    "nano3": ("ffn", "mamba_heads", "attention_heads", "experts", "expert_ffn", "shared_expert_ffn"),
-    "granite": ("attention_heads", "mamba_heads", "experts", "expert_ffn", "shared_expert_ffn"),
-}
 SHARES = (0.85, 0.7, 0.5)
 
 
