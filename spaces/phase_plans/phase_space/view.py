@@ -11,7 +11,7 @@ from typing import Any
 
 from hf_elastic.configuration.budgets import format_bytes, format_count
 
-from .engine import Size
+from .asking import Size
 from .trace import Part, Trace
 
 Message = dict[str, Any]
