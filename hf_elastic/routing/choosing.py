@@ -12,20 +12,42 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
+import torch
+
+from ..architectures.cost import Cost, CostModel
 from ..architectures.submodel import LAYERS, Submodel
 from ..configuration.budgets import Limit
+from ..configuration_elastic import ElasticConfig
 from ..errors import ElasticConfigError
-
-if TYPE_CHECKING:
-    from .router import BudgetRouter
 
 Key = tuple[str, int | None]
 """Axis and layer of a choice; `None` for one choice in all layers."""
 
 _MAX_STATES = 200_000  # combinations that the search by probability may keep in memory
 _MAX_REPAIRS = 200  # combinations of the choices for all layers that are tried with repairs of those per layer
+
+
+class Chooser(Protocol):
+    """What sizes are chosen from: a trained router, as far as it is read here."""
+
+    config: ElasticConfig
+    full: Submodel
+    count: CostModel
+    names: list[str]
+    keys: list[Key]
+    choices: dict[str, tuple[int, ...]]
+    limits: dict[str, Limit]
+    final_logit_scale: float
+
+    def logits(self, budget: str | torch.Tensor) -> dict[Key, torch.Tensor]:
+        """Of every choice, for a budget or a mixture of budgets."""
+        ...
+
+    def measure(self, cost: Cost, limit: Limit) -> Any:
+        """The quantity of a cost that a limit is about."""
+        ...
 
 
 @dataclass
@@ -41,7 +63,7 @@ class Found:
 class Search:
     """The likeliest choices for one target that meet it inside a larger submodel."""
 
-    def __init__(self, router: BudgetRouter, name: str, larger: Submodel, within: float):
+    def __init__(self, router: Chooser, name: str, larger: Submodel, within: float):
         self._router, self._name, self._larger, self._within = router, name, larger, within
         self._limit: Limit = router.limits[name]
         self._bounds = {layer: larger.at(layer) for layer in (None, *larger.layers)}
@@ -177,16 +199,14 @@ def _size(sizes: Mapping[Key, int], axis: str, layer: int | None, bound: int) ->
     return min(bound, sizes.get((axis, layer), sizes.get((axis, None), bound)))
 
 
-def _layers(router: BudgetRouter, sizes: Mapping[Key, int], larger: Submodel) -> tuple[int, ...]:
+def _layers(router: Chooser, sizes: Mapping[Key, int], larger: Submodel) -> tuple[int, ...]:
     if (LAYERS, None) not in sizes:
         return larger.layers
     ranking = [layer for layer in router.config.axes[LAYERS]["ranking"] if layer in larger.layers]
     return tuple(sorted(ranking[: sizes[LAYERS, None]]))
 
 
-def build(
-    router: BudgetRouter, sizes: Mapping[Key, int], larger: Submodel, smaller: Submodel | None = None
-) -> Submodel:
+def build(router: Chooser, sizes: Mapping[Key, int], larger: Submodel, smaller: Submodel | None = None) -> Submodel:
     """The submodel of these sizes, cut down to nest in a larger one, and widened to hold a smaller one.
 
     Raises:

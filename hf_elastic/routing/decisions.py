@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ..architectures.submodel import Submodel
 from ..errors import ElasticConfigError
-from .choosing import Found, Search, build
-
-if TYPE_CHECKING:
-    from .router import BudgetRouter
+from .choosing import Chooser, Found, Search, build
 
 DEAD_ZONE = 0.05
 """Relative distance from a target within which the resource loss is zero, and a decision meets it."""
@@ -50,7 +47,7 @@ class Decided:
 
 
 @torch.no_grad()
-def decide(router: BudgetRouter, within: float = DEAD_ZONE) -> Decided:
+def decide(router: Chooser, within: float = DEAD_ZONE) -> Decided:
     """Submodels of all targets, from large to small, each nested in the one before it.
 
     Raises:
@@ -67,7 +64,7 @@ def decide(router: BudgetRouter, within: float = DEAD_ZONE) -> Decided:
 
 
 @torch.no_grad()
-def interpolate(router: BudgetRouter, submodels: Mapping[str, Submodel]) -> list[Submodel]:
+def interpolate(router: Chooser, submodels: Mapping[str, Submodel]) -> list[Submodel]:
     """The different submodels on the way from each budget to the next smaller one, largest first.
 
     The one-hot budgets are mixed, from the larger to the smaller, and the router's likeliest choices taken; cut to lie between its two
@@ -115,7 +112,7 @@ def render(report: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _row(router: BudgetRouter, name: str, found: Found, within: float) -> dict[str, Any]:
+def _row(router: Chooser, name: str, found: Found, within: float) -> dict[str, Any]:
     limit = router.limits[name]
     cost = router.measure(router.count(found.submodel), limit)
     probabilities: dict[str, Any] = {}
