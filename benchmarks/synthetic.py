@@ -15,7 +15,7 @@ from transformers import GraniteMoeHybridConfig, NemotronHConfig, PreTrainedConf
 
 from hf_elastic import ElasticConfig
 from hf_elastic.architectures.axes import TensorRule
-from hf_elastic.checkpoints.known import KNOWN
+from hf_elastic.configuration.known import KNOWN
 
 PUBLISHED_LAYERS = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
 """Of Nemotron Nano v3."""

@@ -18,9 +18,10 @@ from .architectures import Architecture, get_architecture
 from .architectures.cost import Cost, CostModel
 from .architectures.submodel import LAYERS, Submodel, first_layers
 from .configuration.budgets import FULL, Budget, Limit, format_count, is_limit, parse_limit
+from .configuration.known import KNOWN
 from .configuration.leaving_out import LEFT_OUT
 from .configuration.remote_code import InstalledCode
-from .configuration.section import check_origin, check_ranking, checked_section, describe_axes
+from .configuration.section import CUT_FROM, check_origin, check_ranking, checked_section, describe_axes
 from .errors import (
     CheckpointError,
     ElasticConfigError,
@@ -94,7 +95,7 @@ class ElasticConfig(InstalledCode, PreTrainedConfig):
                 f"parent_config={shown(parent)} must be the stock config of the parent, or its dict."
             )
         self.parent_config = parent
-        check_origin(kwargs.get("cut_from"))
+        check_origin(kwargs.get(CUT_FROM))
         code = kwargs.get("auto_map", {})
         if not isinstance(code, Mapping) or not all(isinstance(name, str) for name in code.values()):
             raise ElasticConfigError(f"auto_map={shown(code)} must be a dict from class to the name of one.")
@@ -394,8 +395,6 @@ def read_config(repo: Any, plain: bool = False, **hub: Any) -> ElasticConfig:
 
 def plain_parent_error(repo: Any, model_type: Any) -> ElasticConfigError:
     """What to say to a budget for a checkpoint that has none."""
-    from .checkpoints.known import KNOWN
-
     known = (
         "its sizes are known, give elastic_config='auto'" if str(repo) in KNOWN else "describe it with elastic_config="
     )
@@ -420,7 +419,7 @@ def parent_from_dict(fields: Mapping[str, Any]) -> PreTrainedConfig:
     architecture = get_architecture(str(model_type))
     fields.pop("auto_map", None)  # of the repository's own code, which is not run
     differences = fields.pop("per_layer_config", None)
-    check_origin(fields.get("cut_from"))
+    check_origin(fields.get(CUT_FROM))
     _refuse_huge(fields)
     quantized = fields.get("quantization_config")
     if quantized is not None and not (isinstance(quantized, Mapping) and "quant_method" in quantized):

@@ -44,11 +44,12 @@ from .checkpoints.loading import (
 )
 from .checkpoints.memory import resolve_for_loading
 from .checkpoints.opening import open_checkpoint
-from .checkpoints.origin import CUT_FROM, cut_from, loaded_from
+from .checkpoints.origin import cut_from, loaded_from
 from .checkpoints.saving import SavingMixin
 from .configuration.budgets import Budget
 from .configuration.leaving_out import LEFT_OUT, note_left_out
 from .configuration.remote_code import InstalledCode, add_to_transformers
+from .configuration.section import CUT_FROM
 from .configuration_elastic import ElasticConfig, plain_parent_error
 from .errors import ElasticConfigError, shown
 from .generation.phases import PhasedGenerationMixin
@@ -167,7 +168,7 @@ class ElasticPreTrainedModel(
                 (`"24GB"`), what is free (`"auto"`, see [`hf_elastic.checkpoints.memory`]), or a dict of sizes; see [`hf_elastic.configuration.budgets`]. `None` is the whole parent with all budgets switchable.
             elastic_config (*optional*):
                 For a plain checkpoint whose weights are sorted already, what it nests: `"auto"` for a released family, or an
-                [`ElasticConfig`], its section or budgets; see [`hf_elastic.checkpoints.known.described_config`].
+                [`ElasticConfig`], its section or budgets; see [`hf_elastic.checkpoints.described.described_config`].
             verify (`bool`, *optional*, defaults to `False`):
                 Compare all weights with their checksums, also those that lie in the cache already: with the Hub's, and of parts of files and
                 folders with those that `save_pretrained` wrote. Parts of which there are none are not taken; whole files are fetched.

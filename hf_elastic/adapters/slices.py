@@ -21,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..architectures.axes import take
+from ..architectures.pieces import Piece, pieces
 from ..architectures.submodel import Submodel
 from ..checkpoints.replacing import replacing
 from ..configuration.budgets import Budget
@@ -31,7 +32,6 @@ from ..storage.exchanging import refuse_interrupted
 from ..storage.files import find_file
 from ..storage.tensor_file import TensorFile
 from ..submodels.adapters import is_tuner, refuse_changed_weights, rules_by_name
-from ..submodels.slicing import Piece, pieces
 from .table import NAME, PREFIX, Tensor, Weights, adapter_table, check_fit, shape_of
 
 if TYPE_CHECKING:

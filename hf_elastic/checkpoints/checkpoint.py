@@ -14,12 +14,12 @@ from transformers import PreTrainedConfig
 
 from ..architectures import Architecture
 from ..architectures.axes import Run, TensorRule, indices_of, shape_of
+from ..architectures.pieces import Piece, pieces
 from ..architectures.submodel import Submodel
 from ..configuration.leaving_out import ignored_names
 from ..errors import CheckpointError
 from ..storage.reading import Block, Joined, Places
 from ..storage.tensor_file import TensorFile
-from ..submodels.slicing import Piece, pieces
 
 ROTARY = r"rotary_emb\.inv_freq$"  # computed, but saved by old versions
 _SLACK = 100_000  # numbers; of so few every tensor is compared, and named

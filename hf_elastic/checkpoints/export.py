@@ -17,10 +17,11 @@ from ..architectures.portability import warn_if_not_portable
 from ..architectures.submodel import Submodel
 from ..configuration.budgets import Budget
 from ..configuration.leaving_out import LEFT_OUT, left_out
+from ..configuration.section import CUT_FROM
 from ..configuration_elastic import ElasticConfig
 from ..errors import ExportError, UnreachableError, refuse_misspelt
 from ..storage.files import find_file
-from .origin import CUT_FROM, cut_from, named, refuse_loss
+from .origin import cut_from, named, refuse_loss
 from .replacing import checked_target, replacing
 
 _TOKENIZER_FILES = (

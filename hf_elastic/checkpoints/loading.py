@@ -24,7 +24,7 @@ from ..submodels.adapters import attached
 from ..submodels.buffers import check_buffers
 from ..submodels.loaded_from import LoadedFrom
 from .checkpoint import ROTARY, Checkpoint
-from .known import described_config
+from .described import described_config
 
 
 def load_config(repo: Any, config: Any, described: Any, hub: dict[str, Any]) -> ElasticConfig:

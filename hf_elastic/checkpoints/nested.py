@@ -32,12 +32,12 @@ from transformers import PreTrainedConfig
 
 from ..architectures import Architecture
 from ..architectures.axes import Run, TensorRule, indices_of, shape_of, without
+from ..architectures.pieces import Piece, pieces
 from ..architectures.submodel import Submodel
 from ..configuration_elastic import ElasticConfig
 from ..errors import CheckpointError
 from ..storage.files import INDEX_NAME
 from ..storage.reading import Block, Joined, Places, Readable
-from ..submodels.slicing import Piece, pieces
 from .checkpoint import Checkpoint, is_base, stored_names
 
 FOLDER = "budgets"

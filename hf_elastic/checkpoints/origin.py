@@ -11,12 +11,11 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..architectures.submodel import Submodel
 from ..configuration.budgets import FULL
+from ..configuration.section import CUT_FROM
 from ..configuration_elastic import ElasticConfig
 from ..errors import ElasticConfigError
 from ..storage.fetching import commit_of
 from .nested import FOLDER
-
-CUT_FROM = "cut_from"
 
 
 def cut_from(elastic: ElasticConfig, submodel: Submodel, repo: Any, hub: Mapping[str, Any]) -> dict[str, Any]:

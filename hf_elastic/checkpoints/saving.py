@@ -15,7 +15,7 @@ from ..architectures import uniform
 from ..architectures.submodel import Submodel
 from ..configuration.budgets import Budget
 from ..configuration.remote_code import AUTO_MAP, write_module
-from ..configuration.section import checked_section
+from ..configuration.section import CUT_FROM, checked_section
 from ..configuration_elastic import ElasticConfig
 from ..errors import CheckpointError, ElasticConfigError, refuse_misspelt
 from ..routing.router import BudgetRouter
@@ -23,7 +23,7 @@ from ..storage.checksums import write_checksums
 from ..storage.files import INDEX_NAME, find_files
 from .checkpoint import Checkpoint
 from .nested import write_nested
-from .origin import CUT_FROM, cut_from, refuse_loss
+from .origin import cut_from, refuse_loss
 from .replacing import checked_target, replacing
 
 _HUB_KWARGS = ("repo_id", "commit_message", "create_pr", "private", "token")

@@ -109,7 +109,7 @@ def _cap(text: str) -> int | None:
 
 def _task(args: argparse.Namespace) -> Any:
     from ..errors import ElasticConfigError
-    from ..evaluation.plans import BookTask
+    from ..lab.book_task import BookTask
 
     if args.task == "book":
         metric = args.metric or "code"

@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _config(repo: str, described: str | None, hub: dict[str, Any]) -> ElasticConfig:
-    from ..checkpoints.known import described_config
+    from ..checkpoints.described import described_config
     from ..configuration_elastic import read_config
 
     return read_config(repo, plain=True, **hub) if described is None else described_config(repo, described, **hub)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,10 +12,14 @@ from ..architectures import Architecture, get_architecture
 from ..architectures.cost import CostModel
 from ..architectures.submodel import LAYERS, Submodel
 from ..errors import ElasticConfigError, did_you_mean, shown
+from ..storage.files import is_inner_path
 from .budgets import FULL
 
 FORMAT_VERSION = 3
 """Version of the section on disk. A reader refuses newer ones; a writer writes the oldest that holds what it has to say."""
+
+CUT_FROM = "cut_from"
+"""Beside the section: what a slice was cut from, see [`hf_elastic.checkpoints.origin`]. Stock classes keep it and do not use it."""
 
 _MOST_TARGETS = 64
 _MOST_SUBMODELS = 256  # those between two budgets are a hundredth of the parent apart
@@ -304,24 +307,17 @@ def _checked_files(files: Any, whole: str, budgets: set[str]) -> dict[str, dict[
     return {name: dict(entry) for name, entry in files.items()}
 
 
-def is_inner_path(path: Any) -> bool:
-    """Whether a text names a safetensors file in a folder or below it, on every system."""
-    if not isinstance(path, str) or not path.endswith(".safetensors") or re.search(r'[\\:*?"<>|\x00-\x1f]', path):
-        return False
-    return all(part.strip(". ") for part in path.split("/"))
-
-
 def check_origin(origin: Any) -> None:
     """Raise [`ElasticConfigError`] for a `cut_from` that is none, see [`hf_elastic.checkpoints.origin`]; `None` says nothing of an origin."""
     if origin is None:
         return
     kinds: dict[str, type] = {"family": str, "commit": str, "budget": str, "sizes": Mapping}
     if not isinstance(origin, Mapping):
-        raise ElasticConfigError(f"cut_from={shown(origin)} must be a dict.")
+        raise ElasticConfigError(f"{CUT_FROM}={shown(origin)} must be a dict.")
     for key, kind in kinds.items():
         if key in origin and not isinstance(origin[key], kind):
             raise ElasticConfigError(
-                f"cut_from.{key}={shown(origin[key])} must be {'a dict from axis to size' if kind is Mapping else 'a text'}."
+                f"{CUT_FROM}.{key}={shown(origin[key])} must be {'a dict from axis to size' if kind is Mapping else 'a text'}."
             )
 
 

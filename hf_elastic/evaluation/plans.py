@@ -50,36 +50,6 @@ class Task(ABC):
 
 
 @dataclass
-class BookTask(Task):
-    """The embedded lab's task.
-
-    Args:
-        letters (`int`, *optional*, defaults to 12): Letters per problem.
-        count (`int`, *optional*, defaults to 100): Held-out problems.
-        batch_size (`int`, *optional*, defaults to 50): Problems generated together.
-        seed (`int`, *optional*, defaults to 0): Which problems.
-        metric (`str`, *optional*, defaults to `"code"`):
-            Which rate is the accuracy: `"code"`, symbols of answers, which falls gently where thinking is cut short, or `"exact"`, whole answers.
-    """
-
-    letters: int = 12
-    count: int = 100
-    batch_size: int = 50
-    seed: int = 0
-    metric: str = "code"
-    name: str = field(default="book", init=False)
-
-    def score(
-        self, model: ElasticForCausalLM, tokenizer: PreTrainedTokenizerBase
-    ) -> tuple[str, int, dict[str, float]]:
-        from ..lab.book import evaluate
-
-        options = {"letters": self.letters, "count": self.count, "batch_size": self.batch_size, "seed": self.seed}
-        result = evaluate(model, tokenizer, **options)  # type: ignore[arg-type]
-        return self.metric, result.count, {"code": result.code, "exact": result.exact, "trace": result.trace}
-
-
-@dataclass
 class Recorded:
     """What calls of `generate` did under a plan: their phases, and the tokens of their prompts, padding not counted."""
 

@@ -16,7 +16,8 @@ import jinja2
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..checkpoints.origin import CUT_FROM, is_repo_id
+from ..checkpoints.origin import is_repo_id
+from ..configuration.section import CUT_FROM
 from ..configuration_elastic import ElasticConfig
 from ..errors import ElasticConfigError
 from .card_results import read_all

@@ -22,7 +22,6 @@ from huggingface_hub.errors import (
 from transformers.utils import cached_file
 from transformers.utils.hub import hf_api
 
-from ..configuration.section import is_inner_path
 from ..errors import CheckpointError, UnreachableError, reason, shown
 from .json_files import LARGEST_INDEX, read_json
 from .retries import passes, persistently
@@ -230,6 +229,13 @@ def shard_names(index: Path) -> list[str]:
                 f"{index} names {shown(name)}, which is not a safetensors file beside it; it is not opened."
             )
     return names
+
+
+def is_inner_path(path: Any) -> bool:
+    """Whether a text names a safetensors file in a folder or below it, on every system."""
+    if not isinstance(path, str) or not path.endswith(".safetensors") or re.search(r'[\\:*?"<>|\x00-\x1f]', path):
+        return False
+    return all(part.strip(". ") for part in path.split("/"))
 
 
 def _listed(repo: str | os.PathLike[str], name: str, listing: str, hub: Mapping[str, Any], verify: bool) -> Path:

@@ -13,26 +13,22 @@ adapter layers, without storage, and takes both from the parent; dropout, scalin
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
 from ..architectures import Architecture
 from ..architectures.axes import Cut, TensorRule, dim
-from ..checkpoints.origin import CUT_FROM
+from ..configuration.section import CUT_FROM
 from ..errors import ElasticConfigError
-from .slicing import Piece
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-    from .stencils import Unit
 
 _FUSED = ("out_proj", "conv1d")
 """Mamba's kernels read the weights of these modules and never call them, so their adapters would have no effect (peft's own rule)."""
@@ -226,46 +222,6 @@ def refuse_unsupported(model: nn.Module, architecture: Architecture, config: Pre
             )
 
 
-def carry(unit: Unit) -> None:
-    """Put the adapters of a unit's module into its stencil, and their factors among its parts."""
-    if unit.stencil is None:
-        return
-    around = ""
-    for path, layer in list(unit.module.named_modules()):
-        if is_tuner(layer) and not (around and path.startswith(f"{around}.")):
-            around = path
-            _carry(unit, path, layer)
-
-
-def _carry(unit: Unit, path: str, layer: Any) -> None:
-    """Put the adapter layers around the module at `path` around that of the stencil."""
-    stencil: Any = unit.stencil
-    # A copy without storage: it stops at the module, which the stencil's replaces, and at the factors.
-    memo: dict[int, Any] = {id(layer.get_base_layer()): stencil.get_submodule(path)}
-    memo |= {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in _factors(layer)}
-    carried = copy.deepcopy(layer, memo)
-    owner, _, leaf = path.rpartition(".")
-    setattr(stencil.get_submodule(owner), leaf, carried)
-    unit.tuners += zip(_nested(layer), _nested(carried), strict=True)
-
-    own, parts, factors = {}, [], []
-    inside = path + ".base_layer" * len(list(_nested(layer)))
-    for name, piece in unit.parts:
-        owner, _, leaf = name.rpartition(".")
-        parts.append((f"{inside}.{leaf}" if owner == path else name, piece))
-        if owner == path:
-            own[leaf] = piece
-    for depth, (wrapper, thin) in enumerate(zip(_nested(layer), _nested(carried), strict=True)):
-        piece = own[getattr(wrapper, "parameter_name", "weight")]
-        if len(piece.shape) == 3:
-            thin.num_experts = piece.shape[0]
-        for adapter, rank in wrapper.r.items():
-            for kind, rule in zip("AB", factor_rules(piece.rule, rank), strict=True):
-                name = f"{path}{'.base_layer' * depth}.lora_{kind}.{adapter}.weight"
-                factors.append((name, Piece(rule, rule, piece.full, piece.kept)))
-    unit.parts = parts + factors
-
-
 def follow(own: Any, carried: Any) -> None:
     """Take over which adapters are active, disabled or merged."""
     if own.disable_adapters and own.merged:
@@ -291,14 +247,14 @@ def disabled(model: nn.Module) -> Iterator[None]:
             tuner._disable_adapters = was
 
 
-def _nested(layer: Any) -> Iterator[Any]:
+def wrappers(layer: Any) -> Iterator[Any]:
     """Adapter layers around one module, outermost first; each parameter of a module has its own."""
     while is_tuner(layer):
         yield layer
         layer = layer.base_layer
 
 
-def _factors(layer: Any) -> Iterator[nn.Parameter]:
-    for wrapper in _nested(layer):
+def factors(layer: Any) -> Iterator[nn.Parameter]:
+    for wrapper in wrappers(layer):
         yield from wrapper.lora_A.parameters()
         yield from wrapper.lora_B.parameters()

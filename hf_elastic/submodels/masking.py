@@ -14,9 +14,9 @@ import torch
 from transformers import PreTrainedModel
 
 from ..architectures import get_architecture
+from ..architectures.pieces import Piece, pieces
 from ..architectures.submodel import Submodel
 from ..errors import ElasticConfigError, shown
-from .slicing import Piece, pieces
 
 
 def masked_model(parent: PreTrainedModel, submodel: Submodel) -> PreTrainedModel:

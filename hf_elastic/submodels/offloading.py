@@ -9,17 +9,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook, add_hook_to_module
 from torch import nn
 
 from ..architectures import Architecture
+from ..architectures.pieces import Piece
 from ..architectures.submodel import Submodel
-
-if TYPE_CHECKING:
-    from .slicing import Piece
 
 
 @dataclass

@@ -1,14 +1,9 @@
-"""Cutting a submodel out of its parent: the list of pieces, and the three places they can come from or go to.
-
-`pieces` is read by everything that touches weights: slices from disk, slices from memory, live views, masks and counts.
-"""
+"""Cutting a submodel out of its parent: pieces from memory into a slice, or as views into a live size, and the check of the table."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import nn
@@ -16,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from ..architectures import Architecture
-from ..architectures.axes import Run, Sizes, TensorRule, take
+from ..architectures.pieces import Piece, pieces
 from ..architectures.portability import misaligned_experts
 from ..architectures.submodel import Submodel
 from ..errors import ElasticConfigError, HFElasticError
@@ -25,49 +20,6 @@ from .buffers import share_constant_buffers
 from .offloading import Offloaded, follow_hooks, is_fetched
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One tensor of a submodel: where it comes from in the parent, and what is kept of it."""
-
-    rule: TensorRule
-    target: TensorRule
-    full: Sizes
-    kept: Sizes
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.rule.shape(self.kept)
-
-    @cached_property
-    def runs(self) -> list[list[Run]]:
-        return self.rule.runs(self.full, self.kept)
-
-    @property
-    def is_view(self) -> bool:
-        return all(len(runs) == 1 for runs in self.runs)
-
-    def narrow(self, tensor: torch.Tensor) -> torch.Tensor:
-        return take(tensor, self.runs)
-
-
-def pieces(architecture: Architecture, config: PreTrainedConfig, submodel: Submodel) -> Iterator[Piece]:
-    """Every tensor of the submodel, in the order of the table.
-
-    Args:
-        architecture (`Architecture`): Table of the parent.
-        config (`PreTrainedConfig`): The parent's stock config.
-        submodel (`Submodel`): Checked sizes.
-    """
-    full = architecture.full(config)
-    position = {layer: new for new, layer in enumerate(submodel.layers)}
-    for rule in architecture.rules(config):
-        if rule.layer is None:
-            yield Piece(rule, rule, full.at(None), submodel.at(None))
-        elif rule.layer in position:
-            target = rule.at_layer(position[rule.layer])
-            yield Piece(rule, target, full.at(rule.layer), submodel.at(rule.layer))
 
 
 def check_table(architecture: Architecture, model: PreTrainedModel) -> None:

@@ -8,6 +8,7 @@ reduces after. A dropped layer is the identity. LoRA adapters of a unit follow t
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,11 +22,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..architectures import Architecture
 from ..architectures.axes import places_of
+from ..architectures.pieces import Piece, pieces
 from ..architectures.submodel import Submodel
 from ..errors import ElasticConfigError
-from .adapters import carry, follow, is_tuner, refuse_unsupported
+from .adapters import factor_rules, factors, follow, is_tuner, refuse_unsupported, wrappers
 from .buffers import share_constant_buffers
-from .slicing import Piece, local_names, pieces
+from .slicing import local_names
 
 
 @dataclass
@@ -94,6 +96,46 @@ def make_units(
     for unit in units.values():
         carry(unit)
     return list(units.values())
+
+
+def carry(unit: Unit) -> None:
+    """Put the adapters of a unit's module into its stencil, and their factors among its parts."""
+    if unit.stencil is None:
+        return
+    around = ""
+    for path, layer in list(unit.module.named_modules()):
+        if is_tuner(layer) and not (around and path.startswith(f"{around}.")):
+            around = path
+            _carry(unit, path, layer)
+
+
+def _carry(unit: Unit, path: str, layer: Any) -> None:
+    """Put the adapter layers around the module at `path` around that of the stencil."""
+    stencil: Any = unit.stencil
+    # A copy without storage: it stops at the module, which the stencil's replaces, and at the factors.
+    memo: dict[int, Any] = {id(layer.get_base_layer()): stencil.get_submodule(path)}
+    memo |= {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in factors(layer)}
+    carried = copy.deepcopy(layer, memo)
+    owner, _, leaf = path.rpartition(".")
+    setattr(stencil.get_submodule(owner), leaf, carried)
+    unit.tuners += zip(wrappers(layer), wrappers(carried), strict=True)
+
+    own, parts, added = {}, [], []
+    inside = path + ".base_layer" * len(list(wrappers(layer)))
+    for name, piece in unit.parts:
+        owner, _, leaf = name.rpartition(".")
+        parts.append((f"{inside}.{leaf}" if owner == path else name, piece))
+        if owner == path:
+            own[leaf] = piece
+    for depth, (wrapper, thin) in enumerate(zip(wrappers(layer), wrappers(carried), strict=True)):
+        piece = own[getattr(wrapper, "parameter_name", "weight")]
+        if len(piece.shape) == 3:
+            thin.num_experts = piece.shape[0]
+        for adapter, rank in wrapper.r.items():
+            for kind, rule in zip("AB", factor_rules(piece.rule, rank), strict=True):
+                name = f"{path}{'.base_layer' * depth}.lora_{kind}.{adapter}.weight"
+                added.append((name, Piece(rule, rule, piece.full, piece.kept)))
+    unit.parts = parts + added
 
 
 class CutHead:

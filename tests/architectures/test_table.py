@@ -14,7 +14,8 @@ from hf_elastic.architectures import ARCHITECTURES, get_architecture
 from hf_elastic.architectures.axes import Cut, dim
 from hf_elastic.architectures.cost import CostModel
 from hf_elastic.architectures.nemotron_h import NemotronH
-from hf_elastic.submodels.slicing import build_meta, check_table, pieces
+from hf_elastic.architectures.pieces import pieces
+from hf_elastic.submodels.slicing import build_meta, check_table
 
 each_case = pytest.mark.parametrize("case", CASES, ids=IDS)
 

@@ -10,8 +10,9 @@ from nano_v3 import nano_v3
 from transformers import AutoModelForCausalLM
 
 from hf_elastic import ElasticConfig, ElasticConfigError, ElasticForCausalLM
-from hf_elastic.checkpoints.known import KNOWN, described_config
+from hf_elastic.checkpoints.described import described_config
 from hf_elastic.cli import main
+from hf_elastic.configuration.known import KNOWN
 from hf_elastic.submodels.slicing import slice_state_dict
 
 STAR = "nvidia/NVIDIA-Nemotron-Labs-3-Elastic-30B-A3B-BF16"

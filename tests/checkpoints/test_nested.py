@@ -16,8 +16,9 @@ import hf_elastic.checkpoints.nested as nested
 from hf_elastic import CheckpointError, ElasticConfig, ElasticConfigError, ElasticForCausalLM, UnknownBudgetError
 from hf_elastic.architectures import get_architecture
 from hf_elastic.architectures.cost import CostModel
+from hf_elastic.architectures.pieces import pieces
 from hf_elastic.cli import main
-from hf_elastic.submodels.slicing import pieces, slice_state_dict
+from hf_elastic.submodels.slicing import slice_state_dict
 
 load = AutoModelForCausalLM.from_pretrained
 FAMILIES = {

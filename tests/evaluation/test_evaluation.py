@@ -13,8 +13,9 @@ from transformers import StoppingCriteria
 
 from hf_elastic import ElasticForCausalLM, PhasePlan, PhasePlanError
 from hf_elastic.cli import main
-from hf_elastic.evaluation.plans import BookTask, Task, measure_plan, pareto_front, plan_matrix, planned
+from hf_elastic.evaluation.plans import Task, measure_plan, pareto_front, plan_matrix, planned
 from hf_elastic.lab.book import evaluate
+from hf_elastic.lab.book_task import BookTask
 from hf_elastic.lab.family import make_family
 from hf_elastic.lab.parent import load_parent
 from hf_elastic.lab.task import problems

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from hf_elastic import ElasticForCausalLM, PhasePlan, TokenizerError, elastify, score
 from hf_elastic.cli import main
-from hf_elastic.evaluation.plans import BookTask, measure_plan
+from hf_elastic.evaluation.plans import measure_plan
 from hf_elastic.generation.texts import check_text, check_tokens
+from hf_elastic.lab.book_task import BookTask
 from hf_elastic.lab.parent import PARENT_DIR, load_parent
 from hf_elastic.trainers import ElasticDistillationConfig, ElasticDistillationTrainer
 

@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, NemotronHForCausalLM
 from hf_elastic import ElasticConfig, ElasticConfigError, ElasticForCausalLM
 from hf_elastic.cli import main
 from hf_elastic.configuration.budgets import format_bytes, format_count
-from hf_elastic.evaluation.plans import BookTask, measure_plan, plan_matrix, results_file
+from hf_elastic.evaluation.plans import measure_plan, plan_matrix, results_file
 from hf_elastic.hub.cards import MARKER, RELATION, render_card
 from hf_elastic.hub.publishing import README, CardArguments, prepare_upload
+from hf_elastic.lab.book_task import BookTask
 from hf_elastic.lab.family import FAMILY_DIR, load_family
 from hf_elastic.lab.parent import PARENT_DIR
 

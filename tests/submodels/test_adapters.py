@@ -13,9 +13,9 @@ from routed import CHOICES
 from torch.func import functional_call
 
 from hf_elastic import ElasticConfig, ElasticConfigError, ElasticForCausalLM, ElasticModel, elastify, masked_model
+from hf_elastic.architectures.pieces import pieces
 from hf_elastic.routing.router import BudgetRouter
 from hf_elastic.submodels.adapters import factor_rules
-from hf_elastic.submodels.slicing import pieces
 from hf_elastic.submodels.soft import SoftUnits
 
 # float32; adapters here make losses of 4 to 7 and gradients up to 10. The reference adds B A to the weight, the stencil adds its product

@@ -10,7 +10,7 @@ from cases import BUDGETS, build_parent
 from torch.func import functional_call
 
 from hf_elastic import elastify, masked_model
-from hf_elastic.submodels.slicing import pieces
+from hf_elastic.architectures.pieces import pieces
 
 # float32; gradients here reach 0.4, and the sums behind them run in another order.
 CLOSE = {"rtol": 1e-4, "atol": 2e-6}

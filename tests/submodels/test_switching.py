@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, AutoModelForCausalLM
 
 from hf_elastic import ElasticConfig, ElasticConfigError, UnknownBudgetError
+from hf_elastic.architectures.pieces import pieces
 from hf_elastic.errors import HFElasticError
-from hf_elastic.submodels.slicing import pieces
 
 load = AutoModelForCausalLM.from_pretrained
 NAMES = ["nano3", "granite"]

@@ -10,8 +10,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from hf_elastic import ElasticConfigError
+from hf_elastic.architectures.pieces import pieces
 from hf_elastic.errors import HFElasticError
-from hf_elastic.submodels.slicing import pieces
 
 load = AutoModelForCausalLM.from_pretrained
 NAMES = ["nano3", "granite"]
