@@ -1,4 +1,4 @@
-"""LoRA adapters at a budget: what runs along A and B, and stencils that carry the adapters of their layer.
+"""LoRA adapters at a budget: what runs along A and B, and which adapters can follow a budget.
 
 The adapter of a tensor W is two more elastic tensors. What runs along them follows from what runs along W, by the layouts of peft:
 
