@@ -48,9 +48,10 @@ from .checkpoints.origin import cut_from, loaded_from
 from .checkpoints.saving import SavingMixin
 from .configuration.budgets import Budget
 from .configuration.leaving_out import LEFT_OUT, note_left_out
+from .configuration.parent import plain_parent_error
 from .configuration.remote_code import InstalledCode, add_to_transformers
 from .configuration.section import CUT_FROM
-from .configuration_elastic import ElasticConfig, plain_parent_error
+from .configuration_elastic import ElasticConfig
 from .errors import ElasticConfigError, shown
 from .generation.phases import PhasedGenerationMixin
 from .generation.speculation import SpeculationMixin

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfi
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from ..architectures import ARCHITECTURES
-from ..configuration_elastic import ElasticConfig, parent_from_dict, plain_parent_error, read_config
+from ..configuration.parent import parent_from_dict, plain_parent_error
+from ..configuration_elastic import ElasticConfig, read_config
 from ..errors import CheckpointError, ElasticConfigError, HFElasticError, did_you_mean, reason, shown
 from ..storage.files import find_file, find_files, refuse_damaged
 from ..storage.json_files import read_json

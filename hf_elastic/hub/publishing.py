@@ -28,9 +28,10 @@ from transformers.utils.hub import hf_api
 from ..checkpoints.nested import FOLDER
 from ..checkpoints.opening import open_checkpoint
 from ..checkpoints.origin import is_repo_id
+from ..configuration.parent import parent_from_dict
 from ..configuration.remote_code import MODULE
 from ..configuration.section import CUT_FROM
-from ..configuration_elastic import ElasticConfig, parent_from_dict
+from ..configuration_elastic import ElasticConfig
 from ..errors import ElasticConfigError, UnreachableError
 from ..routing.router import ROUTER_FILE
 from ..storage.checksums import CHECKSUMS_NAME
