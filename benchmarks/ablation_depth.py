@@ -13,7 +13,7 @@ from harness import Claim, Report
 from lab_runs import Runs, compare, lab_arguments
 
 from hf_elastic import elastify
-from hf_elastic.cost import CostModel
+from hf_elastic.architectures.cost import CostModel
 from hf_elastic.lab.book import calibration_dataset
 
 CLAIM = "divergence from the parent, width / depth"

@@ -2,7 +2,7 @@
 
 Needs a CUDA device; the other benchmarks need none. Weights are random.
 
-- Nine layers as wide as Nemotron Nano v3's with 32 experts (3.4 GB), which nest the 23B and 12B sizes of `hf_elastic.known`: the time of a
+- Nine layers as wide as Nemotron Nano v3's with 32 experts (3.4 GB), which nest the 23B and 12B sizes of `hf_elastic.configuration.known`: the time of a
   decoded token at the live 12B budget (`budget`), of the same size loaded alone (`slice`) and of the stock class on its export (`stock`), one
   token of each in turn, in several processes.
 - The published model itself, 52 layers and 128 experts (63 GB), where it fits: memory before and after all sizes have been active, warm

@@ -35,10 +35,11 @@ from lab_runs import SEEDS, SIZES, Runs, lab_arguments, mean
 from synthetic import NANO_LAYERS, half_budget, nano_like, write_checkpoint
 
 from hf_elastic import ElasticForCausalLM
-from hf_elastic.evaluation import BookTask, measure_plan
+from hf_elastic.evaluation.plans import measure_plan
 from hf_elastic.generation import Phase, PhasePlan, batch
 from hf_elastic.generation.caches import States, hand_over, read_cache, write_cache
 from hf_elastic.lab.book import EOS, THINK_END, problems
+from hf_elastic.lab.book_task import BookTask
 from hf_elastic.trainers import divergence
 
 NAMES = ("full", *SIZES)

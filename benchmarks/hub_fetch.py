@@ -32,8 +32,8 @@ from synthetic import half_budget, nano_like, write_checkpoint
 from transformers import AutoModelForCausalLM
 
 from hf_elastic import ElasticConfig
-from hf_elastic.checksums import write_checksums
-from hf_elastic.cost import CostModel
+from hf_elastic.architectures.cost import CostModel
+from hf_elastic.storage.checksums import write_checksums
 
 HALF = "bytes sent for the half budget, nested layout / bytes of its weights"
 WHOLE = "bytes sent for the whole parent after it / bytes of the weights that are missing"

@@ -21,8 +21,8 @@ import transformers
 from harness import ROOT, Report, arguments, commit
 
 from hf_elastic import ElasticForCausalLM
-from hf_elastic.budgets import parse_limit
-from hf_elastic.cost import CostModel
+from hf_elastic.architectures.cost import CostModel
+from hf_elastic.configuration.budgets import parse_limit
 from hf_elastic.lab.book import EOS, THINK_START, build_tokenizer, evaluate, problems
 from hf_elastic.lab.family import (
     BETWEEN,

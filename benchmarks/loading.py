@@ -33,8 +33,8 @@ from synthetic import half_budget, nano_like, write_checkpoint, write_stock
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_elastic import ElasticConfig
-from hf_elastic.cost import CostModel
-from hf_elastic.slicing import slice_state_dict
+from hf_elastic.architectures.cost import CostModel
+from hf_elastic.submodels.slicing import slice_state_dict
 
 TIME = "slice / export, {} files: time until {}"
 PEAK = "peak anonymous memory of loading the slice / bytes of its weights"

@@ -31,8 +31,9 @@ from synthetic import nano_like
 from transformers import AutoModelForCausalLM
 
 from hf_elastic import ElasticConfig, ElasticForCausalLM, Phase, PhasePlan
-from hf_elastic.evaluation import BookTask, measure_plan, pareto_front, plan_matrix
+from hf_elastic.evaluation.plans import measure_plan, pareto_front, plan_matrix
 from hf_elastic.lab.book import THINK_END
+from hf_elastic.lab.book_task import BookTask
 
 FAMILY = ("full", *SIZES)
 HANDOVER = {"handover_probability": 0.5, "handover_token": THINK_END}

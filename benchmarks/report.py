@@ -199,8 +199,8 @@ def draw(results: Path = RESULTS, folder: Path = CARDS) -> None:
 
 def draw_phases(results: Path, path: Path) -> None:
     """Symbols of answers against the modelled time of every plan."""
-    from hf_elastic.evaluation import pareto_front
-    from hf_elastic.pareto_chart import draw_pareto
+    from hf_elastic.evaluation.pareto_chart import draw_pareto
+    from hf_elastic.evaluation.plans import pareto_front
 
     if (result := _load(results / "phases.json")) is None:
         return

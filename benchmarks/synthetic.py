@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from transformers import GraniteMoeHybridConfig, NemotronHConfig, PreTrainedConfig
 
 from hf_elastic import ElasticConfig
-from hf_elastic.axes import TensorRule
-from hf_elastic.known import KNOWN
+from hf_elastic.architectures.axes import TensorRule
+from hf_elastic.configuration.known import KNOWN
 
 PUBLISHED_LAYERS = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
 """Of Nemotron Nano v3."""

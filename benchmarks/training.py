@@ -34,9 +34,9 @@ from synthetic import nano_like
 from trl import SFTConfig, SFTTrainer
 
 from hf_elastic import ElasticConfig, ElasticForCausalLM
+from hf_elastic.architectures.submodel import Submodel
 from hf_elastic.lab.book import build_tokenizer
-from hf_elastic.soft import Mixture, SoftUnits
-from hf_elastic.submodel import Submodel
+from hf_elastic.submodels.soft import Mixture, SoftUnits
 from hf_elastic.trainers import ElasticDistillationConfig, ElasticDistillationTrainer
 
 transformers.logging.set_verbosity_error()

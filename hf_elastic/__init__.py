@@ -6,10 +6,10 @@ Importing this package registers `model_type: "elastic"` with the transformers A
 from __future__ import annotations
 
 from ._version import __version__
-from .adapter_slices import load_adapter, slice_adapter
-from .cards import render_card
+from .adapters.slices import load_adapter, slice_adapter
 from .configuration_elastic import ElasticConfig
-from .elastify import elastify
+from .elastification.elastify import elastify
+from .elastification.importance import Scores, score
 from .errors import (
     BusyError,
     CheckpointError,
@@ -24,11 +24,11 @@ from .errors import (
     UnreachableError,
     UnsupportedArchitectureError,
 )
-from .exchanging import recover
 from .generation import Phase, PhaseEvent, PhaseOutput, PhasePlan, PhaseStreamer, PhaseTextStreamer
-from .importance import Scores, score
-from .masking import masked_model
+from .hub.cards import render_card
 from .modeling_elastic import ElasticForCausalLM, ElasticModel
+from .storage.exchanging import recover
+from .submodels.masking import masked_model
 
 __all__ = [
     "BusyError",

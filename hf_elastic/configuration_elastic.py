@@ -4,41 +4,32 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig
-from transformers.activations import ACT2FN
+from transformers import PreTrainedConfig
 
 from .architectures import Architecture, get_architecture
-from .budgets import FULL, Budget, Limit, format_count, is_limit, parse_limit
-from .cost import Cost, CostModel
+from .architectures.cost import Cost, CostModel
+from .architectures.submodel import LAYERS, Submodel, first_layers
+from .configuration.budgets import FULL, Budget, Limit, format_count, is_limit, parse_limit
+from .configuration.leaving_out import LEFT_OUT
+from .configuration.parent import explained, parent_from_dict, plain_parent_error, refuse_huge
+from .configuration.remote_code import InstalledCode
+from .configuration.section import CUT_FROM, check_origin, check_ranking, checked_section, describe_axes
 from .errors import (
     CheckpointError,
     ElasticConfigError,
-    HFElasticError,
     UnknownBudgetError,
     did_you_mean,
-    reason,
     shown,
 )
-from .exchanging import refuse_interrupted
-from .files import HUB_ARGUMENTS, find_file, pinned
-from .json_files import read_json
-from .leaving_out import LEFT_OUT
-from .remote_code import InstalledCode
-from .section import check_origin, check_ranking, checked_section, describe_axes
-from .submodel import LAYERS, Submodel, first_layers
-
-_MOST = {
-    **dict.fromkeys(("num_hidden_layers", "layer_types", "layers_block_type", "hybrid_override_pattern"), 256),
-    **dict.fromkeys(("num_labels", "id2label", "label2id"), 10_000),
-}
-"""Layers and labels that a config may have; no hybrid has more than some 120 layers."""
+from .storage.exchanging import refuse_interrupted
+from .storage.files import HUB_ARGUMENTS, find_file, pinned
+from .storage.json_files import read_json
 
 
 class ElasticConfig(InstalledCode, PreTrainedConfig):
@@ -57,7 +48,7 @@ class ElasticConfig(InstalledCode, PreTrainedConfig):
               the next larger one. Counts may be left out when a config is made; they are always written and always checked.
             - `interpolated` (`list`, *optional*): submodels without a name that a router chose between two budgets; entries as in
               `budgets`, nested with them in one chain. They are what limits between the budgets resolve to.
-            - `router` (`dict`, *optional*): what the router beside the weights is rebuilt from, see [`hf_elastic.router.BudgetRouter`].
+            - `router` (`dict`, *optional*): what the router beside the weights is rebuilt from, see [`hf_elastic.routing.router.BudgetRouter`].
             - `handover` (`dict`, *optional*): `trained` (`bool`), whether submodels were trained to go on from each other's caches.
         cut_from (`dict`, *optional*): In a slice, what it was cut from: `family` and `commit` if it was on the Hub, and the `budget`.
         left_out (`list[str]`, *optional*): Tensors of the parent that its stock class does not load, by layer: `["mtp.layers.0.*"]`.
@@ -94,7 +85,7 @@ class ElasticConfig(InstalledCode, PreTrainedConfig):
                 f"parent_config={shown(parent)} must be the stock config of the parent, or its dict."
             )
         self.parent_config = parent
-        check_origin(kwargs.get("cut_from"))
+        check_origin(kwargs.get(CUT_FROM))
         code = kwargs.get("auto_map", {})
         if not isinstance(code, Mapping) or not all(isinstance(name, str) for name in code.values()):
             raise ElasticConfigError(f"auto_map={shown(code)} must be a dict from class to the name of one.")
@@ -117,8 +108,8 @@ class ElasticConfig(InstalledCode, PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As the stock method, with an error of this package for fields that do not make a config."""
-        _refuse_huge(config_dict)
-        with _explained(cls.model_type):
+        refuse_huge(config_dict)
+        with explained(cls.model_type):
             return super().from_dict(config_dict, **kwargs)
 
     @classmethod
@@ -252,7 +243,7 @@ class ElasticConfig(InstalledCode, PreTrainedConfig):
         """The submodel that a budget asks for.
 
         Args:
-            budget: See [`hf_elastic.budgets`].
+            budget: See [`hf_elastic.configuration.budgets`].
             dtype (`torch.dtype`, *optional*): Load dtype for budgets given in bytes, defaults to the checkpoint's.
 
         Raises:
@@ -390,95 +381,3 @@ def read_config(repo: Any, plain: bool = False, **hub: Any) -> ElasticConfig:
     if plain or fields.get("per_layer_config"):  # the latter is a heterogeneous export, which only this package loads
         return ElasticConfig.from_parent(parent_from_dict(fields), {})
     raise plain_parent_error(repo, model_type)
-
-
-def plain_parent_error(repo: Any, model_type: Any) -> ElasticConfigError:
-    """What to say to a budget for a checkpoint that has none."""
-    from .known import KNOWN
-
-    known = (
-        "its sizes are known, give elastic_config='auto'" if str(repo) in KNOWN else "describe it with elastic_config="
-    )
-    return ElasticConfigError(
-        f"{repo} is a plain {model_type} checkpoint without budgets. Load it with AutoModelForCausalLM and without budget=, or make it "
-        "elastic with hf_elastic.elastify() or `hf-elastic elastify`. If its weights are sorted by importance already, load it with "
-        f"ElasticForCausalLM and {known}."
-    )
-
-
-def parent_from_dict(fields: Mapping[str, Any]) -> PreTrainedConfig:
-    """The stock config of a parent from the dict in its `config.json`.
-
-    Sizes that differ per layer are set last: some stock classes check global fields when they are made, which then may not be read.
-
-    Raises:
-        `ElasticConfigError`: the stock class refuses them, or fails.
-        `UnsupportedArchitectureError`: no table for their `model_type`.
-    """
-    fields = dict(fields)
-    model_type = fields.pop("model_type", None)
-    architecture = get_architecture(str(model_type))
-    fields.pop("auto_map", None)  # of the repository's own code, which is not run
-    differences = fields.pop("per_layer_config", None)
-    check_origin(fields.get("cut_from"))
-    _refuse_huge(fields)
-    quantized = fields.get("quantization_config")
-    if quantized is not None and not (isinstance(quantized, Mapping) and "quant_method" in quantized):
-        raise ElasticConfigError(f"quantization_config={shown(quantized)} must be a dict with a `quant_method`.")
-    with _explained(architecture.model_type):
-        config = AutoConfig.for_model(model_type, **fields)
-        if differences:
-            config.per_layer_config = differences
-        config.to_dict()  # which every slice is made from
-        check_stock(config)
-    return config
-
-
-def _refuse_huge(fields: Mapping[str, Any]) -> None:
-    """Refuse counts that stock config classes make lists of, before they do; a damaged file can say any number."""
-    for field, most in _MOST.items():
-        value = fields.get(field)
-        count = len(value) if isinstance(value, (str, list, dict)) else value
-        if isinstance(count, (int, float)) and count > most:
-            raise ElasticConfigError(
-                f"{field}: {count:,} is more than the {most:,} that are read; config.json was edited or damaged."
-            )
-
-
-@contextmanager
-def _explained(model_type: str) -> Iterator[None]:
-    """Errors of stock config classes as one of this package: they check some fields, compute with others, and may end in anything."""
-    try:
-        yield
-    except (HFElasticError, ImportError, MemoryError):
-        raise
-    except Exception as error:
-        raise ElasticConfigError(
-            f"these fields make no config of {model_type}, config.json was edited or damaged: {reason(error)}."
-        ) from error
-
-
-def check_stock(config: PreTrainedConfig) -> None:
-    """Raise an error for what a stock config class takes and no model can be built from: sizes below 1, and unknown activations."""
-    architecture = get_architecture(config.model_type)
-    full = architecture.full(config)
-    for rule in architecture.rules(config):
-        shape = rule.shape(full.at(rule.layer))
-        if not all(isinstance(size, int) and size > 0 for size in shape):
-            raise ElasticConfigError(
-                f"{rule.name} would have the shape {shown(shape)}; a size in config.json was edited or damaged."
-            )
-    for field, value in vars(config).items():
-        if field.endswith("hidden_act") and value not in ACT2FN:
-            raise ElasticConfigError(f"{field}={shown(value)} is no activation.{did_you_mean(value, ACT2FN)}")
-    if config.dtype is not None and not isinstance(config.dtype, torch.dtype):
-        raise ElasticConfigError(f"dtype={shown(config.dtype)} must be the name of a torch.dtype, such as 'bfloat16'.")
-    for layer in range(full.depth if config.is_heterogeneous else 0):
-        layer_config, parts = config.per_layer_config[layer], architecture.parts(config, layer)
-        sizes = full.at(layer)
-        known = {axis.field for axis in architecture.axes if axis.part in parts}
-        known |= {key for part in parts for key in architecture.tied_fields(layer_config, part, sizes)}
-        if stray := sorted(config._heterogeneity_spec.per_layer_overrides.get(layer, {}).keys() - known):
-            raise ElasticConfigError(
-                f"per_layer_config of layer {layer} has {stray[0]}, which no size of that layer is; such models are not supported."
-            )

@@ -28,19 +28,10 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.generation import GenerationMixin
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .adapters import AdaptableMixin
 from .architectures import ARCHITECTURES, get_architecture, uniform
-from .budgets import Budget
-from .buffers import check_buffers
-from .configuration_elastic import ElasticConfig, plain_parent_error
-from .errors import ElasticConfigError, shown
-from .export import ExportMixin
-from .files import pinned
-from .generation.phases import PhasedGenerationMixin
-from .generation.speculation import SpeculationMixin
-from .leaving_out import LEFT_OUT, note_left_out
-from .loaded_from import LoadedFrom
-from .loading import (
+from .architectures.submodel import Submodel
+from .checkpoints.export import ExportMixin
+from .checkpoints.loading import (
     as_loaded,
     built_from,
     checked_kwargs,
@@ -51,16 +42,27 @@ from .loading import (
     refuse_incomplete,
     unknown_argument,
 )
-from .memory import resolve_for_loading
-from .opening import open_checkpoint
-from .origin import CUT_FROM, cut_from, loaded_from
-from .pushing import PushMixin
-from .remote_code import InstalledCode, add_to_transformers
-from .router import BudgetRouter, read_router
-from .saving import SavingMixin
-from .slicing import use_eager_experts_if_misaligned
-from .submodel import Submodel
-from .switching import SwitchingMixin
+from .checkpoints.memory import resolve_for_loading
+from .checkpoints.opening import open_checkpoint
+from .checkpoints.origin import cut_from, loaded_from
+from .checkpoints.saving import SavingMixin
+from .configuration.budgets import Budget
+from .configuration.leaving_out import LEFT_OUT, note_left_out
+from .configuration.parent import plain_parent_error
+from .configuration.remote_code import InstalledCode, add_to_transformers
+from .configuration.section import CUT_FROM
+from .configuration_elastic import ElasticConfig
+from .errors import ElasticConfigError, shown
+from .generation.phases import PhasedGenerationMixin
+from .generation.speculation import SpeculationMixin
+from .hub.pushing import PushMixin
+from .routing.router import BudgetRouter, read_router
+from .storage.files import pinned
+from .submodels.adapters import AdaptableMixin
+from .submodels.buffers import check_buffers
+from .submodels.loaded_from import LoadedFrom
+from .submodels.slicing import use_eager_experts_if_misaligned
+from .submodels.switching import SwitchingMixin
 
 _WHERE_KWARGS = (
     "cache_dir",
@@ -164,10 +166,10 @@ class ElasticPreTrainedModel(
             config (`ElasticConfig`, *optional*): Use it instead of the checkpoint's `config.json`.
             budget (*optional*):
                 Which size: a name, a number of parameters (`1.2e9`, `"1.2B"`), active parameters (`"300M active"`), weight memory
-                (`"24GB"`), what is free (`"auto"`, see [`hf_elastic.memory`]), or a dict of sizes; see [`hf_elastic.budgets`]. `None` is the whole parent with all budgets switchable.
+                (`"24GB"`), what is free (`"auto"`, see [`hf_elastic.checkpoints.memory`]), or a dict of sizes; see [`hf_elastic.configuration.budgets`]. `None` is the whole parent with all budgets switchable.
             elastic_config (*optional*):
                 For a plain checkpoint whose weights are sorted already, what it nests: `"auto"` for a released family, or an
-                [`ElasticConfig`], its section or budgets; see [`hf_elastic.known.described_config`].
+                [`ElasticConfig`], its section or budgets; see [`hf_elastic.checkpoints.described.described_config`].
             verify (`bool`, *optional*, defaults to `False`):
                 Compare all weights with their checksums, also those that lie in the cache already: with the Hub's, and of parts of files and
                 folders with those that `save_pretrained` wrote. Parts of which there are none are not taken; whole files are fetched.

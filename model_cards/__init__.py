@@ -1,1 +1,1 @@
-"""Templates of model cards, which `hf_elastic.cards` fills in; importable as `hf_elastic.model_cards`."""
+"""Templates of model cards, which `hf_elastic.hub.cards` fills in; importable as `hf_elastic.model_cards`."""

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from hf_elastic.architectures import get_architecture
-from hf_elastic.submodel import Submodel
+from hf_elastic.architectures.submodel import Submodel
 
 VOCAB = 64
 EPS = 0.1

@@ -17,7 +17,8 @@ import transformers.utils.hub
 from cases import BUDGETS, VOCAB, build_parent
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from hf_elastic import ElasticConfig, ElasticForCausalLM, checksums, fetching, retries
+from hf_elastic import ElasticConfig, ElasticForCausalLM
+from hf_elastic.storage import checksums, fetching, retries
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 from local_hub import LocalHub

@@ -21,8 +21,8 @@ from transformers import GenerationConfig, GraniteMoeHybridForCausalLM, Nemotron
 
 from hf_elastic import ElasticConfig, ElasticForCausalLM
 from hf_elastic.architectures import get_architecture
-from hf_elastic.router import ROUTER_FILE, BudgetRouter
-from hf_elastic.slicing import slice_state_dict
+from hf_elastic.routing.router import ROUTER_FILE, BudgetRouter
+from hf_elastic.submodels.slicing import slice_state_dict
 
 Tensors = dict[str, torch.Tensor]
 

@@ -14,7 +14,8 @@ from cases import BUDGETS, CASES, IDS, nemotron, randomize
 from compare import assert_same_logits, assert_same_weights, logits
 from transformers import AutoModelForCausalLM, NemotronHForCausalLM
 
-from hf_elastic import ElasticConfig, Phase, PhasePlan, elastify, memory
+from hf_elastic import ElasticConfig, Phase, PhasePlan, elastify
+from hf_elastic.checkpoints import memory
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),

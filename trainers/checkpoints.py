@@ -15,9 +15,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTTrainer
 
 from hf_elastic import ElasticForCausalLM
-from hf_elastic.adapter_slices import FAMILY_FILE
-from hf_elastic.replacing import replacing, write_error
-from hf_elastic.router import ROUTER_FILE
+from hf_elastic.adapters.slices import FAMILY_FILE
+from hf_elastic.checkpoints.replacing import replacing, write_error
+from hf_elastic.routing.router import ROUTER_FILE
 
 from .resuming import (
     STATE_FILE,

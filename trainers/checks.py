@@ -10,9 +10,9 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_elastic import ElasticForCausalLM
-from hf_elastic.adapters import attached
 from hf_elastic.errors import ElasticConfigError, TokenizerError, shown
-from hf_elastic.texts import check_tokens, unknown_token
+from hf_elastic.generation.texts import check_tokens, unknown_token
+from hf_elastic.submodels.adapters import attached
 
 from .elastic_distillation_config import ElasticDistillationConfig
 from .lora import base_of, check_attached

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 from trl import SFTTrainer
 
 from hf_elastic import ElasticForCausalLM
+from hf_elastic.checkpoints.origin import refuse_loss
 from hf_elastic.errors import ElasticConfigError, HFElasticError
-from hf_elastic.origin import refuse_loss
-from hf_elastic.texts import readable
+from hf_elastic.generation.texts import readable
 
 from .checkpoints import CheckpointsMixin
 from .checks import (
@@ -71,7 +71,7 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
             the default is the model itself without them, so that its weights are in memory once.
         peft_config (`peft.LoraConfig`, *optional*):
             Train only these adapters, on linear layers (`target_modules`) and on experts and routers (`target_parameters`); they follow
-            the budget ([`hf_elastic.adapters`]). Checkpoints then hold the adapter, and `trainer.model.merge_and_unload()` is the elastic
+            the budget ([`hf_elastic.submodels.adapters`]). Checkpoints then hold the adapter, and `trainer.model.merge_and_unload()` is the elastic
             model with what was learned.
         args ([`ElasticDistillationConfig`], *optional*): Configuration.
         kwargs: As for `SFTTrainer` (`train_dataset`, `eval_dataset`, `processing_class`, `callbacks`, ...).

@@ -14,10 +14,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_elastic import ElasticForCausalLM
-from hf_elastic.adapters import attached, disabled, refuse_changed_weights, refuse_unsupported
 from hf_elastic.errors import ElasticConfigError
-from hf_elastic.slicing import build_meta
-from hf_elastic.stencils import CutHead, uninstalled
+from hf_elastic.submodels.adapters import attached, disabled, refuse_changed_weights, refuse_unsupported
+from hf_elastic.submodels.slicing import build_meta
+from hf_elastic.submodels.stencils import CutHead, uninstalled
 
 from .losses import Head
 

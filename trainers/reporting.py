@@ -13,7 +13,7 @@ from torch import nn
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
-from hf_elastic.budgets import FULL
+from hf_elastic.configuration.budgets import FULL
 from hf_elastic.errors import HFElasticError
 
 

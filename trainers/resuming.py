@@ -14,9 +14,9 @@ from transformers.trainer_callback import TrainerState
 from transformers.utils import logging
 
 from hf_elastic import ElasticConfig
-from hf_elastic.adapter_slices import FAMILY_FILE
+from hf_elastic.adapters.slices import FAMILY_FILE
 from hf_elastic.errors import CheckpointError, ElasticConfigError
-from hf_elastic.json_files import read_json
+from hf_elastic.storage.json_files import read_json
 
 from .curriculum import Curriculum
 from .elastic_distillation_config import ElasticDistillationConfig

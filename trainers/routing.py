@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from hf_elastic import ElasticForCausalLM
-from hf_elastic.decisions import render
+from hf_elastic.checkpoints.replacing import replacing_file
+from hf_elastic.configuration.section import checked_section
 from hf_elastic.errors import CheckpointError, ElasticConfigError
-from hf_elastic.replacing import replacing_file
-from hf_elastic.router import ROUTER_FILE, BudgetRouter, Schedule
-from hf_elastic.section import checked_section
-from hf_elastic.soft import SoftUnits
+from hf_elastic.routing.decisions import render
+from hf_elastic.routing.router import ROUTER_FILE, BudgetRouter, Schedule
+from hf_elastic.submodels.soft import SoftUnits
 
 from .elastic_distillation_config import ElasticDistillationConfig
 

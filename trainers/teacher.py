@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_elastic import ElasticForCausalLM
+from hf_elastic.checkpoints.loading import load_stock
 from hf_elastic.errors import ElasticConfigError
-from hf_elastic.loading import load_stock
 
 from .lora import base_of
 from .resuming import differences

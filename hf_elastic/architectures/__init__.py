@@ -1,4 +1,4 @@
-"""The registry of architectures: one table per stock `model_type`."""
+"""What runs along every tensor of a model, and what follows from it: one table per stock `model_type`, with the registry of them."""
 
 from __future__ import annotations
 

@@ -16,10 +16,10 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..axes import Dim, Sizes, TensorRule
 from ..errors import ElasticConfigError, did_you_mean, shown
-from ..submodel import LAYERS, Submodel
+from .axes import Dim, Sizes, TensorRule
 from .obstacles import Obstacle
+from .submodel import LAYERS, Submodel
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class Architecture(ABC):
         return {}
 
     def obstacles(self, config: PreTrainedConfig, submodel: Submodel) -> Iterable[Obstacle]:
-        """What keeps other programs from running a submodel with one size per axis; see `hf_elastic.portability`."""
+        """What keeps other programs from running a submodel with one size per axis; see `hf_elastic.architectures.portability`."""
         return ()
 
     def check_layer(self, config: PreTrainedConfig, sizes: Sizes, where: str) -> None:  # noqa: B027 - nothing to check by default

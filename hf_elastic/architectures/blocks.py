@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..axes import Cut, Dim, TensorRule, dim
+from .axes import Cut, Dim, TensorRule, dim
 from .base import StateRule
 
 HIDDEN = dim(Cut("hidden"))

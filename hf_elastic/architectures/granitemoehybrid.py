@@ -11,12 +11,12 @@ from torch import nn
 from transformers import GraniteMoeHybridForCausalLM, GraniteMoeHybridModel, PreTrainedConfig
 from transformers.models.granitemoehybrid.modeling_granitemoehybrid import GraniteMoeHybridDecoderLayer
 
-from ..axes import Cut, Sizes, TensorRule, dim
 from ..errors import ElasticConfigError
-from ..submodel import Submodel
+from .axes import Cut, Sizes, TensorRule, dim
 from .base import LEGACY_LAYER_TYPES, Architecture, Axis, StateRule
 from .blocks import HIDDEN, RESIDUAL, attention, attention_states, linear, mamba2, mamba2_states, rms_norm
 from .obstacles import REFUSES, SILENT, Obstacle
+from .submodel import Submodel
 
 
 class GraniteMoeHybrid(Architecture):

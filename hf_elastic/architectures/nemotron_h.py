@@ -11,12 +11,12 @@ from torch import nn
 from transformers import NemotronHForCausalLM, NemotronHModel, PreTrainedConfig
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHBlock
 
-from ..axes import Cut, Sizes, TensorRule, dim
 from ..errors import ElasticConfigError
-from ..submodel import Submodel
+from .axes import Cut, Sizes, TensorRule, dim
 from .base import LEGACY_LAYER_TYPES, Architecture, Axis, StateRule
 from .blocks import HIDDEN, RESIDUAL, attention, attention_states, linear, mamba2, mamba2_states, rms_norm
 from .obstacles import REFUSES, Obstacle
+from .submodel import Submodel
 
 _PARTS = {"linear_attention": "mamba", "full_attention": "attention", "moe": "moe", "mlp": "mlp"}
 _MOE_FIELDS = (

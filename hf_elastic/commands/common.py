@@ -140,7 +140,7 @@ def save_tokenizer(source: str, target: str | Path) -> None:
 
 def save_with_tokenizer(model: Any, source: str, target: str | Path) -> None:
     """Save a checkpoint and the tokenizer of `source` at once, so that a kill leaves no tokenizer of another one."""
-    from ..replacing import replacing
+    from ..checkpoints.replacing import replacing
 
     with replacing(target) as folder:
         model.save_pretrained(folder)

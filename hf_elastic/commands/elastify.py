@@ -72,8 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..elastify import elastify
-    from ..loading import load_stock
+    from ..checkpoints.loading import load_stock
+    from ..elastification.elastify import elastify
     from .plan import plan, render
 
     axes, budgets = _spec(args)

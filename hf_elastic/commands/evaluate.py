@@ -60,10 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from tqdm.auto import tqdm
 
+    from ..checkpoints.replacing import replacing
     from ..errors import ElasticConfigError
-    from ..evaluation import PREFILL_SPEED, measure_plan, plan_matrix, results_file
+    from ..evaluation.plans import PREFILL_SPEED, measure_plan, plan_matrix, results_file
     from ..modeling_elastic import ElasticForCausalLM
-    from ..replacing import replacing
 
     caps = [_cap(text) for text in args.max_thinking_tokens or ["none"]]
     for name in ("count", "batch_size"):
@@ -109,14 +109,14 @@ def _cap(text: str) -> int | None:
 
 def _task(args: argparse.Namespace) -> Any:
     from ..errors import ElasticConfigError
-    from ..evaluation import BookTask
+    from ..lab.book_task import BookTask
 
     if args.task == "book":
         metric = args.metric or "code"
         if metric not in ("code", "exact"):
             raise ElasticConfigError(f"--metric={metric!r} must be code or exact for the book task.")
         return BookTask(letters=args.letters, count=args.count, batch_size=args.batch_size, metric=metric)
-    from ..evaluating_lm import LmEvalTask
+    from ..evaluation.lm_eval import LmEvalTask
 
     return LmEvalTask(
         args.task, limit=args.count, include_path=args.include_path, metric=args.metric, think_end_token="</think>"
@@ -126,7 +126,7 @@ def _task(args: argparse.Namespace) -> Any:
 def _draw(results: dict[str, Any], model: Any, path: Path) -> None:
     import sys
 
-    from ..pareto_chart import draw_pareto
+    from ..evaluation.pareto_chart import draw_pareto
 
     try:
         draw_pareto(results, path, largest=model.elastic_config.costs()["full"].active_params)

@@ -20,8 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from ..architectures.portability import portability, words
     from ..modeling_elastic import ElasticForCausalLM
-    from ..portability import portability, words
 
     check_source(args.repo)
     check_output(args.output, args.repo)

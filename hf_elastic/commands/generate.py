@@ -47,8 +47,8 @@ def run(args: argparse.Namespace) -> None:
 
     from ..errors import ElasticConfigError
     from ..generation import PhaseTextStreamer
+    from ..generation.texts import check_text
     from ..modeling_elastic import ElasticForCausalLM
-    from ..texts import check_text
 
     if args.max_new_tokens < 1:
         raise ElasticConfigError(f"--max-new-tokens={args.max_new_tokens} must be at least 1.")

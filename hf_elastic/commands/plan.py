@@ -21,8 +21,8 @@ from ..errors import ElasticConfigError
 from .common import add_elastic_config, add_json, parse_sizes, table
 
 if TYPE_CHECKING:
+    from ..architectures.submodel import Submodel
     from ..configuration_elastic import ElasticConfig
-    from ..submodel import Submodel
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,8 +74,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _config(repo: str, described: str | None, hub: dict[str, Any]) -> ElasticConfig:
+    from ..checkpoints.described import described_config
     from ..configuration_elastic import read_config
-    from ..known import described_config
 
     return read_config(repo, plain=True, **hub) if described is None else described_config(repo, described, **hub)
 
@@ -90,10 +90,10 @@ def plan(
         `kv_bytes_per_token`, `state_bytes`, `sizes`, and `obstacles`: the `program`s that do not run an export of it, what each `does` and `why`; the whole
         parent first. What a budget selects has its text as name.
     """
+    from ..architectures.cost import CostModel
+    from ..architectures.portability import portability
     from ..configuration_elastic import read_config
-    from ..cost import CostModel
-    from ..portability import portability
-    from ..search import sizes_from_spec
+    from ..elastification.search import sizes_from_spec
 
     elastic = read_config(repo, plain=True) if isinstance(repo, str) else repo
     members = elastic.chain()
@@ -118,16 +118,16 @@ def fits(elastic: ElasticConfig, memory: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint has for an amount of memory, by what `budget=` would select.
 
     Args:
-        memory (`dict[str, Any]`): A memory budget, see [`hf_elastic.budgets`]; `"auto"` is what is free.
+        memory (`dict[str, Any]`): A memory budget, see [`hf_elastic.configuration.budgets`]; `"auto"` is what is free.
 
     Returns:
         `dict`: `limit` in words, `bytes`, `dtype`; `needs`: bytes per name of a size, largest first; `budget`: the largest named size that fits,
         `None` if none does; `between`: whether a size between two budgets is larger and fits, and then its `total_params` and `needs`.
     """
-    from ..budgets import parse_limit
-    from ..cost import CostModel
+    from ..architectures.cost import CostModel
+    from ..checkpoints.memory import asks_for_free_memory, with_free_memory
+    from ..configuration.budgets import parse_limit
     from ..errors import UnknownBudgetError
-    from ..memory import asks_for_free_memory, with_free_memory
 
     if asks_for_free_memory(memory, elastic):
         memory, _ = with_free_memory(memory, elastic)
@@ -154,7 +154,7 @@ def fits(elastic: ElasticConfig, memory: dict[str, Any]) -> dict[str, Any]:
 
 def tell(found: dict[str, Any]) -> str:
     """The answer of `fits` in a sentence or two."""
-    from ..budgets import format_bytes, format_count
+    from ..configuration.budgets import format_bytes, format_count
 
     name, needs, between = found["budget"], found["needs"], found["between"]
     room = f"{found['limit']} in {found['dtype']}"
@@ -173,8 +173,8 @@ def tell(found: dict[str, Any]) -> str:
 def render(budgets: list[dict[str, Any]]) -> str:
     """A table, with the sizes in which a budget differs from the whole parent, and which programs do not run which of them."""
     from ..architectures.obstacles import Obstacle
-    from ..budgets import format_bytes, format_count
-    from ..portability import words
+    from ..architectures.portability import words
+    from ..configuration.budgets import format_bytes, format_count
 
     whole = budgets[0]["sizes"]
     rows = [["budget", "params", "active", "bf16", "fp32", "KV/token", "state", "sizes"]]

@@ -21,7 +21,7 @@ from ..errors import ElasticConfigError
 from .common import BUDGET_HELP, check_source, save_tokenizer, table
 
 if TYPE_CHECKING:
-    from ..publishing import CardArguments, Upload
+    from ..hub.publishing import CardArguments, Upload
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from huggingface_hub import get_token
 
-    from ..publishing import CardArguments, full_repo_id, prepare_upload
+    from ..hub.publishing import CardArguments, full_repo_id, prepare_upload
 
     if args.upload and get_token() is None:
         raise ElasticConfigError("there is no token to upload with: `hf auth login`, or set HF_TOKEN.")
@@ -89,9 +89,9 @@ def run(args: argparse.Namespace) -> None:
 def _checkpoint(args: argparse.Namespace, repo_id: str, card: CardArguments) -> Iterator[Path]:
     """The folder to upload: the source itself if it is as it has to be, otherwise a temporary one."""
     from ..configuration_elastic import ElasticConfig, read_config
-    from ..exchanging import refuse_interrupted
+    from ..hub.publishing import copy_others, read_published
     from ..modeling_elastic import ElasticForCausalLM
-    from ..publishing import copy_others, read_published
+    from ..storage.exchanging import refuse_interrupted
 
     check_source(args.source)
     source = Path(args.source)
@@ -128,8 +128,8 @@ def _checkpoint(args: argparse.Namespace, repo_id: str, card: CardArguments) -> 
 
 def describe(upload: Upload) -> str:
     """What would be uploaded: files, what every size downloads, and the card's metadata."""
-    from ..card_sections import download_words
     from ..configuration_elastic import ElasticConfig
+    from ..hub.card_sections import download_words
 
     sizes = upload.sizes
     rows = [["file", "bytes"], *([name, f"{size:,}"] for name, size in sorted(sizes.items()))]

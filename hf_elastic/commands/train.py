@@ -150,9 +150,9 @@ def parse(config: str, overrides: list[str]) -> tuple[TrainArguments, AdapterArg
 
 def train(arguments: TrainArguments, adapter: AdapterArguments, config: Any) -> None:
     """Train and save to `output_dir`."""
-    from ..decisions import render
+    from ..checkpoints.replacing import replacing
     from ..modeling_elastic import ElasticForCausalLM
-    from ..replacing import replacing
+    from ..routing.decisions import render
     from ..trainers import ElasticDistillationTrainer
     from ..trainers.routing import REPORT_FILE
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache
 
-from ..submodel import Submodel
+from ..architectures.submodel import Submodel
 from .caches import States, hand_over, join_rows, read_cache, take_row, write_cache
 
 

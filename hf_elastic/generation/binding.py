@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ..architectures.submodel import Submodel
 from ..errors import PhasePlanError, shown
-from ..files import find_file
-from ..submodel import Submodel
+from ..storage.files import find_file
 from .caches import check_hand_over
 from .plan import Phase, PhasePlan
 

@@ -15,9 +15,9 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig
 
 from ..architectures import Architecture
-from ..axes import Dim, Sizes
+from ..architectures.axes import Dim, Sizes
+from ..architectures.submodel import Submodel
 from ..errors import HandoverError
-from ..submodel import Submodel
 
 States = list[dict[str, torch.Tensor]]
 """Per layer of a submodel the tensors it keeps, by kind."""

@@ -18,12 +18,12 @@ from transformers.generation import GenerationMode, MaxTimeCriteria
 
 from ..configuration_elastic import ElasticConfig
 from ..errors import PhasePlanError, shown
-from ..texts import check_tokens
 from .arguments import by_name, with_stop_strings
 from .binding import SentenceEnds, bind, check_prompts, find_tokenizer, needs_tokenizer
 from .engine import Settings, run_phases
 from .events import PhaseEvent, PhaseOutput, PhaseStreamer
 from .plan import PhasePlan
+from .texts import check_tokens
 
 _REFUSED = {  # arguments of `generate` that have no meaning in phases, and what to do instead
     "assistant_model": "a plan runs submodels of this model only",

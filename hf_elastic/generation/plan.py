@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from transformers import GenerationConfig
 
-from ..budgets import Budget
+from ..configuration.budgets import Budget
 from ..errors import PhasePlanError, did_you_mean, shown
 
 Handover = Literal["auto", "cache", "reprefill"]

@@ -19,9 +19,9 @@ from transformers.generation import (
     LogitsProcessorList,
 )
 
-from ..budgets import Budget
+from ..architectures.submodel import Submodel
+from ..configuration.budgets import Budget
 from ..errors import SpeculationError, shown
-from ..submodel import Submodel
 from .arguments import by_name, telling, with_stop_strings
 from .snapshots import Reader
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..charts import new_axes, save_axes
+from ..evaluation.charts import new_axes, save_axes
 
 _COLORS = ("#3b5bdb", "#e8890c", "#868e96", "#2b8a3e", "#c92a2a", "#ae3ec9")
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 
-from ..cost import CostModel
-from ..elastify import elastify
+from ..architectures.cost import CostModel
+from ..elastification.elastify import elastify
 from ..modeling_elastic import ElasticForCausalLM
 from .book import calibration_dataset, evaluate, training_dataset
 

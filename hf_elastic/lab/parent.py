@@ -27,9 +27,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from hf_elastic.checkpoints.loading import load_stock
 from hf_elastic.lab.book import build_tokenizer, evaluate, training_batches
 from hf_elastic.lab.muon import Muon
-from hf_elastic.loading import load_stock
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from .._version import __version__
-from ..elastify import elastify
+from ..elastification.elastify import elastify
 from ..errors import HFElasticError
 from ..modeling_elastic import ElasticForCausalLM
 from .book import calibration_dataset, evaluate, problems

@@ -16,7 +16,8 @@ except (ImportError, AttributeError):  # not on Spaces; a folder named `spaces` 
         return lambda function: function
 
 
-from phase_space.engine import Ask, load_engine, seconds_needed
+from phase_space.asking import Ask
+from phase_space.engine import load_engine, seconds_needed
 from phase_space.measurements import read_measurements
 from phase_space.ui import build, launch
 

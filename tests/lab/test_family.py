@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from hf_elastic import ElasticForCausalLM
-from hf_elastic.budgets import parse_limit
+from hf_elastic.architectures.cost import CostModel
 from hf_elastic.cli import main
-from hf_elastic.cost import CostModel
+from hf_elastic.configuration.budgets import parse_limit
 from hf_elastic.lab import zero_shot
 from hf_elastic.lab.book import evaluate, training_batches, training_dataset
 from hf_elastic.lab.family import (

@@ -21,7 +21,8 @@ from gradio_client.utils import QueueError
 from hf_elastic.lab.book import problems
 from hf_elastic.lab.family import FAMILY_DIR
 from phase_space import view
-from phase_space.engine import Ask, ElasticEngine, load_engine
+from phase_space.asking import Ask
+from phase_space.engine import ElasticEngine, load_engine
 from phase_space.ui import FAILED, Space
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_elastic import HFElasticError, PhasePlan
 from hf_elastic.lab.book import problems
-from phase_space.engine import Ask, Decoder, ElasticEngine, RequestError, seconds_needed
+from phase_space.asking import Ask, RequestError
+from phase_space.engine import Decoder, ElasticEngine, seconds_needed
 from phase_space.fake import FakeEngine
 from phase_space.tasks import BOOK_TASK
 from phase_space.trace import Trace, follow

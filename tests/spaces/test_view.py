@@ -10,7 +10,8 @@ import pytest
 from space_tools import SPACE, made_up_points
 
 from phase_space import chart, view
-from phase_space.engine import Ask, ElasticEngine
+from phase_space.asking import Ask
+from phase_space.engine import ElasticEngine
 from phase_space.fake import FakeEngine
 from phase_space.measurements import read_measurements
 from phase_space.trace import Trace, follow

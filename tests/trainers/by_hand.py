@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from hf_elastic import ElasticConfig, masked_model
-from hf_elastic.slicing import pieces
+from hf_elastic.architectures.pieces import pieces
 
 Batch = Mapping[str, Tensor]
 

@@ -20,7 +20,7 @@ from test_routing import undecided
 from transformers import AutoModelForCausalLM
 
 from hf_elastic import CheckpointError, ElasticConfigError, ElasticForCausalLM, slice_adapter
-from hf_elastic.adapters import attached
+from hf_elastic.submodels.adapters import attached
 from hf_elastic.trainers.lora import check_adapters
 
 BUDGETS = ["full", "large", "medium", "small"]

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from hf_elastic import HFElasticError
-from hf_elastic.slicing import pieces
+from hf_elastic.architectures.pieces import pieces
 
 NAMES = ["nano3", "granite"]
 IDS = torch.randint(2, VOCAB, (4, 9), generator=torch.Generator().manual_seed(5))

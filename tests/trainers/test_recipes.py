@@ -11,12 +11,12 @@ from datasets import Dataset
 from nano_v3 import nano_v3
 
 from hf_elastic import ElasticConfig, ElasticConfigError, elastify, trainers
-from hf_elastic.adapters import factor_rules
+from hf_elastic.architectures.cost import CostModel
 from hf_elastic.architectures.nemotron_h import NemotronH
 from hf_elastic.commands.train import parse
-from hf_elastic.cost import CostModel
 from hf_elastic.lab.family import FAMILY
 from hf_elastic.lab.parent import load_parent
+from hf_elastic.submodels.adapters import factor_rules
 from hf_elastic.trainers import ElasticDistillationConfig, ElasticDistillationTrainer
 from hf_elastic.trainers.curriculum import make_curriculum
 

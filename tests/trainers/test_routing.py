@@ -17,8 +17,8 @@ from test_resume import StopAt
 from transformers import TrainerCallback
 
 from hf_elastic import ElasticConfig, ElasticConfigError, ElasticForCausalLM, elastify
-from hf_elastic.cost import CostModel
-from hf_elastic.router import DEAD_ZONE
+from hf_elastic.architectures.cost import CostModel
+from hf_elastic.routing.router import DEAD_ZONE
 from hf_elastic.trainers import ElasticDistillationTrainer
 from hf_elastic.trainers.routing import REPORT_FILE
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from hf_elastic.budgets import format_count
-from hf_elastic.evaluation import pareto_front
+from hf_elastic.configuration.budgets import format_count
+from hf_elastic.evaluation.plans import pareto_front
 
-from .engine import Size
+from .asking import Size
 from .view import place
 
 Point = Mapping[str, Any]

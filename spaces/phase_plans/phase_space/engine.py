@@ -1,132 +1,24 @@
-"""What answers visitors: a request, the events it leads to, and the engine that runs an elastic checkpoint. No gradio in here."""
+"""What answers visitors: the engine that runs an elastic checkpoint. No gradio in here."""
 
 from __future__ import annotations
 
 import os
 import threading
-import unicodedata
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass
-from itertools import islice
 from typing import Any, Protocol
 
 import torch
 from transformers import AutoTokenizer
 
-from hf_elastic import ElasticForCausalLM, HFElasticError, PhasePlan
-from hf_elastic.cost import Cost
+from hf_elastic import ElasticForCausalLM, PhasePlan
 from hf_elastic.generation import PhaseEvent
-from hf_elastic.texts import check_text
+from hf_elastic.generation.texts import check_text
 
+from .asking import Ask, RequestError, Size, TextEvent
 from .tasks import BOOK_TASK, Task
 
-MAX_CHARACTERS = 100_000
 BUSY_SECONDS = 30.0
-
-
-class RequestError(HFElasticError, ValueError):
-    """A visitor's request cannot be run; the message is for the visitor."""
-
-
-@dataclass(frozen=True)
-class Ask:
-    """One request; plain values, so that it can be sent to another process.
-
-    Args:
-        messages (`tuple[tuple[str, str], ...]`): Role and text of what was said, the question last.
-        thinking, answering (`str`): Budgets of the two phases, as `model.set_budget` takes them.
-        max_thinking_tokens, max_answer_tokens (`int`): Caps, from 1.
-        temperature (`float`): 0 takes the most likely token.
-        seed (`int`): Of sampling.
-    """
-
-    messages: tuple[tuple[str, str], ...]
-    thinking: str
-    answering: str
-    max_thinking_tokens: int = 512
-    max_answer_tokens: int = 256
-    temperature: float = 0.0
-    seed: int = 0
-
-    def plan(self) -> PhasePlan:
-        """Its phase plan."""
-        return PhasePlan(
-            self.thinking,
-            self.answering,
-            max_thinking_tokens=self.max_thinking_tokens,
-            max_answer_tokens=self.max_answer_tokens,
-        )
-
-    def check(self, limit: int) -> None:
-        """Refuse what no engine would run.
-
-        Raises:
-            `RequestError`: an empty or far too long prompt, control characters or an end marker in it, caps above `limit`, a temperature or seed
-                out of range.
-            `PhasePlanError`: caps that are no caps.
-        """
-        question = self.messages[-1][1] if self.messages else ""
-        if not isinstance(question, str) or not question.strip():
-            raise RequestError("The prompt is empty. Write a question first.")
-        if len(question) > MAX_CHARACTERS:
-            raise RequestError(f"The prompt has {len(question):,} characters; at most {MAX_CHARACTERS:,} are read.")
-        if strange := sorted({c for c in question if unicodedata.category(c) == "Cc" and c not in "\n\r\t"}):
-            raise RequestError(f"The prompt has control characters ({_name(strange)}). Take them out.")
-        for phase in self.plan().phases:
-            if phase.end and phase.end in question:  # a chat template would put its own start behind it, and hide it
-                raise RequestError(
-                    f"The prompt is past the {phase.name} already: it holds {phase.end}, the end marker. Take it out."
-                )
-        for name, cap in (("thinking", self.max_thinking_tokens), ("answer", self.max_answer_tokens)):
-            if cap == 0:
-                raise RequestError(f"max_{name}_tokens=0 must be a whole number of at least 1 here.")
-            if cap is None or cap > limit:
-                raise RequestError(f"From 1 to {limit} {name} tokens can be asked for here, not {cap}.")
-        if not _is_number(self.temperature, float) or not 0 <= self.temperature <= 2:
-            raise RequestError(f"The temperature must be from 0 to 2, not {self.temperature}.")
-        if not _is_number(self.seed, int) or not 0 <= self.seed < 2**31:
-            raise RequestError(f"The seed must be a whole number from 0 to {2**31 - 1}, not {self.seed}.")
-
-
-@dataclass(frozen=True)
-class TextEvent(PhaseEvent):
-    """A [`PhaseEvent`] of the one sequence, with its text.
-
-    Args:
-        text (`str`): What became readable with this event; markers have none.
-        context (`int`): Tokens in the context by now, prompt included.
-    """
-
-    text: str = ""
-    context: int = 0
-
-
-@dataclass(frozen=True)
-class Size:
-    """A budget that visitors choose, and what it costs at the dtype of the engine.
-
-    Args:
-        name (`str`): Of the budget.
-        total_params, active_params, weight_bytes, kv_bytes_per_token, state_bytes (`int`): As in [`hf_elastic.cost.Cost`].
-    """
-
-    name: str
-    total_params: int
-    active_params: int
-    weight_bytes: int
-    kv_bytes_per_token: int
-    state_bytes: int
-
-    @classmethod
-    def of(cls, name: str, cost: Cost, dtype: torch.dtype) -> Size:
-        """The size with this cost."""
-        kept = (cost.kv_bytes_per_token(dtype), cost.state_bytes(dtype))
-        return cls(name, cost.total_params, cost.active_params, cost.weight_bytes(dtype), *kept)
-
-    def cache_bytes(self, tokens: int) -> int:
-        """KV cache and states of one sequence of that many tokens."""
-        return tokens * self.kv_bytes_per_token + self.state_bytes
 
 
 class Engine(Protocol):
@@ -293,12 +185,3 @@ def seconds_needed(ask: Ask) -> int:
     """Upper bound on a request's time, which is what a ZeroGPU Space asks a GPU for. `PHASE_TOKENS_PER_SECOND` says how fast the model is."""
     speed = float(os.environ.get("PHASE_TOKENS_PER_SECOND", "20"))
     return min(300, 10 + int((ask.max_thinking_tokens + ask.max_answer_tokens) / speed))
-
-
-def _is_number(value: object, kind: type) -> bool:
-    return isinstance(value, (int, kind)) and not isinstance(value, bool)
-
-
-def _name(characters: Sequence[str]) -> str:
-    more = "" if len(characters) <= 5 else " and others"
-    return ", ".join(f"U+{ord(c):04X}" for c in islice(characters, 5)) + more

@@ -11,7 +11,7 @@ from typing import Any
 
 from hf_elastic.errors import UnknownBudgetError
 
-from .engine import Ask, RequestError, Size, TextEvent
+from .asking import Ask, RequestError, Size, TextEvent
 from .tasks import Task
 
 _WORDS = (

@@ -1,4 +1,4 @@
-"""Measured plans, for the chart: the `plans.json` that `hf-elastic evaluate` writes (see [`hf_elastic.evaluation.results_file`]).
+"""Measured plans, for the chart: the `plans.json` that `hf-elastic evaluate` writes (see [`hf_elastic.evaluation.plans.results_file`]).
 
 Used are `task`, `versions`, optionally `commit`, and of every point:
 

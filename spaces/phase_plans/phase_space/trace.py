@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, Literal
 
-from .engine import TextEvent
+from .asking import TextEvent
 
 State = Literal["idle", "running", "done", "stopped"]
 

@@ -18,7 +18,8 @@ import gradio as gr
 from hf_elastic import HFElasticError, __version__
 
 from . import chart, view
-from .engine import Ask, Engine, TextEvent
+from .asking import Ask, TextEvent
+from .engine import Engine
 from .measurements import Measurements
 from .pages import HEAD, POINT_CLICK, about, banner, header
 from .trace import Trace, follow

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from html import escape, unescape
 from typing import Any
 
-from hf_elastic.budgets import format_bytes, format_count
+from hf_elastic.configuration.budgets import format_bytes, format_count
 
-from .engine import Size
+from .asking import Size
 from .trace import Part, Trace
 
 Message = dict[str, Any]

@@ -1,0 +1,1 @@
+"""Saved LoRA adapters, cut to a size."""

@@ -1,0 +1,147 @@
+"""Exact cost of submodels: parameters, bytes of weights, and bytes of the caches that generation keeps.
+
+Everything is read off the table of the architecture, so it needs a config and no weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from . import Architecture, StateRule, get_architecture
+from .axes import TensorRule
+from .submodel import Submodel
+
+WEIGHT_DTYPES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one submodel costs. Parameters are counted as `num_parameters()` counts them: tied weights once, buffers not.
+
+    Args:
+        total_params (`int`): All parameters.
+        active_params (`int`):
+            Parameters that one token uses: `experts_per_token` of the routed experts, everything else whole, embeddings and head
+            included.
+        fp32_elements (`int`): Stored elements that stay in float32 at every load dtype.
+        other_elements (`int`): Stored elements in the load dtype.
+        kv_elements (`int`): Elements of the KV cache per token and sequence.
+        conv_elements (`int`): Elements of the convolution states per sequence.
+        ssm_elements (`int`): Elements of the SSM states per sequence; they are kept in float32.
+    """
+
+    total_params: int = 0
+    active_params: int = 0
+    fp32_elements: int = 0
+    other_elements: int = 0
+    kv_elements: int = 0
+    conv_elements: int = 0
+    ssm_elements: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+
+    def weight_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of all stored tensors at a load dtype."""
+        return 4 * self.fp32_elements + dtype.itemsize * self.other_elements
+
+    def kv_bytes_per_token(self, dtype: torch.dtype = torch.bfloat16) -> int:
+        """Bytes that every token of a sequence adds to the KV cache."""
+        return dtype.itemsize * self.kv_elements
+
+    def state_bytes(self, dtype: torch.dtype = torch.bfloat16) -> int:
+        """Bytes of convolution states (in `dtype`) and SSM states (float32) of one sequence, however long it is."""
+        return dtype.itemsize * self.conv_elements + 4 * self.ssm_elements
+
+    def cache_bytes(self, context_length: int, batch_size: int = 1, dtype: torch.dtype = torch.bfloat16) -> int:
+        """Bytes that `batch_size` sequences of `context_length` tokens keep: KV cache, convolution states and SSM states."""
+        return batch_size * (context_length * self.kv_bytes_per_token(dtype) + self.state_bytes(dtype))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form, as `hf-elastic plan --json` prints it; caches for bfloat16 activations."""
+        return {
+            "total_params": self.total_params,
+            "active_params": self.active_params,
+            "weight_bytes": {name: self.weight_bytes(dtype) for name, dtype in WEIGHT_DTYPES.items()},
+            "kv_bytes_per_token": self.kv_bytes_per_token(),
+            "state_bytes": self.state_bytes(),
+        }
+
+
+class CostModel:
+    """Counts submodels of one parent; layers that are alike are counted once, so that a search can ask thousands of times.
+
+    Args:
+        config (`PreTrainedConfig`): The parent's stock config.
+        architecture (`Architecture`, *optional*): Defaults to the one of the config's `model_type`.
+    """
+
+    def __init__(self, config: PreTrainedConfig, architecture: Architecture | None = None):
+        self.config = config
+        self.architecture = architecture or get_architecture(config.model_type)
+        self._rules: dict[int | None, list[TensorRule]] = {}
+        for rule in self.architecture.rules(config):
+            self._rules.setdefault(rule.layer, []).append(rule)
+        self._states: dict[int | None, tuple[StateRule, ...]] = {
+            layer: () if layer is None else self.architecture.states(config.per_layer_config[layer], layer)
+            for layer in self._rules
+        }
+        kinds: dict[
+            Any, int
+        ] = {}  # numbered, as hashing the rules again for every question would take most of the time
+        self._kinds = {
+            layer: kinds.setdefault(
+                (tuple((rule.template, rule.dims) for rule in rules), self._states[layer]), len(kinds)
+            )
+            for layer, rules in self._rules.items()
+        }
+        self._known: dict[Any, Cost] = {}
+
+    @cached_property
+    def full(self) -> Cost:
+        """Cost of the whole parent."""
+        return self(self.architecture.full(self.config))
+
+    def __call__(self, submodel: Submodel) -> Cost:
+        """Cost of a submodel."""
+        total = self.part(None, submodel.at(None))
+        for layer in submodel.layers:
+            total += self.part(layer, submodel.at(layer))
+        return total
+
+    def part(self, layer: int | None, sizes: dict[str, int]) -> Cost:
+        """Cost of one layer at these sizes, or of what belongs to no layer (`None`)."""
+        key = (self._kinds[layer], tuple(sizes.items()))
+        if key not in self._known:
+            self._known[key] = self.count(layer, sizes)
+        return self._known[key]
+
+    def count(self, layer: int | None, sizes: Mapping[str, Any]) -> Cost:
+        """As `part`, for sizes that may be expected values (scalar tensors) too; then so are the counts, differentiable in them."""
+        total = active = fp32 = other = 0
+        for rule in self._rules[layer]:
+            if rule.tied:
+                continue
+            count = rule.count(sizes)
+            fp32 += count if rule.fp32 else 0
+            other += 0 if rule.fp32 else count
+            if not rule.buffer:
+                total += count
+                used = count * sizes["experts_per_token"] if rule.routed else count
+                if rule.routed:  # exact for integers: the count is a multiple of the experts
+                    used = used // sizes["experts"] if isinstance(used, int) else used / sizes["experts"]
+                active += used
+        kept = dict.fromkeys(("keys", "values", "conv", "ssm"), 0)
+        for state in self._states[layer]:
+            kept[state.kind] += state.count(sizes)
+        return Cost(total, active, fp32, other, kept["keys"] + kept["values"], kept["conv"], kept["ssm"])

@@ -1,0 +1,1 @@
+"""Checkpoints in both layouts: opened, loaded, written, exported."""

@@ -1,0 +1,253 @@
+"""Safetensors files of an elastic checkpoint, opened: check them against the table, read only what a submodel keeps.
+
+Files are checked by their headers before a byte of weights is read; pickle files are never opened.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig
+
+from ..architectures import Architecture
+from ..architectures.axes import Run, TensorRule, indices_of, shape_of
+from ..architectures.pieces import Piece, pieces
+from ..architectures.submodel import Submodel
+from ..configuration.leaving_out import ignored_names
+from ..errors import CheckpointError
+from ..storage.reading import Block, Joined, Places
+from ..storage.tensor_file import TensorFile
+
+ROTARY = r"rotary_emb\.inv_freq$"  # computed, but saved by old versions
+_SLACK = 100_000  # numbers; of so few every tensor is compared, and named
+
+
+class Checkpoint:
+    """The safetensors files of one repository or folder, opened.
+
+    Args:
+        files (`list[Path]`): The files; every tensor name must occur in one of them.
+
+    Raises:
+        `CheckpointError`: a file is missing, truncated or no safetensors file, or two files hold one name.
+    """
+
+    def __init__(self, files: list[Path]):
+        self._where: dict[str, TensorFile] = {}
+        self.ignored: list[str] = []  # what is there and ignored on purpose, as `check` finds it
+        for file in files:
+            opened = TensorFile.opened(file)
+            for key in opened.shapes:
+                if key in self._where:
+                    raise CheckpointError(f"{key} occurs in two files of the checkpoint, one of them {file}.")
+                self._where[key] = opened
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._where
+
+    def _stored_shape(self, key: str) -> tuple[int, ...]:
+        return self._where[key].shapes[key]
+
+    def dtype(self) -> torch.dtype:
+        """Type of the first floating-point tensor."""
+        for key in self._where:
+            if (dtype := self._stored_dtype(key)) in _DTYPES:
+                return _DTYPES[dtype]
+        raise CheckpointError("the checkpoint holds no floating-point tensor.")
+
+    def _stored_dtype(self, key: str) -> str:
+        return self._where[key].dtypes[key]
+
+    def check(
+        self,
+        architecture: Architecture,
+        config: PreTrainedConfig,
+        *,
+        head: bool = True,
+        ignored: Iterable[str] = (),
+    ) -> None:
+        """Compare the headers of the files with what the config says: every tensor there, of its shape, and no other.
+
+        Args:
+            architecture (`Architecture`): Table of the parent.
+            config (`PreTrainedConfig`): The parent's stock config.
+            head (`bool`, *optional*, defaults to `True`): `False` if what only the causal model has may be missing.
+            ignored (`Iterable[str]`, *optional*):
+                Patterns of further names that may be there, as the stock class's `_keys_to_ignore_on_load_unexpected`.
+
+        Raises:
+            `CheckpointError`: names the first tensors that are missing, unknown, of another shape or not floating point.
+        """
+        self._refuse_far_off(architecture, config, self._held(architecture, config))
+        problems: list[str] = []
+        known: set[str] = set()
+        for key, shape, required in self._expected(architecture, config, head):
+            known.add(key)
+            if not required:
+                continue
+            if key not in self._where:
+                problems.append(f"{key} is missing")
+            elif self._stored_shape(key) != shape:
+                problems.append(f"{key} is {self._stored_shape(key)} in the file, the config says {shape}")
+            elif self._stored_dtype(key) not in _DTYPES:
+                problems.append(f"{key} is stored as {self._stored_dtype(key)}, not as {', '.join(_DTYPES)}")
+        strange = self._where.keys() - known
+        self.ignored = ignored_names(strange, ignored)
+        unknown = sorted(strange - set(self.ignored) - set(ignored_names(strange, (ROTARY,))))
+        problems += [f"{key} belongs to no part of this {architecture.model_type}" for key in unknown]
+        if problems:
+            raise CheckpointError(
+                f"the weights do not fit the config ({len(problems)} of the tensors): {'; '.join(problems[:5])}"
+                + (" ..." if len(problems) > 5 else "")
+                + ". Nothing was loaded; the checkpoint is incomplete or its config.json belongs to other weights."
+            )
+
+    def _held(self, architecture: Architecture, config: PreTrainedConfig) -> Submodel:
+        """The submodel that the files should hold."""
+        return architecture.full(config)
+
+    def _refuse_far_off(self, architecture: Architecture, config: PreTrainedConfig, submodel: Submodel) -> None:
+        """Refuse files that hold less than half of the numbers that a config says, before its tensors are gone through one by one.
+
+        A damaged config can have a hundred thousand experts.
+
+        Raises:
+            `CheckpointError`: says both.
+        """
+        said = sum(math.prod(piece.shape) for piece in pieces(architecture, config, submodel) if not piece.rule.tied)
+        held = sum(math.prod(file.shapes[key]) for key, file in self._where.items())
+        if said > 2 * held + _SLACK:
+            raise CheckpointError(
+                f"the weights do not fit the config: it says {said:,} numbers, the files hold {held:,}. Nothing was loaded; the checkpoint is "
+                "incomplete or its config.json belongs to other weights."
+            )
+
+    def _expected(
+        self, architecture: Architecture, config: PreTrainedConfig, head: bool
+    ) -> Iterator[tuple[str, tuple[int, ...], bool]]:
+        """Every tensor that may be in the files: its name, its shape, and whether it has to be there."""
+        for piece in pieces(architecture, config, architecture.full(config)):
+            sources = self._sources(piece, architecture)
+            required = not piece.rule.tied and (head or is_base(piece.rule.name, architecture))
+            shape = piece.shape[1:] if _is_split(sources, piece) else piece.shape
+            yield from ((source, shape, required) for source in sources)
+
+    def lazy_slice(
+        self, architecture: Architecture, config: PreTrainedConfig, submodel: Submodel, *, head: bool = True
+    ) -> dict[str, Block | Joined]:
+        """The submodel as a state dict of unread tensors under the live model's names. Call `check` first.
+
+        Whole tensors are read as well, where the stock loader maps the file: there they start at any multiple of 8 bytes, and rows that
+        start off a cache line take up to 15 % longer to multiply by, with every token. Nor does a model depend on files after loading.
+
+        Args:
+            architecture (`Architecture`): Table of the parent.
+            config (`PreTrainedConfig`): The parent's stock config.
+            submodel (`Submodel`): What to keep.
+            head (`bool`, *optional*, defaults to `True`): `False` leaves out what only the causal model has.
+        """
+        return dict(self._parts(architecture, config, submodel, head))
+
+    def extents(
+        self, architecture: Architecture, config: PreTrainedConfig, submodel: Submodel, *, head: bool = True
+    ) -> dict[Path, list[Run]]:
+        """Per file the ranges of bytes that `lazy_slice` of the same arguments reads."""
+        ranges: dict[Path, list[Run]] = {}
+        for _, part in self._parts(architecture, config, submodel, head):
+            for block in part.leaves():
+                ranges.setdefault(block.file.path, []).extend(block.extent)
+        return ranges
+
+    def _parts(
+        self, architecture: Architecture, config: PreTrainedConfig, submodel: Submodel, head: bool
+    ) -> Iterator[tuple[str, Block | Joined]]:
+        for piece in pieces(architecture, config, submodel):
+            if piece.rule.tied or not (head or is_base(piece.rule.name, architecture)):
+                continue
+            yield piece.target.name, self.block(self._sources(piece, architecture), piece.runs)
+
+    def block(self, sources: Sequence[str], runs: list[list[Run]], places: Places | None = None) -> Block | Joined:
+        """A part of a tensor of the parent, not read yet.
+
+        Args:
+            sources (`list[str]`): Names under which it is stored: one, or one per index of its first dimension.
+            runs (`list[list[tuple[int, int]]]`): What to keep along each dimension.
+            places (`list[list[tuple[int, int]]]`, *optional*): Where that belongs, as [`Block`] takes it.
+        """
+        if len(runs) == len(self._stored_shape(sources[0])):
+            return self._stored_block(sources[0], runs, places)
+        shape, (experts, *inner), (into, *others) = shape_of(runs), runs, places or [None for _ in runs]
+        blocks = [
+            self._stored_block(sources[expert], [[(0, 1)], *inner], [[(new, new + 1)], *others])
+            for expert, new in zip(indices_of(experts), indices_of(into or [(0, shape[0])]), strict=True)
+        ]
+        return Joined(shape, blocks)
+
+    def _stored_block(self, key: str, runs: list[list[Run]], places: Places | None) -> Block:
+        """Part of one stored tensor, which may lack the first of the dimensions: one expert of a stack."""
+        file = self._where[key]
+        shape = file.shapes[key]
+        full = (1,) * (len(runs) - len(shape)) + shape
+        return Block(file, key, full, _DTYPES[file.dtypes[key]], runs, places)
+
+    def _sources(self, piece: Piece, architecture: Architecture) -> list[str]:
+        """Names under which a tensor of the parent is stored, whichever experts are kept: one, or one per expert."""
+        rule = piece.rule
+        if not rule.stacked or rule.name in self:  # stacked experts were saved with save_original_format=False
+            return [self._present(stored_names(rule, architecture))]
+        return [self._present(stored_names(rule, architecture, expert)) for expert in range(rule.shape(piece.full)[0])]
+
+    def _present(self, names: tuple[str, ...]) -> str:
+        return next((name for name in names if name in self), names[0])
+
+
+def stored_names(rule: TensorRule, architecture: Architecture, expert: int | None = None) -> tuple[str, ...]:
+    """The names a tensor can have in a file: Hub layout, live layout, a base model's without the prefix of either, and old spellings.
+
+    Args:
+        rule (`TensorRule`): The tensor.
+        expert (`int`, *optional*): Which expert's, where they are stored one by one.
+    """
+    live = disk = rule.name
+    if expert is not None:
+        disk = rule.disk_name(expert)
+        live = _live_prefix(disk, architecture)
+    elif not rule.stacked:
+        disk = rule.disk_name()
+    names: tuple[str, ...] = (
+        disk,
+        live,
+        disk.removeprefix(architecture.disk_prefix),
+        live.removeprefix(_base(architecture)),
+    )
+    for now, before in architecture.old_names.items():
+        if any(name.endswith(f".{now}") for name in names):
+            names += tuple(name.removesuffix(now) + before for name in names)
+    return names
+
+
+def _base(architecture: Architecture) -> str:
+    """Prefix of the base model's tensors in the live causal model."""
+    return architecture.layers_path.partition(".")[0] + "."
+
+
+def is_base(name: str, architecture: Architecture) -> bool:
+    """Whether a tensor of the live causal model belongs to its base model."""
+    return name.startswith(_base(architecture))
+
+
+def _is_split(sources: list[str], piece: Piece) -> bool:
+    """Whether the tensor is stored as one per expert."""
+    return piece.rule.stacked and sources != [piece.rule.name]
+
+
+def _live_prefix(disk: str, architecture: Architecture) -> str:
+    """A name of the Hub layout under the live model's prefix."""
+    prefix = architecture.disk_prefix
+    return _base(architecture) + disk.removeprefix(prefix) if disk.startswith(prefix) else disk
+
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -1,0 +1,171 @@
+"""Export of a submodel as a stock checkpoint, which plain transformers loads without this package."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from ..architectures import Architecture
+from ..architectures.portability import warn_if_not_portable
+from ..architectures.submodel import Submodel
+from ..configuration.budgets import Budget
+from ..configuration.leaving_out import LEFT_OUT, left_out
+from ..configuration.section import CUT_FROM
+from ..configuration_elastic import ElasticConfig
+from ..errors import ExportError, UnreachableError, refuse_misspelt
+from ..storage.files import find_file
+from .origin import cut_from, named, refuse_loss
+from .replacing import checked_target, replacing
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+
+
+class ExportMixin:
+    """`export` for an elastic model."""
+
+    elastic_config: ElasticConfig
+
+    def export(
+        self,
+        save_directory: str | os.PathLike[str],
+        budget: Budget | Submodel = None,
+        *,
+        heterogeneous: bool = False,
+        tokenizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write one size as a plain checkpoint in the parent's Hub layout.
+
+        Tokenizer files and the generation config come along: the tokenizer given, or the files beside the checkpoint that this
+        model was loaded from.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): Folder to write into. If writing fails, what it held before is untouched.
+            budget (*optional*): Which size; defaults to the active one.
+            heterogeneous (`bool`, *optional*, defaults to `False`):
+                Allow sizes that differ per layer. They are written in transformers' own `per_layer_config` form, which its stock
+                classes record but do not build from, so loading them needs this package: `ElasticForCausalLM.from_pretrained`.
+            tokenizer (*optional*): Tokenizer to save along.
+            kwargs: As in `PreTrainedModel.save_pretrained` (`max_shard_size`, ...).
+
+        Warns:
+            `PortabilityWarning`: programs are known that do not run this size, or run it wrongly; see [`hf_elastic.architectures.portability`].
+
+        Raises:
+            `ExportError`: sizes differ per layer and `heterogeneous` is not set. Nothing is written.
+            `ElasticConfigError`: the folder holds the family that this model was loaded from.
+        """
+        refuse_misspelt(kwargs, "budget", "heterogeneous")
+        submodel = self.submodel if budget is None else self.elastic_config.resolve(budget)  # type: ignore[attr-defined]
+        config = self.elastic_config.stock_config(submodel)
+        if config.is_heterogeneous and not heterogeneous:
+            layers = sorted(config._heterogeneity_spec.per_layer_overrides)
+            raise ExportError(
+                f"sizes differ per layer ({', '.join(sorted(config.per_layer_attributes))} in layers {layers}), which stock "
+                f"{config.model_type} classes cannot load. Choose a budget with one size per axis, save it with save_pretrained, or "
+                "pass heterogeneous=True to write a checkpoint that needs hf_elastic to load."
+            )
+        checked_target(save_directory)
+        refuse_loss(getattr(self, "_loaded_from", None), save_directory)
+        self._warn_of_programs(self.elastic_config, submodel)
+        with self.exposed(submodel), replacing(save_directory) as scratch:  # type: ignore[attr-defined]
+            self._write_stock(scratch, **kwargs)  # type: ignore[attr-defined]
+            self._write_stock_config(config, submodel, scratch)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(scratch)
+            else:
+                _copy_tokenizer(str(self.name_or_path), scratch, **getattr(self, "_hub_kwargs", {}))  # type: ignore[attr-defined]
+            _for_old_readers(scratch)
+
+    def _warn_of_programs(self, elastic: ElasticConfig, submodel: Submodel) -> None:
+        name = named(cut_from(elastic, submodel, "", {}))
+        dtype: torch.dtype = self.dtype  # type: ignore[attr-defined]
+        warn_if_not_portable(elastic.architecture, elastic.parent_config, submodel, dtype, name)
+
+    def _write_stock_config(self, config: PreTrainedConfig, submodel: Submodel, directory: Path) -> None:
+        architecture = self.elastic_config.architecture
+        stock = architecture.causal_class if self.can_generate() else architecture.base_class  # type: ignore[attr-defined]
+        config.architectures = [stock.__name__]
+        config.dtype = self.dtype  # type: ignore[attr-defined]
+        written = {**exported_fields(config, architecture), CUT_FROM: self._cut_from(submodel)}  # type: ignore[attr-defined]
+        if groups := left_out(self.elastic_config):
+            written[LEFT_OUT] = groups
+        text = json.dumps(written, indent=2, sort_keys=True) + "\n"
+        (directory / "config.json").write_text(text, encoding="utf-8")
+
+
+def exported_fields(config: PreTrainedConfig, architecture: Architecture) -> dict[str, Any]:
+    """What the `config.json` of a plain checkpoint says: what the stock class reads as this config, in the words that other programs know.
+
+    Older versions of transformers, llama.cpp, SGLang and others read the file themselves, and know its names from before transformers 5.
+    """
+    fields = config._decode_special_floats(json.loads(config.to_json_string()))
+    defaults = type(config).default_config_fields()
+    for name, value in list(fields.items()):
+        # `{"__float__": "Infinity"}` is nothing that others read, and `Infinity` is no JSON to some: left out where it is the default.
+        if _has_infinity(value) and name in defaults and value == _as_json(defaults[name]):
+            del fields[name]
+    rope = fields.get("rope_parameters")
+    if isinstance(rope, dict) and rope.get("rope_theta") is not None:  # nested per kind of layer, it has none
+        fields["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            fields["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    for name, value in architecture.export_fields(config).items():
+        if value is None:
+            fields.pop(name, None)
+        else:
+            fields[name] = value
+    return fields
+
+
+def _has_infinity(value: Any) -> bool:
+    return any(map(_has_infinity, value)) if isinstance(value, list) else value in (math.inf, -math.inf)
+
+
+def _as_json(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _for_old_readers(directory: Path) -> None:
+    """Name the tokenizer's class as versions before transformers 5 do; later ones read that, too."""
+    path = directory / "tokenizer_config.json"
+    if not path.exists():
+        return
+    try:
+        written = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:  # it was copied, and is as good as it was
+        return
+    if isinstance(written, dict) and written.get("tokenizer_class") == "TokenizersBackend":
+        written["tokenizer_class"] = "PreTrainedTokenizerFast"
+        path.write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _copy_tokenizer(source: str, target: Path, **hub: Any) -> None:
+    """Copy the tokenizer files of a folder or Hub repository, those that it has."""
+    for name in _TOKENIZER_FILES if source else ():
+        try:
+            path = find_file(source, name, hub)
+        except UnreachableError:
+            if "revision" in hub:  # it was loaded from there, so it may have a tokenizer
+                raise
+            return
+        except OSError:  # a model made in memory can be named anything
+            return
+        if path is not None:
+            shutil.copyfile(path, target / name)

@@ -1,0 +1,179 @@
+"""What a user may write for a budget, and what it means.
+
+| written | means |
+|---|---|
+| `None`, `"full"` | the whole parent |
+| `"12b"` | the budget of that name (names win over every other reading) |
+| `12.5e9`, `"12.5B"`, `"12.5B total"` | the largest submodel with at most that many parameters |
+| `"2.1B active"` | ... with at most that many active parameters |
+| `"24GB"`, `"22.5GiB"` | ... whose weights take at most that many bytes at the load dtype |
+| `{"memory": "24GB", "context_length": 32768, "batch_size": 4}` | ... whose weights and caches together do |
+| `"auto"`, `{"memory": "auto", "context_length": 32768}` | ... do so in the memory that is free where the model is loaded (`from_pretrained` only) |
+| `{"hidden": 1920, "expert_ffn": 960}` | exactly these sizes, the parent's elsewhere |
+
+A limit selects among the budgets of the checkpoint and, where a router decided them, the submodels that it interpolates between them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from ..architectures.cost import WEIGHT_DTYPES, Cost
+from ..errors import ElasticConfigError, did_you_mean, shown
+
+FULL = "full"
+AUTO = "auto"
+Budget = str | int | float | Mapping[str, Any] | None
+Quantity = Literal["total", "active", "bytes"]
+
+_COUNT = re.compile(
+    r"\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*([kmbt]?)\s*(?:params?|parameters)?\s*(total|active)?\s*(?:params?|parameters)?\s*",
+    re.IGNORECASE,
+)
+_BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt])(i?)b\s*", re.IGNORECASE)
+_COUNT_UNITS = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
+
+
+_MEMORY_KEYS = ("memory", "context_length", "batch_size", "dtype", "cache_dtype")
+_DTYPES = {
+    **WEIGHT_DTYPES,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+    "float8_e5m2": torch.float8_e5m2,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
+
+@dataclass(frozen=True)
+class Limit:
+    """An upper limit on one quantity of a submodel.
+
+    Args:
+        quantity (`str`): `"total"` or `"active"` parameters, or `"bytes"` of memory.
+        value (`float`): Of that quantity.
+        dtype (`torch.dtype`, *optional*): Of the weights in memory; the load dtype if not given. What has to stay in float32 stays so.
+        context_length (`int`, *optional*): Tokens per sequence in the caches; only the weights are counted if not given.
+        batch_size (`int`, *optional*, defaults to 1): Sequences in the caches.
+        cache_dtype (`torch.dtype`, *optional*): Of KV cache and convolution states, defaults to that of the weights. SSM states are float32.
+    """
+
+    quantity: Quantity
+    value: float
+    dtype: torch.dtype | None = None
+    context_length: int | None = None
+    batch_size: int = 1
+    cache_dtype: torch.dtype | None = None
+
+    def measure(self, cost: Cost, dtype: torch.dtype) -> int:
+        """The quantity of a cost that the limit is about; `dtype` is the load dtype."""
+        if self.quantity != "bytes":
+            return cost.total_params if self.quantity == "total" else cost.active_params
+        weights = self.dtype or dtype
+        if self.context_length is None:
+            return cost.weight_bytes(weights)
+        caches = cost.cache_bytes(self.context_length, self.batch_size, self.cache_dtype or weights)
+        return cost.weight_bytes(weights) + caches
+
+    def __str__(self) -> str:
+        if self.quantity != "bytes":
+            return f"{format_count(self.value)} {'active ' if self.quantity == 'active' else ''}parameters"
+        if self.context_length is None:
+            return format_bytes(self.value)
+        return f"{format_bytes(self.value)} with the caches of {self.batch_size} x {self.context_length} tokens"
+
+
+def is_limit(budget: Any) -> bool:
+    """Whether a budget is written as a limit or a name, and not as a dict of sizes."""
+    return not isinstance(budget, Mapping) or "memory" in budget
+
+
+def parse_limit(budget: str | int | float | Mapping[str, Any]) -> Limit | None:
+    """Read a number, a count or an amount of memory; `None` if the text is none of them.
+
+    Raises:
+        `ElasticConfigError`: a number that is not positive and finite, or a dict whose entries are not what they should be.
+    """
+    if isinstance(budget, Mapping):
+        limit = _parse_memory(budget)
+    elif isinstance(budget, str):
+        if budget.strip().lower() == AUTO:
+            raise auto_error(budget)
+        if match := _BYTES.fullmatch(budget):
+            power = "kmgt".index(match[2].lower()) + 1
+            limit = Limit("bytes", float(match[1]) * (1024 if match[3] else 1000) ** power)
+        elif match := _COUNT.fullmatch(budget):
+            limit = Limit("active" if match[3] and match[3].lower() == "active" else "total", 0.0)
+            limit = Limit(limit.quantity, float(match[1]) * _COUNT_UNITS[match[2].lower()])
+        else:
+            return None
+    else:
+        limit = Limit("total", float(budget))
+    if not 0 < limit.value < float("inf"):
+        raise ElasticConfigError(f"budget {shown(budget)} must be a positive number of parameters or bytes.")
+    return limit
+
+
+def auto_error(budget: Any) -> ElasticConfigError:
+    """What to say to `"auto"` where nothing is loaded."""
+    return ElasticConfigError(
+        f"budget={shown(budget)} asks for the memory that is free where a model is loaded, so only from_pretrained takes it; give an amount here, "
+        "such as '24GB'."
+    )
+
+
+def _parse_memory(budget: Mapping[str, Any]) -> Limit:
+    where = f"budget {shown(dict(budget))}"
+    for key in budget:
+        if key not in _MEMORY_KEYS:
+            raise ElasticConfigError(
+                f"{where}: unknown key {key!r}; a memory budget takes {', '.join(_MEMORY_KEYS)}.{did_you_mean(key, _MEMORY_KEYS)}"
+            )
+    memory = budget.get("memory")
+    if memory == AUTO:
+        raise auto_error(dict(budget))
+    limit = parse_limit(memory) if isinstance(memory, str) else None
+    if isinstance(memory, (int, float)) and not isinstance(memory, bool):
+        limit = Limit("bytes", float(memory))
+    if limit is None or limit.quantity != "bytes":
+        raise ElasticConfigError(f"{where}: memory={memory!r} must be a number of bytes, or a text such as '24GB'.")
+    for key in ("context_length", "batch_size"):
+        count = budget.get(key, 1)
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ElasticConfigError(f"{where}: {key}={count!r} must be a whole number of at least 1.")
+    if "context_length" not in budget and (stray := {"batch_size", "cache_dtype"} & budget.keys()):
+        raise ElasticConfigError(f"{where}: {min(stray)} says how large caches are, which needs context_length too.")
+    given: dict[str, Any] = {key: budget[key] for key in ("context_length", "batch_size") if key in budget}
+    for key in ("dtype", "cache_dtype"):
+        if key in budget:
+            given[key] = _parse_dtype(budget[key], f"{where}: {key}")
+    return replace(limit, **given)
+
+
+def _parse_dtype(name: Any, where: str) -> torch.dtype:
+    if isinstance(name, torch.dtype) and name in _DTYPES.values():
+        return name
+    if not isinstance(name, str) or name not in _DTYPES:
+        raise ElasticConfigError(f"{where}={name!r} must be one of {', '.join(_DTYPES)}.")
+    return _DTYPES[name]
+
+
+def format_count(count: float) -> str:
+    """`31_577_937_344` as `31.58B`."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.2f}{unit}"
+    return f"{count:.0f}"
+
+
+def format_bytes(count: float) -> str:
+    """Bytes in decimal units, as disks and model cards count them."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count:.0f} B"

@@ -1,0 +1,1 @@
+"""Making a family: scores, order, sizes."""

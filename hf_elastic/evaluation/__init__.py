@@ -1,0 +1,1 @@
+"""Sizes and phase plans measured on tasks, and how charts look."""

@@ -1,0 +1,1 @@
+"""One size of a model: cut, live, masked, trained."""
