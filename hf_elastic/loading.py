@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +20,19 @@ from .adapters import attached
 from .architectures import ARCHITECTURES
 from .buffers import check_buffers
 from .checkpoint import ROTARY, Checkpoint
-from .configuration_elastic import ElasticConfig, parent_from_dict, plain_parent_error, read_config
+from .configuration_elastic import ElasticConfig, parent_from_dict, plain_parent_error, read_config, read_fields
 from .errors import CheckpointError, ElasticConfigError, HFElasticError, did_you_mean, reason, shown
-from .files import find_file, find_files, refuse_damaged
+from .files import (
+    INDEX_NAME,
+    PICKLED_INDEX,
+    SINGLE_NAME,
+    find_file,
+    find_files,
+    missing,
+    refuse_damaged,
+    shard_names,
+    with_variant,
+)
 from .json_files import read_json
 from .known import described_config
 from .loaded_from import LoadedFrom
@@ -206,8 +217,10 @@ def generation_config(concrete: type[PreTrainedModel], repo: Any, hub: dict[str,
     Raises:
         `CheckpointError`: there is one, and it is damaged.
     """
-    if not concrete.can_generate():
-        return None
+    return _read_generation_config(repo, hub) if concrete.can_generate() else None
+
+
+def _read_generation_config(repo: Any, hub: dict[str, Any]) -> GenerationConfig | None:
     path = find_file(repo, GENERATION_CONFIG_NAME, hub)
     if path is None:
         return None
@@ -245,11 +258,17 @@ def load_stock(repo: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
     Raises:
         `CheckpointError`: names the tensors that are missing, unknown or of another shape; for supported architectures before any is read.
     """
-    fields, _ = PreTrainedConfig.get_config_dict(repo, **{k: v for k, v in kwargs.items() if k in _HUB})
-    architecture = ARCHITECTURES.get(fields.get("model_type", ""))
+    architecture = None
+    if not (kwargs.get("gguf_file") or kwargs.get("config")):
+        hub = {key: kwargs[key] for key in _HUB if kwargs.get(key) is not None}
+        fields = read_fields(repo, **hub)
+        _read_generation_config(repo, hub)
+        architecture = ARCHITECTURES.get(fields["model_type"])
+        files = _weight_files(repo, kwargs.get("variant"), hub)
+        if architecture is not None and files and not fields.get("quantization_config"):
+            ignored = architecture.causal_class._keys_to_ignore_on_load_unexpected or ()
+            Checkpoint(files).check(architecture, parent_from_dict(fields), ignored=ignored)
     if architecture is not None:
-        if not (fields.get("quantization_config") or kwargs.get("gguf_file") or kwargs.get("config")):
-            _check_files(repo, fields, kwargs)
         old = {rf"\b{re.escape(before)}$": now for now, before in architecture.old_names.items()}
         kwargs = {"key_mapping": old, **kwargs} if old else kwargs
     try:
@@ -267,17 +286,20 @@ def load_stock(repo: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
     return loaded
 
 
-def _check_files(repo: Any, fields: dict[str, Any], kwargs: dict[str, Any]) -> None:
-    """Compare names and shapes in safetensors files with the table: stacked experts hide which of them is missing."""
-    config = parent_from_dict(fields)
-    architecture = ARCHITECTURES[config.model_type]
-    hub = {k: v for k, v in kwargs.items() if k in _HUB and v is not None}
-    try:
-        files = find_files(repo, kwargs.get("variant"), **hub)
-    except CheckpointError:  # other formats, whose names are compared when they are loaded
-        return
-    ignored = architecture.causal_class._keys_to_ignore_on_load_unexpected or ()
-    Checkpoint(files).check(architecture, config, ignored=ignored)
+def _weight_files(repo: Any, variant: str | None, hub: dict[str, Any]) -> list[Path]:
+    """The safetensors files that the stock loader takes; none where it takes those of another format, whose names are compared when they are loaded.
+
+    Raises:
+        `CheckpointError`: a list of files is damaged, or one that it names is missing.
+    """
+    for name in (SINGLE_NAME, INDEX_NAME):
+        if find_file(repo, with_variant(name, variant), hub) is not None:
+            return find_files(repo, variant, **hub)
+    index = find_file(repo, with_variant(PICKLED_INDEX, variant), hub)
+    for name in () if index is None else shard_names(index, ".bin"):
+        if os.path.isdir(repo) and find_file(repo, name, hub) is None:
+            raise missing(name, PICKLED_INDEX)
+    return []
 
 
 def checked_parent(parent: Any) -> PreTrainedModel:

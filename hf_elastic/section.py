@@ -304,9 +304,9 @@ def _checked_files(files: Any, whole: str, budgets: set[str]) -> dict[str, dict[
     return {name: dict(entry) for name, entry in files.items()}
 
 
-def is_inner_path(path: Any) -> bool:
-    """Whether a text names a safetensors file in a folder or below it, on every system."""
-    if not isinstance(path, str) or not path.endswith(".safetensors") or re.search(r'[\\:*?"<>|\x00-\x1f]', path):
+def is_inner_path(path: Any, ending: str = ".safetensors") -> bool:
+    """Whether a text names a file of weights in a folder or below it, on every system."""
+    if not isinstance(path, str) or not path.endswith(ending) or re.search(r'[\\:*?"<>|\x00-\x1f]', path):
         return False
     return all(part.strip(". ") for part in path.split("/"))
 
