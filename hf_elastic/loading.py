@@ -60,16 +60,8 @@ def as_loaded(
     Raises:
         `ElasticConfigError`: the size was never saved there.
     """
-    if not name.is_saved:
-        raise ElasticConfigError(
-            f"this is a size of a family that was made in memory, and {name} is not where it was saved, so it cannot be loaded again from its "
-            "name (trainers do, for a reference model). Save the family, load it from there, and use that; or give the trainer a reference "
-            "of your own: ref_model=."
-        )
-    asked = kwargs.get("revision")
-    again = getattr(asked, "initial", asked) is None  # the AutoClasses have found out what the default is now
-    if again:
-        kwargs.update({key: value for key, value in name.hub.items() if key == "revision" or kwargs.get(key) is None})
+    name.refuse_unsaved()
+    again = name.add_hub(kwargs)
     if isinstance(config, PreTrainedConfig) and (
         not isinstance(config, ElasticConfig) or again and "revision" in name.hub
     ):
