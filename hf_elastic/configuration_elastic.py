@@ -367,17 +367,27 @@ def read_config(repo: Any, plain: bool = False, **hub: Any) -> ElasticConfig:
     Raises:
         `ElasticConfigError`: a plain checkpoint, and `plain` is not set.
     """
+    fields = read_fields(repo, **hub)
+    model_type = fields["model_type"]
+    if model_type == ElasticConfig.model_type:
+        return ElasticConfig.from_dict(fields)  # type: ignore[no-any-return]
+    if plain or fields.get("per_layer_config"):  # the latter is a heterogeneous export, which only this package loads
+        return ElasticConfig.from_parent(parent_from_dict(fields), {})
+    raise plain_parent_error(repo, model_type)
+
+
+def read_fields(repo: Any, **hub: Any) -> dict[str, Any]:
+    """What `config.json` of a folder or Hub repository holds, whatever model it is of.
+
+    Raises:
+        `CheckpointError`: there is none, it is damaged, or a save into the folder was interrupted.
+    """
     if Path(repo).is_absolute() and not Path(repo).exists():
         raise CheckpointError(f"there is no folder {repo}.")
     refuse_interrupted(repo, hub.get("subfolder"))
     if os.path.isdir(repo) and not Path(repo, hub.get("subfolder") or "", "config.json").is_file():
         raise CheckpointError(f"{repo} has no config.json.")
     fields, _ = ElasticConfig.get_config_dict(repo, **hub)
-    model_type = fields.get("model_type")
-    if not isinstance(model_type, str):
+    if not isinstance(fields.get("model_type"), str):
         raise CheckpointError(f"{repo} has no config.json with a model_type.")
-    if model_type == ElasticConfig.model_type:
-        return ElasticConfig.from_dict(fields)  # type: ignore[no-any-return]
-    if plain or fields.get("per_layer_config"):  # the latter is a heterogeneous export, which only this package loads
-        return ElasticConfig.from_parent(parent_from_dict(fields), {})
-    raise plain_parent_error(repo, model_type)
+    return fields

@@ -60,17 +60,11 @@ from .routing.router import BudgetRouter, read_router
 from .storage.files import pinned
 from .submodels.adapters import AdaptableMixin
 from .submodels.buffers import check_buffers
-from .submodels.loaded_from import LoadedFrom
+from .submodels.loaded_from import WHERE, LoadedFrom, name_stock
 from .submodels.slicing import use_eager_experts_if_misaligned
 from .submodels.switching import SwitchingMixin
 
-_WHERE_KWARGS = (
-    "cache_dir",
-    "local_files_only",
-    "revision",
-    "subfolder",
-)  # what else says where a model was loaded from
-_HUB_KWARGS = (*_WHERE_KWARGS, "force_download", "proxies", "token")
+_HUB_KWARGS = (*WHERE, "force_download", "proxies", "token")
 
 
 class ElasticPreTrainedModel(
@@ -229,7 +223,7 @@ class ElasticPreTrainedModel(
         model.__dict__.pop("_weight_conversions", None)
         refuse_incomplete(info, pretrained_model_name_or_path)
         check_buffers(model, pretrained_model_name_or_path)
-        model._hub_kwargs = {key: hub[key] for key in _WHERE_KWARGS if key in hub}
+        model._hub_kwargs = {key: hub[key] for key in WHERE if key in hub}
         name = LoadedFrom(
             str(pretrained_model_name_or_path),
             None if whole else submodel,
@@ -354,13 +348,16 @@ def _explain_budget(stock: type[PreTrainedModel], facade: type[ElasticPreTrained
     """Let a stock class say what is wrong with `budget=` and `elastic_config=`, which reaches it when an AutoClass loads a plain parent.
 
     It would refuse it anyway, with a bare `TypeError` from its `__init__`. The name of a loaded elastic model ([`LoadedFrom`]) gives that
-    model again. Nothing else of it changes, and nothing of its subclasses.
+    model again, and the name of what is loaded from a subfolder says so. Nothing else of it changes, and nothing of its subclasses.
     """
     inherited = stock.from_pretrained.__func__
 
     @functools.wraps(inherited)
-    def from_pretrained(cls: type[PreTrainedModel], repo: Any, *args: Any, **kwargs: Any) -> Any:
-        if cls is stock and isinstance(repo, LoadedFrom):
+    def from_pretrained(
+        cls: type[PreTrainedModel], pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        repo = pretrained_model_name_or_path  # which may be given by its name
+        if cls is stock and isinstance(repo, LoadedFrom) and not repo.stock:
             return facade.from_pretrained(repo, *args, **kwargs)
         if cls is stock and "elastic_config" in kwargs:
             raise ElasticConfigError(
@@ -368,14 +365,37 @@ def _explain_budget(stock: type[PreTrainedModel], facade: type[ElasticPreTrained
             )
         if cls is stock and "budget" in kwargs:
             raise plain_parent_error(repo, cls.config_class.model_type)
-        return inherited(cls, repo, *args, **kwargs)
+        if isinstance(repo, LoadedFrom):
+            repo.add_hub(kwargs)
+        given = dict(kwargs)
+        loaded = inherited(cls, repo, *args, **kwargs)
+        if cls is stock and repo is not None and given.get("subfolder"):
+            name_stock(loaded[0] if isinstance(loaded, tuple) else loaded, str(repo), given)
+        return loaded
 
     stock.from_pretrained = classmethod(from_pretrained)
+
+
+def _read_configs_by_name() -> None:
+    """Let `AutoConfig`, which the AutoClasses ask first, look for the config of a loaded model ([`LoadedFrom`]) where that was loaded from."""
+    inherited = AutoConfig.from_pretrained.__func__
+
+    @functools.wraps(inherited)
+    def from_pretrained(cls: type[AutoConfig], pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        repo = pretrained_model_name_or_path
+        if isinstance(repo, LoadedFrom):
+            repo.add_hub(kwargs)
+            if not repo:
+                repo.refuse_unsaved()
+        return inherited(cls, repo, *args, **kwargs)
+
+    AutoConfig.from_pretrained = classmethod(from_pretrained)
 
 
 for _architecture in ARCHITECTURES.values():
     _explain_budget(_architecture.causal_class, ElasticForCausalLM)
     _explain_budget(_architecture.base_class, ElasticModel)
+_read_configs_by_name()
 AutoConfig.register(ElasticConfig.model_type, ElasticConfig)
 AutoModel.register(ElasticConfig, ElasticModel)
 AutoModelForCausalLM.register(ElasticConfig, ElasticForCausalLM)

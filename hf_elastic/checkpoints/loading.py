@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,9 +18,19 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from ..architectures import ARCHITECTURES
 from ..configuration.parent import parent_from_dict, plain_parent_error
-from ..configuration_elastic import ElasticConfig, read_config
+from ..configuration_elastic import ElasticConfig, read_config, read_fields
 from ..errors import CheckpointError, ElasticConfigError, HFElasticError, did_you_mean, reason, shown
-from ..storage.files import find_file, find_files, refuse_damaged
+from ..storage.files import (
+    INDEX_NAME,
+    PICKLED_INDEX,
+    SINGLE_NAME,
+    find_file,
+    find_files,
+    missing,
+    refuse_damaged,
+    shard_names,
+    with_variant,
+)
 from ..storage.json_files import read_json
 from ..submodels.adapters import attached
 from ..submodels.buffers import check_buffers
@@ -50,16 +61,8 @@ def as_loaded(
     Raises:
         `ElasticConfigError`: the size was never saved there.
     """
-    if not name.is_saved:
-        raise ElasticConfigError(
-            f"this is a size of a family that was made in memory, and {name} is not where it was saved, so it cannot be loaded again from its "
-            "name (trainers do, for a reference model). Save the family, load it from there, and use that; or give the trainer a reference "
-            "of your own: ref_model=."
-        )
-    asked = kwargs.get("revision")
-    again = getattr(asked, "initial", asked) is None  # the AutoClasses have found out what the default is now
-    if again:
-        kwargs.update({key: value for key, value in name.hub.items() if key == "revision" or kwargs.get(key) is None})
+    name.refuse_unsaved()
+    again = name.add_hub(kwargs)
     if isinstance(config, PreTrainedConfig) and (
         not isinstance(config, ElasticConfig) or again and "revision" in name.hub
     ):
@@ -207,8 +210,10 @@ def generation_config(concrete: type[PreTrainedModel], repo: Any, hub: dict[str,
     Raises:
         `CheckpointError`: there is one, and it is damaged.
     """
-    if not concrete.can_generate():
-        return None
+    return _read_generation_config(repo, hub) if concrete.can_generate() else None
+
+
+def _read_generation_config(repo: Any, hub: dict[str, Any]) -> GenerationConfig | None:
     path = find_file(repo, GENERATION_CONFIG_NAME, hub)
     if path is None:
         return None
@@ -246,11 +251,17 @@ def load_stock(repo: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
     Raises:
         `CheckpointError`: names the tensors that are missing, unknown or of another shape; for supported architectures before any is read.
     """
-    fields, _ = PreTrainedConfig.get_config_dict(repo, **{k: v for k, v in kwargs.items() if k in _HUB})
-    architecture = ARCHITECTURES.get(fields.get("model_type", ""))
+    architecture = None
+    if not (kwargs.get("gguf_file") or kwargs.get("config")):
+        hub = {key: kwargs[key] for key in _HUB if kwargs.get(key) is not None}
+        fields = read_fields(repo, **hub)
+        _read_generation_config(repo, hub)
+        architecture = ARCHITECTURES.get(fields["model_type"])
+        files = _weight_files(repo, kwargs.get("variant"), hub)
+        if architecture is not None and files and not fields.get("quantization_config"):
+            ignored = architecture.causal_class._keys_to_ignore_on_load_unexpected or ()
+            Checkpoint(files).check(architecture, parent_from_dict(fields), ignored=ignored)
     if architecture is not None:
-        if not (fields.get("quantization_config") or kwargs.get("gguf_file") or kwargs.get("config")):
-            _check_files(repo, fields, kwargs)
         old = {rf"\b{re.escape(before)}$": now for now, before in architecture.old_names.items()}
         kwargs = {"key_mapping": old, **kwargs} if old else kwargs
     try:
@@ -268,17 +279,20 @@ def load_stock(repo: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
     return loaded
 
 
-def _check_files(repo: Any, fields: dict[str, Any], kwargs: dict[str, Any]) -> None:
-    """Compare names and shapes in safetensors files with the table: stacked experts hide which of them is missing."""
-    config = parent_from_dict(fields)
-    architecture = ARCHITECTURES[config.model_type]
-    hub = {k: v for k, v in kwargs.items() if k in _HUB and v is not None}
-    try:
-        files = find_files(repo, kwargs.get("variant"), **hub)
-    except CheckpointError:  # other formats, whose names are compared when they are loaded
-        return
-    ignored = architecture.causal_class._keys_to_ignore_on_load_unexpected or ()
-    Checkpoint(files).check(architecture, config, ignored=ignored)
+def _weight_files(repo: Any, variant: str | None, hub: dict[str, Any]) -> list[Path]:
+    """The safetensors files that the stock loader takes; none where it takes those of another format, whose names are compared when they are loaded.
+
+    Raises:
+        `CheckpointError`: a list of files is damaged, or one that it names is missing.
+    """
+    for name in (SINGLE_NAME, INDEX_NAME):
+        if find_file(repo, with_variant(name, variant), hub) is not None:
+            return find_files(repo, variant, **hub)
+    index = find_file(repo, with_variant(PICKLED_INDEX, variant), hub)
+    for name in () if index is None else shard_names(index, ".bin"):
+        if os.path.isdir(repo) and find_file(repo, name, hub) is None:
+            raise missing(name, PICKLED_INDEX)
+    return []
 
 
 def checked_parent(parent: Any) -> PreTrainedModel:

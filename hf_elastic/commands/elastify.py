@@ -73,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from ..checkpoints.loading import load_stock
+    from ..configuration_elastic import read_fields
     from ..elastification.elastify import elastify
     from .plan import plan, render
 
@@ -85,6 +86,7 @@ def run(args: argparse.Namespace) -> None:
     check_output(args.output, args.parent)
     check_device(args.device)
     check_dtype(args.dtype)
+    read_fields(args.parent)  # a damaged one, before it is taken for a missing tokenizer
     options: dict[str, Any] = {}
     data = None
     if args.calibration and not args.scores:

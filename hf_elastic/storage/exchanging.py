@@ -216,7 +216,8 @@ def refuse_interrupted(repo: Any, subfolder: str | None = None, start: str = "co
     folder = Path(repo, subfolder or "")
     if (folder / start).exists():
         return
-    for place in {Path(repo), folder}:
+    whole = folder.absolute().parent.parent if folder.absolute().parent.name == "budgets" else folder
+    for place in dict.fromkeys((Path(repo), folder, whole)):  # the stock folder of a size is exchanged with all others
         if any((scratch / JOURNAL).exists() for scratch in _leftovers(place)):
             raise CheckpointError(
                 f"{folder} has no {start}: a save into it was interrupted, or is not done yet. hf_elastic.recover({str(place)!r}) finishes it; so "

@@ -28,6 +28,7 @@ from .retries import passes, persistently
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+PICKLED_INDEX = "pytorch_model.bin.index.json"
 HUB_ARGUMENTS = ("cache_dir", "local_files_only", "revision", "subfolder", "force_download", "proxies", "token")
 """What `from_pretrained` passes on to what finds its files."""
 _SMALL = 10_000_000  # bytes of a file that costs nothing to compare at every load
@@ -211,11 +212,11 @@ def _refusal(repo: str, name: str, hub: Mapping[str, Any], error: Exception) -> 
     return CheckpointError(f"{name} of {repo} cannot be fetched: {error}")
 
 
-def shard_names(index: Path) -> list[str]:
+def shard_names(index: Path, ending: str = ".safetensors") -> list[str]:
     """The files that an index of the stock layout lists.
 
     Raises:
-        `CheckpointError`: it is none, or names something that is not a safetensors file beside it.
+        `CheckpointError`: it is none, or names something that is not a file of weights beside it.
     """
     try:
         names = sorted(set(read_json(index, LARGEST_INDEX)["weight_map"].values()))
@@ -224,16 +225,16 @@ def shard_names(index: Path) -> list[str]:
     except (CheckpointError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} is no index of safetensors files ({reason(error)}).") from error
     for name in names:
-        if not is_inner_path(name) or "/" in name:
+        if not is_inner_path(name, ending) or "/" in name:
             raise CheckpointError(
-                f"{index} names {shown(name)}, which is not a safetensors file beside it; it is not opened."
+                f"{index} names {shown(name)}, which is not a {ending.removeprefix('.')} file beside it; it is not opened."
             )
     return names
 
 
-def is_inner_path(path: Any) -> bool:
+def is_inner_path(path: Any, ending: str = ".safetensors") -> bool:
     """Whether a text names a safetensors file in a folder or below it, on every system."""
-    if not isinstance(path, str) or not path.endswith(".safetensors") or re.search(r'[\\:*?"<>|\x00-\x1f]', path):
+    if not isinstance(path, str) or not path.endswith(ending) or re.search(r'[\\:*?"<>|\x00-\x1f]', path):
         return False
     return all(part.strip(". ") for part in path.split("/"))
 
@@ -244,9 +245,14 @@ def _listed(repo: str | os.PathLike[str], name: str, listing: str, hub: Mapping[
         return fetched(repo, name, listing, hub, verify=verify)
     path = find_file(repo, name, hub)
     if path is None:
-        raise CheckpointError(f"{name} is missing, though {listing} lists it; the checkpoint is incomplete.")
+        raise missing(name, listing)
     _refuse_outside(Path(repo), path)
     return path
+
+
+def missing(name: str, listing: str) -> CheckpointError:
+    """What to say to a folder without a file that `listing` says it has."""
+    return CheckpointError(f"{name} is missing, though {listing} lists it; the checkpoint is incomplete.")
 
 
 def fetched(

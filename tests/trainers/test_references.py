@@ -14,8 +14,16 @@ import torch
 from cases import BUDGETS, build_parent
 from datasets import Dataset
 from huggingface_hub import ModelCard
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from runs import tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    NemotronHForCausalLM,
+    PreTrainedModel,
+)
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, RLOOConfig, RLOOTrainer
 
 from hf_elastic import ElasticForCausalLM, elastify
@@ -38,7 +46,7 @@ def folder(tmp_path_factory, family_folder) -> Path:
     return made
 
 
-def make(kind: str, model: Any, output: Path, **fields: Any) -> Any:
+def make(kind: str, model: Any, output: Path, processing: Any = None, **fields: Any) -> Any:
     common: dict[str, Any] = {
         "output_dir": str(output),
         "use_cpu": True,
@@ -52,7 +60,8 @@ def make(kind: str, model: Any, output: Path, **fields: Any) -> Any:
         "gradient_checkpointing": False,
     }
     if kind == "dpo":
-        return DPOTrainer(model, args=DPOConfig(**common | fields), train_dataset=PAIRS)
+        arguments = DPOConfig(**common | fields)
+        return DPOTrainer(model, args=arguments, train_dataset=PAIRS, processing_class=processing)
     if kind == "kto":
         return KTOTrainer(model, args=KTOConfig(**common | fields), train_dataset=LABELLED)
     generating = {"max_completion_length": 4, "num_generations": 2, "beta": 0.1}
@@ -144,8 +153,16 @@ def test_a_size_that_was_never_saved_is_refused(tmp_path):
     model = elastify(stock, budgets=BUDGETS["nano3"], sort=False)
     assert same(make("dpo", model, tmp_path / "run").ref_model, stock.state_dict())
     model.set_budget("small")
-    with pytest.raises(ElasticConfigError, match="Save the family.*ref_model="):
-        make("dpo", model, tmp_path / "run")
+    live, own = model.name_or_path, model.sized("small")
+    smaller = model.sized("medium")
+    smaller.set_budget("small")
+    for size in (model, own, smaller):
+        assert str(size.name_or_path) == str(parent)
+        with pytest.raises(ElasticConfigError, match="Save the family.*ref_model="):
+            make("dpo", size, tmp_path / "run")
+    for name in (live, own.name_or_path, own.config._name_or_path, own.elastic_config._name_or_path):
+        with pytest.raises(ElasticConfigError, match="Save the family"):
+            load(name)
     reference = copy.deepcopy(model)
     assert DPOTrainer(model, reference, args=DPOConfig(str(tmp_path), use_cpu=True, bf16=False), train_dataset=PAIRS)
 
@@ -196,3 +213,87 @@ def test_a_subfolder(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "repo" / "nested")
     small = load(tmp_path / "repo", subfolder="nested", budget="small")
     assert same(make("dpo", small, tmp_path / "run").ref_model, small.state_dict())
+
+
+def test_a_size_of_a_family_that_is_nowhere(tmp_path):
+    family = elastify(build_parent("nano3"), budgets=BUDGETS["nano3"], sort=False)
+    own = family.sized("small")
+    family.set_budget("small")
+    for size in (family, own):
+        for again in (AutoConfig.from_pretrained, ElasticForCausalLM.from_pretrained):
+            with pytest.raises(ElasticConfigError, match="Save the family"):
+                again(size.config._name_or_path)
+        with pytest.raises(ElasticConfigError, match="Save the family"):
+            make("dpo", size, tmp_path, tokenizer())
+
+
+def nested(folder: Path, output: Path) -> Path:
+    load(folder).save_pretrained(output, layout="nested")
+    tokenizer().save_pretrained(output)
+    return output
+
+
+def check_reference(policy: Any, output: Path) -> None:
+    before = copy.deepcopy(policy.state_dict())
+    trainer = make("dpo", policy, output, tokenizer())
+    assert type(trainer.ref_model).__mro__[0] is type(policy)
+    assert same(trainer.ref_model, before)
+    with torch.enable_grad():
+        trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+@pytest.mark.parametrize("auto", [False, True])
+def test_the_smallest_size_as_a_stock_model(folder, tmp_path, auto):
+    place, wanted = nested(folder, tmp_path / "nested"), load(folder, budget="small").state_dict()
+    load_size = load if auto else NemotronHForCausalLM.from_pretrained
+    policy = load_size(place, subfolder="budgets/small")
+    assert type(policy) is NemotronHForCausalLM
+    assert same(policy, wanted)
+    assert same(load(policy.config._name_or_path), wanted)
+    assert same(load(pickle.loads(pickle.dumps(policy.config))._name_or_path), wanted)
+    check_reference(policy, tmp_path / "run")
+
+
+def test_an_adapter_of_the_smallest_size(folder, tmp_path, ids):
+    place = nested(folder, tmp_path / "nested")
+    lora = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    adapted = get_peft_model(load(place, subfolder="budgets/small"), lora).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype=torch.float32)
+    assert same(again, adapted.state_dict())
+    torch.testing.assert_close(again(ids).logits, adapted(ids).logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("base", [False, True])
+def test_the_smallest_size_of_a_repository_as_a_stock_model(local_hub, folder, tmp_path, base):
+    first = local_hub.commit("someone/nested", nested(folder, tmp_path / "nested"))
+    auto = AutoModel if base else AutoModelForCausalLM
+    for options in ({}, {"revision": first}):
+        policy = auto.from_pretrained("someone/nested", subfolder="budgets/small", dtype=torch.float32, **options)
+        for name in (policy.name_or_path, policy.config._name_or_path):
+            assert name == "someone/nested"
+            again = auto.from_pretrained(name, dtype=torch.float32)
+            assert type(again) is type(policy)
+            assert same(again, policy.state_dict())
+    if not base:
+        check_reference(policy, tmp_path / "run")
+
+
+@pytest.mark.parametrize("budget", [None, "small"])
+def test_a_subfolder_of_a_repository(local_hub, folder, tmp_path, budget):
+    shutil.copytree(folder, tmp_path / "repo" / "inner")
+    commit = local_hub.commit("someone/repo", tmp_path / "repo")
+    policy = load("someone/repo", subfolder="inner", budget=budget)
+    for options in ({}, {"revision": commit}):
+        assert same(load(policy.config._name_or_path, **options), policy.state_dict())
+    again = AutoConfig.from_pretrained(pretrained_model_name_or_path=policy.config._name_or_path)
+    assert again.model_type == "elastic"
+    check_reference(policy, tmp_path / "run")
+
+
+def test_stock_classes_take_their_argument_by_name(tmp_path):
+    build_parent("nano3").save_pretrained(tmp_path)
+    again = NemotronHForCausalLM.from_pretrained(pretrained_model_name_or_path=tmp_path)
+    assert same(again, build_parent("nano3").state_dict())
+    assert again.name_or_path == str(tmp_path)
