@@ -28,7 +28,7 @@ from .errors import (
 )
 from .exchanging import refuse_interrupted
 from .files import HUB_ARGUMENTS, find_file, pinned
-from .json_files import read_json
+from .json_files import json_words, read_json
 from .leaving_out import LEFT_OUT
 from .remote_code import InstalledCode
 from .section import check_origin, check_ranking, checked_section, describe_axes
@@ -125,7 +125,7 @@ class ElasticConfig(InstalledCode, PreTrainedConfig):
     def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:
         fields = cls._decode_special_floats(read_json(json_file))
         if not isinstance(fields, dict):  # {"__float__": ...} is a number
-            raise CheckpointError(f"{json_file} holds {fields}, it must hold a JSON object.")
+            raise CheckpointError(f"{json_file} holds {json_words(fields)}, it must hold a JSON object.")
         return fields
 
     @classmethod

@@ -28,7 +28,7 @@ from transformers.utils.hub import hf_api
 from .card_results import SEPARATOR
 from .card_sections import has_head
 from .cards import is_generated, render_card
-from .checksums import CHECKSUMS_NAME
+from .checksums import CHECKSUMS_NAME, has_checksums
 from .configuration_elastic import ElasticConfig, parent_from_dict
 from .errors import ElasticConfigError, UnreachableError
 from .exchanging import refuse_interrupted
@@ -38,7 +38,7 @@ from .opening import open_checkpoint
 from .origin import CUT_FROM, is_repo_id
 from .remote_code import MODULE
 from .retries import passes, persistently
-from .router import ROUTER_FILE
+from .router import ROUTER_FILE, read_router
 
 README = "README.md"
 _SHARDS = SINGLE_NAME.replace(".", "-*.")
@@ -161,7 +161,7 @@ def prepare_upload(
     Raises:
         `ElasticConfigError`: the folder holds another kind of checkpoint, a name or argument is not allowed, or would have no effect because the
             README is not to be replaced.
-        `CheckpointError`: weights are missing, damaged, or disagree with the config.
+        `CheckpointError`: weights are missing, damaged, or disagree with the config or with their checksums.
     """
     repo_id = full_repo_id(repo_id, token)
     card = card or CardArguments()
@@ -237,7 +237,9 @@ def _check_weights(folder: Path, config: PreTrainedConfig) -> None:
     elastic = config if isinstance(config, ElasticConfig) else ElasticConfig.from_parent(config, {})
     head = has_head(config, elastic)
     ignored = elastic.architecture.causal_class._keys_to_ignore_on_load_unexpected or ()
-    open_checkpoint(folder, elastic, elastic.architecture.full(elastic.parent_config), head=head, ignored=ignored)
+    full, verify = elastic.architecture.full(elastic.parent_config), has_checksums(folder)
+    open_checkpoint(folder, elastic, full, head=head, ignored=ignored, verify=verify)
+    read_router(elastic, folder, verify=verify)
 
 
 def _listed(folder: Path) -> tuple[dict[str, Path | bytes], tuple[str, ...]]:

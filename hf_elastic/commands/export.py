@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from ..checksums import has_checksums
     from ..modeling_elastic import ElasticForCausalLM
     from ..portability import portability, words
 
@@ -27,7 +28,11 @@ def run(args: argparse.Namespace) -> None:
     check_output(args.output, args.repo)
     check_dtype(args.dtype)
     model = ElasticForCausalLM.from_pretrained(
-        args.repo, budget=args.budget, elastic_config=args.elastic_config, dtype=args.dtype
+        args.repo,
+        budget=args.budget,
+        elastic_config=args.elastic_config,
+        dtype=args.dtype,
+        verify=has_checksums(args.repo),
     )
     model.export(args.output, heterogeneous=args.heterogeneous)
     config = model.elastic_config

@@ -150,6 +150,7 @@ def parse(config: str, overrides: list[str]) -> tuple[TrainArguments, AdapterArg
 
 def train(arguments: TrainArguments, adapter: AdapterArguments, config: Any) -> None:
     """Train and save to `output_dir`."""
+    from ..checksums import has_checksums
     from ..decisions import render
     from ..modeling_elastic import ElasticForCausalLM
     from ..replacing import replacing
@@ -158,7 +159,9 @@ def train(arguments: TrainArguments, adapter: AdapterArguments, config: Any) -> 
 
     data = load_calibration(arguments.dataset, arguments.dataset_split)
     tokenizer = load_tokenizer(arguments.model)
-    model = ElasticForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype)
+    model = ElasticForCausalLM.from_pretrained(
+        arguments.model, dtype=arguments.dtype, verify=has_checksums(arguments.model)
+    )
     evaluation = arguments.eval_dataset
     trainer = ElasticDistillationTrainer(
         model=model,
