@@ -31,7 +31,7 @@ from .files import HUB_ARGUMENTS, find_file, pinned
 from .json_files import json_words, read_json
 from .leaving_out import LEFT_OUT
 from .remote_code import InstalledCode
-from .section import check_origin, check_ranking, checked_section, describe_axes
+from .section import check_left_out, check_origin, check_ranking, checked_section, describe_axes
 from .submodel import LAYERS, Submodel, first_layers
 
 _MOST = {
@@ -95,6 +95,7 @@ class ElasticConfig(InstalledCode, PreTrainedConfig):
             )
         self.parent_config = parent
         check_origin(kwargs.get("cut_from"))
+        check_left_out(kwargs.get("left_out"))
         code = kwargs.get("auto_map", {})
         if not isinstance(code, Mapping) or not all(isinstance(name, str) for name in code.values()):
             raise ElasticConfigError(f"auto_map={shown(code)} must be a dict from class to the name of one.")
@@ -421,6 +422,7 @@ def parent_from_dict(fields: Mapping[str, Any]) -> PreTrainedConfig:
     fields.pop("auto_map", None)  # of the repository's own code, which is not run
     differences = fields.pop("per_layer_config", None)
     check_origin(fields.get("cut_from"))
+    check_left_out(fields.get("left_out"))
     _refuse_huge(fields)
     quantized = fields.get("quantization_config")
     if quantized is not None and not (isinstance(quantized, Mapping) and "quant_method" in quantized):

@@ -39,6 +39,8 @@ def read_json(path: str | os.PathLike[str], largest: int = LARGEST_CONFIG) -> di
         if size > largest:
             raise CheckpointError(f"{path} has {size:,} bytes; at most {largest:,} are read. It is damaged.")
         value = parse_json(path.read_bytes())
+    except PermissionError as error:
+        raise CheckpointError(f"{path} cannot be read: permission denied.") from error
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
