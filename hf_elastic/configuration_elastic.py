@@ -19,7 +19,14 @@ from .configuration.budgets import FULL, Budget, Limit, format_count, is_limit, 
 from .configuration.leaving_out import LEFT_OUT
 from .configuration.parent import explained, parent_from_dict, plain_parent_error, refuse_huge
 from .configuration.remote_code import InstalledCode
-from .configuration.section import CUT_FROM, check_origin, check_ranking, checked_section, describe_axes
+from .configuration.section import (
+    CUT_FROM,
+    check_left_out,
+    check_origin,
+    check_ranking,
+    checked_section,
+    describe_axes,
+)
 from .errors import (
     CheckpointError,
     ElasticConfigError,
@@ -29,7 +36,7 @@ from .errors import (
 )
 from .storage.exchanging import refuse_interrupted
 from .storage.files import HUB_ARGUMENTS, find_file, pinned
-from .storage.json_files import read_json
+from .storage.json_files import json_words, read_json
 
 
 class ElasticConfig(InstalledCode, PreTrainedConfig):
@@ -86,6 +93,7 @@ class ElasticConfig(InstalledCode, PreTrainedConfig):
             )
         self.parent_config = parent
         check_origin(kwargs.get(CUT_FROM))
+        check_left_out(kwargs.get("left_out"))
         code = kwargs.get("auto_map", {})
         if not isinstance(code, Mapping) or not all(isinstance(name, str) for name in code.values()):
             raise ElasticConfigError(f"auto_map={shown(code)} must be a dict from class to the name of one.")
@@ -116,7 +124,7 @@ class ElasticConfig(InstalledCode, PreTrainedConfig):
     def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:
         fields = cls._decode_special_floats(read_json(json_file))
         if not isinstance(fields, dict):  # {"__float__": ...} is a number
-            raise CheckpointError(f"{json_file} holds {fields}, it must hold a JSON object.")
+            raise CheckpointError(f"{json_file} holds {json_words(fields)}, it must hold a JSON object.")
         return fields
 
     @classmethod

@@ -210,7 +210,7 @@ class ElasticPreTrainedModel(
         if not whole or hasattr(elastic, CUT_FROM):
             sliced.cut_from = cut_from(elastic, submodel, pretrained_model_name_or_path, hub)
         note_left_out(sliced, checkpoint.ignored, pretrained_model_name_or_path)
-        router = read_router(sliced, pretrained_model_name_or_path, **hub)
+        router = read_router(sliced, pretrained_model_name_or_path, verify=verify, **hub)
         stock = configured(sliced.parent_config, elastic, stock_kwargs, concrete)
         stock_kwargs["dtype"] = dtype
         stock_kwargs.setdefault("generation_config", generation_config(concrete, pretrained_model_name_or_path, hub))

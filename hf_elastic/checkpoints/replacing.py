@@ -19,7 +19,7 @@ from ..errors import CheckpointError, HFElasticError
 from ..routing.router import ROUTER_FILE
 from ..storage.checksums import CHECKSUMS_NAME
 from ..storage.exchanging import JOURNAL, NEW, SCRATCH, Exchange, clean
-from ..storage.locking import only_writer
+from ..storage.locking import DENIED, not_allowed, only_writer
 from .nested import FOLDER
 
 _CHECKPOINT_FILE = re.compile(
@@ -40,7 +40,7 @@ def replacing(directory: str | os.PathLike[str]) -> Iterator[Path]:
     with this function is waited for.
 
     Raises:
-        `CheckpointError`: something is in the way, or the disk is full.
+        `CheckpointError`: something is in the way, this user may not write there, or the disk is full.
     """
     target = checked_target(directory)
     made = [folder for folder in (target, *target.parents) if not folder.exists()]  # innermost first
@@ -51,7 +51,7 @@ def replacing(directory: str | os.PathLike[str]) -> Iterator[Path]:
             with _scratch(target) as scratch:
                 yield scratch / NEW
                 names = _exchange(scratch)
-            clean(target, locked, superseded="config.json" in names)
+            clean(target, locked, superseded=_CHECKPOINT_FILE if "config.json" in names else None)
     except BaseException:
         for folder in made:
             if folder.exists() and not any(folder.iterdir()):
@@ -85,6 +85,10 @@ def checked_target(directory: str | os.PathLike[str]) -> Path:
     if not os.fspath(directory):
         raise CheckpointError("the folder to save into is '', which names none; for the current folder give '.'.")
     target = Path(directory)
+    try:
+        target.exists()
+    except PermissionError as error:  # a folder above it may not be looked into
+        raise not_allowed(target, error) from error
     if target.is_symlink() and not target.exists():
         raise CheckpointError(
             f"{target} is a link to {os.readlink(target)}, which does not exist; give a folder to save into."
@@ -149,6 +153,13 @@ def write_error(error: Exception, target: Path, fresh: Path | None = None) -> Ch
     if isinstance(error, HFElasticError):
         return None
     number = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, OSError) and number in DENIED:
+        named = Path(str(error.filename or ""))
+        if not named.is_relative_to(target):
+            return None  # something that was read
+        return not_allowed(
+            target if named.parent == target and named.name.startswith(SCRATCH) else _outside(named), error
+        )
     if found := re.search(r"os error (\d+)", str(error)):  # from Rust: safetensors, tokenizers
         number = int(found[1])
     silent = isinstance(error, SafetensorError) or "inline_container.cc" in str(error)  # the latter is `torch.save`
@@ -157,7 +168,8 @@ def write_error(error: Exception, target: Path, fresh: Path | None = None) -> Ch
     place = next(folder for folder in (target, *target.absolute().parents) if folder.exists())
     made = CheckpointError(
         f"{_outside(_file_of(error, fresh) or target)} cannot be written: {error} ({shutil.disk_usage(place).free:,} bytes are free there, and "
-        f"new files are written beside the old ones first). What {_outside(target)} held before is untouched."
+        f"new files are written beside the old ones first)."
+        f"{f' What {_outside(target)} held before is untouched.' if _held(Path(_outside(target))) else ''}"
     )
     made.errno = number
     return made
@@ -172,6 +184,13 @@ def _file_of(error: Exception, fresh: Path | None) -> Path | None:
         return Path(named)
     files = [file for file in fresh.rglob("*") if file.is_file()] if fresh is not None else []
     return max(files, key=lambda file: file.stat().st_mtime_ns, default=None)
+
+
+def _held(path: Path) -> bool:
+    """Whether there was something before it was to be written."""
+    if path.is_dir():
+        return any(not name.startswith(".saving-") for name in os.listdir(path))
+    return path.exists()
 
 
 def _outside(path: Path) -> str:

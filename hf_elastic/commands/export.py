@@ -22,12 +22,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from ..architectures.portability import portability, words
     from ..modeling_elastic import ElasticForCausalLM
+    from ..storage.checksums import has_checksums
 
     check_source(args.repo)
     check_output(args.output, args.repo)
     check_dtype(args.dtype)
     model = ElasticForCausalLM.from_pretrained(
-        args.repo, budget=args.budget, elastic_config=args.elastic_config, dtype=args.dtype
+        args.repo,
+        budget=args.budget,
+        elastic_config=args.elastic_config,
+        dtype=args.dtype,
+        verify=has_checksums(args.repo),
     )
     model.export(args.output, heterogeneous=args.heterogeneous)
     config = model.elastic_config

@@ -88,6 +88,7 @@ def run(args: argparse.Namespace) -> None:
 @contextmanager
 def _checkpoint(args: argparse.Namespace, repo_id: str, card: CardArguments) -> Iterator[Path]:
     """The folder to upload: the source itself if it is as it has to be, otherwise a temporary one."""
+    from ..storage.checksums import has_checksums
     from ..configuration_elastic import ElasticConfig, read_config
     from ..hub.publishing import copy_others, read_published
     from ..modeling_elastic import ElasticForCausalLM
@@ -117,7 +118,8 @@ def _checkpoint(args: argparse.Namespace, repo_id: str, card: CardArguments) -> 
         return
     with TemporaryDirectory(prefix="hf-elastic-push-") as folder:
         target = Path(folder, source.resolve().name)
-        ElasticForCausalLM.from_pretrained(args.source, budget=args.budget).save_pretrained(target, layout=layout)
+        model = ElasticForCausalLM.from_pretrained(args.source, budget=args.budget, verify=has_checksums(args.source))
+        model.save_pretrained(target, layout=layout)
         save_tokenizer(args.source, target)
         if (
             args.budget is None and source.is_dir()

@@ -15,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from ..storage.checksums import has_checksums
     from ..modeling_elastic import ElasticForCausalLM
     from .plan import plan, render
 
@@ -22,7 +23,11 @@ def run(args: argparse.Namespace) -> None:
     check_output(args.output, args.repo)
     check_dtype(args.dtype)
     model = ElasticForCausalLM.from_pretrained(
-        args.repo, budget=args.budget, elastic_config=args.elastic_config, dtype=args.dtype
+        args.repo,
+        budget=args.budget,
+        elastic_config=args.elastic_config,
+        dtype=args.dtype,
+        verify=has_checksums(args.repo),
     )
     save_with_tokenizer(model, args.repo, args.output)
     print(render(plan(args.output)))

@@ -153,12 +153,15 @@ def train(arguments: TrainArguments, adapter: AdapterArguments, config: Any) -> 
     from ..checkpoints.replacing import replacing
     from ..modeling_elastic import ElasticForCausalLM
     from ..routing.decisions import render
+    from ..storage.checksums import has_checksums
     from ..trainers import ElasticDistillationTrainer
     from ..trainers.routing import REPORT_FILE
 
     data = load_calibration(arguments.dataset, arguments.dataset_split)
     tokenizer = load_tokenizer(arguments.model)
-    model = ElasticForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype)
+    model = ElasticForCausalLM.from_pretrained(
+        arguments.model, dtype=arguments.dtype, verify=has_checksums(arguments.model)
+    )
     evaluation = arguments.eval_dataset
     trainer = ElasticDistillationTrainer(
         model=model,

@@ -314,11 +314,18 @@ def check_origin(origin: Any) -> None:
     kinds: dict[str, type] = {"family": str, "commit": str, "budget": str, "sizes": Mapping}
     if not isinstance(origin, Mapping):
         raise ElasticConfigError(f"{CUT_FROM}={shown(origin)} must be a dict.")
-    for key, kind in kinds.items():
-        if key in origin and not isinstance(origin[key], kind):
+    for key, value in origin.items():  # keys of a newer version say something to people, and are kept
+        kind = kinds.get(key, str)
+        if not isinstance(value, kind):
             raise ElasticConfigError(
-                f"{CUT_FROM}.{key}={shown(origin[key])} must be {'a dict from axis to size' if kind is Mapping else 'a text'}."
+                f"{CUT_FROM}.{key}={shown(value)} must be {'a dict from axis to size' if kind is Mapping else 'a text'}."
             )
+
+
+def check_left_out(names: Any) -> None:
+    """Raise [`ElasticConfigError`] for a `left_out` that is no list of names, see [`hf_elastic.leaving_out`]."""
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ElasticConfigError(f"left_out={shown(names)} must be a list of names of tensors.")
 
 
 def _checked_handover(handover: Any) -> dict[str, bool]:

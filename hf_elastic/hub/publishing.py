@@ -33,8 +33,8 @@ from ..configuration.remote_code import MODULE
 from ..configuration.section import CUT_FROM
 from ..configuration_elastic import ElasticConfig
 from ..errors import ElasticConfigError, UnreachableError
-from ..routing.router import ROUTER_FILE
-from ..storage.checksums import CHECKSUMS_NAME
+from ..routing.router import ROUTER_FILE, read_router
+from ..storage.checksums import CHECKSUMS_NAME, has_checksums
 from ..storage.exchanging import refuse_interrupted
 from ..storage.files import INDEX_NAME, SINGLE_NAME
 from ..storage.retries import passes, persistently
@@ -163,7 +163,7 @@ def prepare_upload(
     Raises:
         `ElasticConfigError`: the folder holds another kind of checkpoint, a name or argument is not allowed, or would have no effect because the
             README is not to be replaced.
-        `CheckpointError`: weights are missing, damaged, or disagree with the config.
+        `CheckpointError`: weights are missing, damaged, or disagree with the config or with their checksums.
     """
     repo_id = full_repo_id(repo_id, token)
     card = card or CardArguments()
@@ -239,7 +239,9 @@ def _check_weights(folder: Path, config: PreTrainedConfig) -> None:
     elastic = config if isinstance(config, ElasticConfig) else ElasticConfig.from_parent(config, {})
     head = has_head(config, elastic)
     ignored = elastic.architecture.causal_class._keys_to_ignore_on_load_unexpected or ()
-    open_checkpoint(folder, elastic, elastic.architecture.full(elastic.parent_config), head=head, ignored=ignored)
+    full, verify = elastic.architecture.full(elastic.parent_config), has_checksums(folder)
+    open_checkpoint(folder, elastic, full, head=head, ignored=ignored, verify=verify)
+    read_router(elastic, folder, verify=verify)
 
 
 def _listed(folder: Path) -> tuple[dict[str, Path | bytes], tuple[str, ...]]:

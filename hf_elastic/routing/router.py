@@ -18,6 +18,7 @@ from ..architectures.submodel import LAYERS
 from ..configuration.budgets import FULL, Limit
 from ..configuration_elastic import ElasticConfig
 from ..errors import CheckpointError, ElasticConfigError, shown
+from ..storage.checksums import verify_files
 from ..storage.files import find_file
 from ..storage.tensor_file import TensorFile
 from ..submodels.soft import Mixture, keep_weights
@@ -272,8 +273,13 @@ class BudgetRouter(nn.Module):
         return self.measure(self.count.count(layer, mixture.expected(self.full, layer)), limit)
 
 
-def read_router(config: ElasticConfig, repo: str | os.PathLike[str], **hub: Any) -> BudgetRouter | None:
+def read_router(
+    config: ElasticConfig, repo: str | os.PathLike[str], *, verify: bool = False, **hub: Any
+) -> BudgetRouter | None:
     """The router of a folder or Hub repository, if its config says that there is one.
+
+    Args:
+        verify (`bool`, *optional*, defaults to `False`): Compare it with its checksum first.
 
     Raises:
         `CheckpointError`: the file is missing, damaged, or does not fit the config.
@@ -281,7 +287,10 @@ def read_router(config: ElasticConfig, repo: str | os.PathLike[str], **hub: Any)
     if "router" not in config.elastic:
         return None
     router = _described(config, config.elastic["router"])
-    return router.load(find_file(repo, ROUTER_FILE, hub) or Path(repo) / ROUTER_FILE).freeze()
+    file = find_file(repo, ROUTER_FILE, hub, verify=verify) or Path(repo) / ROUTER_FILE
+    if verify and os.path.isdir(repo) and file.exists():
+        verify_files(Path(repo, hub.get("subfolder") or ""), [file])
+    return router.load(file).freeze()
 
 
 def _described(config: ElasticConfig, description: Mapping[str, Any]) -> BudgetRouter:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from typing import Any
 from ..architectures.axes import Run
 from ..errors import CheckpointError
 from .files import with_variant
+from .json_files import LARGEST_INDEX, read_json
 
 CHECKSUMS_NAME = "weights.checksums.json"
 BLOCK_BYTES = 1 << 14
@@ -31,6 +33,7 @@ _VERSION = 1
 _DIGEST_BYTES = 8
 _MOST_BLOCK_BYTES = 1 << 26
 _WORKERS = 4
+_STALE = "belongs to an earlier save, and another program wrote the weights since: if they are as they have to be, delete {}."
 _READ_BYTES = 1 << 24
 
 
@@ -100,18 +103,23 @@ def read_checksums(path: Path) -> dict[str, Checksums]:
     Raises:
         `CheckpointError`: it holds no checksums, or those of a newer version.
     """
+    written = read_json(path, LARGEST_INDEX)
     try:
-        written: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         version, block, files = written["version"], written["block_bytes"], dict(written["files"])
         if version == _VERSION:
             return {name: _read_entry(entry, block) for name, entry in files.items()}
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{path} holds no checksums of weight files ({error!r}); save the checkpoint again."
         ) from error
     raise CheckpointError(
         f"{path} holds checksums of version {version!r}, this hf_elastic reads {_VERSION}; pip install --upgrade hf-elastic."
     )
+
+
+def has_checksums(folder: str | os.PathLike[str]) -> bool:
+    """Whether this is a folder, and a save wrote checksums of its weights into it. What copies weights on compares them then."""
+    return Path(folder, CHECKSUMS_NAME).is_file()
 
 
 def verify_files(folder: Path, files: Sequence[Path], variant: str | None = None) -> None:
@@ -124,14 +132,18 @@ def verify_files(folder: Path, files: Sequence[Path], variant: str | None = None
     known = read_checksums(path) if path.is_file() else {}
     for file in files:
         name = file.relative_to(folder).as_posix()
+        if name not in known and path.is_file():
+            raise CheckpointError(
+                f"{file} cannot be verified: {path.name} does not list it, so it {_STALE.format(path)}"
+            )
         if name not in known:
             raise CheckpointError(
-                f"{file} cannot be verified: there is no {path.name} with its checksums beside it. Load it without verify=True, or save it "
-                "again with save_pretrained, which writes them."
+                f"{file} cannot be verified: there is no {path.name} with its checksums beside it. Load it without verify=True. "
+                "(save_pretrained of an elastic model writes them; exports and plain checkpoints have none.)"
             )
         if (at := known[name].first_wrong(file)) is not None:
             raise CheckpointError(
-                f"{file} is damaged from byte {at:,} on, or {path.name} belongs to another save; fetch or save it again."
+                f"{file} is damaged from byte {at:,} on: fetch or save it again. Or {path.name} {_STALE.format(path)}"
             )
 
 

@@ -101,6 +101,19 @@ class Exchange:
             os.path.lexists(self.target / name) for name in waiting if name not in self.old or self._is_away(name)
         )
 
+    def give_up(self, checkpoint: re.Pattern[str]) -> None:
+        """Place the new files beside the checkpoint that nobody has written since, such as those of a tokenizer; a whole checkpoint was."""
+        self.check()
+        self._make_folders()
+        for name in self.new:
+            if (
+                not self._is_placed(name)
+                and not checkpoint.fullmatch(name)
+                and not os.path.lexists(self.target / name)
+            ):
+                os.replace(self.scratch / NEW / name, self.target / name)
+        self._end()
+
     def check(self) -> None:
         """Refuse what is in the way, and what would move files outside of the folder."""
         for name in self.new:
@@ -129,7 +142,9 @@ class Exchange:
             found = cls(scratch, list(journal["new"]), list(journal["old"]))
             if not all(_is_inner(name) for name in [*found.new, *found.old]):
                 raise ValueError("it names files outside of the folder")
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            if isinstance(error, PermissionError):
+                raise _of_another_user(scratch) from error
             raise CheckpointError(
                 f"{scratch / JOURNAL} is damaged ({error}). The files of an interrupted save are in {scratch}, in {NEW} and {OLD}; "
                 "put back those you want, and delete the folder."
@@ -158,7 +173,8 @@ def recover(folder: str | os.PathLike[str]) -> bool:
     """Finish a save into a folder that was killed while it put the new files in the place of the old ones, and remove what killed saves left.
 
     A folder whose save was killed there has no `config.json`, so nothing loads it, and loading says so. The next save into it recovers it
-    first. Who is saving into it right now is waited for.
+    first. Who is saving into it right now is waited for; where files cannot be locked (some network file systems), nobody can be: call it when
+    nobody is saving there.
 
     Args:
         folder (`str` or `os.PathLike`): Where was saved.
@@ -167,46 +183,80 @@ def recover(folder: str | os.PathLike[str]) -> bool:
         `bool`: Whether there was a save to finish. If so, the folder holds the new checkpoint now; if not, what it held before.
 
     Raises:
-        `CheckpointError`: there is no such folder, or the save cannot be finished; says where its files are.
+        `CheckpointError`: there is no such folder, the save cannot be finished, or this user may not write there; says where its files are.
     """
+    if not os.fspath(folder):
+        raise CheckpointError("the folder to recover is '', which names none; for the current folder give '.'.")
     target = Path(folder)
     if not target.is_dir():
         raise CheckpointError(f"there is no folder {folder}.")
-    with only_writer(target) as locked:
-        return clean(target, locked)
+    if not _leftovers(target) and not os.access(target, os.W_OK):
+        return False
+    with only_writer(target):
+        return clean(target, True, asked=True)
 
 
-def clean(target: Path, locked: bool, *, superseded: bool = False) -> bool:
+def clean(target: Path, locked: bool, *, superseded: re.Pattern[str] | None = None, asked: bool = False) -> bool:
     """Finish interrupted exchanges in a folder, and remove scratch folders that no living process needs; says whether any was finished.
 
     Args:
         locked (`bool`):
             Whether the folder is locked: then all scratch folders are those of dead processes. Those of older versions, which took no lock, and all
             where there are no locks, are dead if nothing in them has changed for ten minutes.
-        superseded (`bool`, *optional*, defaults to `False`): Whether a whole checkpoint was saved since.
+        superseded (`re.Pattern`, *optional*): A whole checkpoint was saved since; the names of the files that belong to one.
+        asked (`bool`, *optional*, defaults to `False`): Whether a user asked for it: what cannot be looked into is an error.
     """
     finished = False
     for scratch in _leftovers(target):
         if not (locked and scratch.name.startswith(SCRATCH)) and not _is_quiet(scratch):
             continue
-        if (scratch / JOURNAL).exists():
+        try:
+            interrupted = _has_journal(scratch)
+        except PermissionError as error:
+            if asked:
+                raise _of_another_user(scratch) from error
+            logger.warning("%s", _of_another_user(scratch))
+            continue
+        if interrupted:
             exchange = Exchange.read(scratch)
-            if exchange.disturbed:
+            if not exchange.disturbed:
+                _finish(exchange)
+                finished = True
+            elif superseded is None:
                 logger.warning(
                     "a save into %s was interrupted, and other files have been put in its place since; it is not finished. Its files are "
-                    "in %s; delete them if you do not need them.",
+                    "in %s; delete them if you do not need them, the next save that goes well does it.",
                     target,
                     scratch,
                 )
                 continue
-            exchange.check()
-            exchange.finish()
-            logger.warning("a save into %s had been interrupted; it is finished now.", target)
-            finished = True
+            elif not _given_up(exchange, superseded):
+                continue
         elif any(scratch.glob(".old-*")) and not superseded:
             continue  # an older version was killed in its exchange: old files may be nowhere else
         shutil.rmtree(scratch, ignore_errors=True)
     return finished
+
+
+def _finish(exchange: Exchange) -> None:
+    exchange.check()
+    try:
+        exchange.finish()
+    except OSError as error:
+        raise CheckpointError(
+            f"the interrupted save into {exchange.target} could not be finished: {error}. No file is lost: "
+            f"hf_elastic.recover({str(exchange.target)!r}) goes on from there, for a user who may write there."
+        ) from error
+    logger.warning("a save into %s had been interrupted; it is finished now.", exchange.target)
+
+
+def _given_up(exchange: Exchange, checkpoint: re.Pattern[str]) -> bool:
+    try:
+        exchange.give_up(checkpoint)
+    except OSError as error:  # the save that came after it went well
+        logger.warning("what an interrupted save left in %s stays there: %s", exchange.scratch, error)
+        return False
+    return True
 
 
 def refuse_interrupted(repo: Any, subfolder: str | None = None, start: str = "config.json") -> None:
@@ -218,11 +268,33 @@ def refuse_interrupted(repo: Any, subfolder: str | None = None, start: str = "co
         return
     whole = folder.absolute().parent.parent if folder.absolute().parent.name == "budgets" else folder
     for place in dict.fromkeys((Path(repo), folder, whole)):  # the stock folder of a size is exchanged with all others
-        if any((scratch / JOURNAL).exists() for scratch in _leftovers(place)):
+        if any(_may_have_journal(scratch) for scratch in _leftovers(place)):
             raise CheckpointError(
                 f"{folder} has no {start}: a save into it was interrupted, or is not done yet. hf_elastic.recover({str(place)!r}) finishes it; so "
                 "does the next save into the folder. No file is lost."
             )
+
+
+def _has_journal(scratch: Path) -> bool:
+    try:
+        os.lstat(scratch / JOURNAL)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _may_have_journal(scratch: Path) -> bool:
+    try:
+        return _has_journal(scratch)
+    except PermissionError:  # only who saved may look into it
+        return True
+
+
+def _of_another_user(scratch: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{scratch} was left by a save of another user, and this one may not look into it. Let that user call "
+        f"hf_elastic.recover({str(scratch.parent)!r})."
+    )
 
 
 def _leftovers(target: Path) -> list[Path]:

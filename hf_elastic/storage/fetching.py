@@ -216,7 +216,8 @@ class PartialFile:
                     raise CheckpointError(
                         f"{self.name} of {self._repo} arrived damaged, twice: the bytes from {start:,} on are not what {CHECKSUMS_NAME} says. "
                         "Either the connection changes them, or the checksums are of another save; verify=True and force_download=True "
-                        "fetches whole files, which are compared with the Hub's sha256."
+                        "fetches whole files, which are compared with the Hub's sha256. If another program saved over the repository, its "
+                        f"{CHECKSUMS_NAME} belongs to an earlier save: delete it from the repository, or save there with this package."
                     ) from error
                 damaged, self._url = start, None
             except Exception as error:

@@ -39,12 +39,14 @@ def read_json(path: str | os.PathLike[str], largest: int = LARGEST_CONFIG) -> di
         if size > largest:
             raise CheckpointError(f"{path} has {size:,} bytes; at most {largest:,} are read. It is damaged.")
         value = parse_json(path.read_bytes())
+    except PermissionError as error:
+        raise CheckpointError(f"{path} cannot be read: permission denied.") from error
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path} cannot be read as JSON, it is damaged or incomplete ({error}).") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds {type(value).__name__} {shown(value)}, it must hold a JSON object.")
+        raise CheckpointError(f"{path} holds {json_words(value)}, it must hold a JSON object.")
     return value
 
 
@@ -64,6 +66,14 @@ def parse_json(data: bytes) -> Any:
         if not level:
             return value
     raise ValueError(f"more than {_DEEPEST} levels")
+
+
+def json_words(value: Any) -> str:
+    """A value that is no object, as JSON calls it."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    kind = "a list" if isinstance(value, list) else "a text" if isinstance(value, str) else "the number"
+    return f"{kind} {shown(value)}" if kind == "the number" else f"{kind}, {shown(value)}"
 
 
 def _inner(value: Any) -> Any:

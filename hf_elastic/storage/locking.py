@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import threading
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 LOCK = ".saving-lock"
 """In a folder that is written to; a killed process leaves it, empty and unlocked, and the next one removes it."""
 
+DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
+
 _mine: set[tuple[int, str]] = set()
 
 
@@ -32,7 +35,7 @@ def only_writer(folder: Path) -> Iterator[bool]:
         `bool`: `False` where files cannot be locked: then there may be others.
 
     Raises:
-        `CheckpointError`: the same thread writes into it already, and would wait for itself.
+        `CheckpointError`: the same thread writes into it already, and would wait for itself; or this user may not write there.
     """
     mine = (threading.get_ident(), os.path.realpath(folder))
     if mine in _mine:
@@ -53,10 +56,17 @@ def only_writer(folder: Path) -> Iterator[bool]:
 def _acquired(path: Path) -> int | None:
     """The locked file; `None` where there are no locks, or no file can be made: whatever is wrong, writing will say it."""
     while fcntl is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)  # who was waited for may have removed what it had made
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-        except OSError:
+            path.parent.mkdir(parents=True, exist_ok=True)  # who was waited for may have removed what it had made
+        except OSError as error:
+            if error.errno in DENIED:
+                raise not_allowed(path.parent, error) from error
+            raise
+        try:
+            descriptor = _opened(path)
+        except OSError as error:
+            if error.errno in DENIED:
+                raise not_allowed(path.parent, error) from error
             return None
         locked = kept = False
         try:
@@ -67,9 +77,32 @@ def _acquired(path: Path) -> int | None:
         finally:
             if not kept:
                 os.close(descriptor)
+            if not locked:
+                with suppress(OSError):
+                    os.unlink(path)  # where there are no locks, it means nothing
         if kept or not locked:
             return descriptor if kept else None
     return None
+
+
+def not_allowed(path: Path | str, error: OSError) -> CheckpointError:
+    """What to say to a user who may not write there."""
+    made = CheckpointError(
+        f"{path} cannot be written to: {error.strerror}. What it holds is as it was. Let a user do it who may write there, or save into "
+        "another folder."
+    )
+    made.errno = error.errno
+    return made
+
+
+def _opened(path: Path) -> int:
+    flags = os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
+    except PermissionError:
+        if not path.exists():
+            raise
+        return os.open(path, os.O_RDONLY | flags)  # another user made it; that is enough to wait for who saves
 
 
 def _locked(descriptor: int, path: Path) -> bool:

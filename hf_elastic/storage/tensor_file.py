@@ -66,10 +66,13 @@ class TensorFile:
         try:
             if path.exists() and not path.is_file():
                 raise CheckpointError(f"{path} is no file.")
+            os.close(os.open(path, os.O_RDONLY))  # of one that may not be read, safetensors says that there is none
             with safe_open(path, framework="pt"):  # refuses damaged files
                 return cls(path)
         except FileNotFoundError as error:
             raise CheckpointError(f"{path} is missing.") from error
+        except PermissionError as error:
+            raise CheckpointError(f"{path} cannot be read: permission denied.") from error
         except (SafetensorError, OSError) as error:
             if isinstance(error, CheckpointError):
                 raise

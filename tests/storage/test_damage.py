@@ -212,6 +212,8 @@ def test_fields_of_the_parent(field, value, said, own):
         *(("dtype", value) for value in ("float33", 3, [], True)),
         *(("architectures", value) for value in (3, "x", {})),
         *(("cut_from", value) for value in (3, [], "x", {"family": 3}, {"budget": []}, {"sizes": 3}, {"commit": {}})),
+        ("cut_from", {"repo": 5}),
+        *(("left_out", value) for value in (3, [1], {"a": 1}, "mtp")),
         *(("auto_map", value) for value in (3, None, [], {"AutoConfig": 3})),
         *(("parent_config", value) for value in (3, None, [], "x", {"model_type": []}, {"model_type": "llama"})),
         *(("elastic", value) for value in (3, None, [], "x", {"axes": 3}, {"version": "3"})),
@@ -233,6 +235,49 @@ def test_cut_from_of_an_export(own):
     edit(folder, lambda c: c.update(cut_from=[3]))
     with pytest.raises(ElasticConfigError, match=r"cut_from=\[3\] must be a dict"):
         read_published(folder)
+
+
+@pytest.mark.parametrize("kind", ["nemotron export", "nemotron slice"])
+@pytest.mark.parametrize("field", [{"left_out": [1]}, {"left_out": 3}, {"cut_from": {"repo": 5}}])
+def test_what_a_push_reads_beside_the_sizes(kind, field, own):
+    folder = own(kind)
+    edit(folder, lambda c: c.update(field))
+    with pytest.raises(ElasticConfigError, match=f"^{next(iter(field))}"):
+        read_published(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("null", "null"),
+        ("true", "true"),
+        ("[1]", r"a list, \[1\]"),
+        ("3", "the number 3"),
+        ('"x"', "a text, 'x'"),
+    ],
+)
+def test_what_is_no_object_is_called_as_json_calls_it(text, said, tmp_path):
+    (tmp_path / "file.json").write_text(text)
+    with pytest.raises(CheckpointError, match=rf"file\.json holds {said}, it must hold a JSON object"):
+        read_json(tmp_path / "file.json")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_files_that_may_not_be_read_are_not_called_missing_or_damaged(name, own, monkeypatch):
+    folder = own("nemotron single")
+
+    def watched(real):
+        def call(path, *args, **kwargs):
+            if str(path) == str(folder / name):
+                raise PermissionError(13, "Permission denied", str(path))
+            return real(path, *args, **kwargs)
+
+        return call
+
+    for place in ("os.open", "io.open", "builtins.open"):
+        monkeypatch.setattr(place, watched(os.open if place == "os.open" else open))
+    with pytest.raises(CheckpointError, match=f"{name} cannot be read: permission denied"):
+        load(folder)
 
 
 def test_long_values_are_cut_in_messages(own):
