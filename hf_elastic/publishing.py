@@ -30,7 +30,7 @@ from .card_sections import has_head
 from .cards import is_generated, render_card
 from .checksums import CHECKSUMS_NAME
 from .configuration_elastic import ElasticConfig, parent_from_dict
-from .errors import ElasticConfigError, UnreachableError
+from .errors import ElasticConfigError, UnreachableError, shown
 from .exchanging import refuse_interrupted
 from .files import INDEX_NAME, SINGLE_NAME
 from .nested import FOLDER
@@ -39,6 +39,7 @@ from .origin import CUT_FROM, is_repo_id
 from .remote_code import MODULE
 from .retries import passes, persistently
 from .router import ROUTER_FILE
+from .tokenizer_files import tokenizer_files
 
 README = "README.md"
 _SHARDS = SINGLE_NAME.replace(".", "-*.")
@@ -161,13 +162,14 @@ def prepare_upload(
     Raises:
         `ElasticConfigError`: the folder holds another kind of checkpoint, a name or argument is not allowed, or would have no effect because the
             README is not to be replaced.
-        `CheckpointError`: weights are missing, damaged, or disagree with the config.
+        `CheckpointError`: weights are missing, damaged, or disagree with the config, or tokenizer files are damaged.
     """
     repo_id = full_repo_id(repo_id, token)
     card = card or CardArguments()
     root = Path(folder)
     config = read_published(root)
     _check_weights(root, config)
+    tokenizer_files(root, {})
     files, left_out = _listed(root)
     local = _read_card(root / README, root.name) if README in files else None
     unasked = ""
@@ -226,8 +228,14 @@ def read_published(folder: Path) -> PreTrainedConfig:
     if fields.get("model_type") == ElasticConfig.model_type:
         return ElasticConfig.from_pretrained(folder)
     if CUT_FROM not in fields:
+        model_type = fields.get("model_type")
+        if not isinstance(model_type, str):
+            says = (
+                "has no model_type" if model_type is None else f"says model_type={shown(model_type)}, which is no name"
+            )
+            raise ElasticConfigError(f"{folder} is no checkpoint that can be published: its config.json {says}.")
         raise ElasticConfigError(
-            f"{folder} is a plain {fields.get('model_type')} checkpoint: neither elastic nor an export that says what it was cut from. "
+            f"{folder} is a plain {model_type} checkpoint: neither elastic nor an export that says what it was cut from. "
             "hf_elastic.elastify() makes it elastic; an export of an older version has to be made again."
         )
     return parent_from_dict(fields)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -327,6 +328,45 @@ def test_a_size_of_a_nested_family_says_where_its_tokenizer_is(elastic, tmp_path
     error = capsys.readouterr().err
     assert "small has no tokenizer that can be loaded (there are no files of one)" in error
     assert error.strip().endswith(f"the one of the family lies in {tmp_path / 'nested'}.")
+
+
+DAMAGED = [
+    ("tokenizer.json", "{", "tokenizer.json cannot be read as JSON"),
+    ("tokenizer.json", "[]", r"tokenizer.json holds list \[\], it must hold a JSON object"),
+    ("tokenizer.json", "{}", r"tokenizer of \S+ \(tokenizer.json, .*\) cannot be loaded"),
+    ("tokenizer_config.json", "{", "tokenizer_config.json cannot be read as JSON"),
+    ("tokenizer_config.json", "null", "tokenizer_config.json holds null, it must"),
+    ("tokenizer_config.json", '{"a":' * 3000 + "1" + "}" * 3000, "tokenizer_config.json cannot be read as JSON"),
+    ("special_tokens_map.json", "[1]", r"special_tokens_map.json holds list \[1\]"),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "message"), DAMAGED, ids=[f"{d[0]}-{d[1][:4]}" for d in DAMAGED])
+def test_a_damaged_tokenizer_is_not_left_out_without_a_word(
+    name, text, message, elastic, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for source, like in (("family", elastic / "elastic"), ("plain", PARENT_DIR)):
+        shutil.copytree(like, tmp_path / source)
+        (tmp_path / source / name).write_text(text)
+    family, out = str(tmp_path / "family"), tmp_path / "out"
+    elastify = ["elastify", str(tmp_path / "plain"), str(out), "--no-sort", "--budget", "half:expert_ffn=16"]
+    runs = [["slice", family, str(out), "--budget", "small"], elastify, ["push", family, "me/x", "--budget", "small"]]
+    if text != "{}":  # which no program loads, but which is sound JSON
+        runs += [["export", family, str(out), "--budget", "small"], ["push", family, "me/x", "--layout", "stock"]]
+    for arguments in runs:
+        assert main(arguments) == 2, arguments
+        assert re.search(message, capsys.readouterr().err), arguments
+        assert not out.exists()
+
+
+def test_no_tokenizer_at_all_needs_no_word(elastic, tmp_path, capsys):
+    source = tmp_path / "family"
+    shutil.copytree(elastic / "elastic", source, ignore=shutil.ignore_patterns("*token*", "*.jinja"))
+    for command in ("slice", "export"):
+        assert main([command, str(source), str(tmp_path / command), "--budget", "small"]) == 0
+        assert not list((tmp_path / command).glob("*token*"))
+    assert not capsys.readouterr().err
 
 
 def test_sizes_and_budgets_from_text():

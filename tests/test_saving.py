@@ -535,11 +535,12 @@ def test_nothing_temporary_stays_after_a_run_that_went_well(elastifying, tmp_pat
 
 
 def test_a_tokenizer_is_saved_with_its_checkpoint_or_not_at_all(elastifying, folder, tmp_path, monkeypatch, listing):
-    def tokenizer(source, target):
-        (Path(target) / "tokenizer.json").write_text("half")
-        raise OSError(28, "No space left on device")
+    class Tokenizer:
+        def save_pretrained(self, target):
+            (Path(target) / "tokenizer.json").write_text("half")
+            raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hf_elastic.commands.common.save_tokenizer", tokenizer)
+    monkeypatch.setattr("hf_elastic.tokenizer_files.optional_tokenizer", lambda source: Tokenizer())
     shutil.copytree(folder, tmp_path / "out")
     before = listing(tmp_path / "out")
     assert main(["slice", str(folder), str(tmp_path / "out"), "--budget", "small"]) == 2

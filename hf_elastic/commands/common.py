@@ -103,6 +103,14 @@ def check_device(name: str | None) -> str:
     return name
 
 
+def check_config(source: str) -> None:
+    """Refuse a folder with a damaged `config.json`: upstream, which reads it for the tokenizer, would say that this is damaged."""
+    from ..json_files import read_json
+
+    if (path := Path(source, "config.json")).is_file():
+        read_json(path)
+
+
 def load_tokenizer(source: str) -> Any:
     """The tokenizer beside a checkpoint.
 
@@ -111,8 +119,13 @@ def load_tokenizer(source: str) -> Any:
     """
     from transformers import AutoTokenizer
 
+    from ..tokenizer_files import tokenizer_files
+
     check_source(source)
+    check_config(source)
     try:
+        if Path(source).is_dir():
+            tokenizer_files(source, {})
         return AutoTokenizer.from_pretrained(source)
     except Exception as error:  # of many kinds, for what is missing or damaged
         path = Path(source)
@@ -127,24 +140,14 @@ def load_tokenizer(source: str) -> Any:
         ) from error
 
 
-def save_tokenizer(source: str, target: str | Path) -> None:
-    """Save the tokenizer of `source` beside a checkpoint, if it has one."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError):
-        return
-    tokenizer.save_pretrained(target)
-
-
-def save_with_tokenizer(model: Any, source: str, target: str | Path) -> None:
-    """Save a checkpoint and the tokenizer of `source` at once, so that a kill leaves no tokenizer of another one."""
+def save_with_tokenizer(model: Any, tokenizer: Any, target: str | Path) -> None:
+    """Save a checkpoint and its tokenizer, if it has one, at once, so that a kill leaves no tokenizer of another one."""
     from ..replacing import replacing
 
     with replacing(target) as folder:
         model.save_pretrained(folder)
-        save_tokenizer(source, folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
 
 
 def add_source(parser: argparse.ArgumentParser, output: str | None = None) -> None:

@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from ..errors import ElasticConfigError
-from .common import BUDGET_HELP, check_source, save_tokenizer, table
+from .common import BUDGET_HELP, check_source, table
 
 if TYPE_CHECKING:
     from ..publishing import CardArguments, Upload
@@ -92,6 +92,7 @@ def _checkpoint(args: argparse.Namespace, repo_id: str, card: CardArguments) -> 
     from ..exchanging import refuse_interrupted
     from ..modeling_elastic import ElasticForCausalLM
     from ..publishing import copy_others, read_published
+    from ..tokenizer_files import optional_tokenizer
 
     check_source(args.source)
     source = Path(args.source)
@@ -117,8 +118,10 @@ def _checkpoint(args: argparse.Namespace, repo_id: str, card: CardArguments) -> 
         return
     with TemporaryDirectory(prefix="hf-elastic-push-") as folder:
         target = Path(folder, source.resolve().name)
+        tokenizer = optional_tokenizer(args.source)
         ElasticForCausalLM.from_pretrained(args.source, budget=args.budget).save_pretrained(target, layout=layout)
-        save_tokenizer(args.source, target)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(target)
         if (
             args.budget is None and source.is_dir()
         ):  # what else lies there may say something of the family, not of a slice
