@@ -85,10 +85,10 @@ class ExportMixin:
                     shutil.copyfile(path, scratch / name)
             _for_old_readers(scratch)
 
-    def _warn_of_programs(self, elastic: ElasticConfig, submodel: Submodel) -> None:
-        name = named(cut_from(elastic, submodel, "", {}))
+    def _warn_of_programs(self, elastic: ElasticConfig, submodel: Submodel, what: str | None = None) -> None:
+        what = what or f"exported, size {named(cut_from(elastic, submodel, '', {}))!r}"
         dtype: torch.dtype = self.dtype  # type: ignore[attr-defined]
-        warn_if_not_portable(elastic.architecture, elastic.parent_config, submodel, dtype, name)
+        warn_if_not_portable(elastic.architecture, elastic.parent_config, submodel, dtype, what)
 
     def _write_stock_config(self, config: PreTrainedConfig, submodel: Submodel, directory: Path) -> None:
         architecture = self.elastic_config.architecture

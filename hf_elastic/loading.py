@@ -17,6 +17,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from .adapters import attached
 from .architectures import ARCHITECTURES
+from .budgets import DTYPES
 from .buffers import check_buffers
 from .checkpoint import ROTARY, Checkpoint
 from .configuration_elastic import ElasticConfig, parent_from_dict, plain_parent_error, read_config
@@ -93,7 +94,7 @@ def load_dtype(kwargs: dict[str, Any], elastic: ElasticConfig) -> torch.dtype | 
         return None
     named = dtype
     if isinstance(dtype, str):
-        dtype = getattr(torch, dtype, None)
+        dtype = DTYPES.get(dtype) or getattr(torch, dtype, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ElasticConfigError(
             f"dtype={shown(named)} must be 'auto', a floating-point torch.dtype or its name, such as 'bfloat16'."

@@ -75,16 +75,20 @@ def check_source(source: str) -> None:
         raise ElasticConfigError(f"there is no folder {source or repr(source)}.")
 
 
-def check_dtype(name: str) -> str:
-    """The type of weights that was asked for; refuses one that is none."""
+def check_dtype(name: str, where: str = "--dtype") -> str:
+    """The type of weights that was asked for, by torch's name; refuses one that is none. Short names are those that `plan` takes."""
     import torch
 
-    dtype = getattr(torch, name, None) if name else None
-    if name != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+    from ..budgets import DTYPES
+
+    if name == "auto":
+        return name
+    dtype = DTYPES.get(name) or (getattr(torch, name, None) if name else None)
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ElasticConfigError(
-            f"--dtype={name!r} must be auto or a floating-point type of torch, such as bfloat16 or float32."
+            f"{where}={name!r} must be auto or a floating-point type of torch, such as bfloat16 (bf16) or float32 (fp32)."
         )
-    return name
+    return str(dtype).removeprefix("torch.")
 
 
 def check_device(name: str | None) -> str:

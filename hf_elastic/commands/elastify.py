@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
     check_source(args.parent)
     check_output(args.output, args.parent)
     check_device(args.device)
-    check_dtype(args.dtype)
+    args.dtype = check_dtype(args.dtype)
     check_config(args.parent)
     tokenizer = optional_tokenizer(args.parent)
     options: dict[str, Any] = {}

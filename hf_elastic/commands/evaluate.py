@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
     if args.prefill_speed is not None and not 0 < args.prefill_speed < float("inf"):
         raise ElasticConfigError(f"--prefill-speed={args.prefill_speed} must be a positive number.")
     device = check_device(args.device)
-    check_dtype(args.dtype)
+    args.dtype = check_dtype(args.dtype)
     if args.output and Path(args.output).exists() and not Path(args.output).is_dir():
         raise ElasticConfigError(f"--output={args.output} is a file; give a folder.")
     task = _task(args)

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     plan = _plan(args)
     device = check_device(args.device)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    check_dtype(args.dtype)
+    args.dtype = check_dtype(args.dtype)
     tokenizer = load_tokenizer(args.repo)
     model = ElasticForCausalLM.from_pretrained(
         args.repo, budget=args.budget, elastic_config=args.elastic_config, dtype=args.dtype

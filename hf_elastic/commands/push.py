@@ -130,9 +130,11 @@ def _checkpoint(args: argparse.Namespace, repo_id: str, card: CardArguments) -> 
 
 
 def describe(upload: Upload) -> str:
-    """What would be uploaded: files, what every size downloads, and the card's metadata."""
+    """What would be uploaded: files, what every size downloads, which programs do not run which of them, and the card's metadata."""
     from ..card_sections import download_words
     from ..configuration_elastic import ElasticConfig
+    from ..portability import portability, words
+    from .plan import obstacle_notes, plan
 
     sizes = upload.sizes
     rows = [["file", "bytes"], *([name, f"{size:,}"] for name, size in sorted(sizes.items()))]
@@ -144,5 +146,10 @@ def describe(upload: Upload) -> str:
         names = upload.config.family()
         downloads = [[name, download_words(upload.config, name)] for name in names]
         parts.append(table([["size", "download"], *downloads], right=frozenset({1})))
+        parts += obstacle_notes(plan(upload.config))
+    else:
+        whole = ElasticConfig.from_parent(upload.config, {})
+        if obstacles := portability(whole.architecture, upload.config, list(whole.family().values())[0]):
+            parts.append(f"not for every program: {words(obstacles)}")
     parts.append(upload.readme if upload.card is None else f"{upload.readme}:\n{upload.card.data.to_yaml()}")
     return "\n\n".join(parts)

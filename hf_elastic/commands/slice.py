@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> None:
 
     check_source(args.repo)
     check_output(args.output, args.repo)
-    check_dtype(args.dtype)
+    args.dtype = check_dtype(args.dtype)
     check_config(args.repo)
     tokenizer = optional_tokenizer(args.repo)
     model = ElasticForCausalLM.from_pretrained(
