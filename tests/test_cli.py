@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import json
 import re
 import shutil
@@ -403,6 +405,38 @@ def test_a_damaged_tokenizer_is_not_left_out_without_a_word(name, text, message,
         assert main(arguments) == 2, arguments
         assert re.search(message, capsys.readouterr().err), arguments
         assert not out.exists()
+
+
+@pytest.mark.parametrize(("template", "why"), [("{{ x.y }}", "'x' is undefined"), ("{{ }}", "Expected an expression")])
+def test_a_damaged_chat_template_says_how_to_do_without(template, why, elastic, tmp_path, capsys):
+    shutil.copytree(elastic / "elastic", tmp_path / "family")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "family")
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(tmp_path / "family")
+    capsys.readouterr()
+    assert main(["generate", str(tmp_path / "family"), "^a4b+3>"]) == 2
+    told = rf"the chat template of \S*family cannot be used: .*{why}.*; --raw does without it\."
+    assert re.search(told, capsys.readouterr().err)
+    assert main(["generate", str(tmp_path / "family"), "^a4b+3>", "--raw", "--max-new-tokens", "2"]) == 0
+
+
+@pytest.mark.parametrize("arguments", [["generate", "{}", "^"], ["evaluate", "{}"], ["slice", "{}", "{}/out"]])
+def test_a_damaged_config_is_named_before_the_tokenizer(arguments, elastic, tmp_path, capsys):
+    shutil.copytree(elastic / "elastic", tmp_path / "family")
+    (tmp_path / "family" / "config.json").write_text("null")
+    assert main([text.format(tmp_path / "family") for text in arguments]) == 2
+    error = capsys.readouterr().err
+    assert "config.json holds null, it must hold a JSON object" in error
+    assert "tokenizer" not in error
+
+
+def test_a_task_that_does_not_exist_is_refused_before_anything_is_loaded(elastic, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("lm_eval")
+    manager = importlib.import_module("lm_eval.tasks").TaskManager  # lm-eval's own tasks take seconds to read
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", functools.partial(manager, include_defaults=False))
+    monkeypatch.setattr(ElasticForCausalLM, "from_pretrained", None)
+    assert main(["evaluate", str(elastic / "elastic"), "--task", "zz"]) == 2
+    assert "lm-eval has no task 'zz'" in capsys.readouterr().err
 
 
 def test_no_tokenizer_at_all_needs_no_word(elastic, tmp_path, capsys):

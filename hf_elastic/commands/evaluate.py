@@ -116,8 +116,9 @@ def _task(args: argparse.Namespace) -> Any:
         if metric not in ("code", "exact"):
             raise ElasticConfigError(f"--metric={metric!r} must be code or exact for the book task.")
         return BookTask(letters=args.letters, count=args.count, batch_size=args.batch_size, metric=metric)
-    from ..evaluating_lm import LmEvalTask
+    from ..evaluating_lm import LmEvalTask, find_tasks
 
+    find_tasks([args.task], args.include_path)  # before anything is loaded
     return LmEvalTask(
         args.task, limit=args.count, include_path=args.include_path, metric=args.metric, think_end_token="</think>"
     )
