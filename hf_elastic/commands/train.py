@@ -129,11 +129,11 @@ def parse(config: str, overrides: list[str]) -> tuple[TrainArguments, AdapterArg
 
     from ..trainers import ElasticDistillationConfig
 
-    kinds = (TrainArguments, AdapterArguments, ElasticDistillationConfig)
-    parser = TrlParser(kinds)
+    parts: Any = (TrainArguments, AdapterArguments, ElasticDistillationConfig)
+    parser = TrlParser(parts)
     said = io.StringIO()
     try:
-        known = [f.name for kind in kinds for f in fields(kind) if f.init]
+        known = [f.name for part in parts for f in fields(part) if f.init]
         _check_keys(config, known)
         with redirect_stderr(said):
             train_arguments, adapter, distillation = parser.parse_args_and_config(["--config", config, *overrides])
