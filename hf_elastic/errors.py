@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import reprlib
 import sys
 from collections.abc import Iterable
@@ -120,9 +121,20 @@ def users_level() -> int:
 _INSIDE = ("hf_elastic", "transformers")
 
 
+_FIELD = re.compile(
+    r"Validation error for field '(?P<name>\w+)': TypeError: Field '(?P=name)' expected (?P<kind>\w+), got \w+ \(value: (?P<value>.*)\)"
+)
+"""How the config classes of transformers say that a field has a value of another type."""
+
+
 def reason(error: BaseException) -> str:
     """What an error of another library says, on one line and not too long, with its type where the text alone says nothing."""
     text = " ".join(str(error).split())
+    if field := _FIELD.fullmatch(text):
+        text = (
+            f"{field['name']}={field['value']} must be {'an' if field['kind'][0] in 'aeiou' else 'a'} {field['kind']}"
+        )
+        return _cut(text)
     return _cut(text if text.count(" ") > 3 else f"{type(error).__name__}: {text}")
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 SILENT = "computes wrong results without an error"
 REFUSES = "does not load it"
+EVERY = "every program without hf_elastic"
 
 
 class Obstacle(NamedTuple):

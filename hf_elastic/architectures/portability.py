@@ -15,8 +15,10 @@ from transformers import PreTrainedConfig
 
 from ..errors import ElasticConfigError, PortabilityWarning, users_level
 from . import Architecture
-from .obstacles import REFUSES, Obstacle
+from .obstacles import EVERY, REFUSES, Obstacle
 from .submodel import Submodel
+
+_PLURAL = {"does": "do", "computes": "compute", "raises": "raise"}
 
 
 def portability(
@@ -31,8 +33,8 @@ def portability(
     """
     layered = [axis for axis in submodel if len(set(submodel.values(axis))) > 1]
     if layered:
-        why = f"{' and '.join(layered)} differ from layer to layer"
-        return [Obstacle("every program without hf_elastic", REFUSES, why)]
+        why = f"{' and '.join(layered)} {'differ' if len(layered) > 1 else 'differs'} from layer to layer"
+        return [Obstacle(EVERY, REFUSES, why)]
     found = list(architecture.obstacles(config, submodel))
     dtype = dtype or config.dtype
     dtype = dtype if isinstance(dtype, torch.dtype) else torch.get_default_dtype()
@@ -116,17 +118,27 @@ def portable_choices(
 
 
 def words(obstacles: Sequence[Obstacle]) -> str:
-    """Obstacles in a sentence, programs of the same fault together."""
-    together: dict[tuple[str, str], list[str]] = {}
+    """Obstacles in a sentence: what a program does is said once, and programs of the same fault are named together."""
+    reasons: dict[tuple[str, str], list[str]] = {}
     for program, does, why in obstacles:
-        together.setdefault((does, why), []).append(program)
-    return "; ".join(f"{', '.join(programs)} {does} ({why})" for (does, why), programs in together.items())
+        reasons.setdefault((program, does), []).append(why)
+    together: dict[tuple[str, str], list[str]] = {}
+    for (program, does), whys in reasons.items():
+        together.setdefault((does, " and ".join(dict.fromkeys(whys))), []).append(program)
+    return "; ".join(f"{_clause(programs, does)} ({why})" for (does, why), programs in together.items())
+
+
+def _clause(programs: list[str], does: str) -> str:
+    if does == REFUSES and EVERY in programs:
+        return f"{EVERY.replace('every', 'no')} loads it"
+    first, _, rest = does.partition(" ")
+    return f"{', '.join(programs)} {does if len(programs) == 1 else f'{_PLURAL.get(first, first)} {rest}'}"
 
 
 def warn_if_not_portable(
-    architecture: Architecture, config: PreTrainedConfig, submodel: Submodel, dtype: torch.dtype, name: str
+    architecture: Architecture, config: PreTrainedConfig, submodel: Submodel, dtype: torch.dtype, what: str
 ) -> None:
-    """Warn, at the user's line, of what other programs make of a size that is written for them."""
+    """Warn, at the user's line, of what other programs make of a size that is written for them; `what` says which one in words."""
     if obstacles := portability(architecture, config, submodel, dtype):
-        text = f"exported, size {name!r} is not for every program: {words(obstacles)}."
+        text = f"{what} is not for every program: {words(obstacles)}."
         warnings.warn(text, PortabilityWarning, stacklevel=users_level())

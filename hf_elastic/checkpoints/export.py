@@ -19,21 +19,10 @@ from ..configuration.budgets import Budget
 from ..configuration.leaving_out import LEFT_OUT, left_out
 from ..configuration.section import CUT_FROM
 from ..configuration_elastic import ElasticConfig
-from ..errors import ExportError, UnreachableError, refuse_misspelt
-from ..storage.files import find_file
+from ..errors import ExportError, refuse_misspelt
+from ..storage.tokenizer_files import read_tokenizer_file, tokenizer_files
 from .origin import cut_from, named, refuse_loss
 from .replacing import checked_target, replacing
-
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-)
 
 
 class ExportMixin:
@@ -70,6 +59,7 @@ class ExportMixin:
         Raises:
             `ExportError`: sizes differ per layer and `heterogeneous` is not set. Nothing is written.
             `ElasticConfigError`: the folder holds the family that this model was loaded from.
+            `CheckpointError`: tokenizer files beside the checkpoint are damaged. Nothing is written.
         """
         refuse_misspelt(kwargs, "budget", "heterogeneous")
         submodel = self.submodel if budget is None else self.elastic_config.resolve(budget)  # type: ignore[attr-defined]
@@ -83,6 +73,8 @@ class ExportMixin:
             )
         checked_target(save_directory)
         refuse_loss(getattr(self, "_loaded_from", None), save_directory)
+        hub = getattr(self, "_hub_kwargs", {})
+        beside = _tokenizer_beside(str(self.name_or_path), hub) if tokenizer is None else {}  # type: ignore[attr-defined]
         self._warn_of_programs(self.elastic_config, submodel)
         with self.exposed(submodel), replacing(save_directory) as scratch:  # type: ignore[attr-defined]
             self._write_stock(scratch, **kwargs)  # type: ignore[attr-defined]
@@ -90,13 +82,14 @@ class ExportMixin:
             if tokenizer is not None:
                 tokenizer.save_pretrained(scratch)
             else:
-                _copy_tokenizer(str(self.name_or_path), scratch, **getattr(self, "_hub_kwargs", {}))  # type: ignore[attr-defined]
+                for name, path in beside.items():
+                    shutil.copyfile(path, scratch / name)
             _for_old_readers(scratch)
 
-    def _warn_of_programs(self, elastic: ElasticConfig, submodel: Submodel) -> None:
-        name = named(cut_from(elastic, submodel, "", {}))
+    def _warn_of_programs(self, elastic: ElasticConfig, submodel: Submodel, what: str | None = None) -> None:
+        what = what or f"exported, size {named(cut_from(elastic, submodel, '', {}))!r}"
         dtype: torch.dtype = self.dtype  # type: ignore[attr-defined]
-        warn_if_not_portable(elastic.architecture, elastic.parent_config, submodel, dtype, name)
+        warn_if_not_portable(elastic.architecture, elastic.parent_config, submodel, dtype, what)
 
     def _write_stock_config(self, config: PreTrainedConfig, submodel: Submodel, directory: Path) -> None:
         architecture = self.elastic_config.architecture
@@ -147,25 +140,20 @@ def _for_old_readers(directory: Path) -> None:
     path = directory / "tokenizer_config.json"
     if not path.exists():
         return
-    try:
-        written = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:  # it was copied, and is as good as it was
-        return
-    if isinstance(written, dict) and written.get("tokenizer_class") == "TokenizersBackend":
+    written = read_tokenizer_file(path)
+    if written.get("tokenizer_class") == "TokenizersBackend":
         written["tokenizer_class"] = "PreTrainedTokenizerFast"
         path.write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _copy_tokenizer(source: str, target: Path, **hub: Any) -> None:
-    """Copy the tokenizer files of a folder or Hub repository, those that it has."""
-    for name in _TOKENIZER_FILES if source else ():
-        try:
-            path = find_file(source, name, hub)
-        except UnreachableError:
-            if "revision" in hub:  # it was loaded from there, so it may have a tokenizer
-                raise
-            return
-        except OSError:  # a model made in memory can be named anything
-            return
-        if path is not None:
-            shutil.copyfile(path, target / name)
+def _tokenizer_beside(source: str, hub: dict[str, Any]) -> dict[str, Path]:
+    """The tokenizer files of the folder or Hub repository that a model was loaded from, those that it has."""
+    if not source:
+        return {}
+    try:
+        return tokenizer_files(source, hub)
+    except OSError:
+        # It was loaded from there, so it may have a tokenizer; a model made in memory can be named anything.
+        if os.path.isdir(source) or "revision" in hub:
+            raise
+        return {}

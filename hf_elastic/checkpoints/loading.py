@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfi
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from ..architectures import ARCHITECTURES
+from ..configuration.budgets import DTYPES
 from ..configuration.parent import parent_from_dict, plain_parent_error
 from ..configuration_elastic import ElasticConfig, read_config, read_fields
 from ..errors import CheckpointError, ElasticConfigError, HFElasticError, did_you_mean, reason, shown
@@ -97,7 +98,7 @@ def load_dtype(kwargs: dict[str, Any], elastic: ElasticConfig) -> torch.dtype | 
         return None
     named = dtype
     if isinstance(dtype, str):
-        dtype = getattr(torch, dtype, None)
+        dtype = DTYPES.get(dtype) or getattr(torch, dtype, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ElasticConfigError(
             f"dtype={shown(named)} must be 'auto', a floating-point torch.dtype or its name, such as 'bfloat16'."

@@ -22,7 +22,7 @@ from ..routing.router import BudgetRouter
 from ..storage.checksums import write_checksums
 from ..storage.files import INDEX_NAME, find_files
 from .checkpoint import Checkpoint
-from .nested import write_nested
+from .nested import FOLDER, folder_names, write_nested
 from .origin import cut_from, refuse_loss
 from .replacing import checked_target, replacing
 
@@ -101,8 +101,8 @@ class SavingMixin:
                 self._write_stock(save_directory, *args, is_main_process=False, **kwargs)
                 return
             self._check_state_dict(kwargs.get("state_dict"))
-            for member in self._for_others(elastic, layout):
-                self._warn_of_programs(elastic, member)  # type: ignore[attr-defined]
+            for member, what in self._for_others(elastic, layout).items():
+                self._warn_of_programs(elastic, member, what)  # type: ignore[attr-defined]
             with replacing(save_directory) as scratch:
                 self._write_stock(scratch, *args, **kwargs)
                 files = self._nest(scratch, elastic, kwargs.get("max_shard_size")) if layout == "nested" else None
@@ -119,10 +119,15 @@ class SavingMixin:
             repo_id = hub.pop("repo_id", Path(save_directory).name)
             self.push_to_hub(repo_id, layout=layout or "nested", **hub)  # type: ignore[attr-defined]
 
-    def _for_others(self, elastic: ElasticConfig, layout: Layout | None) -> set[Submodel]:
-        """The sizes that a save makes for programs that know one size: a slice, and the stock folder of the nested layout."""
-        members = {elastic.architecture.full(elastic.parent_config)} if hasattr(elastic, CUT_FROM) else set()
-        return members | ({list(elastic.family().values())[-1]} if layout == "nested" else set())
+    def _for_others(self, elastic: ElasticConfig, layout: Layout | None) -> dict[Submodel, str | None]:
+        """The sizes that a save makes for programs that know one size, a slice and the stock folder of the nested layout, and what a warning calls them."""
+        whole = elastic.architecture.full(elastic.parent_config)
+        members: dict[Submodel, str | None] = {whole: None} if hasattr(elastic, CUT_FROM) else {}
+        if layout == "nested":
+            family = elastic.family()
+            name, smallest = list(family.items())[-1]
+            members[smallest] = f"{FOLDER}/{folder_names(list(reversed(family)))[name]}, which other programs read,"
+        return members
 
     def _nest(
         self, folder: Path, elastic: ElasticConfig, max_shard_size: int | str | None

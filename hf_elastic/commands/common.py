@@ -75,16 +75,20 @@ def check_source(source: str) -> None:
         raise ElasticConfigError(f"there is no folder {source or repr(source)}.")
 
 
-def check_dtype(name: str) -> str:
-    """The type of weights that was asked for; refuses one that is none."""
+def check_dtype(name: str, where: str = "--dtype") -> str:
+    """The type of weights that was asked for, by torch's name; refuses one that is none. Short names are those that `plan` takes."""
     import torch
 
-    dtype = getattr(torch, name, None) if name else None
-    if name != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+    from ..configuration.budgets import DTYPES
+
+    if name == "auto":
+        return name
+    dtype = DTYPES.get(name) or (getattr(torch, name, None) if name else None)
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ElasticConfigError(
-            f"--dtype={name!r} must be auto or a floating-point type of torch, such as bfloat16 or float32."
+            f"{where}={name!r} must be auto or a floating-point type of torch, such as bfloat16 (bf16) or float32 (fp32)."
         )
-    return name
+    return str(dtype).removeprefix("torch.")
 
 
 def check_device(name: str | None) -> str:
@@ -103,6 +107,14 @@ def check_device(name: str | None) -> str:
     return name
 
 
+def check_config(source: str) -> None:
+    """Refuse a folder with a damaged `config.json`: upstream, which reads it for the tokenizer, would say that this is damaged."""
+    from ..storage.json_files import read_json
+
+    if (path := Path(source, "config.json")).is_file():
+        read_json(path)
+
+
 def load_tokenizer(source: str) -> Any:
     """The tokenizer beside a checkpoint.
 
@@ -111,8 +123,13 @@ def load_tokenizer(source: str) -> Any:
     """
     from transformers import AutoTokenizer
 
+    from ..storage.tokenizer_files import tokenizer_files
+
     check_source(source)
+    check_config(source)
     try:
+        if Path(source).is_dir():
+            tokenizer_files(source, {})
         return AutoTokenizer.from_pretrained(source)
     except Exception as error:  # of many kinds, for what is missing or damaged
         path = Path(source)
@@ -127,24 +144,14 @@ def load_tokenizer(source: str) -> Any:
         ) from error
 
 
-def save_tokenizer(source: str, target: str | Path) -> None:
-    """Save the tokenizer of `source` beside a checkpoint, if it has one."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError):
-        return
-    tokenizer.save_pretrained(target)
-
-
-def save_with_tokenizer(model: Any, source: str, target: str | Path) -> None:
-    """Save a checkpoint and the tokenizer of `source` at once, so that a kill leaves no tokenizer of another one."""
+def save_with_tokenizer(model: Any, tokenizer: Any, target: str | Path) -> None:
+    """Save a checkpoint and its tokenizer, if it has one, at once, so that a kill leaves no tokenizer of another one."""
     from ..checkpoints.replacing import replacing
 
     with replacing(target) as folder:
         model.save_pretrained(folder)
-        save_tokenizer(source, folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
 
 
 def add_source(parser: argparse.ArgumentParser, output: str | None = None) -> None:

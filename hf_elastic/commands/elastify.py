@@ -21,6 +21,7 @@ from typing import Any
 
 from ..errors import ElasticConfigError
 from .common import (
+    check_config,
     check_device,
     check_dtype,
     check_output,
@@ -75,6 +76,7 @@ def run(args: argparse.Namespace) -> None:
     from ..checkpoints.loading import load_stock
     from ..configuration_elastic import read_fields
     from ..elastification.elastify import elastify
+    from ..storage.tokenizer_files import optional_tokenizer
     from .plan import plan, render
 
     axes, budgets = _spec(args)
@@ -85,8 +87,10 @@ def run(args: argparse.Namespace) -> None:
     check_source(args.parent)
     check_output(args.output, args.parent)
     check_device(args.device)
-    check_dtype(args.dtype)
+    args.dtype = check_dtype(args.dtype)
+    check_config(args.parent)
     read_fields(args.parent)  # a damaged one, before it is taken for a missing tokenizer
+    tokenizer = optional_tokenizer(args.parent)
     options: dict[str, Any] = {}
     data = None
     if args.calibration and not args.scores:
@@ -99,7 +103,7 @@ def run(args: argparse.Namespace) -> None:
     options |= {"scores": args.scores, "sort": not args.no_sort, "portable": args.portable}
     with _kept_scores(args.save_scores) if data is not None else nullcontext() as save_scores:
         model = elastify(parent, data, axes, budgets, save_scores=save_scores, **options)
-        save_with_tokenizer(model, args.parent, args.output)
+        save_with_tokenizer(model, tokenizer, args.output)
     print(render(plan(args.output)))
     print(f"saved to {args.output}")
 

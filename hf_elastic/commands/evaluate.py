@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
     if args.prefill_speed is not None and not 0 < args.prefill_speed < float("inf"):
         raise ElasticConfigError(f"--prefill-speed={args.prefill_speed} must be a positive number.")
     device = check_device(args.device)
-    check_dtype(args.dtype)
+    args.dtype = check_dtype(args.dtype)
     if args.output and Path(args.output).exists() and not Path(args.output).is_dir():
         raise ElasticConfigError(f"--output={args.output} is a file; give a folder.")
     task = _task(args)
@@ -116,8 +116,9 @@ def _task(args: argparse.Namespace) -> Any:
         if metric not in ("code", "exact"):
             raise ElasticConfigError(f"--metric={metric!r} must be code or exact for the book task.")
         return BookTask(letters=args.letters, count=args.count, batch_size=args.batch_size, metric=metric)
-    from ..evaluation.lm_eval import LmEvalTask
+    from ..evaluation.lm_eval import LmEvalTask, find_tasks
 
+    find_tasks([args.task], args.include_path)  # before anything is loaded
     return LmEvalTask(
         args.task, limit=args.count, include_path=args.include_path, metric=args.metric, think_end_token="</think>"
     )

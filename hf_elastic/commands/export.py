@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
 
     check_source(args.repo)
     check_output(args.output, args.repo)
-    check_dtype(args.dtype)
+    args.dtype = check_dtype(args.dtype)
     model = ElasticForCausalLM.from_pretrained(
         args.repo,
         budget=args.budget,

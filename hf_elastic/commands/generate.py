@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from transformers import TextStreamer, set_seed
 
-    from ..errors import ElasticConfigError
+    from ..errors import ElasticConfigError, TokenizerError, reason
     from ..generation import PhaseTextStreamer
     from ..generation.texts import check_text
     from ..modeling_elastic import ElasticForCausalLM
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     plan = _plan(args)
     device = check_device(args.device)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    check_dtype(args.dtype)
+    args.dtype = check_dtype(args.dtype)
     tokenizer = load_tokenizer(args.repo)
     model = ElasticForCausalLM.from_pretrained(
         args.repo, budget=args.budget, elastic_config=args.elastic_config, dtype=args.dtype
@@ -65,9 +65,14 @@ def run(args: argparse.Namespace) -> None:
     check_text(tokenizer, prompt, "the prompt")
     if tokenizer.chat_template and not args.raw:
         message = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(
-            message, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-        )
+        try:
+            inputs = tokenizer.apply_chat_template(
+                message, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+            )
+        except Exception as error:  # whatever a template raises
+            raise TokenizerError(
+                f"the chat template of {args.repo} cannot be used: {reason(error)}; --raw does without it."
+            ) from error
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
     if not inputs["input_ids"].shape[1]:

@@ -172,8 +172,6 @@ def tell(found: dict[str, Any]) -> str:
 
 def render(budgets: list[dict[str, Any]]) -> str:
     """A table, with the sizes in which a budget differs from the whole parent, and which programs do not run which of them."""
-    from ..architectures.obstacles import Obstacle
-    from ..architectures.portability import words
     from ..configuration.budgets import format_bytes, format_count
 
     whole = budgets[0]["sizes"]
@@ -194,12 +192,20 @@ def render(budgets: list[dict[str, Any]]) -> str:
                 " ".join(f"{axis}={_short(value)}" for axis, value in sizes.items()),
             ]
         )
+    notes = obstacle_notes(budgets)
+    return "\n".join([table(rows, right=frozenset(range(1, 7))), *([""] if notes else []), *notes])
+
+
+def obstacle_notes(budgets: list[dict[str, Any]]) -> list[str]:
+    """A line for every set of obstacles, with the names of the sizes that have it."""
+    from ..architectures.obstacles import Obstacle
+    from ..architectures.portability import words
+
     told: dict[str, list[str]] = {}
     for entry in budgets:
         if entry["obstacles"]:
             told.setdefault(words([Obstacle(**o) for o in entry["obstacles"]]), []).append(entry["name"] or "-")
-    notes = [f"exported, {', '.join(names)}: {text}" for text, names in told.items()]
-    return "\n".join([table(rows, right=frozenset(range(1, 7))), *([""] if notes else []), *notes])
+    return [f"exported, {', '.join(names)}: {text}" for text, names in told.items()]
 
 
 def _short(value: Any) -> str:

@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from ..errors import ElasticConfigError
-from .common import BUDGET_HELP, check_source, save_tokenizer, table
+from .common import BUDGET_HELP, check_source, table
 
 if TYPE_CHECKING:
     from ..hub.publishing import CardArguments, Upload
@@ -88,11 +88,12 @@ def run(args: argparse.Namespace) -> None:
 @contextmanager
 def _checkpoint(args: argparse.Namespace, repo_id: str, card: CardArguments) -> Iterator[Path]:
     """The folder to upload: the source itself if it is as it has to be, otherwise a temporary one."""
-    from ..storage.checksums import has_checksums
     from ..configuration_elastic import ElasticConfig, read_config
     from ..hub.publishing import copy_others, read_published
     from ..modeling_elastic import ElasticForCausalLM
+    from ..storage.checksums import has_checksums
     from ..storage.exchanging import refuse_interrupted
+    from ..storage.tokenizer_files import optional_tokenizer
 
     check_source(args.source)
     source = Path(args.source)
@@ -118,9 +119,11 @@ def _checkpoint(args: argparse.Namespace, repo_id: str, card: CardArguments) -> 
         return
     with TemporaryDirectory(prefix="hf-elastic-push-") as folder:
         target = Path(folder, source.resolve().name)
+        tokenizer = optional_tokenizer(args.source)
         model = ElasticForCausalLM.from_pretrained(args.source, budget=args.budget, verify=has_checksums(args.source))
         model.save_pretrained(target, layout=layout)
-        save_tokenizer(args.source, target)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(target)
         if (
             args.budget is None and source.is_dir()
         ):  # what else lies there may say something of the family, not of a slice
@@ -129,9 +132,11 @@ def _checkpoint(args: argparse.Namespace, repo_id: str, card: CardArguments) -> 
 
 
 def describe(upload: Upload) -> str:
-    """What would be uploaded: files, what every size downloads, and the card's metadata."""
+    """What would be uploaded: files, what every size downloads, which programs do not run which of them, and the card's metadata."""
+    from ..architectures.portability import portability, words
     from ..configuration_elastic import ElasticConfig
     from ..hub.card_sections import download_words
+    from .plan import obstacle_notes, plan
 
     sizes = upload.sizes
     rows = [["file", "bytes"], *([name, f"{size:,}"] for name, size in sorted(sizes.items()))]
@@ -143,5 +148,10 @@ def describe(upload: Upload) -> str:
         names = upload.config.family()
         downloads = [[name, download_words(upload.config, name)] for name in names]
         parts.append(table([["size", "download"], *downloads], right=frozenset({1})))
+        parts += obstacle_notes(plan(upload.config))
+    else:
+        whole = ElasticConfig.from_parent(upload.config, {})
+        if obstacles := portability(whole.architecture, upload.config, list(whole.family().values())[0]):
+            parts.append(f"not for every program: {words(obstacles)}")
     parts.append(upload.readme if upload.card is None else f"{upload.readme}:\n{upload.card.data.to_yaml()}")
     return "\n\n".join(parts)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from .common import add_source, check_dtype, check_output, check_source, save_with_tokenizer
+from .common import add_source, check_config, check_dtype, check_output, check_source, save_with_tokenizer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,13 +15,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..storage.checksums import has_checksums
     from ..modeling_elastic import ElasticForCausalLM
+    from ..storage.checksums import has_checksums
+    from ..storage.tokenizer_files import optional_tokenizer
     from .plan import plan, render
 
     check_source(args.repo)
     check_output(args.output, args.repo)
-    check_dtype(args.dtype)
+    args.dtype = check_dtype(args.dtype)
+    check_config(args.repo)
+    tokenizer = optional_tokenizer(args.repo)
     model = ElasticForCausalLM.from_pretrained(
         args.repo,
         budget=args.budget,
@@ -29,6 +32,6 @@ def run(args: argparse.Namespace) -> None:
         dtype=args.dtype,
         verify=has_checksums(args.repo),
     )
-    save_with_tokenizer(model, args.repo, args.output)
+    save_with_tokenizer(model, tokenizer, args.output)
     print(render(plan(args.output)))
     print(f"saved to {args.output}")

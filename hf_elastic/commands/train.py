@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import argparse
 import io
+import re
 import sys
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from ..errors import ElasticConfigError
-from .common import load_tokenizer
+from ..errors import ElasticConfigError, did_you_mean
+from .common import check_dtype, load_tokenizer
 from .elastify import load_calibration
 
 
@@ -109,6 +110,8 @@ def run(args: argparse.Namespace) -> None:
     for name in ("model", "dataset"):
         if not getattr(train_arguments, name):
             raise ElasticConfigError(f"{args.config} does not say {name}.")
+    dtype = "auto" if train_arguments.dtype is None else train_arguments.dtype
+    train_arguments.dtype = check_dtype(dtype, f"{args.config}: dtype")
     train(train_arguments, adapter, config)
 
 
@@ -126,15 +129,32 @@ def parse(config: str, overrides: list[str]) -> tuple[TrainArguments, AdapterArg
 
     from ..trainers import ElasticDistillationConfig
 
-    parser = TrlParser((TrainArguments, AdapterArguments, ElasticDistillationConfig))
+    parts: Any = (TrainArguments, AdapterArguments, ElasticDistillationConfig)
+    parser = TrlParser(parts)
     said = io.StringIO()
     try:
+        known = [f.name for part in parts for f in fields(part) if f.init]
+        _check_keys(config, known)
         with redirect_stderr(said):
             train_arguments, adapter, distillation = parser.parse_args_and_config(["--config", config, *overrides])
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ElasticConfigError(f"{config} is no YAML: {' '.join(str(error).split())}") from error
     except (TypeError, AttributeError) as error:  # what upstream raises where it calculates with a value
         raise ElasticConfigError(f"{config} has a field of the wrong kind: {error}.") from error
+    except ValueError as error:
+        if isinstance(error, ElasticConfigError):
+            raise
+        if unused := re.search(r"not used by the HfArgumentParser: \['(-*([^=']+))", str(error)):
+            hint = did_you_mean(unused[2].replace("-", "_"), known)
+            raise ElasticConfigError(
+                f"unknown option {unused[1]}; options are the fields of the recipe.{hint}"
+            ) from error
+        if "bf16" not in str(error):
+            raise
+        raise ElasticConfigError(
+            f"{config}: training in bf16, which is the default, needs a device that has it, and there is none here or use_cpu is set; "
+            "write bf16: false."
+        ) from error
     except SystemExit as error:  # argparse prints all fields, and what is wrong at the end
         if not error.code:
             raise
@@ -146,6 +166,22 @@ def parse(config: str, overrides: list[str]) -> tuple[TrainArguments, AdapterArg
             if kinds <= {int, float, type(None)} and not isinstance(value, (int, float, type(None))):
                 raise ElasticConfigError(f"{config}: {name}={value!r} must be a number.")
     return train_arguments, adapter, distillation
+
+
+def _check_keys(config: str, known: list[str]) -> None:
+    """Refuse keys that no field has, before upstream looks at the values; it would speak of its dataclasses."""
+    import yaml
+
+    written = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+    if not isinstance(written, dict):
+        raise ElasticConfigError(f"{config} holds {type(written).__name__}, it must hold lines of KEY: VALUE.")
+    for key in written:
+        if key not in known and key != "env":
+            first = ", ".join(f.name for f in fields(TrainArguments))
+            raise ElasticConfigError(
+                f"unknown key {key!r} in {config}; it takes {first}, and the fields of LoRA and of ElasticDistillationConfig."
+                f"{did_you_mean(key, known)}"
+            )
 
 
 def train(arguments: TrainArguments, adapter: AdapterArguments, config: Any) -> None:

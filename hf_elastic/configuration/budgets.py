@@ -40,7 +40,7 @@ _COUNT_UNITS = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 
 
 _MEMORY_KEYS = ("memory", "context_length", "batch_size", "dtype", "cache_dtype")
-_DTYPES = {
+DTYPES = {
     **WEIGHT_DTYPES,
     "float8_e4m3fn": torch.float8_e4m3fn,
     "float8_e5m2": torch.float8_e5m2,
@@ -48,6 +48,7 @@ _DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
+"""Types of weights by the names that budgets and commands take, besides those of torch."""
 
 
 @dataclass(frozen=True)
@@ -156,11 +157,11 @@ def _parse_memory(budget: Mapping[str, Any]) -> Limit:
 
 
 def _parse_dtype(name: Any, where: str) -> torch.dtype:
-    if isinstance(name, torch.dtype) and name in _DTYPES.values():
+    if isinstance(name, torch.dtype) and name in DTYPES.values():
         return name
-    if not isinstance(name, str) or name not in _DTYPES:
-        raise ElasticConfigError(f"{where}={name!r} must be one of {', '.join(_DTYPES)}.")
-    return _DTYPES[name]
+    if not isinstance(name, str) or name not in DTYPES:
+        raise ElasticConfigError(f"{where}={name!r} must be one of {', '.join(DTYPES)}.")
+    return DTYPES[name]
 
 
 def format_count(count: float) -> str:

@@ -48,13 +48,29 @@ def evaluate_with_lm_eval(
         `ImportError`: lm-eval is not installed.
         `ElasticConfigError`: no such task.
     """
+    names = [tasks] if isinstance(tasks, str) else list(tasks)
+    manager = find_tasks(names, include_path, include_defaults)
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, think_end_token=think_end_token)
+    found = lm_eval.simple_evaluate(model=wrapped, tasks=names, limit=limit, task_manager=manager, **options)
+    return {name: dict(metrics) for name, metrics in found["results"].items()}
+
+
+def find_tasks(
+    names: Sequence[str], include_path: str | os.PathLike[str] | None, include_defaults: bool = True
+) -> Any:
+    """The `TaskManager` of lm-eval that knows these tasks; arguments as in [`evaluate_with_lm_eval`].
+
+    Raises:
+        `ImportError`: lm-eval is not installed.
+        `ElasticConfigError`: no such task.
+    """
     try:
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ImportError("tasks are run by lm-eval: pip install 'hf-elastic[eval]'") from error
-    names = [tasks] if isinstance(tasks, str) else list(tasks)
     folder = None if include_path is None else str(include_path)
     manager = TaskManager(include_path=folder, include_defaults=include_defaults and folder is None)
     if include_defaults and folder is not None and not all(manager.match_tasks([name]) for name in names):
@@ -62,9 +78,7 @@ def evaluate_with_lm_eval(
     for name in names:
         if not manager.match_tasks([name]):
             raise ElasticConfigError(f"lm-eval has no task {name!r}.{did_you_mean(name, manager.all_tasks)}")
-    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, think_end_token=think_end_token)
-    found = lm_eval.simple_evaluate(model=wrapped, tasks=names, limit=limit, task_manager=manager, **options)
-    return {name: dict(metrics) for name, metrics in found["results"].items()}
+    return manager
 
 
 @dataclass

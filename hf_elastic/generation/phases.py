@@ -129,6 +129,10 @@ class PhasedGenerationMixin:
         check_tokens(prompt, self.config.vocab_size, "the prompt")
         context = getattr(self.elastic_config.parent_config, "max_position_embeddings", None)
         mask = kwargs.get("attention_mask")
+        if mask is not None and getattr(mask, "shape", None) != prompt.shape:
+            raise PhasePlanError(
+                f"attention_mask={shown(mask)} must have the shape of input_ids, {tuple(prompt.shape)}: one entry per token."
+            )
         seen = torch.ones_like(prompt) if mask is None else mask
         check_prompts([ids[m.bool()].tolist() for ids, m in zip(prompt, seen, strict=True)], phases, context)
         unlimited = self._limit_length(kwargs, prompt.shape[1], context)

@@ -68,7 +68,9 @@ def chat_tokens(tokenizer: Any, messages: Any, where: str) -> list[int]:
         with readable(where):
             return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False))
     except TemplateError as error:
-        raise TokenizerError(f"{where}: the chat template refuses the messages: {error}") from error
+        raise TokenizerError(
+            f"{where}: the chat template refuses the messages: {error}. Give rows of text, or repair it"
+        ) from error
 
 
 @contextmanager

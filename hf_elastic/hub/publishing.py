@@ -32,12 +32,13 @@ from ..configuration.parent import parent_from_dict
 from ..configuration.remote_code import MODULE
 from ..configuration.section import CUT_FROM
 from ..configuration_elastic import ElasticConfig
-from ..errors import ElasticConfigError, UnreachableError
+from ..errors import ElasticConfigError, UnreachableError, shown
 from ..routing.router import ROUTER_FILE, read_router
 from ..storage.checksums import CHECKSUMS_NAME, has_checksums
 from ..storage.exchanging import refuse_interrupted
 from ..storage.files import INDEX_NAME, SINGLE_NAME
 from ..storage.retries import passes, persistently
+from ..storage.tokenizer_files import tokenizer_files
 from .card_results import SEPARATOR
 from .card_sections import has_head
 from .cards import is_generated, render_card
@@ -163,13 +164,14 @@ def prepare_upload(
     Raises:
         `ElasticConfigError`: the folder holds another kind of checkpoint, a name or argument is not allowed, or would have no effect because the
             README is not to be replaced.
-        `CheckpointError`: weights are missing, damaged, or disagree with the config or with their checksums.
+        `CheckpointError`: weights are missing, damaged, or disagree with the config or with their checksums, or tokenizer files are damaged.
     """
     repo_id = full_repo_id(repo_id, token)
     card = card or CardArguments()
     root = Path(folder)
     config = read_published(root)
     _check_weights(root, config)
+    tokenizer_files(root, {})
     files, left_out = _listed(root)
     local = _read_card(root / README, root.name) if README in files else None
     unasked = ""
@@ -228,8 +230,14 @@ def read_published(folder: Path) -> PreTrainedConfig:
     if fields.get("model_type") == ElasticConfig.model_type:
         return ElasticConfig.from_pretrained(folder)
     if CUT_FROM not in fields:
+        model_type = fields.get("model_type")
+        if not isinstance(model_type, str):
+            says = (
+                "has no model_type" if model_type is None else f"says model_type={shown(model_type)}, which is no name"
+            )
+            raise ElasticConfigError(f"{folder} is no checkpoint that can be published: its config.json {says}.")
         raise ElasticConfigError(
-            f"{folder} is a plain {fields.get('model_type')} checkpoint: neither elastic nor an export that says what it was cut from. "
+            f"{folder} is a plain {model_type} checkpoint: neither elastic nor an export that says what it was cut from. "
             "hf_elastic.elastify() makes it elastic; an export of an older version has to be made again."
         )
     return parent_from_dict(fields)

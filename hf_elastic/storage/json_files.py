@@ -21,12 +21,16 @@ _DEEPEST = 50  # levels; a config has six
 _MOST = 100_000  # objects and lists; empty ones take twenty times as much memory as in the text
 
 
-def read_json(path: str | os.PathLike[str], largest: int = LARGEST_CONFIG) -> dict[str, Any]:
+def read_json(
+    path: str | os.PathLike[str], largest: int = LARGEST_CONFIG, most: int = _MOST, *, wide: bool = False
+) -> dict[str, Any]:
     """The object that a JSON file holds.
 
     Args:
         path (`str` or `os.PathLike`): The file.
         largest (`int`, *optional*): Bytes that it may have.
+        most (`int`, *optional*): Objects and lists that it may have.
+        wide (`bool`, *optional*, defaults to `False`): Whether numbers beyond 64 bits are meant, too.
 
     Raises:
         `CheckpointError`: it is missing, no file, too large, no JSON in UTF-8, or holds something other than an object.
@@ -38,7 +42,7 @@ def read_json(path: str | os.PathLike[str], largest: int = LARGEST_CONFIG) -> di
         size = path.stat().st_size
         if size > largest:
             raise CheckpointError(f"{path} has {size:,} bytes; at most {largest:,} are read. It is damaged.")
-        value = parse_json(path.read_bytes())
+        value = parse_json(path.read_bytes(), most, wide=wide)
     except PermissionError as error:
         raise CheckpointError(f"{path} cannot be read: permission denied.") from error
     except (OSError, ValueError, RecursionError) as error:
@@ -50,16 +54,16 @@ def read_json(path: str | os.PathLike[str], largest: int = LARGEST_CONFIG) -> di
     return value
 
 
-def parse_json(data: bytes) -> Any:
+def parse_json(data: bytes, most: int = _MOST, *, wide: bool = False) -> Any:
     """The value of a JSON text.
 
     Raises:
         `ValueError`: it is none, or one that nobody means.
         `RecursionError`: it has more levels than Python reads.
     """
-    if (count := data.count(b"[") + data.count(b"{")) > _MOST:
-        raise ValueError(f"{count:,} objects and lists, at most {_MOST:,} are read")
-    value = json.loads(data.decode("utf-8"), object_pairs_hook=_once, parse_int=_integer)
+    if (count := data.count(b"[") + data.count(b"{")) > most:
+        raise ValueError(f"{count:,} objects and lists, at most {most:,} are read")
+    value = json.loads(data.decode("utf-8"), object_pairs_hook=_once, parse_int=int if wide else _integer)
     level: list[Any] = [value]
     for _ in range(_DEEPEST):
         level = [inner for outer in level for inner in _inner(outer)]

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from hf_elastic import ElasticConfig, ElasticConfigError, ElasticForCausalLM, PortabilityWarning, elastify
 from hf_elastic.architectures import get_architecture
 from hf_elastic.architectures.cost import CostModel
-from hf_elastic.architectures.obstacles import SILENT
-from hf_elastic.architectures.portability import portability
+from hf_elastic.architectures.obstacles import REFUSES, SILENT, Obstacle
+from hf_elastic.architectures.portability import portability, words
 from hf_elastic.cli import main
 from hf_elastic.commands.plan import plan
 from hf_elastic.configuration.budgets import Limit
@@ -141,7 +141,9 @@ def test_who_is_warned(tmp_path):
     with pytest.warns(PortabilityWarning, match=told) as caught:
         family.export(tmp_path / "export", "bad")
     assert [w.filename for w in caught] == [__file__]
-    with pytest.warns(PortabilityWarning, match=told):
+    with pytest.warns(
+        PortabilityWarning, match="budgets/bad, which other programs read, is not for every program: vLLM"
+    ):
         family.save_pretrained(tmp_path / "nested", layout="nested")
     with pytest.warns(PortabilityWarning, match=told):
         family.save_pretrained(tmp_path / "slice", budget="bad")
@@ -177,6 +179,46 @@ def test_plan_and_export_tell(tmp_path, capsys):
     for budget, expected in (("bad", True), ("good", False)):
         assert main(["export", str(tmp_path / "family"), str(tmp_path / budget), "--budget", budget]) == 0
         assert ("not for every program: vLLM" in capsys.readouterr().out) == expected
+
+
+def test_push_tells(tmp_path, capsys, monkeypatch):
+    """Of a family, a slice and an export, whatever has to be written for it, as `plan` and `export` do."""
+    monkeypatch.setattr("hf_elastic.hub.publishing._readme_of", lambda *_: None)
+    family = family_of(hybrid(), {"good": ONE_SHARE, "bad": {**ONE_SHARE, "hidden": 16}})
+    family.save_pretrained(tmp_path / "family")
+    for budget in ("good", "bad"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PortabilityWarning)
+            family.export(tmp_path / budget, budget)
+    capsys.readouterr()
+    told = {
+        ("family",): "exported, bad: vLLM",
+        ("family", "--layout", "stock"): "exported, bad: vLLM",
+        ("family", "--budget", "bad"): "exported, bad: vLLM",
+        ("family", "--budget", "good"): "exported, bad: vLLM",  # which it nests
+        ("bad",): "not for every program: vLLM",
+        ("good",): None,
+    }
+    for (source, *more), text in told.items():
+        assert main(["push", str(tmp_path / source), "me/x", *more]) == 0
+        table = capsys.readouterr().out.partition("README.md is")[
+            0
+        ]  # the card, which comes last, has words of its own
+        assert ("vLLM computes wrong results without an error (" in table) == (text is not None), more
+        assert text is None or text in table
+
+
+def test_obstacles_in_plain_words():
+    refuses = [Obstacle(program, REFUSES, "a") for program in ("llama.cpp", "SGLang", "mistral.rs")]
+    assert words(refuses) == "llama.cpp, SGLang, mistral.rs do not load it (a)"
+    assert words(refuses[:1]) == "llama.cpp does not load it (a)"
+    assert words([Obstacle(p, SILENT, "a") for p in ("x", "y")]) == "x, y compute wrong results without an error (a)"
+    twice = words([*refuses, Obstacle("mistral.rs", REFUSES, "b")])
+    assert twice == "llama.cpp, SGLang do not load it (a); mistral.rs does not load it (a and b)"
+    config = nano("M-*-")
+    table = get_architecture(config.model_type)
+    layered = portability(table, config, table.submodel(config, {"ffn": {1: 20}}))
+    assert words(layered) == "no program without hf_elastic loads it (ffn differs from layer to layer)"
 
 
 # Keeping to portable sizes
@@ -259,7 +301,7 @@ def test_a_portable_size_nests_in_a_larger_one_of_other_shares():
     [
         ({"budgets": {"half": {"hidden": 32}}}, "budget 'half' is not portable: vLLM computes wrong.*by one and the same share"),
         ({"budgets": {"half": {"expert_ffn": 6}}}, r"not portable: plain transformers raises.*widths \[6\]"),
-        ({"budgets": {"half": {"expert_ffn": {0: 8}}}}, "every program without hf_elastic"),
+        ({"budgets": {"half": {"expert_ffn": {0: 8}}}}, "portable: no program without hf_elastic loads it"),
         ({"budgets": {"half": {"layers": [1]}}}, "llama.cpp computes wrong results"),
         ({"axes": {"hidden": [64, 40]}, "budgets": {"half": "1k"}}, r"These go together: hidden \[64, 48, 32, 16\]; attention_heads \[8, 6, 4, 2\]"),
         ({"axes": ["hidden"]}, "portable=True needs budgets"),

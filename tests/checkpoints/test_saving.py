@@ -288,7 +288,7 @@ def denied(monkeypatch) -> Callable[[Path], None]:
 @pytest.mark.parametrize("how", ["save", "export", "new", "slice", "no locks"])
 def test_a_folder_that_may_not_be_written_to_is_named(how, folder, other, tmp_path, denied, listing, capsys, request):
     if how == "no locks":  # then making the scratch folder is what fails
-        request.getfixturevalue("monkeypatch").setattr("hf_elastic.locking.fcntl", None)
+        request.getfixturevalue("monkeypatch").setattr("hf_elastic.storage.locking.fcntl", None)
     target = tmp_path / "there"
     target.mkdir()
     (target / "mine").write_text("mine")
@@ -309,7 +309,7 @@ def test_a_folder_that_may_not_be_written_to_is_named(how, folder, other, tmp_pa
 def test_recovering_where_one_may_not_write(locks, folder, denied, listing, monkeypatch):
     interrupted(folder)
     if not locks:
-        monkeypatch.setattr("hf_elastic.locking.fcntl", None)
+        monkeypatch.setattr("hf_elastic.storage.locking.fcntl", None)
     denied(folder)
     before = listing(folder)
     with pytest.raises(CheckpointError, match="Permission denied.*user .*who may write there"):
@@ -327,7 +327,7 @@ def test_what_another_user_left_and_nobody_else_may_look_into(folder, other, mon
         return real(path, *args, **kwargs)
 
     with monkeypatch.context() as patched:
-        patched.setattr("hf_elastic.exchanging.os.lstat", lstat)
+        patched.setattr("hf_elastic.storage.exchanging.os.lstat", lstat)
         with pytest.raises(CheckpointError, match="a save into it was interrupted"):
             ElasticForCausalLM.from_pretrained(folder)
         with pytest.raises(CheckpointError, match="left by a save of another user.* Let that user call"):
@@ -690,11 +690,12 @@ def test_nothing_temporary_stays_after_a_run_that_went_well(elastifying, tmp_pat
 
 
 def test_a_tokenizer_is_saved_with_its_checkpoint_or_not_at_all(elastifying, folder, tmp_path, monkeypatch, listing):
-    def tokenizer(source, target):
-        (Path(target) / "tokenizer.json").write_text("half")
-        raise OSError(28, "No space left on device")
+    class Tokenizer:
+        def save_pretrained(self, target):
+            (Path(target) / "tokenizer.json").write_text("half")
+            raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("hf_elastic.commands.common.save_tokenizer", tokenizer)
+    monkeypatch.setattr("hf_elastic.storage.tokenizer_files.optional_tokenizer", lambda source: Tokenizer())
     shutil.copytree(folder, tmp_path / "out")
     before = listing(tmp_path / "out")
     assert main(["slice", str(folder), str(tmp_path / "out"), "--budget", "small"]) == 2

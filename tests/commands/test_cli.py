@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -110,9 +113,57 @@ def test_slice_and_export(elastic, tmp_path, capsys):
     assert AutoTokenizer.from_pretrained(tmp_path / "plain").eos_token == "<eos>"
 
 
-def test_export_in_another_type(elastic, tmp_path):
-    assert main(["export", str(elastic / "elastic"), str(tmp_path / "plain"), "--dtype", "bfloat16"]) == 0
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "plain").dtype == torch.bfloat16
+@pytest.mark.parametrize("name", ["bfloat16", "bf16", "fp16", "fp32"])
+def test_export_in_another_type(name, elastic, tmp_path, capsys):
+    dtype = {"fp16": torch.float16, "fp32": torch.float32}.get(name, torch.bfloat16)
+    family = str(elastic / "elastic")
+    assert main(["plan", family, "--fits", "1GB", "--dtype", name]) == 0
+    assert main(["export", family, str(tmp_path / "plain"), "--dtype", name]) == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "plain").dtype == dtype
+
+
+@pytest.mark.parametrize("command", ["slice", "elastify", "generate", "evaluate"])
+def test_short_names_of_types(command, elastic, tmp_path, monkeypatch):
+    """Every command that takes a type takes those of `plan`; what is loaded in is seen at the call."""
+    seen = []
+
+    def load(*args, dtype=None, **kwargs):
+        seen.append(dtype)
+        raise ElasticConfigError("seen")
+
+    monkeypatch.setattr(ElasticForCausalLM, "from_pretrained", load)
+    monkeypatch.setattr("hf_elastic.checkpoints.loading.load_stock", load)
+    source = PARENT_DIR if command == "elastify" else elastic / "elastic"
+    more = {"generate": ["^"], "evaluate": []}.get(command, [tmp_path / "out"])
+    assert main([str(a) for a in (command, source, *more, "--dtype", "bf16")]) == 2
+    assert seen == ["bfloat16"]
+
+
+def test_a_recipe_takes_short_names_of_types(elastic, tmp_path, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr("hf_elastic.commands.train.train", lambda arguments, *_: seen.append(arguments.dtype))
+    text = f"model: {elastic / 'elastic'}\ndataset: y\nuse_cpu: true\nbf16: false\noutput_dir: {tmp_path / 'out'}\n"
+    for more in ("", "dtype: null\n", "dtype: bf16\n"):
+        (tmp_path / "recipe.yaml").write_text(text + more)
+        assert main(["train", str(tmp_path / "recipe.yaml")]) == 0
+    assert seen == ["auto", "auto", "bfloat16"]
+    assert main(["train", str(tmp_path / "recipe.yaml"), "--modle", "x"]) == 2
+    assert (
+        "unknown option --modle; options are the fields of the recipe. Did you mean 'model'?"
+        in capsys.readouterr().err
+    )
+
+
+def test_bf16_on_a_cpu_says_what_to_write(elastic, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: False)
+    (tmp_path / "recipe.yaml").write_text(f"model: x\ndataset: y\noutput_dir: {tmp_path / 'out'}\n")
+    assert main(["train", str(tmp_path / "recipe.yaml")]) == 2
+    assert re.search("recipe.yaml: training in bf16.* write bf16: false", capsys.readouterr().err)
+
+
+def test_the_api_takes_short_names_of_types(elastic):
+    model = ElasticForCausalLM.from_pretrained(elastic / "elastic", budget="small", dtype="bf16")
+    assert model.dtype == torch.bfloat16
 
 
 def test_generate_solves_a_problem(elastic, capsys):
@@ -329,6 +380,74 @@ def test_a_size_of_a_nested_family_says_where_its_tokenizer_is(elastic, tmp_path
     assert error.strip().endswith(f"the one of the family lies in {tmp_path / 'nested'}.")
 
 
+DAMAGED = [
+    ("tokenizer.json", "{", "tokenizer.json cannot be read as JSON"),
+    ("tokenizer.json", "[]", r"tokenizer.json holds list \[\], it must hold a JSON object"),
+    ("tokenizer.json", "{}", r"tokenizer of \S+ \(tokenizer.json, .*\) cannot be loaded"),
+    ("tokenizer_config.json", "{", "tokenizer_config.json cannot be read as JSON"),
+    ("tokenizer_config.json", "null", "tokenizer_config.json holds null, it must"),
+    ("tokenizer_config.json", '{"a":' * 3000 + "1" + "}" * 3000, "tokenizer_config.json cannot be read as JSON"),
+    ("special_tokens_map.json", "[1]", r"special_tokens_map.json holds list \[1\]"),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "message"), DAMAGED, ids=[f"{d[0]}-{d[1][:4]}" for d in DAMAGED])
+def test_a_damaged_tokenizer_is_not_left_out_without_a_word(name, text, message, elastic, tmp_path, capsys):
+    for source, like in (("family", elastic / "elastic"), ("plain", PARENT_DIR)):
+        shutil.copytree(like, tmp_path / source)
+        (tmp_path / source / name).write_text(text)
+    family, out = str(tmp_path / "family"), tmp_path / "out"
+    elastify = ["elastify", str(tmp_path / "plain"), str(out), "--no-sort", "--budget", "half:expert_ffn=16"]
+    runs = [["slice", family, str(out), "--budget", "small"], elastify, ["push", family, "me/x", "--budget", "small"]]
+    if text != "{}":  # which no program loads, but which is sound JSON
+        runs += [["export", family, str(out), "--budget", "small"], ["push", family, "me/x", "--layout", "stock"]]
+    for arguments in runs:
+        assert main(arguments) == 2, arguments
+        assert re.search(message, capsys.readouterr().err), arguments
+        assert not out.exists()
+
+
+@pytest.mark.parametrize(("template", "why"), [("{{ x.y }}", "'x' is undefined"), ("{{ }}", "Expected an expression")])
+def test_a_damaged_chat_template_says_how_to_do_without(template, why, elastic, tmp_path, capsys):
+    shutil.copytree(elastic / "elastic", tmp_path / "family")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "family")
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(tmp_path / "family")
+    capsys.readouterr()
+    assert main(["generate", str(tmp_path / "family"), "^a4b+3>"]) == 2
+    told = rf"the chat template of \S*family cannot be used: .*{why}.*; --raw does without it\."
+    assert re.search(told, capsys.readouterr().err)
+    assert main(["generate", str(tmp_path / "family"), "^a4b+3>", "--raw", "--max-new-tokens", "2"]) == 0
+
+
+@pytest.mark.parametrize("arguments", [["generate", "{}", "^"], ["evaluate", "{}"], ["slice", "{}", "{}/out"]])
+def test_a_damaged_config_is_named_before_the_tokenizer(arguments, elastic, tmp_path, capsys):
+    shutil.copytree(elastic / "elastic", tmp_path / "family")
+    (tmp_path / "family" / "config.json").write_text("null")
+    assert main([text.format(tmp_path / "family") for text in arguments]) == 2
+    error = capsys.readouterr().err
+    assert "config.json holds null, it must hold a JSON object" in error
+    assert "tokenizer" not in error
+
+
+def test_a_task_that_does_not_exist_is_refused_before_anything_is_loaded(elastic, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("lm_eval")
+    manager = importlib.import_module("lm_eval.tasks").TaskManager  # lm-eval's own tasks take seconds to read
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", functools.partial(manager, include_defaults=False))
+    monkeypatch.setattr(ElasticForCausalLM, "from_pretrained", None)
+    assert main(["evaluate", str(elastic / "elastic"), "--task", "zz"]) == 2
+    assert "lm-eval has no task 'zz'" in capsys.readouterr().err
+
+
+def test_no_tokenizer_at_all_needs_no_word(elastic, tmp_path, capsys):
+    source = tmp_path / "family"
+    shutil.copytree(elastic / "elastic", source, ignore=shutil.ignore_patterns("*token*", "*.jinja"))
+    for command in ("slice", "export"):
+        assert main([command, str(source), str(tmp_path / command), "--budget", "small"]) == 0
+        assert not list((tmp_path / command).glob("*token*"))
+    assert not capsys.readouterr().err
+
+
 def test_sizes_and_budgets_from_text():
     assert parse_sizes(["hidden=40", "ffn=0.5", "layers=0,2"]) == {"hidden": 40, "ffn": 0.5, "layers": [0, 2]}
     assert parse_budget("a:hidden=40,ffn=0.5") == ("a", {"hidden": 40, "ffn": 0.5})
@@ -461,9 +580,14 @@ save_strategy: "no"
         ),
         ("a: [1\nb", r"recipe.yaml is no YAML: while parsing a flow sequence .*line 1"),
         ("a:\n\t- b", r"recipe.yaml is no YAML: .*cannot start any token"),
-        ("- 1\n", "must contain a YAML mapping"),
-        ("3: 4\n", "has a field of the wrong kind: keywords must be strings"),
-        ("output_dir: {tmp}/out\nbf16: false\nuse_cpu: true\nnonsense: 3\n", "--nonsense"),
+        ("- 1\n", "recipe.yaml holds list, it must hold lines of KEY: VALUE"),
+        ("3: 4\n", "unknown key 3 in .*recipe.yaml; it takes model, dataset"),
+        (
+            "output_dir: {tmp}/out\nbf16: false\nuse_cpu: true\nnonsense: 3\n",
+            "unknown key 'nonsense' in .*recipe.yaml; it",
+        ),
+        ("foo: bar\n", "unknown key 'foo' in .*recipe.yaml; it takes model, dataset, .*ElasticDistillationConfig"),
+        ("modle: x\n", "unknown key 'modle' .*Did you mean 'model'"),
         (
             "output_dir: {tmp}/out\nmax_steps: many\n",
             r"recipe.yaml: argument --max_steps.*: invalid int value: 'many'",

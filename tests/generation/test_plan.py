@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -88,6 +89,15 @@ PLAN = PhasePlan(thinking="small", max_thinking_tokens=4)
             {"input_ids": torch.tensor([[9, 8], [0, 0]]), "attention_mask": torch.tensor([[1, 1], [0, 0]])},
             PhasePlanError,
             "prompt 1 is empty",
+        ),
+        *(
+            (
+                PLAN,
+                {"input_ids": torch.full((1, 3), 9), "attention_mask": torch.ones(shape, dtype=torch.long)},
+                PhasePlanError,
+                rf"attention_mask=<Tensor of shape {re.escape(str(shape))}, int64> must have the shape .* \(1, 3\)",
+            )
+            for shape in ((1, 7), (1, 2), (2, 3), (3,))
         ),
         (PLAN, {"input_ids": torch.empty(1, 0, dtype=torch.long)}, PhasePlanError, "at least one token"),
         (PLAN, {"num_beams": 2}, PhasePlanError, "greedily or by sampling, not by beam_search"),

@@ -140,7 +140,8 @@ def test_calibration_names_the_row(tmp_path):
             score(parent, [{"messages": messages}], tokenizer=tokenizer, progress=False)
     tokenizer.chat_template = "{{ raise_exception('no such role') }}"
     with pytest.raises(
-        TokenizerError, match="calibration row 0: the chat template refuses the messages: no such role"
+        TokenizerError,
+        match="calibration row 0: the chat template refuses the messages: no such role. Give rows of text",
     ):
         score(parent, [{"messages": [{"role": "user", "content": "^"}]}], tokenizer=tokenizer, progress=False)
     with pytest.raises(TokenizerError, match="the tokenizer has no chat template"):

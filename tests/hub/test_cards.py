@@ -377,6 +377,10 @@ def test_what_is_not_pushed(lab, push, local_hub, tmp_path, monkeypatch):
         assert not local_hub.repositories
 
     refuse("is a plain nemotron_h checkpoint: neither elastic nor an export", PARENT_DIR, "org/new")
+    for fields, said in (("{}", "has no model_type"), ('{"model_type": 3}', "says model_type=3, which is no name")):
+        (tmp_path / "unnamed").mkdir(exist_ok=True)
+        (tmp_path / "unnamed" / "config.json").write_text(fields)
+        refuse(f"unnamed is no checkpoint that can be published: its config.json {said}", tmp_path / "unnamed", "o/n")
     refuse("can be no repository", lab / "nested", "org/new/er")
     refuse(
         "--layout nested: .*export is a plain checkpoint of one size", lab / "export", "org/new", "--layout", "nested"

@@ -171,7 +171,7 @@ def test_no_utf8(own):
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [
-        ("hidden_size", "16", "hidden_size"),
+        ("hidden_size", "16", ": hidden_size='16' must be an int"),
         ("hidden_size", 0, "hidden_size=0 must be at least 1"),
         ("vocab_size", -1, "has the shape|would have the shape"),
         ("conv_kernel", 0, "would have the shape"),

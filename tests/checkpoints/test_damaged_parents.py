@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_elastic import CheckpointError, ElasticForCausalLM, elastify
+from hf_elastic.checkpoints.loading import load_stock
 from hf_elastic.cli import main
-from hf_elastic.exchanging import Exchange
-from hf_elastic.loading import load_stock
+from hf_elastic.storage.exchanging import Exchange
 
 INDEX = "model.safetensors.index.json"
 DEEP = "[" * 3000 + "]" * 3000

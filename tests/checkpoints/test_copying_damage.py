@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from compare import assert_same_weights
+from routed import routed
 from safetensors.torch import load_file, save_file
-from test_router_saving import routed
 
 from hf_elastic import CheckpointError, ElasticForCausalLM
-from hf_elastic.checksums import CHECKSUMS_NAME
 from hf_elastic.cli import main
-from hf_elastic.publishing import prepare_upload
-from hf_elastic.router import ROUTER_FILE
+from hf_elastic.hub.publishing import prepare_upload
+from hf_elastic.routing.router import ROUTER_FILE
+from hf_elastic.storage.checksums import CHECKSUMS_NAME
 
 
 @pytest.fixture
