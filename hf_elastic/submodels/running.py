@@ -33,8 +33,8 @@ class RunningMixin(LiveMixin):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the stock model's, at the budget of this thread. A cache goes on at the budget that wrote it; at another one it is refused."""
         if torch.compiler.is_compiling():
-            model = self._before_compiled()
-            run = super().__call__ if model is self else model  # type: ignore[misc]
+            another = self._before_compiled()
+            run = super().__call__ if another is None else another  # type: ignore[misc]
             return run(*args, **kwargs)
         users = self.__dict__.get("_users")
         if users is None or (users.runs_here and self._is_meant()):  # generate has seen to everything else
@@ -53,11 +53,11 @@ class RunningMixin(LiveMixin):
 
     @torch.compiler.disable
     def _before_compiled(self) -> Any:
-        """What a compiled call runs. Not part of what is compiled, as it depends on what other threads do."""
+        """What a compiled call runs instead of the family itself, if it does. Not part of what is compiled, as it depends on what other threads do."""
         if self._users.runs_here and self._is_meant():
-            return self
+            return None
         with self._in_use() as model:
-            return model
+            return None if model is self else model
 
     def _is_meant(self) -> bool:
         """Whether the family itself is at the budget of this context."""
