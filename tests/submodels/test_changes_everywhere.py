@@ -19,11 +19,6 @@ each_model = pytest.mark.parametrize("name", ["nano3", "granite"])
 SETTINGS = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
 
 
-@pytest.fixture
-def family(family_folder):
-    return lambda name: load(family_folder(name))
-
-
 def fresh(model, budget):
     """What a budget of the family's weights as they are computes, worked out by a copy that never ran another one."""
     twin = copy.deepcopy(model)

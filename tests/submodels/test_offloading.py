@@ -16,19 +16,6 @@ load = AutoModelForCausalLM.from_pretrained
 SETTINGS = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
 
 
-@pytest.fixture(scope="module")
-def sliced(family_folder):
-    """What a budget is, loaded alone."""
-    made = {}
-
-    def get(name, budget):
-        if (name, budget) not in made:
-            made[name, budget] = load(family_folder(name), budget=budget)
-        return made[name, budget]
-
-    return get
-
-
 def offloaded(model) -> int:
     return sum(parameter.is_meta for parameter in model.parameters())
 

@@ -27,23 +27,6 @@ LONG = bool(os.environ.get("HF_ELASTIC_LONG"))  # 200 rounds in each of eight th
 SETTINGS = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
 
 
-@pytest.fixture
-def family(family_folder):
-    return lambda name: load(family_folder(name))
-
-
-@pytest.fixture(scope="module")
-def sliced(family_folder):
-    models = {}
-
-    def get(name, budget):
-        if (name, budget) not in models:
-            models[name, budget] = load(family_folder(name), budget=budget)
-        return models[name, budget]
-
-    return get
-
-
 def storages(model):
     return {t.untyped_storage().data_ptr() for t in model.state_dict().values()}
 

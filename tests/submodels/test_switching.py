@@ -21,25 +21,6 @@ each_model = pytest.mark.parametrize("name", NAMES)
 each_budget = pytest.mark.parametrize("budget", BUDGETS)
 
 
-@pytest.fixture
-def family(family_folder):
-    """Everything that is loaded, for one test."""
-    return lambda name, **kwargs: load(family_folder(name), **kwargs)
-
-
-@pytest.fixture(scope="module")
-def sliced(family_folder):
-    """Slices that no test changes."""
-    models = {}
-
-    def get(name, budget):
-        if (name, budget) not in models:
-            models[name, budget] = load(family_folder(name), budget=budget)
-        return models[name, budget]
-
-    return get
-
-
 @pytest.fixture(scope="module")
 def whole_parent(checkpoint):
     """A parent without named budgets, for tests that go back to everything that is loaded."""

@@ -18,11 +18,6 @@ NAMES = ["nano3", "granite"]
 each_model = pytest.mark.parametrize("name", NAMES)
 
 
-@pytest.fixture
-def family(family_folder):
-    return lambda name: load(family_folder(name))
-
-
 def copies(model):
     """Names of the tensors of the active budget that are copies."""
     found = pieces(model.architecture, model.elastic_config.parent_config, model.submodel)
