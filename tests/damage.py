@@ -268,7 +268,11 @@ def _auto_config(folder: Path) -> Any:
     except HFElasticError:
         raise
     except Exception as error:
-        if any("hf_elastic" in frame.filename for frame in traceback.extract_tb(error.__traceback__)):
+        frames = traceback.extract_tb(error.__traceback__)
+        ours = [
+            f for f in frames if "hf_elastic" in f.filename and f.name != "from_pretrained"
+        ]  # that one only passes names on
+        if ours:
             raise
         read_config(folder)  # an error of ours
         raise

@@ -382,12 +382,12 @@ def test_a_size_of_a_nested_family_says_where_its_tokenizer_is(elastic, tmp_path
 
 DAMAGED = [
     ("tokenizer.json", "{", "tokenizer.json cannot be read as JSON"),
-    ("tokenizer.json", "[]", r"tokenizer.json holds list \[\], it must hold a JSON object"),
+    ("tokenizer.json", "[]", r"tokenizer.json holds a list, \[\], it must hold a JSON object"),
     ("tokenizer.json", "{}", r"tokenizer of \S+ \(tokenizer.json, .*\) cannot be loaded"),
     ("tokenizer_config.json", "{", "tokenizer_config.json cannot be read as JSON"),
     ("tokenizer_config.json", "null", "tokenizer_config.json holds null, it must"),
     ("tokenizer_config.json", '{"a":' * 3000 + "1" + "}" * 3000, "tokenizer_config.json cannot be read as JSON"),
-    ("special_tokens_map.json", "[1]", r"special_tokens_map.json holds list \[1\]"),
+    ("special_tokens_map.json", "[1]", r"special_tokens_map.json holds a list, \[1\]"),
 ]
 
 
