@@ -90,9 +90,13 @@ class LiveMixin:
         member = self._members.get(self._active)
         if self._active == self._full or member is None or member.tree is None:
             return
-        self._check_children(member)
-        self._refuse_adapters()
-        if member.settle():
+        try:
+            self._check_children(member)
+            anew = member.settle()
+        except ElasticConfigError:
+            self._refuse_adapters()  # they are what was exchanged, and have words of their own
+            raise
+        if anew:
             del self._members[self._active]
 
     def _check_children(self, member: Member) -> None:

@@ -43,12 +43,14 @@ class Member:
 
     def lies_in(self, modules: Mapping[str, nn.Module | None]) -> bool:
         """Whether the parent, whose children are given, has the same modules, parameters and memory as when this was bound."""
-        same = self.parents[0] == modules and is_unchanged(self._theirs)
-        return same and all(bound.lies_there for bound in self.bound)
+        return self._has(modules) and all(bound.lies_there for bound in self.bound)
 
     def is_current(self, modules: Mapping[str, nn.Module | None]) -> bool:
         """The same, and what was frozen is frozen still, and no more."""
-        return self.lies_in(modules) and all(bound.is_current for bound in self.bound)
+        return self._has(modules) and all(bound.is_current for bound in self.bound)
+
+    def _has(self, modules: Mapping[str, nn.Module | None]) -> bool:
+        return self.parents[0] == modules and is_unchanged(self._theirs)
 
     def follow(self, full: Member) -> None:
         """Take over what was changed in the parent since: fields of its config, and values of tensors that are copies."""
