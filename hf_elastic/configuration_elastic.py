@@ -93,7 +93,7 @@ class ElasticConfig(InstalledCode, PreTrainedConfig):
             )
         self.parent_config = parent
         check_origin(kwargs.get(CUT_FROM))
-        check_left_out(kwargs.get("left_out"))
+        check_left_out(kwargs.get(LEFT_OUT))
         code = kwargs.get("auto_map", {})
         if not isinstance(code, Mapping) or not all(isinstance(name, str) for name in code.values()):
             raise ElasticConfigError(f"auto_map={shown(code)} must be a dict from class to the name of one.")

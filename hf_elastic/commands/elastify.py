@@ -21,7 +21,6 @@ from typing import Any
 
 from ..errors import ElasticConfigError
 from .common import (
-    check_config,
     check_device,
     check_dtype,
     check_output,
@@ -88,7 +87,6 @@ def run(args: argparse.Namespace) -> None:
     check_output(args.output, args.parent)
     check_device(args.device)
     args.dtype = check_dtype(args.dtype)
-    check_config(args.parent)
     read_fields(args.parent)  # a damaged one, before it is taken for a missing tokenizer
     tokenizer = optional_tokenizer(args.parent)
     options: dict[str, Any] = {}
@@ -97,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
         data = load_calibration(args.calibration, args.split)
         options = {"samples": args.samples, "batch_size": args.batch_size, "max_length": args.max_length}
         if not {"input_ids"} & set(data.column_names or ["input_ids"]):
-            options["tokenizer"] = load_tokenizer(args.parent)
+            options["tokenizer"] = load_tokenizer(args.parent) if tokenizer is None else tokenizer
     parent: Any = load_stock(args.parent, dtype=args.dtype)
     parent = parent.to(args.device)
     options |= {"scores": args.scores, "sort": not args.no_sort, "portable": args.portable}

@@ -13,6 +13,7 @@ from transformers.activations import ACT2FN
 from ..architectures import get_architecture
 from ..errors import ElasticConfigError, HFElasticError, did_you_mean, reason, shown
 from .known import KNOWN
+from .leaving_out import LEFT_OUT
 from .section import CUT_FROM, check_left_out, check_origin
 
 _MOST = {
@@ -49,7 +50,7 @@ def parent_from_dict(fields: Mapping[str, Any]) -> PreTrainedConfig:
     fields.pop("auto_map", None)  # of the repository's own code, which is not run
     differences = fields.pop("per_layer_config", None)
     check_origin(fields.get(CUT_FROM))
-    check_left_out(fields.get("left_out"))
+    check_left_out(fields.get(LEFT_OUT))
     refuse_huge(fields)
     quantized = fields.get("quantization_config")
     if quantized is not None and not (isinstance(quantized, Mapping) and "quant_method" in quantized):

@@ -233,7 +233,7 @@ def shard_names(index: Path, ending: str = ".safetensors") -> list[str]:
 
 
 def is_inner_path(path: Any, ending: str = ".safetensors") -> bool:
-    """Whether a text names a safetensors file in a folder or below it, on every system."""
+    """Whether a text names a file of weights in a folder or below it, on every system."""
     if not isinstance(path, str) or not path.endswith(ending) or re.search(r'[\\:*?"<>|\x00-\x1f]', path):
         return False
     return all(part.strip(". ") for part in path.split("/"))

@@ -6,6 +6,7 @@ import contextvars
 import copy
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -188,12 +189,13 @@ def in_thread(function):
         return pool.submit(function).result(timeout=120)
 
 
-def beside(model, size, run):
-    """Run something inside `at(size)` while another thread is inside `at("small")`."""
+@contextmanager
+def another_inside(model, size):
+    """Another thread that is inside `at(size)` meanwhile."""
     entered, leave = threading.Event(), threading.Event()
 
     def other():
-        with model.at("small"):
+        with model.at(size):
             entered.set()
             leave.wait(60)
 
@@ -201,11 +203,16 @@ def beside(model, size, run):
     thread.start()
     assert entered.wait(60)
     try:
-        with model.at(size):
-            return run()
+        yield
     finally:
         leave.set()
         thread.join()
+
+
+def beside(model, size, run):
+    """Run something inside `at(size)` while another thread is inside `at("small")`."""
+    with another_inside(model, "small"), model.at(size):
+        return run()
 
 
 @each_model
@@ -288,20 +295,8 @@ def test_a_call_that_outlives_its_block_ends_at_its_budget_and_the_family_goes_b
 @each_model
 def test_a_budget_cannot_be_set_to_what_another_thread_is_inside_of(name, family):
     model = family(name)
-    entered, leave = threading.Event(), threading.Event()
-
-    def other():
-        with model.at("small"):
-            entered.set()
-            leave.wait(60)
-
-    thread = threading.Thread(target=other)
-    thread.start()
-    assert entered.wait(60)
-    with pytest.raises(BusyError):
+    with another_inside(model, "small"), pytest.raises(BusyError):
         model.set_budget("small")
-    leave.set()
-    thread.join()
     assert model.budget == "full"
 
 
