@@ -159,8 +159,9 @@ class ElasticPreTrainedModel(
             pretrained_model_name_or_path (`str` or `os.PathLike`): Folder or Hub repository of an elastic checkpoint.
             config (`ElasticConfig`, *optional*): Use it instead of the checkpoint's `config.json`.
             budget (*optional*):
-                Which size: a name, a number of parameters (`1.2e9`, `"1.2B"`), active parameters (`"300M active"`), weight memory
-                (`"24GB"`), what is free (`"auto"`, see [`hf_elastic.checkpoints.memory`]), or a dict of sizes; see [`hf_elastic.configuration.budgets`]. `None` is the whole parent with all budgets switchable.
+                Which size: a name, a number of parameters (`1.2e9`, `"1.2B"`), active parameters (`"300M active"`), a share of the parent's (`0.5`,
+                `"50%"`, `"50% active"`), weight memory (`"24GB"`), what is free (`"auto"`, see [`hf_elastic.checkpoints.memory`]), or a dict of sizes;
+                see [`hf_elastic.configuration.budgets`]. `None` is the whole parent with all budgets switchable.
             elastic_config (*optional*):
                 For a plain checkpoint whose weights are sorted already, what it nests: `"auto"` for a released family, or an
                 [`ElasticConfig`], its section or budgets; see [`hf_elastic.checkpoints.described.described_config`].
@@ -234,6 +235,9 @@ class ElasticPreTrainedModel(
         model._adopt(sliced, router)
         model._loaded_from = loaded_from(pretrained_model_name_or_path, hub)
         return (model, info) if want_info else model
+
+    def __repr__(self) -> str:
+        return f"{self._sizes_shown()}{super().__repr__()}"
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """Resize the vocabulary of everything that is loaded; budgets and their counts follow."""

@@ -10,8 +10,8 @@ from typing import Any
 from ..errors import ElasticConfigError
 
 BUDGET_HELP = (
-    "which size: a name, a number of parameters ('1.2B'), active parameters ('300M active'), weight memory ('24GB') or what is "
-    "free ('auto'), for which the largest size that fits is taken; everything if not given"
+    "which size: a name, a number of parameters ('1.2B'), active parameters ('300M active'), a share of the parent's ('50%%', '50%% active'), "
+    "weight memory ('24GB') or what is free ('auto'), for which the largest size that fits is taken; everything if not given"
 )
 
 

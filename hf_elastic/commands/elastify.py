@@ -1,10 +1,10 @@
 """Make a plain checkpoint elastic: score it, sort it, and save it with its budgets.
 
   hf-elastic elastify org/plain out --calibration text.jsonl --budget small:hidden=0.75,ffn=0.5
-  hf-elastic elastify org/plain out --calibration org/dataset --axis hidden --axis ffn=1.0,0.75,0.5 --budget half=6B --budget gpu=24GB
+  hf-elastic elastify org/plain out --calibration org/dataset --axis hidden --axis ffn=1.0,0.75,0.5 --budget half=50% --budget gpu=24GB
 
 A budget is NAME:AXIS=SIZE,... with sizes or shares of the parent's (layers takes a number), or NAME=TARGET, which is searched over the
-choices of the axes. --spec takes both as JSON, with sizes per layer: {"axes": ..., "budgets": ...}.
+choices of the axes: 50% (or 0.5) of the parent's parameters, "50% active", 6B, "2.1B active", 24GB. --spec takes both as JSON, with sizes per layer: {"axes": ..., "budgets": ...}.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="BUDGET",
-        help="NAME:AXIS=SIZE,... or NAME=TARGET; may be given several times",
+        help="NAME:AXIS=SIZE,... or NAME=TARGET (half=50%%); may be given several times",
     )
     parser.add_argument("--spec", metavar="FILE", help="JSON file with axes and budgets")
     parser.add_argument("--scores", metavar="FILE", help="reuse scores instead of scoring")

@@ -12,6 +12,7 @@ Several processes: torchrun --nproc-per-node 8 -m hf_elastic.cli train CONFIG.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import io
 import re
 import sys
@@ -103,6 +104,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if not Path(args.config).is_file():
         raise ElasticConfigError(f"there is no file {args.config}.")
+    if importlib.util.find_spec("trl") is None:
+        raise ImportError("training needs trl: pip install 'hf-elastic[train]'")
     train_arguments, adapter, config = parse(args.config, args.overrides)
     for name in ("model", "dataset", "teacher", "dataset_split", "eval_dataset", "dtype"):
         if not isinstance(value := getattr(train_arguments, name), (str, type(None))):

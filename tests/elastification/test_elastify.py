@@ -181,8 +181,8 @@ def test_bad_input(arguments, error, message, original, calibration):
         ({"budgets": {"a": {"ffn": 0.95}}}, r"budget 'a'=\{'ffn': 0\.95\} cuts nothing.*multiples of 8.*multiple_of"),
         ({"budgets": {"a": "half"}, "axes": ["ffn"]}, "must be a dict of sizes, or a target"),
         (
-            {"budgets": {"a": "1k", "b": "90%"}, "axes": ["ffn"]},
-            "budget 'b'='90%' must be a dict of sizes, or a target",
+            {"budgets": {"a": "1k", "b": "90 percent"}, "axes": ["ffn"]},
+            "budget 'b'='90 percent' must be a dict of sizes, or a target",
         ),
         ({"budgets": {"a": "1k"}, "axes": ["ffn"]}, "budget 'a': no choice of ffn fits into 1.00k parameters"),
         ({"budgets": [("a", {"ffn": 8})]}, "must be a dict from name to sizes or target"),
