@@ -16,8 +16,8 @@ import torch
 
 from hf_elastic.cli import build_parser, main
 
-REAL = "needs a real checkpoint"
-"""Title of a block that is not run, because what it reads does not ship with the package."""
+NOT_RUN = ("needs a real checkpoint", "takes minutes")
+"""Titles of blocks that are only checked: what they read does not ship with the package, or they train for longer than a test may."""
 
 _FENCE = re.compile(
     r"^(?P<indent> *)```(?P<language>\w*)(?: +title=\"(?P<title>[^\"]*)\")?(?P<rest>[^\n]*)\n(?P<text>.*?)^(?P=indent)```$",
@@ -38,8 +38,8 @@ class Block:
     output: str | None = None
 
     @property
-    def real(self) -> bool:
-        return self.title == REAL
+    def runs(self) -> bool:
+        return self.title not in NOT_RUN
 
     @property
     def file(self) -> bool:
@@ -124,4 +124,4 @@ def _command(words: list[str], block: Block) -> None:
             code = main(words[1:])
         assert code == 0, f"{block}: {shlex.join(words)}: {errors.getvalue()}"
     else:
-        assert words[0] in ("make", "pip", "git", "cd"), f'{block}: {words[0]} does not run here: title="{REAL}"?'
+        assert words[0] in ("make", "pip", "git", "cd"), f'{block}: {words[0]} does not run here: title="{NOT_RUN[0]}"?'
