@@ -124,4 +124,6 @@ def _command(words: list[str], block: Block) -> None:
             code = main(words[1:])
         assert code == 0, f"{block}: {shlex.join(words)}: {errors.getvalue()}"
     else:
-        assert words[0] in ("make", "pip", "git", "cd"), f'{block}: {words[0]} does not run here: title="{NOT_RUN[0]}"?'
+        assert words[0] in ("make", "pip", "git", "cd"), (
+            f'{block}: {words[0]} does not run here: title="{NOT_RUN[0]}"?'
+        )

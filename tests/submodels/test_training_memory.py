@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from cases import parent_config
 from nano_v3 import nano_v3
 from peft import LoraConfig, get_peft_model
+from transformers import GraniteMoeHybridConfig, NemotronHConfig
 
 from hf_elastic import ElasticConfig, ElasticConfigError
 from hf_elastic.architectures import get_architecture
 from hf_elastic.architectures.cost import CostModel
 from hf_elastic.cli import main
+from hf_elastic.commands.elastify import parse_budget
 from hf_elastic.submodels.training_memory import adapter_parameters, training_flops, training_memory
 
 LORA = {
@@ -119,3 +123,103 @@ def test_plan_says_what_a_run_takes(folder, capsys):
 def test_plan_refuses_options_that_nothing_would_look_at(folder, options, message, capsys):
     assert main(["plan", folder, *options]) != 0
     assert message in capsys.readouterr().err
+
+
+NANO_9B = NemotronHConfig(
+    hybrid_override_pattern="M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-",
+    vocab_size=131072,
+    hidden_size=4480,
+    intermediate_size=15680,
+    num_attention_heads=40,
+    num_key_value_heads=8,
+    head_dim=128,
+    mamba_num_heads=128,
+    mamba_head_dim=80,
+    n_groups=8,
+    ssm_state_size=128,
+    max_position_embeddings=131072,
+)
+"""Published sizes of NVIDIA Nemotron Nano 9B v2."""
+GRANITE_TINY = GraniteMoeHybridConfig(
+    vocab_size=100352,
+    hidden_size=1536,
+    intermediate_size=512,
+    shared_intermediate_size=1024,
+    num_hidden_layers=40,
+    layer_types=["attention" if i in (5, 15, 25, 35) else "mamba" for i in range(40)],
+    num_attention_heads=12,
+    num_key_value_heads=4,
+    mamba_n_heads=48,
+    mamba_d_head=64,
+    mamba_d_state=128,
+    mamba_n_groups=1,
+    mamba_expand=2,
+    num_local_experts=64,
+    num_experts_per_tok=6,
+    tie_word_embeddings=True,
+    max_position_embeddings=131072,
+)
+"""Published sizes of IBM Granite 4.0 H Tiny."""
+ROWS = {
+    "weights": "weights, bfloat16",
+    "gradients": "gradients",
+    "AdamW": "AdamW",
+    "adapter": "adapter, with gradients and AdamW",
+    "teacher": "teacher, bfloat16",
+    "hidden states": "*hidden states, checkpointed*",
+    "one layer": "*one layer, computed again*",
+    "logits": "*logits*",
+    "gathered": "*gathered by FSDP*",
+    "folded experts": "*experts with the adapter folded in*",
+}
+
+
+def test_the_guide_says_what_is_counted():
+    page = (Path(__file__).parents[2] / "docs" / "make.md").read_text(encoding="utf-8")
+    table = page.partition("<!-- training:begin -->")[2].partition("<!-- training:end -->")[0]
+    said = {
+        cells[0]: cells[1:] for cells in (row.strip()[1:-1].split("|") for row in table.splitlines() if "|" in row)
+    }
+    said = {name.strip(): [cell.strip() for cell in cells] for name, cells in said.items()}
+    runs = [
+        training_memory(GRANITE_TINY, "lora", rank=16),
+        training_memory(NANO_9B, "lora", rank=64),
+        training_memory(nano_v3(), "lora", rank=16, gpus=8),
+        training_memory(nano_v3(), "full", gpus=8),
+    ]
+    for name, row in ROWS.items():
+        cells = [f"{sizes(run)[name] / 1e9:.1f}" if name in sizes(run) else "" for run in runs]
+        assert said[row] == cells, row
+    assert said["**together**"] == [f"**{sum(part.size for part in run) / 1e9:.1f}**" for run in runs]
+
+    def together(config, kind, **options):
+        return f"{sum(part.size for part in training_memory(config, kind, **options)) / 1e9:.1f} GB"
+
+    assert f"All weights do not: {together(GRANITE_TINY, 'full')}" in page
+    assert f"All weights do not: {together(NANO_9B, 'full')}" in page
+    assert f"they take {together(NANO_9B, 'full', dtype=torch.float32, gpus=4)} each" in page
+    assert f"in float32 ({together(nano_v3(), 'full', dtype=torch.float32, gpus=8)})" in page
+
+
+SUGGESTED = {
+    "Granite 4.0 H Tiny": (GRANITE_TINY, "6.94B (1.47B), 5.43B (1.46B), 3.16B (1.18B)", "1.1e10"),
+    "Nano 9B v2": (NANO_9B, "8.89B, 7.90B, 6.57B", "6.4e10"),
+    "Nano 30B": (nano_v3(), "31.58B (3.58B), 23.68B (2.69B), 12.43B (2.08B)", "2.4e10"),
+}
+
+
+@pytest.mark.parametrize("name", SUGGESTED)
+def test_the_sizes_that_the_guide_suggests_are_counted(name):
+    page = (Path(__file__).parents[2] / "docs" / "make.md").read_text(encoding="utf-8")
+    config, counted, flops = SUGGESTED[name]
+    (budgets, told) = re.search(rf"^\| {name} \| `(.*?)` \| (.*?) \|$", page, re.MULTILINE).groups()
+    family = ElasticConfig.from_parent(config, dict(map(parse_budget, budgets.replace("--budget ", "").split())))
+    costs = [CostModel(config)(member) for member in family.family().values()]
+    with_active = "(" in told
+    words = [
+        f"{c.total_params / 1e9:.2f}B" + (f" ({c.active_params / 1e9:.2f}B)" if with_active else "") for c in costs
+    ]
+    assert ", ".join(words) == told == counted
+    per_token = training_flops(config, "lora", [cost.active_params for cost in costs])
+    assert f"{per_token:.1e}".replace("e+", "e") == flops
+    assert re.search(rf"^\| {name} with .*?, LoRA \| {flops} \| {flops[:3]}e18 \|$", page, re.MULTILINE)
