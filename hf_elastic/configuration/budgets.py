@@ -192,7 +192,7 @@ def warn_if_far(where: str, limit: Limit, found: float, whole: float, advice: st
     if found >= whole:
         told = f"{where} asks for {limit}, and the whole parent, which it gives, has {limit.of(whole)}. {advice}"
     else:
-        told = f"{where} asks for {limit}; the largest size within that has {limit.of(found)}, {found / limit.value:.0%} of it. {advice}"
+        told = f"{where} asks for {limit}; what was found within that has {limit.of(found)}, {found / limit.value:.0%} of it. {advice}"
     warnings.warn(told, BudgetWarning, stacklevel=users_level())
 
 
