@@ -13,7 +13,9 @@
 | `"auto"`, `{"memory": "auto", "context_length": 32768}` | ... do so in the memory that is free where the model is loaded (`from_pretrained` only) |
 | `{"hidden": 1920, "expert_ffn": 960}` | exactly these sizes, the parent's elsewhere |
 
-A limit selects among the budgets of the checkpoint and, where a router decided them, the submodels that it interpolates between them.
+The parent is everything that is loaded: in a slice, the slice. A limit selects among the budgets of the checkpoint and, where a router
+decided them, the submodels that it interpolates between them. What it finds may be far from it, which is said (`BudgetWarning`), except of
+memory.
 """
 
 from __future__ import annotations

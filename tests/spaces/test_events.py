@@ -237,3 +237,11 @@ def test_costs_shown_are_those_of_the_model(lab):
     )
     assert kv == 3 * lab.sizes[-1].kv_bytes_per_token
     assert lab.sizes[-1].cache_bytes(3) == kv + lab.sizes[-1].state_bytes
+
+
+def test_a_size_may_be_asked_for_as_a_share(lab):
+    size, whole = lab.sizes[1], lab.sizes[-1]
+    share = f"{100 * size.active_params / whole.active_params + 0.01:.2f}% active"
+    ask = Ask((("user", lab.task.examples[0]),), share, "100%", 2, 2)
+    lab.check(ask)
+    assert [event.budget for event in lab.stream(ask) if event.kind == "start"] == [size.name, whole.name]
