@@ -7,6 +7,7 @@ import importlib.util
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,38 @@ def test_speculation(name, family_folder):
     settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     alone = family.generate(prompt, **settings)
     assert torch.equal(family.generate(prompt, draft_budget="small", num_draft_tokens=3, **settings), alone)
+
+
+@without_kernels
+@pytest.mark.parametrize("name", ["nano3", "granite"])
+def test_sizes_in_threads(name, family_folder):
+    """Sizes of their own, and blocks of one family, in threads of their own write what they write alone, and take no memory for it."""
+    family = load(family_folder(name), device_map="cuda")
+    budgets = (*BUDGETS[name], "full")
+    prompt = torch.arange(6, 17, device="cuda")[None]
+    settings = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
+
+    def in_block(budget: str) -> list[list[list[int]]]:
+        texts = []
+        for _ in range(4):
+            with family.at(budget):
+                texts.append(family.generate(prompt, **settings).tolist())
+        return texts
+
+    def sized(budget: str) -> list[list[list[int]]]:
+        model = family.sized(budget)
+        return [model.generate(prompt, **settings).tolist() for _ in range(4)]
+
+    alone = {budget: in_block(budget)[0] for budget in budgets}
+    assert len({str(text) for text in alone.values()}) == len(budgets)
+    before = torch.cuda.memory_allocated()
+    with ThreadPoolExecutor(2 * len(budgets)) as pool:
+        runs = [(budget, pool.submit(action, budget)) for action in (in_block, sized) for budget in budgets]
+        for budget, run in runs:
+            assert run.result() == [alone[budget]] * 4, budget
+    gc.collect()
+    assert torch.cuda.memory_allocated() <= before + 2**20  # workspaces of products, no weights
+    assert family.budget == "full"
 
 
 @without_kernels
