@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .common import add_device, add_json, check_device, check_dtype, load_tokenizer, table
+from .common import add_device, add_json, check_device, check_dtype, check_source, load_tokenizer, table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,6 +71,7 @@ def run(args: argparse.Namespace) -> None:
             raise ElasticConfigError(f"--{name.replace('_', '-')}={getattr(args, name)} must be at least 1.")
     if args.prefill_speed is not None and not 0 < args.prefill_speed < float("inf"):
         raise ElasticConfigError(f"--prefill-speed={args.prefill_speed} must be a positive number.")
+    check_source(args.repo)
     device = check_device(args.device)
     args.dtype = check_dtype(args.dtype)
     if args.output and Path(args.output).exists() and not Path(args.output).is_dir():

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from ..errors import ElasticConfigError, did_you_mean
-from .common import check_dtype, load_tokenizer
+from .common import check_dtype, check_source, load_tokenizer
 from .elastify import load_calibration
 
 
@@ -196,6 +196,9 @@ def train(arguments: TrainArguments, adapter: AdapterArguments, config: Any) -> 
     from ..trainers import ElasticDistillationTrainer
     from ..trainers.routing import REPORT_FILE
 
+    for source in (arguments.model, arguments.teacher):
+        if source is not None:
+            check_source(source)
     data = load_calibration(arguments.dataset, arguments.dataset_split)
     tokenizer = load_tokenizer(arguments.model)
     model = ElasticForCausalLM.from_pretrained(
