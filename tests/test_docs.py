@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from blocks import Block, blocks, check, commands, run
 
+from hf_elastic import errors
 from hf_elastic.lab.family import FAMILY_DIR
 from hf_elastic.lab.parent import PARENT_DIR
 
@@ -147,3 +148,11 @@ def test_every_public_name_is_on_a_page_of_the_reference(package):
     pages = "\n".join(path.read_text(encoding="utf-8") for page, path in PAGES.items() if page.startswith("docs/api/"))
     listed = re.findall(rf"^::: {re.escape(package)}\.(\w+)$", pages, re.MULTILINE)
     assert sorted(listed) == sorted(_public(package))
+
+
+def test_every_error_is_explained():
+    page = PAGES["docs/errors.md"].read_text(encoding="utf-8")
+    for name, value in vars(errors).items():
+        if isinstance(value, type) and issubclass(value, (errors.HFElasticError, Warning)) and name[0] != "_":
+            assert f"| `{name}` |" in page or value is errors.HFElasticError, name
+            assert f"\n## {name}\n" in page or value is errors.HFElasticError, name
