@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +11,6 @@ from hf_elastic import HFElasticError
 from hf_elastic.cli import main
 from hf_elastic.lab import zero_shot
 from hf_elastic.lab.parent import load_parent
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -45,18 +41,6 @@ def test_results_are_complete_and_plausible(lab):
         "tokenizer.json",
         "tokenizer_config.json",
     ]
-
-
-@pytest.mark.slow
-def test_the_readme_example_prints_what_the_readme_says(lab, monkeypatch, capsys):
-    readme = (ROOT / "README.md").read_text()
-    example = re.search(r"<!-- example:begin -->\n```python\n(.*?)```\n```\n(.*?)```", readme, re.DOTALL)
-    code, expected = example.groups()
-    monkeypatch.chdir(lab.parent)  # the example reads demo/elastic
-    capsys.readouterr()
-    with torch.no_grad():
-        exec(compile(code, "README.md", "exec"), {})
-    assert capsys.readouterr().out == expected
 
 
 def test_a_live_submodel_that_is_not_the_slice_stops_the_lab(tmp_path, monkeypatch):
