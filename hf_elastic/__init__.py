@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from ._version import __version__
 from .adapters.slices import load_adapter, slice_adapter
+from .adapters.targets import lora_targets
 from .configuration_elastic import ElasticConfig
 from .elastification.elastify import elastify
 from .elastification.importance import Scores, score
@@ -56,6 +57,7 @@ __all__ = [
     "__version__",
     "elastify",
     "load_adapter",
+    "lora_targets",
     "masked_model",
     "recover",
     "render_card",

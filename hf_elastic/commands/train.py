@@ -60,6 +60,8 @@ class AdapterArguments:
         lora_alpha (`int`, *optional*, defaults to 32): Scales the product by `alpha / r`.
         use_rslora (`bool`, *optional*, defaults to `False`): Scale it by `alpha / sqrt(r)`.
         lora_dropout (`float`, *optional*, defaults to 0.0): Of linear layers; peft has none for experts.
+        lora_targets (`str`, *optional*): `auto` adapts everything that can be: all linear layers of the blocks, experts included, whatever
+            they are called in this model. Instead of the next two.
         lora_target_modules (`list[str]`, *optional*): Linear layers; the projections of attention by default.
         lora_target_parameters (`list[str]`, *optional*): Experts and routers, such as `mixer.experts.up_proj`.
         merge_adapter (`bool`, *optional*, defaults to `False`): Save the family with the adapter merged, too, in `output_dir/merged`.
@@ -70,6 +72,9 @@ class AdapterArguments:
     lora_alpha: int = field(default=32, metadata={"help": "Scales the product by alpha / r."})
     use_rslora: bool = field(default=False, metadata={"help": "Scale it by alpha / sqrt(r)."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Of linear layers; peft has none for experts."})
+    lora_targets: str | None = field(
+        default=None, metadata={"help": "auto: all linear layers of the blocks, experts included."}
+    )
     lora_target_modules: list[str] | None = field(
         default=None, metadata={"help": "Linear layers; the projections of attention by default."}
     )
@@ -84,13 +89,29 @@ class AdapterArguments:
         given = [f.name for f in fields(self) if getattr(self, f.name) != f.default and f.name != "use_peft"]
         if given and not self.use_peft:
             raise ElasticConfigError(f"{', '.join(given)} would be ignored without use_peft: true.")
+        if self.lora_targets not in (None, "auto"):
+            raise ElasticConfigError(
+                f"lora_targets={self.lora_targets!r} must be auto; name single modules in lora_target_modules."
+            )
+        if self.lora_targets and self.lora_target_modules:
+            raise ElasticConfigError(
+                f"give either lora_targets: auto or lora_target_modules ({self.lora_target_modules}), not both."
+            )
 
     def peft_config(self) -> Any:
         """The `peft.LoraConfig`; `None` if all weights are trained."""
         from trl import ModelConfig, get_peft_config
 
-        shared = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "merge_adapter"}
-        return get_peft_config(ModelConfig(**shared))
+        own = ("merge_adapter", "lora_targets")
+        config = get_peft_config(
+            ModelConfig(**{f.name: getattr(self, f.name) for f in fields(self) if f.name not in own})
+        )
+        if config is not None:
+            names: Any = self.lora_targets or self.lora_target_modules
+            if isinstance(names, str) and re.fullmatch(r"[\w.]+", names) and names != "auto":
+                names = [names]
+            config.target_modules = names  # upstream takes one name for a pattern of whole paths
+        return config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
