@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .common import add_json, add_markers, check_device, check_dtype, load_tokenizer, markers, table
+from .common import add_device, add_json, add_markers, check_device, check_dtype, load_tokenizer, markers, table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prefill-speed", type=float, help="tokens read in the time in which one is written, for the modelled cost"
     )
     parser.add_argument("--dtype", default="auto", help="type of the weights (default: the checkpoint's)")
-    parser.add_argument("--device", help="for example cuda or cpu (default: cuda if there is one)")
+    add_device(parser, "compute")
     parser.add_argument("--output", metavar="OUTPUT", help="folder for plans.json and plans.png")
     add_json(parser)
 
