@@ -65,6 +65,7 @@ def run(args: argparse.Namespace) -> None:
     from ..errors import ElasticConfigError
     from ..evaluation.lm_eval import LmEvalTask
     from ..evaluation.plans import PREFILL_SPEED, measure_plan, plan_matrix, results_file
+    from ..lab.book_task import BookTask, check_reads_book
     from ..modeling_elastic import ElasticForCausalLM
 
     caps = [_cap(text) for text in args.max_thinking_tokens or ["none"]]
@@ -79,6 +80,8 @@ def run(args: argparse.Namespace) -> None:
         raise ElasticConfigError(f"--output={args.output} is a file; give a folder.")
     task = _task(args)
     tokenizer = load_tokenizer(args.repo)
+    if isinstance(task, BookTask):
+        check_reads_book(tokenizer, args.repo)
     model = ElasticForCausalLM.from_pretrained(args.repo, dtype=args.dtype).to(device)
     names = list(model.elastic_config.family())
     options: dict[str, Any] = {"max_answer_tokens": args.max_answer_tokens, "handover": args.handover}

@@ -23,6 +23,7 @@ from typing import Any, get_args, get_type_hints
 from ..errors import ElasticConfigError, did_you_mean
 from .common import check_dtype, load_tokenizer
 from .elastify import load_calibration
+from .recipes import check_placeholders, defaults, find_recipe, tell_after, tell_before
 
 
 @dataclass
@@ -35,7 +36,7 @@ class TrainArguments:
         teacher (`str`, *optional*): Defaults to the model as it is at the start.
         dataset_split (`str`, *optional*, defaults to `"train"`): Split of a Hub dataset.
         eval_dataset (`str`, *optional*): Like `dataset`.
-        dtype (`str`, *optional*, defaults to `"auto"`): Type of the weights.
+        dtype (`str`, *optional*): Type of the weights; the checkpoint's (`"auto"`) if only an adapter is trained, else float32.
         resume (`bool`, *optional*, defaults to `False`): Go on from the last checkpoint in `output_dir`.
     """
 
@@ -122,8 +123,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if not Path(args.config).is_file():
-        raise ElasticConfigError(f"there is no file {args.config}.")
+    args.config = find_recipe(args.config)
     train_arguments, adapter, config = parse(args.config, args.overrides)
     for name in ("model", "dataset", "teacher", "dataset_split", "eval_dataset", "dtype"):
         if not isinstance(value := getattr(train_arguments, name), (str, type(None))):
@@ -131,6 +131,7 @@ def run(args: argparse.Namespace) -> None:
     for name in ("model", "dataset"):
         if not getattr(train_arguments, name):
             raise ElasticConfigError(f"{args.config} does not say {name}.")
+    check_placeholders(args.config, train_arguments)
     dtype = "auto" if train_arguments.dtype is None else train_arguments.dtype
     train_arguments.dtype = check_dtype(dtype, f"{args.config}: dtype")
     train(train_arguments, adapter, config)
@@ -155,7 +156,7 @@ def parse(config: str, overrides: list[str]) -> tuple[TrainArguments, AdapterArg
     said = io.StringIO()
     try:
         known = [f.name for part in parts for f in fields(part) if f.init]
-        _check_keys(config, known)
+        parser.set_defaults_with_config(**defaults(_check_keys(config, known) | _options(overrides)))
         with redirect_stderr(said):
             train_arguments, adapter, distillation = parser.parse_args_and_config(["--config", config, *overrides])
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -173,7 +174,7 @@ def parse(config: str, overrides: list[str]) -> tuple[TrainArguments, AdapterArg
         if "bf16" not in str(error):
             raise
         raise ElasticConfigError(
-            f"{config}: training in bf16, which is the default, needs a device that has it, and there is none here or use_cpu is set; "
+            f"{config}: training in bf16 needs a device that has it, and there is none here or use_cpu is set; "
             "write bf16: false."
         ) from error
     except SystemExit as error:  # argparse prints all fields, and what is wrong at the end
@@ -189,8 +190,18 @@ def parse(config: str, overrides: list[str]) -> tuple[TrainArguments, AdapterArg
     return train_arguments, adapter, distillation
 
 
-def _check_keys(config: str, known: list[str]) -> None:
-    """Refuse keys that no field has, before upstream looks at the values; it would speak of its dataclasses."""
+def _options(overrides: list[str]) -> dict[str, str]:
+    """Options as `--field value`, `--field=value` or, for what is true, `--field`."""
+    pairs = zip(overrides, [*overrides[1:], "--"], strict=False)
+    named = [(o.lstrip("-").partition("="), after) for o, after in pairs if o.startswith("--")]
+    return {
+        name: value if equals else "true" if after.startswith("--") else after
+        for (name, equals, value), after in named
+    }
+
+
+def _check_keys(config: str, known: list[str]) -> dict[str, Any]:
+    """What is written. Refuses keys that no field has, before upstream looks at the values; it would speak of its dataclasses."""
     import yaml
 
     written = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
@@ -203,6 +214,7 @@ def _check_keys(config: str, known: list[str]) -> None:
                 f"unknown key {key!r} in {config}; it takes {first}, and the fields of LoRA and of ElasticDistillationConfig."
                 f"{did_you_mean(key, known)}"
             )
+    return written
 
 
 def train(arguments: TrainArguments, adapter: AdapterArguments, config: Any) -> None:
@@ -233,6 +245,8 @@ def train(arguments: TrainArguments, adapter: AdapterArguments, config: Any) -> 
         raise ElasticConfigError(
             "merge_adapter needs whole weights, which FSDP shards; merge the saved adapter after the run."
         )
+    if trainer.is_world_process_zero():
+        print(tell_before(trainer, arguments.model), flush=True)
     trainer.train(resume_from_checkpoint=arguments.resume or None)
     trainer.save_model()
     if trainer.is_world_process_zero():
@@ -245,3 +259,5 @@ def train(arguments: TrainArguments, adapter: AdapterArguments, config: Any) -> 
         with replacing(merged) as folder:
             trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+    if trainer.is_world_process_zero():
+        print(tell_after(trainer, config.output_dir, adapter.merge_adapter))

@@ -152,6 +152,16 @@ def test_evaluate_takes_or_finds_the_markers(task, options, expected, reasoning,
     assert not isinstance(asked, LmEvalTask) or asked.think_end_token == expected[1]
 
 
+def test_evaluate_without_a_task_is_for_models_of_the_lab(reasoning, capsys):
+    """With another tokenizer, which may read the problems or may not, scores would say nothing."""
+    for tokenizer in (made(), made(extra=[c for c in "^a4b+3c-1>" if c not in "a4"])):
+        tokenizer.save_pretrained(reasoning)
+        assert main(["evaluate", str(reasoning)]) == 2
+        error = capsys.readouterr().err
+        assert "book is the task of the embedded lab" in error
+        assert "Give --task NAME" in error
+
+
 def test_generate_takes_or_finds_the_markers(reasoning, capsys):
     plan = ["generate", str(reasoning), "^a4b+3c-1d+5>", "--thinking", "third", "--answering", "half"]
     for options in ([], ["--start", "<reason>", "--end", "</reason>"]):
