@@ -172,5 +172,19 @@ def add_elastic_config(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_markers(parser: argparse.ArgumentParser) -> None:
+    found = "default: found in the chat template, or"
+    parser.add_argument("--start", metavar="TEXT", help=f"marker that opens the thinking, or none ({found} <think>)")
+    parser.add_argument("--end", metavar="TEXT", help=f"marker that ends the thinking ({found} </think>)")
+
+
+def markers(args: argparse.Namespace) -> dict[str, Any]:
+    """`--start` and `--end` as arguments of [`PhasePlan`]."""
+    given = {"start": args.start, "end": args.end}
+    return {
+        key: None if key == "start" and text == "none" else text for key, text in given.items() if text is not None
+    }
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON for machines instead of text")

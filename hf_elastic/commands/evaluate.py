@@ -13,7 +13,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .common import add_device, add_json, check_device, check_dtype, check_source, load_tokenizer, table
+from .common import (
+    add_device,
+    add_json,
+    add_markers,
+    check_device,
+    check_dtype,
+    check_source,
+    load_tokenizer,
+    markers,
+    table,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--handover", default="auto", choices=("auto", "cache", "reprefill"), help="how the answerer takes over"
     )
+    add_markers(parser)
     parser.add_argument("--count", type=int, default=100, help="problems (default: 100)")
     parser.add_argument(
         "--metric",
@@ -62,7 +73,9 @@ def run(args: argparse.Namespace) -> None:
 
     from ..checkpoints.replacing import replacing
     from ..errors import ElasticConfigError
+    from ..evaluation.lm_eval import LmEvalTask
     from ..evaluation.plans import PREFILL_SPEED, measure_plan, plan_matrix, results_file
+    from ..lab.book_task import BookTask, check_reads_book
     from ..modeling_elastic import ElasticForCausalLM
 
     caps = [_cap(text) for text in args.max_thinking_tokens or ["none"]]
@@ -78,10 +91,15 @@ def run(args: argparse.Namespace) -> None:
         raise ElasticConfigError(f"--output={args.output} is a file; give a folder.")
     task = _task(args)
     tokenizer = load_tokenizer(args.repo)
+    if isinstance(task, BookTask):
+        check_reads_book(tokenizer, args.repo)
     model = ElasticForCausalLM.from_pretrained(args.repo, dtype=args.dtype).to(device)
     names = list(model.elastic_config.family())
     options: dict[str, Any] = {"max_answer_tokens": args.max_answer_tokens, "handover": args.handover}
-    plans = plan_matrix(args.thinking or names, args.answering or names, caps, **options)
+    plans = plan_matrix(args.thinking or names, args.answering or names, caps, **options, **markers(args))
+    plans = [plan.with_markers(tokenizer) for plan in plans]
+    if isinstance(task, LmEvalTask):
+        task.think_end_token = plans[0].phases[0].end
     for budget in {phase.budget for plan in plans for phase in plan.phases}:
         model.elastic_config.resolve(budget, model.dtype)  # all of them, before the first one takes its time
     speed = args.prefill_speed or PREFILL_SPEED
@@ -120,9 +138,7 @@ def _task(args: argparse.Namespace) -> Any:
     from ..evaluation.lm_eval import LmEvalTask, find_tasks
 
     find_tasks([args.task], args.include_path)  # before anything is loaded
-    return LmEvalTask(
-        args.task, limit=args.count, include_path=args.include_path, metric=args.metric, think_end_token="</think>"
-    )
+    return LmEvalTask(args.task, limit=args.count, include_path=args.include_path, metric=args.metric)
 
 
 def _draw(results: dict[str, Any], model: Any, path: Path) -> None:

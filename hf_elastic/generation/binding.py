@@ -62,6 +62,7 @@ def bind(model: Any, plan: PhasePlan, tokenizer: PreTrainedTokenizerBase | None)
     """
     if not isinstance(plan, PhasePlan):
         raise PhasePlanError(f"phase_plan={shown(plan)} must be a PhasePlan.")
+    plan = plan.with_markers(tokenizer)
     bound: list[BoundPhase] = []
     turns, is_blank = _turn_ids(tokenizer, plan), Blanks(tokenizer)
     for phase in plan.phases:
