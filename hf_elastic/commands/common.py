@@ -91,20 +91,20 @@ def check_dtype(name: str, where: str = "--dtype") -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def check_device(name: str | None) -> str:
-    """The device that was asked for, or the one to take; refuses one that torch does not know or this machine does not have."""
-    import torch
+def add_device(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument(
+        "--device",
+        default="auto",
+        metavar="auto|cpu|cuda|...",
+        help=f"where to {what} (default: auto, which is the accelerator if there is one)",
+    )
 
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=name)
-    except (
-        RuntimeError,
-        AssertionError,
-        ValueError,
-    ) as error:  # torch's own kinds for unknown, not built in, not there
-        raise ElasticConfigError(f"--device={name!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return name
+
+def check_device(name: str | None) -> Any:
+    """The device that was asked for, or the one to take; refuses one that torch does not know or this machine does not have."""
+    from ..checkpoints.devices import checked_device
+
+    return checked_device(name, "--device")
 
 
 def check_config(source: str) -> None:

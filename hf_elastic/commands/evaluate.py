@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .common import add_json, check_device, check_dtype, load_tokenizer, table
+from .common import add_device, add_json, check_device, check_dtype, load_tokenizer, table
 from .elastify import load_calibration
 
 
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         metavar="DATA",
         help="instead of a task: rows to read, in a file (.jsonl, ...) or Hub dataset, with messages, text or input_ids. Gives loss, divergence "
-        "(kl) from the whole model and agreement per size; nothing is written",
+        "(kl) from the whole model and agreement, per size",
     )
     parser.add_argument("--split", default="test", help="with --data: split of a Hub dataset (default: test)")
     parser.add_argument("--include-path", help="folder with further task files for lm-eval")
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prefill-speed", type=float, help="tokens read in the time in which one is written, for the modelled cost"
     )
     parser.add_argument("--dtype", default="auto", help="type of the weights (default: the checkpoint's)")
-    parser.add_argument("--device", help="for example cuda or cpu (default: cuda if there is one)")
+    add_device(parser, "compute")
     parser.add_argument("--output", metavar="OUTPUT", help="folder for plans.json and plans.png")
     add_json(parser)
 
@@ -74,16 +74,14 @@ def run(args: argparse.Namespace) -> None:
 
 def _measure_texts(args: argparse.Namespace) -> None:
     """Every size on rows of text: what `--data` asks for."""
-    from ..checkpoints.replacing import replacing
     from ..elastification.calibration import batches_of
     from ..errors import ElasticConfigError
     from ..evaluation.texts import measure_texts
     from ..modeling_elastic import ElasticForCausalLM
 
-    given = [name for name in ("task", "thinking", "answering", "max_thinking_tokens") if getattr(args, name)]
-    if given:
-        words = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise ElasticConfigError(f"--data reads rows and solves no task; leave out {words}.")
+    others = ("task", "include_path", "thinking", "answering", "max_thinking_tokens", "max_answer_tokens", "metric", "output")
+    if given := [f"--{name.replace('_', '-')}" for name in others if getattr(args, name) is not None]:
+        raise ElasticConfigError(f"--data reads rows and prints what it finds, so {', '.join(given)} would have no effect.")
     for name in ("count", "batch_size"):
         if getattr(args, name) < 1:
             raise ElasticConfigError(f"--{name.replace('_', '-')}={getattr(args, name)} must be at least 1.")
@@ -92,9 +90,6 @@ def _measure_texts(args: argparse.Namespace) -> None:
     model: Any = ElasticForCausalLM.from_pretrained(args.repo, dtype=dtype).to(device)
     sizes = measure_texts(model, batches_of(data, args.batch_size, args.count, None, tokenizer))
     results = {"model": args.repo, "data": args.data, "sizes": sizes}
-    if args.output:
-        with replacing(args.output) as folder:
-            (folder / "texts.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if args.json:
         print(json.dumps(results, indent=1))
         return

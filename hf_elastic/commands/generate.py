@@ -14,7 +14,7 @@ import sys
 import time
 from typing import Any
 
-from .common import add_json, add_source, check_device, check_dtype, load_tokenizer
+from .common import add_device, add_json, add_source, check_device, check_dtype, load_tokenizer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--draft-budget", help="a smaller size that drafts for --budget: the same text, possibly sooner"
     )
     parser.add_argument("--raw", action="store_true", help="do not apply the chat template")
-    parser.add_argument("--device", help="for example cuda or cpu (default: cuda if there is one)")
+    add_device(parser, "compute")
     add_json(parser)
 
 

@@ -132,7 +132,7 @@ def test_short_names_of_types(command, elastic, tmp_path, monkeypatch):
         raise ElasticConfigError("seen")
 
     monkeypatch.setattr(ElasticForCausalLM, "from_pretrained", load)
-    monkeypatch.setattr("hf_elastic.checkpoints.loading.load_stock", load)
+    monkeypatch.setattr(sys.modules["hf_elastic.elastification.elastify"], "load_stock", load)
     source = PARENT_DIR if command == "elastify" else elastic / "elastic"
     more = {"generate": ["^"], "evaluate": []}.get(command, [tmp_path / "out"])
     assert main([str(a) for a in (command, source, *more, "--dtype", "bf16")]) == 2
