@@ -38,13 +38,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _show(command: str, others: Callable[..., None]) -> Callable[..., None]:
-    """What shows warnings: those about budgets as messages of the command, without a line of Python."""
+    """What shows warnings: those about budgets as messages of the command, once each, without a line of Python."""
+    told: set[str] = set()
 
     def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
-        if issubclass(category, BudgetWarning):
-            print(f"hf-elastic {command}: {message}", file=sys.stderr)
-        else:
+        if not issubclass(category, BudgetWarning):
             others(message, category, *where)
+        elif str(message) not in told:
+            told.add(str(message))
+            print(f"hf-elastic {command}: {message}", file=sys.stderr)
 
     return show
 
@@ -55,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PortabilityWarning)  # commands tell it themselves
+            warnings.simplefilter("always", BudgetWarning)
             warnings.showwarning = _show(args.command, warnings.showwarning)
             code = args.run(args) or 0
         sys.stdout.flush()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import doctest
 import io
+import os
 import re
 import shlex
 from collections.abc import Iterator
@@ -18,6 +19,11 @@ from hf_elastic.cli import build_parser, main
 
 NOT_RUN = ("needs a real checkpoint", "takes minutes")
 """Titles of blocks that are only checked: what they read does not ship with the package, or they train for longer than a test may."""
+
+WRITE = "HF_ELASTIC_WRITE_DOCS"
+"""Environment variable: outputs that differ are written into the page, to be read and committed."""
+
+ROOT = Path(__file__).resolve().parents[1]
 
 _FENCE = re.compile(
     r"^(?P<indent> *)```(?P<language>\w*)(?: +title=\"(?P<title>[^\"]*)\")?(?P<rest>[^\n]*)\n(?P<text>.*?)^(?P=indent)```$",
@@ -111,9 +117,19 @@ def run(block: Block, namespace: dict[str, Any], folder: Path) -> None:
     if block.output is not None:
         checker, example = doctest.OutputChecker(), doctest.Example("", block.output)
         got = "".join(f"{line.rstrip()}\n" for line in printed.getvalue().splitlines())
-        assert checker.check_output(block.output, got, doctest.ELLIPSIS), f"{block}: " + checker.output_difference(
-            example, got, doctest.ELLIPSIS
-        )
+        if checker.check_output(block.output, got, doctest.ELLIPSIS):
+            return
+        if not os.environ.get(WRITE):
+            raise AssertionError(f"{block}: {checker.output_difference(example, got, doctest.ELLIPSIS)}")
+        _write(block, got)
+
+
+def _write(block: Block, got: str) -> None:
+    path = ROOT / block.page
+    old, new = (f"{block.text}```\n```\n{output}```" for output in (block.output, got))
+    text = path.read_text(encoding="utf-8")
+    assert text.count(old) == 1, f"{block}: write its output by hand"
+    path.write_text(text.replace(old, new), encoding="utf-8")
 
 
 def _command(words: list[str], block: Block) -> None:

@@ -76,6 +76,14 @@ def test_commands_take_a_share(share, folder, tmp_path, capsys):
     assert read_config(tmp_path / "slice").cut_from["budget"] == "medium"
 
 
+def test_a_share_of_a_slice_is_of_the_slice(folder):
+    model = load(folder, budget="large")
+    costs = model.elastic_config.costs()
+    share = costs["medium"].total_params / costs["large"].total_params
+    assert model.sized(f"{100 * share + 0.1:.2f}%").budget == "medium"
+    assert model.sized("100%").budget == "large"
+
+
 def test_lm_eval_gives_a_share_on(folder):
     utils = pytest.importorskip("lm_eval.utils")
     for text in ("budget=0.56", "budget=56%", "budget=58% active"):
@@ -83,7 +91,7 @@ def test_lm_eval_gives_a_share_on(folder):
 
 
 def test_a_command_says_in_its_words_what_it_found(folder, capsys):
-    assert main(["plan", str(folder), "--budget", "12B"]) == 0
+    assert main(["plan", str(folder), "--budget", "12B", "--budget", "12B"]) == 0
     said = capsys.readouterr().err
     assert said.startswith(
         "hf-elastic plan: budget '12B' asks for 12.00B parameters, and the whole parent, which it gives, has "

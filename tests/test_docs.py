@@ -5,15 +5,21 @@ from __future__ import annotations
 import ast
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 from blocks import Block, blocks, check, commands, run
 
+from hf_elastic import errors
+from hf_elastic.architectures import Architecture
 from hf_elastic.lab.family import FAMILY_DIR
 from hf_elastic.lab.parent import PARENT_DIR
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "tools"))
+import docstrings  # noqa: E402
+
 PAGES = {str(path.relative_to(ROOT)): path for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]}
 BLOCKS = {page: blocks(path.read_text(encoding="utf-8"), page) for page, path in PAGES.items()}
 RUN = {page: [block for block in found if block.runs] for page, found in BLOCKS.items()}
@@ -147,3 +153,33 @@ def test_every_public_name_is_on_a_page_of_the_reference(package):
     pages = "\n".join(path.read_text(encoding="utf-8") for page, path in PAGES.items() if page.startswith("docs/api/"))
     listed = re.findall(rf"^::: {re.escape(package)}\.(\w+)$", pages, re.MULTILINE)
     assert sorted(listed) == sorted(_public(package))
+
+
+def test_every_error_is_explained():
+    page = PAGES["docs/errors.md"].read_text(encoding="utf-8")
+    for name, value in vars(errors).items():
+        if isinstance(value, type) and issubclass(value, (errors.HFElasticError, Warning)) and name[0] != "_":
+            assert f"| `{name}` |" in page or value is errors.HFElasticError, name
+            assert f"\n## {name}\n" in page or value is errors.HFElasticError, name
+
+
+def test_what_an_architecture_declares_is_on_its_page():
+    page = PAGES["docs/add-an-architecture.md"].read_text(encoding="utf-8")
+    named = set(re.findall(r"\*\*`(\w+)`\*\*", page))
+    assert named <= set(dir(Architecture))
+    assert Architecture.__abstractmethods__ <= named
+
+
+def test_docstrings_are_read_in_the_style_of_the_house():
+    text = """Does.
+
+    Args:
+        model ([`ElasticForCausalLM`]): What.
+        a, b (`int` or `dict[str, int]`, *optional*, defaults to `f(8)`): See [`~x.y`].
+
+    Returns:
+        `dict`: What (`a`).
+    """
+    assert docstrings.plain(text) == text.replace("[`ElasticForCausalLM`]", "ElasticForCausalLM").replace(
+        "`int` or `dict[str, int]`, *optional*, defaults to `f(8)`", "int or dict[str, int]"
+    ).replace("[`~x.y`]", "`x.y`").replace("`dict`:", "dict:")

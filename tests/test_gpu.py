@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,9 @@ from cases import BUDGETS, CASES, IDS, nemotron, randomize
 from compare import assert_same_logits, assert_same_weights, logits
 from transformers import AutoModelForCausalLM, NemotronHForCausalLM
 
-from hf_elastic import ElasticConfig, Phase, PhasePlan, elastify
+from hf_elastic import ElasticConfig, Phase, PhasePlan, elastify, score
 from hf_elastic.checkpoints import memory
+from hf_elastic.cli import main
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
@@ -132,6 +135,38 @@ def test_speculation(name, family_folder):
 
 
 @without_kernels
+@pytest.mark.parametrize("name", ["nano3", "granite"])
+def test_sizes_in_threads(name, family_folder):
+    """Sizes of their own, and blocks of one family, in threads of their own write what they write alone, and take no memory for it."""
+    family = load(family_folder(name), device_map="cuda")
+    budgets = (*BUDGETS[name], "full")
+    prompt = torch.arange(6, 17, device="cuda")[None]
+    settings = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
+
+    def in_block(budget: str) -> list[list[list[int]]]:
+        texts = []
+        for _ in range(4):
+            with family.at(budget):
+                texts.append(family.generate(prompt, **settings).tolist())
+        return texts
+
+    def sized(budget: str) -> list[list[list[int]]]:
+        model = family.sized(budget)
+        return [model.generate(prompt, **settings).tolist() for _ in range(4)]
+
+    alone = {budget: in_block(budget)[0] for budget in budgets}
+    assert len({str(text) for text in alone.values()}) == len(budgets)
+    before = torch.cuda.memory_allocated()
+    with ThreadPoolExecutor(2 * len(budgets)) as pool:
+        runs = [(budget, pool.submit(action, budget)) for action in (in_block, sized) for budget in budgets]
+        for budget, run in runs:
+            assert run.result() == [alone[budget]] * 4, budget
+    gc.collect()
+    assert torch.cuda.memory_allocated() <= before + 2**20  # workspaces of products, no weights
+    assert family.budget == "full"
+
+
+@without_kernels
 def test_budget_auto_counts_the_memory_of_the_gpu(family_folder, monkeypatch):
     folder = family_folder("nano3")
     cost = ElasticConfig.from_pretrained(folder).costs()["medium"]
@@ -150,12 +185,59 @@ def test_budget_auto_counts_the_memory_of_the_gpu(family_folder, monkeypatch):
 def test_elastify(name, parent, ids):
     """Scores are sums in another order, so ranks that are not nearly tied agree."""
     rows = [{"input_ids": row.tolist()} for row in ids]
-    cpu = elastify(parent(name), rows, budgets=BUDGETS[name], progress=False)
+    cpu = elastify(parent(name), rows, budgets=BUDGETS[name], progress=False, device="cpu")
     gpu = elastify(parent(name).to("cuda"), rows, budgets=BUDGETS[name], progress=False)
     assert on_gpu(gpu)
     assert_same_logits(logits(gpu, ids.cuda()).cpu(), logits(cpu, ids), ATOL)
     with cpu.at("small"), gpu.at("small"):
         assert_same_logits(logits(gpu, ids.cuda()).cpu(), logits(cpu, ids), ATOL)
+
+
+@without_kernels
+@pytest.mark.parametrize("name", ["nano3", "granite_tied"])
+def test_scoring_uses_the_gpu_and_leaves_it(name, parent, ids):
+    """A parent in main memory is scored on the GPU; nothing of it stays there, and the parent has not moved."""
+    rows, model = [{"input_ids": row.tolist()} for row in ids], parent(name)
+    expected = score(model, rows, progress=False, device="cpu")
+    score(model, rows, progress=False)  # the first products keep a workspace
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    found = score(model, rows, progress=False)
+    assert torch.cuda.max_memory_allocated() > before + sum(tensor.nbytes for tensor in model.parameters())
+    gc.collect()
+    assert torch.cuda.memory_allocated() == before
+    assert not on_gpu(model)
+    assert found.values.keys() == expected.values.keys()
+    for axis, layers in expected.values.items():
+        for layer, values in layers.items():
+            assert found.values[axis][layer].device.type == "cpu"
+            torch.testing.assert_close(found.values[axis][layer], values, rtol=1e-4, atol=1e-4, msg=f"{axis} {layer}")
+    made = elastify(model, rows, budgets={"small": {"hidden": 32 if name == "nano3" else 24}}, progress=False)
+    assert not on_gpu(made)
+
+
+@without_kernels
+def test_the_command_uses_the_gpu(parent, ids, tmp_path):
+    parent("nano3").save_pretrained(tmp_path / "plain")
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(f'{{"input_ids": {row.tolist()}}}\n' for row in ids), encoding="utf-8"
+    )
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    command = [
+        "elastify",
+        str(tmp_path / "plain"),
+        str(tmp_path / "out"),
+        "--calibration",
+        str(tmp_path / "rows.jsonl"),
+    ]
+    assert main([*command, "--budget", "half:expert_ffn=8"]) == 0
+    assert torch.cuda.max_memory_allocated() > before
+    gpu = load(tmp_path / "out").state_dict()
+    torch.cuda.reset_peak_memory_stats()
+    assert main([*command, "--budget", "half:expert_ffn=8", "--device", "cpu"]) == 0
+    assert torch.cuda.max_memory_allocated() == torch.cuda.memory_allocated()
+    assert all(torch.equal(gpu[key], tensor) for key, tensor in load(tmp_path / "out").state_dict().items())
 
 
 KERNEL_BUDGETS = {

@@ -1,4 +1,4 @@
-"""What the API reference needs to know of this repository: where `hf_elastic.trainers` lies, and what [`Name`] in a docstring points at."""
+"""What the API reference needs to know of this repository: where `hf_elastic.trainers` lies, and the style of its docstrings."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ import griffe
 TRAINERS = Path(__file__).resolve().parents[1] / "trainers"
 
 _REFERENCE = re.compile(r"\[`(~?)([\w.]+)`\](?![\[(])")
+_PARAMETER = re.compile(r"^( +[\w, *]+ )\((.+?)\):(?=\s)", re.MULTILINE)
+_OPTIONAL = re.compile(r",? ?\*optional\*.*")
+_TYPE = re.compile(r"^( +)`([^`\n]+)`:(?= )", re.MULTILINE)
 
 
 class Repository(griffe.Extension):
@@ -42,6 +45,15 @@ class Repository(griffe.Extension):
         return module
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
-        """[`Name`] is how docstrings here, as in all of Hugging Face's, refer to other objects; names without a page are code."""
         if obj.docstring is not None:
-            obj.docstring.value = _REFERENCE.sub(r"`\2`", obj.docstring.value)
+            obj.docstring.value = plain(obj.docstring.value)
+
+
+def plain(docstring: str) -> str:
+    """A docstring in the style of Hugging Face's as griffe wants it.
+
+    [`Name`], a reference, becomes code. Types lose the marks that are shown anyway: `x (`int`, *optional*, defaults to 8):` is `x (int):`.
+    """
+    text = _REFERENCE.sub(r"`\2`", docstring)
+    text = _PARAMETER.sub(lambda match: f"{match[1]}({_OPTIONAL.sub('', match[2]).replace('`', '')}):", text)
+    return _TYPE.sub(r"\1\2:", text)

@@ -67,12 +67,12 @@ def check_output(output: str, source: str) -> None:
 
 
 def check_source(source: str) -> None:
-    """Refuse a path with nothing at it, which else would be looked for on the Hub, and a file."""
-    path = Path(source)
-    if path.is_file():
+    """Refuse a file, a path with nothing at it, and a repository that nobody can be asked for, before any library tries that again and again."""
+    from ..storage.sources import pinned
+
+    if Path(source).is_file():
         raise ElasticConfigError(f"{source} is a file; give the folder of a checkpoint, or a Hub repository.")
-    if not path.exists() and (not source or path.is_absolute() or source[0] in ".~" or len(path.parts) > 2):
-        raise ElasticConfigError(f"there is no folder {source or repr(source)}.")
+    pinned(source, {})
 
 
 def check_dtype(name: str, where: str = "--dtype") -> str:
@@ -91,20 +91,20 @@ def check_dtype(name: str, where: str = "--dtype") -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def check_device(name: str | None) -> str:
-    """The device that was asked for, or the one to take; refuses one that torch does not know or this machine does not have."""
-    import torch
+def add_device(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument(
+        "--device",
+        default="auto",
+        metavar="auto|cpu|cuda|...",
+        help=f"where to {what} (default: auto, which is the accelerator if there is one)",
+    )
 
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=name)
-    except (
-        RuntimeError,
-        AssertionError,
-        ValueError,
-    ) as error:  # torch's own kinds for unknown, not built in, not there
-        raise ElasticConfigError(f"--device={name!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return name
+
+def check_device(name: str | None) -> Any:
+    """The device that was asked for, or the one to take; refuses one that torch does not know or this machine does not have."""
+    from ..checkpoints.devices import checked_device
+
+    return checked_device(name, "--device")
 
 
 def check_config(source: str) -> None:
@@ -170,6 +170,20 @@ def add_elastic_config(parser: argparse.ArgumentParser) -> None:
         metavar="FAMILY",
         help="REPO is a plain checkpoint, sorted already: auto, or the name of the known family that it is a copy of",
     )
+
+
+def add_markers(parser: argparse.ArgumentParser) -> None:
+    found = "default: found in the chat template, or"
+    parser.add_argument("--start", metavar="TEXT", help=f"marker that opens the thinking, or none ({found} <think>)")
+    parser.add_argument("--end", metavar="TEXT", help=f"marker that ends the thinking ({found} </think>)")
+
+
+def markers(args: argparse.Namespace) -> dict[str, Any]:
+    """`--start` and `--end` as arguments of [`PhasePlan`]."""
+    given = {"start": args.start, "end": args.end}
+    return {
+        key: None if key == "start" and text == "none" else text for key, text in given.items() if text is not None
+    }
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 
 from ..errors import ElasticConfigError
 from .common import (
+    add_device,
     check_device,
     check_dtype,
     check_output,
@@ -68,11 +69,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=8, help="rows per forward pass (default: 8)")
     parser.add_argument("--max-length", type=int, help="cut rows to this many tokens")
     parser.add_argument("--dtype", default="auto", help="load the parent in this type (default: the checkpoint's)")
-    parser.add_argument("--device", default="cpu", help="where to score (default: cpu)")
+    add_device(parser, "score")
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..checkpoints.loading import load_stock
     from ..configuration_elastic import read_fields
     from ..elastification.elastify import elastify
     from ..storage.tokenizer_files import optional_tokenizer
@@ -96,11 +96,10 @@ def run(args: argparse.Namespace) -> None:
         options = {"samples": args.samples, "batch_size": args.batch_size, "max_length": args.max_length}
         if not {"input_ids"} & set(data.column_names or ["input_ids"]):
             options["tokenizer"] = load_tokenizer(args.parent) if tokenizer is None else tokenizer
-    parent: Any = load_stock(args.parent, dtype=args.dtype)
-    parent = parent.to(args.device)
+    options |= {"dtype": args.dtype, "device": args.device}
     options |= {"scores": args.scores, "sort": not args.no_sort, "portable": args.portable}
     with _kept_scores(args.save_scores) if data is not None else nullcontext() as save_scores:
-        model = elastify(parent, data, axes, budgets, save_scores=save_scores, **options)
+        model = elastify(args.parent, data, axes, budgets, save_scores=save_scores, **options)
         save_with_tokenizer(model, tokenizer, args.output)
     print(render(plan(args.output)))
     print(f"saved to {args.output}")
@@ -174,8 +173,11 @@ def load_calibration(name: str, split: str) -> Any:
 
     Raises:
         `ElasticConfigError`: it is missing, has no rows, or cannot be read.
+        `CheckpointError`: there is nothing at a path, or the Hub cannot be asked.
     """
     import datasets
+
+    from ..storage.sources import pinned
 
     kinds = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
     path = Path(name)
@@ -185,6 +187,8 @@ def load_calibration(name: str, split: str) -> Any:
         raise ElasticConfigError(f"{name} must end with {', '.join(kinds)}, which says how to read it.")
     if path.is_file() and not path.stat().st_size:
         raise ElasticConfigError(f"{name} is empty.")
+    if not path.exists():
+        pinned(name, {}, kind="dataset", what="file or folder")
     try:
         if path.is_file():
             data = datasets.load_dataset(kinds[path.suffix], data_files=str(path), split="train")

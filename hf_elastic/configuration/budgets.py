@@ -13,7 +13,9 @@
 | `"auto"`, `{"memory": "auto", "context_length": 32768}` | ... do so in the memory that is free where the model is loaded (`from_pretrained` only) |
 | `{"hidden": 1920, "expert_ffn": 960}` | exactly these sizes, the parent's elsewhere |
 
-A limit selects among the budgets of the checkpoint and, where a router decided them, the submodels that it interpolates between them.
+The parent is everything that is loaded: in a slice, the slice. A limit selects among the budgets of the checkpoint and, where a router
+decided them, the submodels that it interpolates between them. What it finds may be far from it, which is said (`BudgetWarning`), except of
+memory.
 """
 
 from __future__ import annotations
@@ -192,7 +194,7 @@ def warn_if_far(where: str, limit: Limit, found: float, whole: float, advice: st
     if found >= whole:
         told = f"{where} asks for {limit}, and the whole parent, which it gives, has {limit.of(whole)}. {advice}"
     else:
-        told = f"{where} asks for {limit}; the largest size within that has {limit.of(found)}, {found / limit.value:.0%} of it. {advice}"
+        told = f"{where} asks for {limit}; what was found within that has {limit.of(found)}, {found / limit.value:.0%} of it. {advice}"
     warnings.warn(told, BudgetWarning, stacklevel=users_level())
 
 

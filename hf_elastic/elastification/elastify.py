@@ -17,6 +17,7 @@ from ..architectures import Architecture, get_architecture
 from ..architectures.cost import CostModel
 from ..architectures.portability import check_portable, portable_choices
 from ..architectures.submodel import LAYERS, Submodel
+from ..checkpoints.devices import scoring_device
 from ..checkpoints.loading import checked_parent, load_stock
 from ..configuration.budgets import Limit, is_limit, parse_limit, warn_if_far
 from ..configuration.leaving_out import ignored_beside, note_left_out
@@ -46,6 +47,8 @@ def elastify(
     multiple_of: int = 8,
     portable: bool = False,
     save_scores: str | os.PathLike[str] | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = "auto",
     **score_options: Any,
 ) -> ElasticForCausalLM:
     r"""
@@ -77,22 +80,31 @@ def elastify(
             refused where they are given. Granite's `hidden`, `attention_heads` and `mamba_heads` are then cut by one share.
         save_scores (`str` or `os.PathLike`, *optional*):
             File for the scores, written as soon as they are there. If it cannot be, they go to a temporary file, which a warning names.
+        dtype (`str` or `torch.dtype`, *optional*, defaults to `"auto"`): Of a parent that is loaded here; `"auto"` is the checkpoint's own.
+        device (`str` or `torch.device`, *optional*, defaults to `"auto"`):
+            Where to score: `"auto"` is the accelerator (`cuda`, `mps`, `xpu`, ...) if there is one and the parent fits, else where the parent is. A copy
+            is scored there and then gone; sorting and the result stay where the parent is, so move the result to use it there.
         score_options: Passed to [`hf_elastic.elastification.importance.score`] (`samples`, `batch_size`, `max_length`, `tokenizer`, `progress`, ...).
 
     Returns:
-        [`ElasticForCausalLM`]: With all budgets live, on the parent's device and dtype. `model.importance_scores` holds the scores.
+        [`ElasticForCausalLM`]: With all budgets live, on the parent's device and dtype; in main memory if the parent was loaded here.
+            `model.importance_scores` holds the scores.
 
     Raises:
         `ElasticConfigError`: axes, budgets or scores that do not fit the parent, or a target that no choice meets.
         `UnsupportedArchitectureError`: no table for the parent.
         `CheckpointError`: the parent's files lack tensors, or hold others than its config says.
     """
-    for name in score_options.keys() - inspect.signature(score).parameters.keys():
-        hint = did_you_mean(
-            name, inspect.signature(elastify).parameters.keys() | inspect.signature(score).parameters.keys()
+    known = {**inspect.signature(elastify).parameters, **inspect.signature(score).parameters}
+    if unknown := [name for name in score_options if name not in known]:
+        raise TypeError(f"unexpected argument {unknown[0]!r} of elastify.{did_you_mean(unknown[0], known)}")
+    loaded = isinstance(parent, (str, os.PathLike))
+    if not loaded and dtype != "auto":
+        raise ElasticConfigError(
+            f"dtype={shown(dtype)} is for a parent that is loaded here; this one is there, cast it before."
         )
-        raise TypeError(f"unexpected argument {name!r} of elastify.{hint}")
-    model = checked_parent(load_stock(parent) if isinstance(parent, (str, os.PathLike)) else parent)
+    model = checked_parent(load_stock(parent, dtype=dtype) if loaded else parent)  # type: ignore[arg-type]
+    scoring_device(model, device)
     _refuse_elastic(model)
     architecture = get_architecture(model.config.model_type)
     check_table(architecture, model)
@@ -125,7 +137,9 @@ def elastify(
     wanted = sorted(_axes_used(architecture, budgets, choices))
     _check_before_scoring(architecture, model, budgets, choices, multiple_of, only)
     if scores is None and calibration is not None:
-        scores = score(model, calibration, axes=[a for a in wanted if a != "experts_per_token"], **score_options)
+        scores = score(
+            model, calibration, axes=[a for a in wanted if a != "experts_per_token"], device=device, **score_options
+        )
         if save_scores is not None:
             _keep(scores, save_scores)
     elif isinstance(scores, (str, os.PathLike)):
@@ -141,7 +155,7 @@ def elastify(
     if sort and scores is not None:
         smallest = _smallest_head_dim(submodels)
         orders = orders_from_scores(architecture, model.config, scores, wanted, smallest)
-    elastic = _sorted_model(model, architecture, config, orders)
+    elastic = _sorted_model(model, architecture, config, orders, release=loaded)
     elastic.importance_scores = scores
     note_left_out(elastic.elastic_config, ignored_beside(model), model.name_or_path)
     return elastic
@@ -352,21 +366,28 @@ def _smallest_head_dim(submodels: Mapping[str, Submodel]) -> dict[int, int]:
 
 
 def _sorted_model(
-    parent: PreTrainedModel, architecture: Architecture, config: ElasticConfig, orders: Orders
+    parent: PreTrainedModel, architecture: Architecture, config: ElasticConfig, orders: Orders, release: bool
 ) -> ElasticForCausalLM:
-    """The elastic model with sorted copies of the parent's tensors."""
+    """The elastic model with sorted copies of the parent's tensors.
+
+    Args:
+        release (`bool`): Nobody else has the parent: let go of each of its tensors once it is sorted, so that the model is not there twice.
+    """
     stock = config.parent_config
     stock._attn_implementation = parent.config._attn_implementation
     stock._experts_implementation = parent.config._experts_implementation
     model = build_meta(architecture, stock, concrete_class(ElasticForCausalLM, stock))
-    state = sort_state_dict(architecture, parent.config, parent.state_dict(), orders)
-    model.load_state_dict(state, assign=True)
     share_constant_buffers(model, parent)
+    state, trained = dict(parent.state_dict()), [parameter.requires_grad for parameter in parent.parameters()]
+    if release:
+        parent.to("meta")
+    state = sort_state_dict(architecture, parent.config, state, orders, release)
+    model.load_state_dict(state, assign=True)
     model.tie_weights()
     model.generation_config = copy.deepcopy(parent.generation_config)
     model.name_or_path = parent.name_or_path
-    for parameter, original in zip(model.parameters(), parent.parameters(), strict=True):
-        parameter.requires_grad_(original.requires_grad)
+    for parameter, requires_grad in zip(model.parameters(), trained, strict=True):
+        parameter.requires_grad_(requires_grad)
     config.dtype = parent.dtype
     model._init_switching(config)
     return model.train(parent.training)

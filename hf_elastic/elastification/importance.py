@@ -9,16 +9,13 @@
 | `attention_heads` | sum of the head's L2 norm at the output projection, ranked inside each KV group | |
 | `experts` | REAP: mean over the tokens routed to j of `g_j(x) * norm2(f_j(x))` | arXiv 2510.13999 |
 | `layers` | normalised squared error of the logits without the layer, removing the least important one after another | A 5 |
-
-Which module to listen to follows from the table: a norm over `hidden`, the linear layer that leads from an axis back to `hidden`,
-the `x` segment of Mamba's input projection.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,18 +28,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..architectures import Architecture, get_architecture
-from ..architectures.axes import TensorRule
 from ..architectures.submodel import LAYERS
+from ..checkpoints.devices import copied_to, scoring_device
 from ..checkpoints.loading import checked_parent
 from ..checkpoints.replacing import replacing_file
 from ..errors import CheckpointError, ElasticConfigError, shown
 from .calibration import batches_of
-
-MAMBA = "mamba_channels"
-"""Key of the second moments of Mamba's x, of shape `(heads, head_dim)`: both Mamba axes are scored from them."""
-
-_MAMBA_AXES = ("mamba_heads", "mamba_head_dim")
-_CONSUMED = ("ffn", "shared_expert_ffn", "attention_heads")
+from .listening import MAMBA, MAMBA_AXES, Listener
 
 
 @dataclass
@@ -52,7 +44,7 @@ class Scores:
     Args:
         values (`dict[str, dict[int, torch.Tensor]]`):
             Per axis and layer (-1 for global axes) float64 scores: `(size,)`, or `(groups, size per group)` for attention heads,
-            `(heads, head_dim)` for [`MAMBA`], `(experts, expert_ffn)` for the neurons of experts.
+            `(heads, head_dim)` for [`hf_elastic.elastification.listening.MAMBA`], `(experts, expert_ffn)` for the neurons of experts.
         layers (`list[tuple[int, float]]`): Layers in the order in which they are removed (least important first), with eq. A 5.
         info (`dict`): `model_type`, `samples` and `tokens` that were seen.
     """
@@ -65,7 +57,7 @@ class Scores:
         """Whether an axis was scored. The number of experts per token needs no score: the router ranks them itself."""
         if axis == LAYERS:
             return bool(self.layers)
-        return axis == "experts_per_token" or (MAMBA if axis in _MAMBA_AXES else axis) in self.values
+        return axis == "experts_per_token" or (MAMBA if axis in MAMBA_AXES else axis) in self.values
 
     @property
     def layer_ranking(self) -> list[int]:
@@ -116,6 +108,7 @@ def score(
     depth_samples: int = 64,
     tokenizer: Any = None,
     progress: bool = True,
+    device: str | torch.device | None = "auto",
 ) -> Scores:
     """Score a parent on calibration text.
 
@@ -132,15 +125,19 @@ def score(
         depth_samples (`int`, *optional*, defaults to 64): Rows for ranking layers, which takes a pass per pair of layers.
         tokenizer (*optional*): For rows of text.
         progress (`bool`, *optional*, defaults to `True`): Show progress bars.
+        device (`str` or `torch.device`, *optional*, defaults to `"auto"`):
+            Where to compute. `"auto"` is the accelerator (`cuda`, `mps`, `xpu`, ...) if there is one and the weights fit into what is free on it, else
+            where the model is. A copy is scored where that is another device; it is gone afterwards. Scores are the same up to rounding.
 
     Returns:
-        [`Scores`]
+        [`Scores`]: In main memory, wherever they were computed.
 
     Raises:
-        `ElasticConfigError`: unknown axis, no rows, or rows without a column that can be read.
+        `ElasticConfigError`: unknown axis, no rows, rows without a column that can be read, or a device that cannot be used or is too small.
         `TokenizerError`: a row that the tokenizer has no tokens for.
     """
     model = checked_parent(model)
+    place = scoring_device(model, device)
     architecture = get_architecture(model.config.model_type)
     available = [axis.name for axis in architecture.available_axes(model.config)]
     wanted = list(axes) if axes is not None else available
@@ -167,24 +164,51 @@ def score(
         raise ElasticConfigError(
             f"calibration has token {largest}, the parent's vocabulary has {vocabulary}; tokenize with the parent's own tokenizer."
         )
-    listener = _Listener(architecture, model, set(wanted))
+    try:
+        scores = _scored(
+            model if place == model.device else copied_to(model, place),
+            architecture,
+            batches,
+            wanted,
+            progress,
+            depth_samples,
+        )
+    except torch.OutOfMemoryError as error:
+        raise ElasticConfigError(
+            f"{place} has too little memory for the parent and batches of {batch_size} rows of up to "
+            f"{max(batch['input_ids'].shape[1] for batch in batches)} tokens; give a smaller batch_size or max_length, or device='cpu'."
+        ) from error
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+    rows = sum(len(batch["input_ids"]) for batch in batches)
+    scores.info = {"model_type": architecture.model_type, "samples": rows, "tokens": tokens}
+    return scores
+
+
+def _scored(
+    model: PreTrainedModel,
+    architecture: Architecture,
+    batches: list[dict[str, torch.Tensor]],
+    wanted: Sequence[str],
+    progress: bool,
+    depth_samples: int,
+) -> Scores:
+    listener = Listener(architecture, model, set(wanted))
     training = model.training
     model.eval()
     try:
         with torch.no_grad(), listener.attached():
             for batch in tqdm(batches, desc="Scoring", disable=not progress):
                 listener.mask = batch["attention_mask"].bool().to(model.device)
-                model(**{key: tensor.to(model.device) for key, tensor in batch.items()}, use_cache=False)
-        scores = listener.scores()
+                inputs = {key: tensor.to(model.device) for key, tensor in batch.items()}
+                # Nobody listens to the logits; all of them would be the largest tensor.
+                model(**inputs, use_cache=False, logits_to_keep=1)
+        scores = Scores(listener.values())
         _refuse_infinite(scores)
         if LAYERS in wanted:
-            few = batches[: max(1, -(-depth_samples // batch_size))]
+            few = batches[: max(1, -(-depth_samples // len(batches[0]["input_ids"])))]
             scores.layers = rank_layers(model, few, progress=progress)
     finally:
         model.train(training)
-    tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
-    rows = sum(len(batch["input_ids"]) for batch in batches)
-    scores.info = {"model_type": architecture.model_type, "samples": rows, "tokens": tokens}
     return scores
 
 
@@ -226,9 +250,16 @@ def _logit_error(
         full = model(**inputs, use_cache=False).logits[real].float()
         with _without(layers, gone):
             cut = model(**inputs, use_cache=False).logits[real].float()
-        error += float((full - cut).square().sum(dtype=torch.float64))
-        norm += float(full.square().sum(dtype=torch.float64))
+        error += _total((full - cut).square())
+        norm += _total(full.square())
     return error / norm
+
+
+def _total(values: torch.Tensor) -> float:
+    """The sum of `(tokens, vocabulary)` in float64, which Apple's GPUs do not have: there every token is summed in float32."""
+    if values.device.type == "mps":
+        return float(values.sum(-1).cpu().double().sum())
+    return float(values.sum(dtype=torch.float64))
 
 
 @contextmanager
@@ -251,128 +282,3 @@ def _refuse_infinite(scores: Scores) -> None:
                     f"the scores of {axis}{'' if layer < 0 else f' in layer {layer}'} are not finite: the parent computes infinite values or NaN on "
                     "this text. Score it in another dtype, such as bfloat16 or float32, and check that its weights are whole."
                 )
-
-
-class _Listener:
-    """Adds up scores from forward hooks; `mask` says which positions of the current batch are real, `(B, T)`."""
-
-    def __init__(self, architecture: Architecture, model: PreTrainedModel, wanted: set[str]):
-        self.mask = torch.ones(0, 0, dtype=torch.bool)
-        self._sums: dict[str, dict[int, torch.Tensor]] = {}
-        self._routed: dict[int, torch.Tensor] = {}  # tokens per expert, (E,)
-        self._hooks: list[tuple[nn.Module, Callable[..., None], bool]] = []
-        full = architecture.full(model.config)
-        seen: set[str] = set()
-        for rule in architecture.rules(model.config):
-            sizes = full.at(rule.layer)
-            module = model.get_submodule(rule.module)
-            if "hidden" in wanted and rule.norm and [cut.axis for cut in rule.dims[0].cuts] == ["hidden"]:
-                self._listen(module, lambda m, i, out: self._add("hidden", -1, out.abs()))
-            elif (axis := _consumed_axis(rule, wanted)) is not None:
-                groups = rule.dims[1].segments[0][1][0] if axis == "attention_heads" else 1
-                self._listen(module, self._on_input(axis, rule.layer, sizes[axis], groups), before=True)
-            elif (
-                wanted & set(_MAMBA_AXES)
-                and rule.dims
-                and "x" in dict(rule.dims[0].segments)
-                and rule.name.endswith("in_proj.weight")
-            ):
-                span = rule.dims[0].span("x", sizes)
-                shape = (sizes["mamba_heads"], sizes["mamba_head_dim"])
-                self._listen(module, self._on_mamba(rule.layer, span, shape))
-            elif rule.routed and wanted & {"experts", "expert_ffn"} and rule.module not in seen:
-                seen.add(rule.module)
-                self._listen(module, self._on_experts(rule.layer, wanted), before=True)
-
-    def _listen(self, module: nn.Module, hook: Callable[..., None], before: bool = False) -> None:
-        self._hooks.append((module, hook, before))
-
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        handles = [
-            m.register_forward_pre_hook(h) if before else m.register_forward_hook(h) for m, h, before in self._hooks
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def scores(self) -> Scores:
-        values = {axis: dict(layers) for axis, layers in self._sums.items()}
-        for layer, tokens in self._routed.items():
-            if "experts" in values:
-                values["experts"][layer] = values["experts"][layer] / tokens.clamp(min=1)
-        return Scores(values)
-
-    def _accumulate(self, axis: str, layer: int | None, value: torch.Tensor) -> None:
-        layers = self._sums.setdefault(axis, {})
-        key = -1 if layer is None else layer
-        value = value.double().cpu()
-        layers[key] = layers[key] + value if key in layers else value
-
-    def _add(self, axis: str, layer: int | None, value: torch.Tensor) -> None:
-        """Sum `(B, T, ...)` or `(B * T, ...)` over real positions."""
-        real = self.mask if value.shape[:2] == self.mask.shape else self.mask.reshape(-1)
-        self._accumulate(axis, layer, value[real].float().sum(0))
-
-    def _on_input(self, axis: str, layer: int | None, size: int, groups: Any) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            value = args[0].float()
-            if (
-                axis == "attention_heads"
-            ):  # (..., kv * heads * head_dim) -> the norm of each head, (..., kv, heads per kv)
-                value = value.unflatten(-1, (groups, size // groups, -1)).norm(dim=-1)
-            self._add(axis, layer, value.abs())
-
-        return hook
-
-    def _on_mamba(self, layer: int | None, span: tuple[int, int], shape: tuple[int, int]) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-            x = output[..., span[0] : span[1]].float()
-            self._add(MAMBA, layer, x.unflatten(-1, shape).square())
-
-        return hook
-
-    def _on_experts(self, layer: int | None, wanted: set[str]) -> Callable[..., None]:
-        def hook(module: Any, args: tuple[torch.Tensor, ...]) -> None:
-            x, index, weights = args  # (tokens, d), (tokens, k), (tokens, k)
-            real = self.mask.reshape(-1)
-            x, index, weights = (
-                x.reshape(-1, x.shape[-1])[real],
-                index.reshape(len(real), -1)[real],
-                weights.reshape(len(real), -1)[real],
-            )
-            down = module.down_proj  # (E, d, i)
-            reap, tokens = x.new_zeros(len(down), dtype=torch.float32), x.new_zeros(len(down), dtype=torch.float32)
-            neurons = x.new_zeros(len(down), down.shape[-1], dtype=torch.float32)
-            for expert in index.unique().tolist():
-                token, slot = torch.where(index == expert)
-                inner = _expert_neurons(module, expert, x[token])
-                output = nn.functional.linear(inner, down[expert])
-                reap[expert] = (weights[token, slot].float() * output.float().norm(dim=-1)).sum()
-                tokens[expert] = len(token)
-                neurons[expert] = inner.float().abs().sum(0)
-            if "experts" in wanted:
-                self._accumulate("experts", layer, reap)
-                key = -1 if layer is None else layer
-                self._routed[key] = self._routed.get(key, 0) + tokens.double().cpu()
-            if "expert_ffn" in wanted:
-                self._accumulate("expert_ffn", layer, neurons)
-
-        return hook
-
-
-def _expert_neurons(experts: Any, expert: int, x: torch.Tensor) -> torch.Tensor:
-    """Input of one expert's second matrix, `(tokens, expert_ffn)`, for gated and plain experts."""
-    if hasattr(experts, "gate_up_proj"):
-        gate, up = nn.functional.linear(x, experts.gate_up_proj[expert]).chunk(2, dim=-1)
-        return experts.act_fn(gate) * up
-    return experts.act_fn(nn.functional.linear(x, experts.up_proj[expert]))
-
-
-def _consumed_axis(rule: TensorRule, wanted: set[str]) -> str | None:
-    """The axis that a linear layer leads back to `hidden` from, if it is scored at that layer's input."""
-    if len(rule.dims) != 2 or [cut.axis for cut in rule.dims[0].cuts] != ["hidden"]:
-        return None
-    return next((cut.axis for cut in rule.dims[1].cuts if cut.axis in _CONSUMED and cut.axis in wanted), None)

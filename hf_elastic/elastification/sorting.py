@@ -10,7 +10,8 @@ from transformers import PreTrainedConfig
 from ..architectures import Architecture
 from ..architectures.submodel import LAYERS
 from ..errors import ElasticConfigError
-from .importance import MAMBA, Scores
+from .importance import Scores
+from .listening import MAMBA
 
 Orders = dict[int | None, dict[str, torch.Tensor]]
 """Per layer (`None`: global) and axis the old index of every new position, `(groups, size per group)`."""
@@ -86,19 +87,24 @@ def orders_from_scores(
 
 
 def sort_state_dict(
-    architecture: Architecture, config: PreTrainedConfig, state_dict: Mapping[str, torch.Tensor], orders: Orders
+    architecture: Architecture,
+    config: PreTrainedConfig,
+    state_dict: dict[str, torch.Tensor],
+    orders: Orders,
+    release: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Sort every tensor of a parent. The result shares nothing with the input.
 
     Args:
         state_dict (`dict[str, torch.Tensor]`): Of the live causal model.
         orders (`Orders`): From [`orders_from_scores`].
+        release (`bool`, *optional*, defaults to `False`): Take tensors out of the state dict once they are sorted, so that their memory is free.
     """
     full = architecture.full(config)
     result = {}
     for rule in architecture.rules(config):
         here = {**orders.get(None, {}), **orders.get(rule.layer, {})}
-        tensor = state_dict[rule.name]
+        tensor = state_dict.pop(rule.name) if release else state_dict[rule.name]
         moved = rule.permute(tensor, full.at(rule.layer), here)
         result[rule.name] = moved.clone() if moved is tensor else moved.contiguous()
     return result

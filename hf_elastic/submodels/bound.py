@@ -131,6 +131,10 @@ class Bound:
         if self.copied:
             watch(self.source)
             watch(self.placed)
+        self.held = next(
+            (held for held in (self.owner._parameters, self.owner._buffers) if held.get(self.leaf) is self.source),
+            self.owner.__dict__,
+        )
         self.address, self.requires_grad = self.source.data_ptr(), self.source.requires_grad
         self.place, self.asks = self.placed.data_ptr(), self.placed.requires_grad
         self._note()
@@ -141,7 +145,8 @@ class Bound:
     @property
     def lies_there(self) -> bool:
         """Whether the parent still holds the same memory, and not another tensor that was put in its place."""
-        return getattr(self.owner, self.leaf) is self.source and self.source.data_ptr() == self.address
+        # Every call of a live budget asks this of every tensor: a lookup takes a third of what an attribute of a module does.
+        return self.held.get(self.leaf) is self.source and self.source.data_ptr() == self.address
 
     @property
     def is_current(self) -> bool:

@@ -127,7 +127,7 @@ def test_a_share_needs_a_parent():
          r"checkpoint: 'full' \([\d.]+k\), 'large'"),
         (12e9, "budget 12000000000.0 asks for 12.00B parameters, and the whole parent"),
         ("12B active", "asks for 12.00B active parameters, and the whole parent, which it gives, has .*k active parameters"),
-        (0.5, r"budget 0\.5 asks for 50% of the parent, [\d.]+k parameters; the largest size within that has [\d.]+k parameters, \d\d% of it\. "
+        (0.5, r"budget 0\.5 asks for 50% of the parent, [\d.]+k parameters; what was found within that has [\d.]+k parameters, \d\d% of it\. "
          r"The next larger is 'medium', "),
         ("50%", "budget '50%' asks for 50% of the parent"),
     ],
