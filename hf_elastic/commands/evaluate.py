@@ -130,7 +130,7 @@ def _draw(results: dict[str, Any], model: Any, path: Path) -> None:
     from ..evaluation.pareto_chart import draw_pareto
 
     try:
-        draw_pareto(results, path, largest=model.elastic_config.costs()["full"].active_params)
+        draw_pareto(results, path, largest=max(c.active_params for c in model.elastic_config.costs().values()))
     except ImportError:
         print("no plans.png: pip install matplotlib for the chart", file=sys.stderr)
 
