@@ -10,6 +10,7 @@ from typing import Any
 
 from ._version import __version__
 from .adapters.slices import load_adapter, slice_adapter
+from .adapters.targets import lora_targets
 from .configuration_elastic import ElasticConfig
 from .elastification.elastify import elastify
 from .elastification.importance import Scores, score
@@ -64,6 +65,7 @@ __all__ = [
     "__version__",
     "elastify",
     "load_adapter",
+    "lora_targets",
     "masked_model",
     "recover",
     "render_card",

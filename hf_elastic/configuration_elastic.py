@@ -47,8 +47,9 @@ from .errors import (
     shown,
 )
 from .storage.exchanging import refuse_interrupted
-from .storage.files import HUB_ARGUMENTS, find_file, pinned
+from .storage.files import HUB_ARGUMENTS, find_file
 from .storage.json_files import json_words, read_json
+from .storage.sources import pinned, refuse_missing_folder
 
 
 class ElasticConfig(InstalledCode, PreTrainedConfig):
@@ -437,8 +438,7 @@ def read_fields(repo: Any, **hub: Any) -> dict[str, Any]:
     Raises:
         `CheckpointError`: there is none, it is damaged, or a save into the folder was interrupted.
     """
-    if Path(repo).is_absolute() and not Path(repo).exists():
-        raise CheckpointError(f"there is no folder {repo}.")
+    refuse_missing_folder(repo)
     refuse_interrupted(repo, hub.get("subfolder"))
     if os.path.isdir(repo) and not Path(repo, hub.get("subfolder") or "", "config.json").is_file():
         raise CheckpointError(f"{repo} has no config.json.")

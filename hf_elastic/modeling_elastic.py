@@ -57,7 +57,8 @@ from .generation.phases import PhasedGenerationMixin
 from .generation.speculation import SpeculationMixin
 from .hub.pushing import PushMixin
 from .routing.router import BudgetRouter, read_router
-from .storage.files import pinned
+from .storage.files import refuse_out_of_reach
+from .storage.sources import pinned
 from .submodels.adapters import AdaptableMixin
 from .submodels.buffers import check_buffers
 from .submodels.loaded_from import WHERE, LoadedFrom, name_stock
@@ -391,6 +392,8 @@ def _read_configs_by_name() -> None:
             repo.add_hub(kwargs)
             if not repo:
                 repo.refuse_unsaved()
+        elif kwargs.get("budget") is not None or kwargs.get("elastic_config") is not None:
+            refuse_out_of_reach(repo, kwargs)  # sooner than upstream, which tries for most of a minute
         return inherited(cls, repo, *args, **kwargs)
 
     AutoConfig.from_pretrained = classmethod(from_pretrained)

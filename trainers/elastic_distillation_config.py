@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 from trl import SFTConfig
 
 from hf_elastic.errors import ElasticConfigError
@@ -18,7 +19,7 @@ from .losses import HIDDEN_LOSSES
 @dataclass
 class ElasticDistillationConfig(SFTConfig):
     r"""
-    What [`ElasticDistillationTrainer`] adds to `trl.SFTConfig`.
+    What [`ElasticDistillationTrainer`] adds to `trl.SFTConfig`. `bf16` is on by default where there is a device for it, and off on CPUs.
 
     Args:
         budget_probabilities (`dict[str, float]`, *optional*):
@@ -126,6 +127,8 @@ class ElasticDistillationConfig(SFTConfig):
                 self.stages = json.loads(self.stages)
             except json.JSONDecodeError as error:
                 raise ElasticConfigError(f"stages={self.stages!r} is not JSON: {error}.") from error
+        if self.bf16 is None and (self.use_cpu or not (is_torch_bf16_gpu_available() or is_torch_xla_available())):
+            self.bf16: bool | None = False  # upstream takes it where nothing is said, and refuses machines without it
         super().__post_init__()
         if not 0 < self.temperature < math.inf:
             raise ElasticConfigError(f"temperature={self.temperature} must be a finite number above 0.")

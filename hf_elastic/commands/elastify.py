@@ -173,8 +173,11 @@ def load_calibration(name: str, split: str) -> Any:
 
     Raises:
         `ElasticConfigError`: it is missing, has no rows, or cannot be read.
+        `CheckpointError`: there is nothing at a path, or the Hub cannot be asked.
     """
     import datasets
+
+    from ..storage.sources import pinned
 
     kinds = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
     path = Path(name)
@@ -184,6 +187,8 @@ def load_calibration(name: str, split: str) -> Any:
         raise ElasticConfigError(f"{name} must end with {', '.join(kinds)}, which says how to read it.")
     if path.is_file() and not path.stat().st_size:
         raise ElasticConfigError(f"{name} is empty.")
+    if not path.exists():
+        pinned(name, {}, kind="dataset", what="file or folder")
     try:
         if path.is_file():
             data = datasets.load_dataset(kinds[path.suffix], data_files=str(path), split="train")

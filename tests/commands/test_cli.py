@@ -160,7 +160,7 @@ def test_a_recipe_takes_short_names_of_types(elastic, tmp_path, monkeypatch, cap
     for more in ("", "dtype: null\n", "dtype: bf16\n"):
         (tmp_path / "recipe.yaml").write_text(text + more)
         assert main(["train", str(tmp_path / "recipe.yaml")]) == 0
-    assert seen == ["auto", "auto", "bfloat16"]
+    assert seen == ["float32", "auto", "bfloat16"]
     assert main(["train", str(tmp_path / "recipe.yaml"), "--modle", "x"]) == 2
     assert (
         "unknown option --modle; options are the fields of the recipe. Did you mean 'model'?"
@@ -170,7 +170,7 @@ def test_a_recipe_takes_short_names_of_types(elastic, tmp_path, monkeypatch, cap
 
 def test_bf16_on_a_cpu_says_what_to_write(elastic, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: False)
-    (tmp_path / "recipe.yaml").write_text(f"model: x\ndataset: y\noutput_dir: {tmp_path / 'out'}\n")
+    (tmp_path / "recipe.yaml").write_text(f"model: x\ndataset: y\noutput_dir: {tmp_path / 'out'}\nbf16: true\n")
     assert main(["train", str(tmp_path / "recipe.yaml")]) == 2
     assert re.search("recipe.yaml: training in bf16.* write bf16: false", capsys.readouterr().err)
 
@@ -582,7 +582,7 @@ save_strategy: "no"
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        (None, "there is no file"),
+        (None, "there is no file .*recipe.yaml, and no recipe of this name in the package, which has granite4"),
         (
             "output_dir: {tmp}/out\nbf16: false\nuse_cpu: true\nmodel: {model}\ndataset: {tmp}/none.jsonl\n",
             "train: file .*none.jsonl does not exist",
