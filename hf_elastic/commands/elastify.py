@@ -1,10 +1,17 @@
 """Make a plain checkpoint elastic: score it, sort it, and save it with its budgets.
 
-  hf-elastic elastify org/plain out --calibration text.jsonl --budget small:hidden=0.75,ffn=0.5
-  hf-elastic elastify org/plain out --calibration org/dataset --axis hidden --axis ffn=1.0,0.75,0.5 --budget half=6B --budget gpu=24GB
+PARENT is the model you have. Some of your texts (--calibration) are run through it, so that every channel, head, neuron and expert gets a
+score; then the weights are sorted by these scores. Every smaller size is the first part of every tensor, and the whole model computes what
+it did before. The smaller sizes are good after training: `hf-elastic train`.
 
-A budget is NAME:AXIS=SIZE,... with sizes or shares of the parent's (layers takes a number), or NAME=TARGET, which is searched over the
-choices of the axes. --spec takes both as JSON, with sizes per layer: {"axes": ..., "budgets": ...}.
+Calibration data are rows, one JSON object per line: {"messages": [...]}, {"text": "..."} or {"input_ids": [...]}.
+
+An axis is something that can be cut: `hf-elastic plan PARENT` lists the axes of a model and their sizes. A budget is a size with a name:
+NAME:AXIS=SIZE,... with sizes, or shares of the parent's (layers takes a number); or NAME=TARGET, for which the best choices of the axes
+(--axis) are searched. --spec takes both as JSON, with sizes per layer: {"axes": ..., "budgets": ...}.
+
+  hf-elastic elastify model family --calibration chats.jsonl --budget half:hidden=0.5
+  hf-elastic elastify model family2 --calibration chats.jsonl --axis hidden=1.0,0.75,0.5 --budget small=50%
 """
 
 from __future__ import annotations
@@ -47,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="AXIS[=CHOICES]",
-        help="elastic axis, with its sizes or shares: ffn=1.0,0.75,0.5",
+        help="elastic axis, with its sizes or shares: hidden=1.0,0.75,0.5; may be given several times",
     )
     parser.add_argument(
         "--budget",

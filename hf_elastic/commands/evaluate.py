@@ -1,9 +1,16 @@
-"""Measure who should think and who should answer: accuracy, tokens, time and modelled cost of phase plans on a task.
+"""Measure every size on your own rows (--data), or who should think and who should answer on a task (--task).
 
-  hf-elastic evaluate org/elastic-30b --task gsm8k --thinking 12b --thinking 23b --answering 30b --max-thinking-tokens 512 --output results
-  hf-elastic evaluate FOLDER --task book --max-thinking-tokens 17 --max-thinking-tokens 34 --max-thinking-tokens none --output results
+With --data nothing is generated: every size reads the same rows. `loss` says how well it predicts them, `kl` how far its predictions are
+from those of the whole model (0 is the same), `agreement` how often both hold the same token likeliest. Before and after training, this
+tells whether the sizes have learned.
 
-Every thinker is tried with every answerer under every cap. OUTPUT gets plans.json, with the plans that no other one beats, and plans.png.
+With --task, for models that think: accuracy, tokens, time and modelled cost. Every thinker is tried with every answerer under every cap.
+OUTPUT gets plans.json, with the plans that no other one beats, and plans.png. Tasks are those of lm-eval that generate text, and `book`,
+that of the lab's own model.
+
+  hf-elastic evaluate family --data heldout.jsonl
+  hf-elastic evaluate family --task gsm8k --thinking half --answering half --answering full --max-thinking-tokens 512 --output results
+  hf-elastic evaluate hf-elastic-lab/elastic --task book --max-thinking-tokens 34 --max-thinking-tokens none --output results
 """
 
 from __future__ import annotations
@@ -19,9 +26,7 @@ from .elastify import load_calibration
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("repo", metavar="REPO", help="Hub repository or folder of an elastic checkpoint")
-    parser.add_argument(
-        "--task", help="book (the embedded lab's), or any generating task of lm-eval (default: book)"
-    )
+    parser.add_argument("--task", help="book (the embedded lab's), or any generating task of lm-eval (default: book)")
     parser.add_argument(
         "--data",
         metavar="DATA",
@@ -46,13 +51,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--handover", default="auto", choices=("auto", "cache", "reprefill"), help="how the answerer takes over"
     )
-    parser.add_argument("--count", type=int, default=100, help="problems (default: 100)")
+    parser.add_argument("--count", type=int, default=100, help="problems, or rows of --data (default: 100)")
     parser.add_argument(
         "--metric",
         help="which rate is the accuracy: code (symbols) or exact (answers) for book, or one of lm-eval's, such as exact_match,none",
     )
     parser.add_argument("--letters", type=int, default=12, help="letters of a book problem (default: 12)")
-    parser.add_argument("--batch-size", type=int, default=50, help="book problems generated together (default: 50)")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        help="book problems that are generated together, or rows that are read together (default: 50, or 4)",
+    )
     parser.add_argument(
         "--by", default="cost", choices=("cost", "seconds"), help="what the front counts as the price (default: cost)"
     )
@@ -66,6 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.batch_size is None:
+        args.batch_size = 50 if args.data is None else 4
     if args.data is None:
         _measure_plans(args)
     else:
@@ -79,9 +90,20 @@ def _measure_texts(args: argparse.Namespace) -> None:
     from ..evaluation.texts import measure_texts
     from ..modeling_elastic import ElasticForCausalLM
 
-    others = ("task", "include_path", "thinking", "answering", "max_thinking_tokens", "max_answer_tokens", "metric", "output")
+    others = (
+        "task",
+        "include_path",
+        "thinking",
+        "answering",
+        "max_thinking_tokens",
+        "max_answer_tokens",
+        "metric",
+        "output",
+    )
     if given := [f"--{name.replace('_', '-')}" for name in others if getattr(args, name) is not None]:
-        raise ElasticConfigError(f"--data reads rows and prints what it finds, so {', '.join(given)} would have no effect.")
+        raise ElasticConfigError(
+            f"--data reads rows and prints what it finds, so {', '.join(given)} would have no effect."
+        )
     for name in ("count", "batch_size"):
         if getattr(args, name) < 1:
             raise ElasticConfigError(f"--{name.replace('_', '-')}={getattr(args, name)} must be at least 1.")
@@ -98,7 +120,9 @@ def _measure_texts(args: argparse.Namespace) -> None:
         numbers = [f"{s['loss']:.4f}", f"{s['perplexity']:.4g}", f"{s['kl']:.4f}", f"{s['agreement']:.1%}"]
         rows.append([s["name"], f"{s['total_params']:,}", *numbers])
     print(table(rows, frozenset(range(1, 6))))
-    print(f"\n{sizes[0]['tokens']:,} tokens. loss and kl are nats per token; kl and agreement compare with the whole model ({sizes[0]['name']}).")
+    print(
+        f"\n{sizes[0]['tokens']:,} tokens. loss and kl are nats per token; kl and agreement compare with the whole model ({sizes[0]['name']})."
+    )
 
 
 def _measure_plans(args: argparse.Namespace) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import json
 import os
-import random
 import subprocess
 import sys
 from contextlib import redirect_stdout
@@ -13,18 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import granite, randomize
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteMoeHybridForCausalLM, PreTrainedTokenizerFast
+from chats import save_parent, write_chats
+from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteMoeHybridForCausalLM
 
 from hf_elastic.cli import main
 
-NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight"]
-WORDS = ["<pad>", "<eos>", "<user>", "<assistant>", *NUMBERS, "what", "is", "plus", "?", "."]
-TEMPLATE = (
-    "{% for m in messages %}{{ '<' + m.role + '> ' + m.content }}{{ ' <eos> ' if m.role == 'assistant' else ' ' }}{% endfor %}"
-    "{{ '<assistant> ' if add_generation_prompt else '' }}"
-)
+pytestmark = pytest.mark.slow
 
 FULL = """\
 model: family
@@ -45,29 +38,6 @@ LORA = FULL.replace("output_dir: trained", "output_dir: adapter").replace("5.0e-
     "use_peft: true\nmerge_adapter: true\n"
     "lora_target_modules: [q_proj, k_proj, v_proj, o_proj, in_proj, input_linear, output_linear]\n"
 )
-
-
-def save_parent(folder: Path) -> None:
-    """A Granite of the stock classes, with a tokenizer: what a user has."""
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
-    fast.chat_template = TEMPLATE
-    fast.save_pretrained(folder)
-    ends = {"vocab_size": len(WORDS), "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
-    model = GraniteMoeHybridForCausalLM(granite(**ends))
-    randomize(model)
-    model.save_pretrained(folder)
-
-
-def write_chats(path: Path, count: int, seed: int) -> None:
-    draw = random.Random(seed)
-    with path.open("w") as file:
-        for _ in range(count):
-            a, b = draw.randint(0, 4), draw.randint(0, 4)
-            question = {"role": "user", "content": f"what is {NUMBERS[a]} plus {NUMBERS[b]} ?"}
-            answer = {"role": "assistant", "content": f"{NUMBERS[a + b]} ."}
-            file.write(json.dumps({"messages": [question, answer]}) + "\n")
 
 
 def hf_elastic(line: str) -> None:
