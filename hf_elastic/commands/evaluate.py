@@ -26,7 +26,7 @@ from .elastify import load_calibration
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("repo", metavar="REPO", help="Hub repository or folder of an elastic checkpoint")
-    parser.add_argument("--task", help="book (the embedded lab's), or any generating task of lm-eval (default: book)")
+    parser.add_argument("--task", help="any generating task of lm-eval, or book, which is that of the lab's model (its default)")
     parser.add_argument(
         "--data",
         metavar="DATA",
@@ -146,6 +146,8 @@ def _measure_plans(args: argparse.Namespace) -> None:
         raise ElasticConfigError(f"--output={args.output} is a file; give a folder.")
     task = _task(args)
     tokenizer = load_tokenizer(args.repo)
+    if args.task is None:
+        _check_lab(tokenizer, args.repo)
     model = ElasticForCausalLM.from_pretrained(args.repo, dtype=args.dtype).to(device)
     names = list(model.elastic_config.family())
     options: dict[str, Any] = {"max_answer_tokens": args.max_answer_tokens, "handover": args.handover}
@@ -191,6 +193,18 @@ def _task(args: argparse.Namespace) -> Any:
     return LmEvalTask(
         args.task, limit=args.count, include_path=args.include_path, metric=args.metric, think_end_token="</think>"
     )
+
+
+def _check_lab(tokenizer: Any, repo: str) -> None:
+    """Without a task it is the lab's, which no other model has learned: what that one writes would only look like a result."""
+    from ..errors import ElasticConfigError
+    from ..lab.task import build_tokenizer
+
+    if tokenizer.get_vocab() != build_tokenizer().get_vocab():
+        raise ElasticConfigError(
+            f"say what {repo} is to be measured on: --data FILE (rows of your own), or --task NAME (one of lm-eval's). The default, --task book, "
+            "is the task of the lab's model."
+        )
 
 
 def _draw(results: dict[str, Any], model: Any, path: Path) -> None:

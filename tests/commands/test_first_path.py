@@ -155,3 +155,9 @@ def test_generate_takes_the_trained_family(path, capsys):
     result = json.loads(capsys.readouterr().out)
     assert result["budget"] == "half"
     assert 1 <= result["tokens"] <= 4
+
+
+def test_evaluate_asks_for_a_task(path, capsys):
+    """The default task is that of the lab's model; what another one writes there would only look like a result."""
+    assert main(["evaluate", "trained"]) == 2
+    assert "say what trained is to be measured on: --data FILE (rows of your own), or --task NAME" in capsys.readouterr().err
