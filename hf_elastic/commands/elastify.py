@@ -8,7 +8,7 @@ Calibration data are rows, one JSON object per line: {"messages": [...]}, {"text
 
 An axis is something that can be cut: `hf-elastic plan PARENT` lists the axes of a model and their sizes. A budget is a size with a name:
 NAME:AXIS=SIZE,... with sizes, or shares of the parent's (layers takes a number); or NAME=TARGET, for which the best choices of the axes
-(--axis) are searched. --spec takes both as JSON, with sizes per layer: {"axes": ..., "budgets": ...}.
+(--axis) are searched: 50% (or 0.5) of the parent's parameters, "50% active", 6B, "2.1B active", 24GB. --spec takes both as JSON, with sizes per layer: {"axes": ..., "budgets": ...}.
 
   hf-elastic elastify model family --calibration chats.jsonl --budget half:hidden=0.5
   hf-elastic elastify model family2 --calibration chats.jsonl --axis hidden=1.0,0.75,0.5 --budget small=50%
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="BUDGET",
-        help="NAME:AXIS=SIZE,... or NAME=TARGET; may be given several times",
+        help="NAME:AXIS=SIZE,... or NAME=TARGET (half=50%%); may be given several times",
     )
     parser.add_argument("--spec", metavar="FILE", help="JSON file with axes and budgets")
     parser.add_argument("--scores", metavar="FILE", help="reuse scores instead of scoring")
@@ -180,8 +180,11 @@ def load_calibration(name: str, split: str) -> Any:
 
     Raises:
         `ElasticConfigError`: it is missing, has no rows, or cannot be read.
+        `CheckpointError`: there is nothing at a path, or the Hub cannot be asked.
     """
     import datasets
+
+    from ..storage.sources import pinned
 
     kinds = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
     path = Path(name)
@@ -191,6 +194,8 @@ def load_calibration(name: str, split: str) -> Any:
         raise ElasticConfigError(f"{name} must end with {', '.join(kinds)}, which says how to read it.")
     if path.is_file() and not path.stat().st_size:
         raise ElasticConfigError(f"{name} is empty.")
+    if not path.exists():
+        pinned(name, {}, kind="dataset", what="file or folder")
     try:
         if path.is_file():
             data = datasets.load_dataset(kinds[path.suffix], data_files=str(path), split="train")

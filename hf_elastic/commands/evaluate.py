@@ -20,13 +20,25 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .common import add_device, add_json, check_device, check_dtype, load_tokenizer, table
+from .common import (
+    add_device,
+    add_json,
+    add_markers,
+    check_device,
+    check_dtype,
+    check_source,
+    load_tokenizer,
+    markers,
+    table,
+)
 from .elastify import load_calibration
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("repo", metavar="REPO", help="Hub repository or folder of an elastic checkpoint")
-    parser.add_argument("--task", help="any generating task of lm-eval, or book, which is that of the lab's model (its default)")
+    parser.add_argument(
+        "--task", help="any generating task of lm-eval, or book, which is that of the lab's model (its default)"
+    )
     parser.add_argument(
         "--data",
         metavar="DATA",
@@ -51,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--handover", default="auto", choices=("auto", "cache", "reprefill"), help="how the answerer takes over"
     )
+    add_markers(parser)
     parser.add_argument("--count", type=int, default=100, help="problems, or rows of --data (default: 100)")
     parser.add_argument(
         "--metric",
@@ -107,6 +120,7 @@ def _measure_texts(args: argparse.Namespace) -> None:
     for name in ("count", "batch_size"):
         if getattr(args, name) < 1:
             raise ElasticConfigError(f"--{name.replace('_', '-')}={getattr(args, name)} must be at least 1.")
+    check_source(args.repo)
     device, dtype = check_device(args.device), check_dtype(args.dtype)
     data, tokenizer = load_calibration(args.data, args.split), load_tokenizer(args.repo)
     model: Any = ElasticForCausalLM.from_pretrained(args.repo, dtype=dtype).to(device)
@@ -131,7 +145,9 @@ def _measure_plans(args: argparse.Namespace) -> None:
 
     from ..checkpoints.replacing import replacing
     from ..errors import ElasticConfigError
+    from ..evaluation.lm_eval import LmEvalTask
     from ..evaluation.plans import PREFILL_SPEED, measure_plan, plan_matrix, results_file
+    from ..lab.book_task import BookTask, check_reads_book
     from ..modeling_elastic import ElasticForCausalLM
 
     caps = [_cap(text) for text in args.max_thinking_tokens or ["none"]]
@@ -140,18 +156,22 @@ def _measure_plans(args: argparse.Namespace) -> None:
             raise ElasticConfigError(f"--{name.replace('_', '-')}={getattr(args, name)} must be at least 1.")
     if args.prefill_speed is not None and not 0 < args.prefill_speed < float("inf"):
         raise ElasticConfigError(f"--prefill-speed={args.prefill_speed} must be a positive number.")
+    check_source(args.repo)
     device = check_device(args.device)
     args.dtype = check_dtype(args.dtype)
     if args.output and Path(args.output).exists() and not Path(args.output).is_dir():
         raise ElasticConfigError(f"--output={args.output} is a file; give a folder.")
     task = _task(args)
     tokenizer = load_tokenizer(args.repo)
-    if args.task is None:
-        _check_lab(tokenizer, args.repo)
+    if isinstance(task, BookTask):
+        check_reads_book(tokenizer, args.repo)
     model = ElasticForCausalLM.from_pretrained(args.repo, dtype=args.dtype).to(device)
     names = list(model.elastic_config.family())
     options: dict[str, Any] = {"max_answer_tokens": args.max_answer_tokens, "handover": args.handover}
-    plans = plan_matrix(args.thinking or names, args.answering or names, caps, **options)
+    plans = plan_matrix(args.thinking or names, args.answering or names, caps, **options, **markers(args))
+    plans = [plan.with_markers(tokenizer) for plan in plans]
+    if isinstance(task, LmEvalTask):
+        task.think_end_token = plans[0].phases[0].end
     for budget in {phase.budget for plan in plans for phase in plan.phases}:
         model.elastic_config.resolve(budget, model.dtype)  # all of them, before the first one takes its time
     speed = args.prefill_speed or PREFILL_SPEED
@@ -190,21 +210,7 @@ def _task(args: argparse.Namespace) -> Any:
     from ..evaluation.lm_eval import LmEvalTask, find_tasks
 
     find_tasks([args.task], args.include_path)  # before anything is loaded
-    return LmEvalTask(
-        args.task, limit=args.count, include_path=args.include_path, metric=args.metric, think_end_token="</think>"
-    )
-
-
-def _check_lab(tokenizer: Any, repo: str) -> None:
-    """Without a task it is the lab's, which no other model has learned: what that one writes would only look like a result."""
-    from ..errors import ElasticConfigError
-    from ..lab.task import build_tokenizer
-
-    if tokenizer.get_vocab() != build_tokenizer().get_vocab():
-        raise ElasticConfigError(
-            f"say what {repo} is to be measured on: --data FILE (rows of your own), or --task NAME (one of lm-eval's). The default, --task book, "
-            "is the task of the lab's model."
-        )
+    return LmEvalTask(args.task, limit=args.count, include_path=args.include_path, metric=args.metric)
 
 
 def _draw(results: dict[str, Any], model: Any, path: Path) -> None:

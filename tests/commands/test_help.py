@@ -15,7 +15,7 @@ from hf_elastic.cli import COMMANDS, build_parser, main
 RUN = ("elastify", "plan", "slice", "export", "generate", "evaluate", "push")
 """Commands whose examples run here, one on what another has made. `train` runs in `test_first_path`, `lab` in its own tests."""
 
-NOT_HERE = ("--upload", "--task", "--thinking", "small=50%")
+NOT_HERE = ("--upload", "--task", "--thinking")
 """What sends something, needs lm-eval's data or a model that thinks."""
 
 
