@@ -8,10 +8,11 @@ Calibration data are rows, one JSON object per line: {"messages": [...]}, {"text
 
 An axis is something that can be cut: `hf-elastic plan PARENT` lists the axes of a model and their sizes. A budget is a size with a name:
 NAME:AXIS=SIZE,... with sizes, or shares of the parent's (layers takes a number); or NAME=TARGET, for which the best choices of the axes
-(--axis) are searched: 50% (or 0.5) of the parent's parameters, "50% active", 6B, "2.1B active", 24GB. --spec takes both as JSON, with sizes per layer: {"axes": ..., "budgets": ...}.
+(--axis) are searched: 50% (or 0.5) of the parent's parameters, "50% active", 6B, "2.1B active", 24GB. --spec takes both as JSON, with
+sizes per layer: {"axes": ..., "budgets": ...}.
 
   hf-elastic elastify model family --calibration chats.jsonl --budget half:hidden=0.5
-  hf-elastic elastify model family2 --calibration chats.jsonl --axis hidden=1.0,0.75,0.5 --budget small=50%
+  hf-elastic elastify model family2 --calibration chats.jsonl --axis hidden=1.0,0.75,0.5,0.25 --budget small=50%
 """
 
 from __future__ import annotations
