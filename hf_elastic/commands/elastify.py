@@ -140,7 +140,9 @@ def _spec(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     except (ValueError, RecursionError) as error:
         raise ElasticConfigError(f"{args.spec} is no JSON: {error}.") from error
     if not isinstance(spec, dict) or set(spec) - {"axes", "budgets"} or not isinstance(spec.get("budgets", {}), dict):
-        raise ElasticConfigError(f"{args.spec} must hold an object with `axes` and `budgets`, which is one too.")
+        raise ElasticConfigError(
+            f"{args.spec} must hold an object with `axes` and `budgets`; budgets is an object from names to sizes or targets."
+        )
     axes: dict[str, Any] = {}
     for text in args.axis:
         name, equals, values = text.partition("=")
