@@ -27,7 +27,7 @@ output_dir: trained
 eval_strategy: epoch
 eval_on_start: true
 num_train_epochs: 3
-learning_rate: 5.0e-3
+learning_rate: 3.0e-3
 per_device_train_batch_size: 16
 bf16: false
 use_cpu: true
@@ -35,7 +35,7 @@ report_to: none
 """
 
 LORA = (
-    FULL.replace("output_dir: trained", "output_dir: adapter").replace("5.0e-3", "1.0e-2")
+    FULL.replace("output_dir: trained", "output_dir: adapter").replace("3.0e-3", "1.0e-2")
     + """\
 use_peft: true
 lora_targets: auto
@@ -92,7 +92,7 @@ def test_training_brings_every_size_near(name, path):
     ]
     assert before["full"] < 1e-6 < before["half"]
     assert after["half"] < 0.8 * before["half"]
-    assert after["full"] < after["half"]
+    assert after["full"] < 0.5 * before["half"]
 
 
 @pytest.mark.parametrize("name", ["trained", "adapter/merged"])
