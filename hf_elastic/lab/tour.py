@@ -78,7 +78,7 @@ def run_tour(
         untrained ([`ElasticForCausalLM`]): The parent sorted, with sizes that are only cut ([`~hf_elastic.lab.family.make_family`]).
         family ([`ElasticForCausalLM`]): The same after training.
         tokenizer: Of all of them.
-        output (`Path`): Folder for `elastic/` (the trained family), `untrained/`, `export/` and `results.json`.
+        output (`Path`): Folder for `elastic/` (the trained family), `parent/` (what it is made from), `export/` and `results.json`.
         count (`int`, *optional*, defaults to 100): Held-out problems per size.
         letters (`int`, *optional*, defaults to 12): Lines per problem.
         seed (`int`, *optional*, defaults to 0): Of the problems.
@@ -92,7 +92,7 @@ def run_tour(
         `HFElasticError`: two ways to the same submodel disagree.
     """
     start = time.perf_counter()
-    for model, name in ((family, "elastic"), (untrained, "untrained")):
+    for model, name in ((family, "elastic"), (parent, "parent")):
         with replacing(output / name) as folder:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)

@@ -46,6 +46,9 @@ def test_results_are_complete_and_plausible(lab):
     assert results["sorted_parent_difference"] < 1e-3
     assert results["export"]["difference"] < 1e-4
     assert (lab / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    assert (
+        json.loads((lab / "parent" / "config.json").read_text())["model_type"] == "nemotron_h"
+    )  # what elastify starts from
     assert sorted(p.name for p in (lab / "export").iterdir() if p.suffix in (".json", ".safetensors")) == [
         "config.json",
         "generation_config.json",
