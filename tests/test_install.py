@@ -46,6 +46,20 @@ def test_the_lines_of_pip_become_few_plain_ones():
     assert progress.read("Collecting one-more==1.0") is None
 
 
+def test_a_large_download_is_told_by_its_bytes():
+    seconds, here = [0.0], [0.0]
+    progress = Progress(100, lambda: 0, lambda: here[0], clock=lambda: seconds[0])
+    progress.read("Collecting torch==2.13.0")
+    seconds[0] = 10
+    line = "  Downloading torch-2.13.0-cp311-cp311-manylinux_2_28_x86_64.whl (1.2 GB)"
+    assert progress.read(line) == "   10 s: 1 packages found, downloading torch-2.13.0 (1.2 GB)"
+    seconds[0], here[0] = 40, 300.0
+    said = progress.told()
+    assert said.endswith("downloading torch-2.13.0 (1.2 GB), 300 MB of it here, about 1 min 30 s left for this one")
+    progress.read("Processing /somewhere/numpy-2.4.6-cp311-cp311-linux_x86_64.whl")
+    assert progress.told() == "   40 s: 2 packages found, looking for numpy-2.4.6-cp311-cp311-linux_x86_64.whl"
+
+
 def test_nothing_is_said_of_the_time_left_before_anything_is_known():
     assert Progress(10, lambda: 0, clock=lambda: 3.0).told() == "   0 s: 0 packages found, looking for versions"
     assert [duration(s) for s in (0.4, 59.6, 61, 3600)] == ["0 s", "1 min 0 s", "1 min 1 s", "60 min 0 s"]

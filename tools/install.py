@@ -10,6 +10,7 @@ import queue
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,27 +33,35 @@ class Progress:
     Args:
         expected (`int`): Packages there will be, about.
         installed (`Callable[[], int]`): How many are in the environment now.
+        fetched (`Callable[[], float]`): Megabytes of the file that is being downloaded.
         clock (`Callable[[], float]`): Seconds.
     """
 
     def __init__(
-        self, expected: int, installed: Callable[[], int], clock: Callable[[], float] = time.monotonic
+        self,
+        expected: int,
+        installed: Callable[[], int],
+        fetched: Callable[[], float] = lambda: 0.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.expected, self.installed, self.clock = expected, installed, clock
+        self.expected, self.installed, self.fetched, self.clock = expected, installed, fetched, clock
         self.begun, self.before = clock(), installed()
         self.found, self.to_install, self.now = 0, 0, "looking for versions"
+        self.large: tuple[float, float] | None = None  # megabytes of a large download, and when it began
 
     def read(self, line: str) -> str | None:
         """Take in a line of pip; returns what is worth telling at once."""
-        if match := re.match(r"\s*(?:Collecting|Obtaining) ([\w.-]+)", line):
+        if match := re.match(r"\s*(?:Collecting|Obtaining|Processing) (?:\S*/)?([\w.-]+)", line):
             self.found += 1
-            self.now = f"looking for {match[1]}"
+            self.now, self.large = f"looking for {match[1]}", None
         elif match := re.match(r"\s*Downloading (?:\S*/)?([\w.]+-[\w.]+)\S* \(([\d.]+) ?(\w+)\)", line):
-            self.now = f"downloading {match[1]} ({match[2]} {match[3]})"
-            if match[3] == "GB" or (match[3] == "MB" and float(match[2]) >= LARGE):
+            self.now, self.large = f"downloading {match[1]} ({match[2]} {match[3]})", None
+            size = float(match[2]) * {"GB": 1000.0, "MB": 1.0}.get(match[3], 0.0)
+            if size >= LARGE:
+                self.large = size, self.clock()
                 return self.told()
         elif line.startswith("Installing collected packages"):
-            self.to_install = line.count(",") + 1
+            self.to_install, self.large = line.count(",") + 1, None
             return self.told()
         return None
 
@@ -70,6 +79,10 @@ class Progress:
         if self.to_install:
             what = f"installing, {min(self.installed() - self.before, self.to_install)} of {self.to_install} packages"
         left = f", about {duration(passed * (1 - self.share) / self.share)} left" if self.share > 0.1 else ""
+        if self.large and (have := min(self.fetched(), self.large[0])) > 0:
+            size, begun = self.large
+            rest = duration((self.clock() - begun) * (size - have) / have)
+            left = f", {have:.0f} MB of it here, about {rest} left for this one"
         return f"   {duration(passed)}: {what}{left}"
 
 
@@ -110,9 +123,13 @@ def pip(python: Path, arguments: Sequence[str], expected: int) -> None:
         text=True,
         check=True,
     ).stdout.strip()
-    progress = Progress(expected, lambda: len(list(Path(site).glob("*.dist-info"))))
+    folder = tempfile.TemporaryDirectory(prefix="hf-elastic-install-")  # where pip keeps a file while it downloads it
+    sizes = lambda: [file.stat().st_size for file in Path(folder.name).rglob("*.whl") if file.exists()]  # noqa: E731
+    progress = Progress(
+        expected, lambda: len(list(Path(site).glob("*.dist-info"))), lambda: max(sizes(), default=0) / 1e6
+    )
     command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off", *arguments]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TMPDIR": folder.name}
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
