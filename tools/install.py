@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-EVERY = 5.0
+EVERY = 10.0
 """Seconds between two lines."""
 LARGE = 20.0
 """Megabytes from which a download is told on its own."""

@@ -97,7 +97,7 @@ def run_tour(
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
     ids = _sample_ids(tokenizer, letters, seed)
-    options = {"count": count, "letters": letters, "seed": seed}
+    options: dict[str, Any] = {"count": count, "letters": letters, "seed": seed}
     budgets = []
     for name, cost in family.elastic_config.costs().items():
         started = time.perf_counter()
@@ -169,7 +169,7 @@ def _measure(
     directory: Path,
     name: str,
     ids: torch.Tensor,
-    options: dict[str, int],
+    options: dict[str, Any],
 ) -> dict[str, Any]:
     """Accuracy of the slice read from disk, and that the live family computes and generates the same at this budget."""
     loaded = AutoModelForCausalLM.from_pretrained(directory, budget=name)
