@@ -1,38 +1,68 @@
-"""Write what README and model cards say of results from the files in `results/`, so that no number there is typed by hand.
+"""Write what README, docs and model cards say of results from the files in `results/`, so that no number there is typed by hand.
 
 `python benchmarks/report.py` rewrites the blocks between markers (`<!-- results:begin -->` to `<!-- results:end -->`, and the same for
-`family`, `ablations`, `bytes`, `phases` and `handover`) and draws the charts of `model_cards/`; `--check` only tells whether the texts are up to date.
+`numbers`, `family`, `ablations`, `bytes`, `phases` and `handover`) and draws the charts of `docs/assets/`; `--check` only tells whether the texts are up to date.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import ast
 import re
-import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = (ROOT / "README.md", ROOT / "model_cards" / "lab_family.md")
-CARDS = ROOT / "model_cards"
-SIZES = ("full", "half", "third", "quarter", "between")
-WAYS = {
-    "family": "one run",
-    "router": "one run, sizes learned",
-    "alone": "alone",
-    "split": "alone, tokens split",
-    "scratch": "from scratch",
-    "untrained": "not trained",
+from result_files import RESULTS, ROOT, SIZES, WAYS, Result, by_name, load
+
+DOCUMENTS = (
+    ROOT / "README.md",
+    ROOT / "docs" / "measured.md",
+    ROOT / "docs" / "evidence.md",
+    ROOT / "model_cards" / "lab_family.md",
+)
+
+GROUPS = {
+    "Loading and downloading": ("loading", "nested_layout", "hub_fetch"),
+    "Running": ("switching", "gpu", "handover", "speculation"),
+    "Training": (
+        "training",
+        "ablation_stages",
+        "ablation_sampling",
+        "ablation_sorting",
+        "ablation_depth",
+        "ablation_router",
+    ),
+    "How good": ("lab_family", "byte_lm", "phases"),
 }
-"""Columns of the family's table: names in the result file and in the table."""
+"""Result files in the order of `docs/measured.md`."""
+
+NUMBERS = (
+    (
+        "Time to load half of a model, against a checkpoint of that size alone",
+        "loading",
+        "slice / export, cold files: time until read",
+    ),
+    (
+        "Bytes that a download of half of a model moves, against its weights",
+        "hub_fetch",
+        "bytes sent for the half budget, nested layout / bytes of its weights",
+    ),
+    (
+        "Memory of a 30B model and all its sizes on a GPU, against the 30B alone",
+        "gpu",
+        "memory of the parent and all sizes on the GPU / its weights",
+    ),
+    (
+        "Time per token at a live size, against the stock model of that size",
+        "switching",
+        "decode time per token in bfloat16, budget / stock model of that size",
+    ),
+)
+"""The README's numbers: what is asked, the result file, and the claim in it."""
 
 RATES = (("exact", "whole answers"), ("code", "symbols"))
-
-Result = Mapping[str, Any]
 
 
 def render(name: str, results: Path = RESULTS) -> str:
@@ -44,21 +74,50 @@ def render(name: str, results: Path = RESULTS) -> str:
 
 
 def claims(results: Path) -> str:
-    """A table of claims per result file, and what they were measured on."""
+    """A section per result file: what was asked, the claims with what was measured, and on what."""
+    paths = {path.stem: path for path in sorted(results.glob("*.json"))}
+    grouped = {group: [name for name in names if name in paths] for group, names in GROUPS.items()}
+    listed = {name for names in grouped.values() for name in names}
+    grouped["Other"] = [name for name in paths if name not in listed]
     parts = []
-    for path in sorted(results.glob("*.json")):
-        result = _load(path)
-        rows = [f"| {_claim(claim)} |" for claim in result["claims"]]
-        head = f"| [`{path.stem}`](benchmarks/{path.stem}.py) | measured | limit | |\n|---|---|---|---|"
-        parts.append("\n".join([head, *rows, "", _conditions(result)]))
+    for group, names in grouped.items():
+        parts += [f"## {group}"] * bool(names)
+        for name in names:
+            result = load(paths[name])
+            table = _table(["claim", "measured", "limit", ""], [_claim(claim) for claim in result["claims"]])
+            parts.append(f"### {name}\n\n{_question(name)}\n\n{table}\n\n{_conditions(result)}")
     return "\n\n".join(parts) + "\n" if parts else "No benchmark was run yet.\n"
+
+
+def numbers(results: Path) -> str:
+    """The numbers of the README, each with a link to the section it is from."""
+    rows = []
+    for question, name, claim in NUMBERS:
+        if (result := load(results / f"{name}.json")) is not None:
+            (value,) = (entry["value"] for entry in result["claims"] if entry["name"] == claim)
+            rows.append([question, f"{value:.2f}", f"[{name}](docs/measured.md#{name})"])
+    if (result := load(results / "lab_family.json")) is not None:
+        found = by_name(result)
+        third, split = (found[f"{way}: third, exact"] for way in ("family", "split"))
+        question = (
+            f"Problems solved by a size with {third['active_params'][0] / found['family: full, exact']['active_params'][0]:.0%} of the active "
+            "parameters, trained in one run with all others; in brackets: trained alone, in its share of the steps"
+        )
+        rows.append(
+            [
+                question,
+                f"{third['mean']:.2f} ({split['mean']:.2f})",
+                "[evidence](docs/evidence.md#one-run-for-all-sizes)",
+            ]
+        )
+    return _table(["", "measured", "from"], rows) + "\n" if rows else "Not measured yet.\n"
 
 
 def family(results: Path) -> str:
     """Exact answers per size and way to get it: the mean over seeds, and the range where they differ."""
-    if (result := _load(results / "lab_family.json")) is None:
+    if (result := load(results / "lab_family.json")) is None:
         return "Not measured yet.\n"
-    found = _by_name(result)
+    found = by_name(result)
     whole = found["family: full, exact"]
     rows = []
     for size in SIZES:
@@ -82,15 +141,15 @@ def ablations(results: Path) -> str:
     """Divergence from the parent and exact answers of every ablation, a table each."""
     parts = []
     for path in sorted(results.glob("ablation_*.json")):
-        found = _by_name(_load(path) or {})
+        found = by_name(load(path) or {})
         names = [name.removesuffix(", exact") for name in found if name.endswith(", exact")]
         ways = list(dict.fromkeys(name.rpartition(": ")[0] for name in names))
         sizes = list(dict.fromkeys(name.rpartition(": ")[2] for name in names))
         if len(sizes) < len(ways):  # a row per way
             rows = [[name.rpartition(":")[0], *_rates(found, name)] for name in names]
-            text = _table([f"[`{path.stem}`](../benchmarks/{path.stem}.py)", "exact", "divergence"], rows)
+            text = _table([f"`{path.stem}`", "exact", "divergence"], rows)
         else:
-            head = [f"[`{path.stem}`](../benchmarks/{path.stem}.py)"]
+            head = [f"`{path.stem}`"]
             head += [f"{way}: {rate}" for way in ways for rate in ("exact", "divergence")]
             text = _table(
                 head, [[size, *(c for way in ways for c in _rates(found, f"{way}: {size}"))] for size in sizes]
@@ -101,9 +160,9 @@ def ablations(results: Path) -> str:
 
 def byte_lm(results: Path) -> str:
     """Bits and perplexity per byte of real text."""
-    if (result := _load(results / "byte_lm.json")) is None:
+    if (result := load(results / "byte_lm.json")) is None:
         return "Not measured yet.\n"
-    found = _by_name(result)
+    found = by_name(result)
     rows = []
     ways = {"family": "one run", "split": "alone, tokens split", "untrained": "not trained"}
     for size in SIZES[:4]:
@@ -122,9 +181,9 @@ def byte_lm(results: Path) -> str:
 
 def phases(results: Path) -> str:
     """Whole answers by who thinks and who answers, without a cap, and what plans of two sizes gain."""
-    if (result := _load(results / "phases.json")) is None:
+    if (result := load(results / "phases.json")) is None:
         return "Not measured yet.\n"
-    found = _by_name(result)
+    found = by_name(result)
     parts = []
     for way, what in (("", "everything is read again"), ("by cache: ", "trained hand-over, by cache")):
         rows = []
@@ -153,9 +212,9 @@ def _gains(found: Mapping[str, Any], way: str, rate: str, name: str) -> str:
 
 def handover(results: Path) -> str:
     """Whole answers of every pair of sizes by how the second took over, and the time until its first token."""
-    if (result := _load(results / "handover.json")) is None:
+    if (result := load(results / "handover.json")) is None:
         return "Not measured yet.\n"
-    found = _by_name(result)
+    found = by_name(result)
     ways = ("re-prefill", "as is", "scaled", "trained re-prefill", "trained")
     head = ["thinks → answers", "read again", "cache as is", "cache, scaled", "trained: read again", "trained: cache"]
     rows = []
@@ -180,6 +239,7 @@ def handover(results: Path) -> str:
 
 _BLOCKS: Mapping[str, Callable[[Path], str]] = {
     "results": claims,
+    "numbers": numbers,
     "family": family,
     "ablations": ablations,
     "bytes": byte_lm,
@@ -188,64 +248,7 @@ _BLOCKS: Mapping[str, Callable[[Path], str]] = {
 }
 
 
-# -- the chart ---------------------------------------------------------------------------------------------------------
-
-
-def draw(results: Path = RESULTS, folder: Path = CARDS) -> None:
-    """All charts."""
-    draw_family(results, folder / "lab_family.png")
-    draw_phases(results, folder / "phases.png")
-
-
-def draw_phases(results: Path, path: Path) -> None:
-    """Symbols of answers against the modelled time of every plan."""
-    from hf_elastic.evaluation.pareto_chart import draw_pareto
-    from hf_elastic.evaluation.plans import pareto_front
-
-    if (result := _load(results / "phases.json")) is None:
-        return
-    timed = [entry for entry in result["measurements"] if entry["name"].endswith(": modelled time")]
-    timed = [entry for entry in timed if not entry["name"].startswith("by cache: ")]
-    points = [{**entry, "seconds": entry["median"], "accuracy": entry["code"]} for entry in timed]
-    task = "symbols of answers, book, three seeds"
-    draw_pareto(
-        {"task": task, "by": "seconds", "points": points, "front": pareto_front(points, "seconds")},
-        path,
-        timed="modelled",
-    )
-
-
-def draw_family(results: Path, path: Path) -> None:
-    """Exact answers against active parameters, a line per way."""
-    from hf_elastic.lab.chart import draw_lines
-
-    if (result := _load(results / "lab_family.json")) is None:
-        return
-    found = _by_name(result)
-    lines = []
-    styles = {"family": "o-", "router": "D-", "alone": "s--", "split": "^--", "scratch": "x:", "untrained": "v:"}
-    for way, style in styles.items():
-        entries = [
-            {"name": size, "active_params": statistics.fmean(_active(found, entry, size)), "exact": entry["mean"]}
-            for size in SIZES[:4]
-            if (entry := found.get(f"{way}: {size}, exact"))
-        ]
-        if entries:
-            lines.append((WAYS[way], style, entries, "exact"))
-    whole = found["family: full, exact"]
-    label = f"whole answers right, {whole['problems']} held-out problems, {len(whole['seeds'])} seeds"
-    draw_lines(lines, "One checkpoint, all sizes in one run, against other ways", label, path)
-
-
 # -- how ---------------------------------------------------------------------------------------------------------------
-
-
-def _load(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
-def _by_name(result: Result) -> dict[str, Any]:
-    return {entry["name"]: entry for entry in result.get("measurements", ())}
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -260,11 +263,6 @@ def _spread(entry: Result | None) -> str:
     return f"{entry['mean']:.2f}" + (f" ({low:.2f}–{high:.2f})" if low < high else "")
 
 
-def _active(found: Mapping[str, Any], entry: Result, size: str) -> list[int]:
-    """Active parameters; those of the family for a way that has the same sizes and does not say them."""
-    return entry["active_params"] if "active_params" in entry else found[f"family: {size}, exact"]["active_params"]
-
-
 def _rates(found: Mapping[str, Any], name: str) -> list[str]:
     if f"{name}, exact" not in found:
         return ["", ""]
@@ -276,17 +274,27 @@ def _sizes(sizes: Mapping[str, Any]) -> str:
     return ", ".join(f"{axis} {sizes[axis]}" for axis in cut)
 
 
-def _claim(claim: Mapping[str, Any]) -> str:
-    return (
-        f"{claim['name']} | {claim['value']:.3g} | {claim['limit']:.3g} | {'holds' if claim['holds'] else '**fails**'}"
-    )
+def _claim(claim: Mapping[str, Any]) -> list[str]:
+    return [
+        claim["name"],
+        f"{claim['value']:.3g}",
+        f"{claim['limit']:.3g}",
+        "holds" if claim["holds"] else "**fails**",
+    ]
+
+
+def _question(name: str) -> str:
+    """What a script asks: the first paragraph of its docstring."""
+    doc = ast.get_docstring(ast.parse((ROOT / "benchmarks" / f"{name}.py").read_text(encoding="utf-8"))) or ""
+    return f"{' '.join(doc.split(chr(10) * 2)[0].split())} Script: `benchmarks/{name}.py`."
 
 
 def _conditions(result: Result) -> str:
-    machine, versions = result["machine"], result["versions"]
-    hardware = ", ".join(str(value) for value in machine.values())
+    units = {"cores": "{} cores", "memory_gib": "{} GiB of memory"}
+    versions = result["versions"]
+    hardware = ", ".join(units.get(name, "{}").format(value) for name, value in result["machine"].items())
     software = ", ".join(f"{name} {value}" for name, value in versions.items())
-    return f"<sub>{hardware}; {software}; commit {result['commit'][:12]}</sub>"
+    return f"<sub>Measured on: {hardware}; {software}; commit {result['commit'][:12]}</sub>"
 
 
 def written(text: str) -> str:
@@ -308,6 +316,8 @@ def main() -> int:
         return int(bool(stale))
     for path in stale:
         path.write_text(written(path.read_text(encoding="utf-8")), encoding="utf-8")
+    from figures import draw
+
     draw()
     return 0
 

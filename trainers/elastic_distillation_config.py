@@ -49,8 +49,8 @@ class ElasticDistillationConfig(SFTConfig):
             Where rows are cut: before the last such token, `"</think>"` for example, which the second budget then reads, as in generation. Rows
             without it, and all rows by default, are cut at the same random share of their length.
         router_targets (`dict[str, str | float | dict]`, *optional*):
-            Learn the sizes: per budget what it may cost, a share of the parent's parameters (`0.5`) or `"12B"`, `"2.1B active"`, `"24GB"`, or
-            a memory with caches, `{"memory": "24GB", "context_length": 32768, "batch_size": 4, "dtype": "bfloat16"}`. The model then
+            Learn the sizes: per budget what it may cost, a share of the parent's parameters (`0.5`, `"50%"`, `"50% active"`) or `"12B"`,
+            `"2.1B active"`, `"24GB"`, or a memory with caches, `{"memory": "24GB", "context_length": 32768, "batch_size": 4, "dtype": "bfloat16"}`. The model then
             has axes with choices and no budgets; a router decides them in the first `router_steps` steps (arXiv 2511.16664, eq. 6-12), and
             the run goes on with what it decided.
         router_steps (`int`, *optional*): Steps until the router decides; required with `router_targets`.
@@ -102,7 +102,7 @@ class ElasticDistillationConfig(SFTConfig):
     )
 
     router_targets: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Learn the sizes: what each budget may cost (share, '12B', '2.1B active')."}
+        default=None, metadata={"help": "Learn the sizes: what each budget may cost ('50%', '12B', '2.1B active')."}
     )
     router_steps: int = field(default=0, metadata={"help": "Steps until the router decides the sizes."})
     router_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the router."})

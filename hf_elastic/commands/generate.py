@@ -14,7 +14,17 @@ import sys
 import time
 from typing import Any
 
-from .common import add_device, add_json, add_markers, add_source, check_device, check_dtype, load_tokenizer, markers
+from .common import (
+    add_device,
+    add_json,
+    add_markers,
+    add_source,
+    check_device,
+    check_dtype,
+    check_source,
+    load_tokenizer,
+    markers,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,6 +65,7 @@ def run(args: argparse.Namespace) -> None:
         raise ElasticConfigError(f"--max-new-tokens={args.max_new_tokens} must be at least 1.")
     if args.temperature < 0 or not 0 < args.top_p <= 1:
         raise ElasticConfigError("--temperature must be at least 0 and --top-p in (0, 1].")
+    check_source(args.repo)
     plan = _plan(args)
     device = check_device(args.device)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt

@@ -12,6 +12,7 @@ Several processes: torchrun --nproc-per-node 8 -m hf_elastic.cli train CONFIG.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import io
 import re
 import sys
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from ..errors import ElasticConfigError, did_you_mean
-from .common import check_dtype, load_tokenizer
+from .common import check_dtype, check_source, load_tokenizer
 from .elastify import load_calibration
 from .recipes import check_placeholders, defaults, find_recipe, tell_after, tell_before
 
@@ -124,6 +125,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     args.config = find_recipe(args.config)
+    if importlib.util.find_spec("trl") is None:
+        raise ImportError("training needs trl: pip install 'hf-elastic[train]'")
     train_arguments, adapter, config = parse(args.config, args.overrides)
     for name in ("model", "dataset", "teacher", "dataset_split", "eval_dataset", "dtype"):
         if not isinstance(value := getattr(train_arguments, name), (str, type(None))):
@@ -226,6 +229,9 @@ def train(arguments: TrainArguments, adapter: AdapterArguments, config: Any) -> 
     from ..trainers import ElasticDistillationTrainer
     from ..trainers.routing import REPORT_FILE
 
+    for source in (arguments.model, arguments.teacher):
+        if source is not None:
+            check_source(source)
     data = load_calibration(arguments.dataset, arguments.dataset_split)
     tokenizer = load_tokenizer(arguments.model)
     model = ElasticForCausalLM.from_pretrained(

@@ -57,6 +57,7 @@ def parent_from_dict(fields: Mapping[str, Any]) -> PreTrainedConfig:
         raise ElasticConfigError(f"quantization_config={shown(quantized)} must be a dict with a `quant_method`.")
     with explained(architecture.model_type):
         config = AutoConfig.for_model(model_type, **fields)
+        _refuse_contradictions(fields, config)
         if differences:
             config.per_layer_config = differences
         config.to_dict()  # which every slice is made from
@@ -72,6 +73,18 @@ def refuse_huge(fields: Mapping[str, Any]) -> None:
         if isinstance(count, (int, float)) and count > most:
             raise ElasticConfigError(
                 f"{field}: {count:,} is more than the {most:,} that are read; config.json was edited or damaged."
+            )
+
+
+def _refuse_contradictions(fields: Mapping[str, Any], config: PreTrainedConfig) -> None:
+    """Refuse a size that the stock class takes from another field: exports give some twice, under names that other programs read."""
+    for field, said in fields.items():
+        if type(said) not in (int, float) or field == "num_hidden_layers":  # which follows from the list of layers
+            continue
+        if type(taken := getattr(config, field, said)) in (int, float) and taken != said:
+            raise ElasticConfigError(
+                f"{field}={said}, but another field says {taken}, which the stock class takes; config.json was edited or damaged. Give both the same "
+                "value."
             )
 
 

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from ..architectures.submodel import Submodel
 from ..errors import PhasePlanError, shown
 from ..storage.files import find_file
+from ..storage.sources import pinned
 from .caches import check_hand_over
 from .plan import Phase, PhasePlan
 
@@ -100,7 +101,7 @@ def find_tokenizer(model: Any) -> PreTrainedTokenizerBase:
     try:
         if not where:
             raise OSError("the model was not loaded from a checkpoint")
-        hub = getattr(model, "_hub_kwargs", {})
+        hub = pinned(where, getattr(model, "_hub_kwargs", {}))
         for name in (
             "tokenizer_config.json",
             "tokenizer.json",

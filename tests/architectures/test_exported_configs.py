@@ -16,8 +16,9 @@ from safetensors import safe_open
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from hf_elastic import ElasticConfig, ElasticForCausalLM
+from hf_elastic import ElasticConfig, ElasticConfigError, ElasticForCausalLM
 from hf_elastic.cli import main
+from hf_elastic.configuration.parent import parent_from_dict
 
 MOE_WORDS = ("expert", "moe", "topk", "router")
 LETTERS = {"mamba": "M", "attention": "*", "moe": "E", "mlp": "-"}
@@ -214,6 +215,19 @@ def tokenizer() -> PreTrainedTokenizerFast:
     words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(64)}, unk_token="t0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="t1")
+
+
+@pytest.mark.parametrize("field", ["n_groups", "mamba_n_groups"])
+def test_two_names_for_one_size_say_the_same(field, family_folder, tmp_path):
+    """The stock class takes `mamba_n_groups` and says nothing of the other, which other programs read."""
+    AutoModelForCausalLM.from_pretrained(family_folder("nano3"), budget="small").export(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, field: 1}))
+    assert config[field] == 2
+    taken = 1 if field == "mamba_n_groups" else 2
+    with pytest.raises(ElasticConfigError, match=f"n_groups={3 - taken}, but another field says {taken}"):
+        ElasticConfig.from_parent(parent_from_dict(json.loads(path.read_text())), {})
 
 
 @pytest.mark.parametrize("how", ["copied", "given", "command"])
