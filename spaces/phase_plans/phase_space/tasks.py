@@ -121,9 +121,7 @@ def _book_intro(prompt: str) -> str:
     return f"{said}\n\n{steps}\n\n{end}`{solution.answer}` is right.\n"
 
 
-_ROWS = "\n".join(
-    f"| `{op}{k}` | " + " | ".join(f"`{code}`" for code in codes) + " |" for (op, k), codes in BOOK.items()
-)
+_ROWS = "\n".join(f"| `{op}{k}` | {' | '.join(codes)} |" for (op, k), codes in BOOK.items())
 
 BOOK_TASK = Task(
     examples=_EXAMPLES,
