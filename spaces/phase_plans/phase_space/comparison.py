@@ -10,7 +10,7 @@ from .messages import is_right
 from .tasks import Solution
 from .trace import Trace
 
-SAME_TIME = 0.05
+SAME_TIME = 0.1
 """Times that differ by less than this part are called the same."""
 
 BEFORE = (
