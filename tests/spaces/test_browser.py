@@ -75,6 +75,7 @@ def visitor(browser, served) -> Iterator[Any]:
 
 
 def ask(page: Page, text: str) -> None:
+    expect(page.locator("#msg .submit-button")).to_be_visible()  # nothing runs
     page.locator("#msg textarea").fill(text)
     page.locator("#msg textarea").press("Enter")
 
