@@ -164,4 +164,4 @@ def test_generate_takes_the_trained_family(path, capsys):
 def test_evaluate_asks_for_a_task(path, capsys):
     """The default task is that of the lab's model; what another one writes there would only look like a result."""
     assert main(["evaluate", "trained"]) == 2
-    assert "Give --data FILE, rows of your own, or --task NAME" in capsys.readouterr().err
+    assert "Give --data FILE with rows of your own, or --task NAME" in capsys.readouterr().err
