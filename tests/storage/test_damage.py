@@ -90,7 +90,7 @@ def test_what_loads_is_what_the_files_hold(tmp_path, sound):
 
 @pytest.mark.slow
 def test_what_loads_is_what_the_files_hold_in_thousands_of_folders(tmp_path, sound):
-    _nothing_else(tmp_path, sound, range(200, 3000), 800 if LONG else 40, None if LONG else 2)
+    _nothing_else(tmp_path, sound, range(200, 3000), 800 if LONG else 20, None if LONG else 2)
 
 
 @pytest.mark.parametrize("name", ["nemotron single", "nemotron nested", "granite sharded", "granite export"])
