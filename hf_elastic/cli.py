@@ -15,22 +15,46 @@ from .errors import BudgetWarning, PortabilityWarning
 
 COMMANDS = ("lab", "plan", "elastify", "train", "slice", "export", "generate", "evaluate", "push")
 
+_OVERVIEW = """\
+One LLM checkpoint that holds many sizes of a model.
+
+Such a checkpoint is called a family here, or elastic. A budget asks for one of its sizes: by name, by parameters, or by memory.
+"""
+
+_EXAMPLES = """\
+a first look, at a small model that comes along:
+  hf-elastic lab
+
+from a model to a family on the Hub:
+  hf-elastic plan model
+  hf-elastic elastify model family --calibration chats.jsonl --budget half:hidden=0.5
+  hf-elastic train recipe.yaml
+  hf-elastic evaluate trained --data heldout.jsonl
+  hf-elastic push trained me/family --upload
+
+one size of a family:
+  hf-elastic generate family "Why is the sky blue?" --budget half
+  hf-elastic export family half --budget half
+
+model, family, trained and half are folders; where one is read, a Hub repository (org/name) does as well.
+`hf-elastic COMMAND --help` says more of a command.
+"""
+
 _EXPLAIN = ("datasets", "jinja2", "pyarrow", "safetensors", "yaml")
 """Libraries that say what is wrong with files, in errors of classes of their own."""
 
 
 def build_parser() -> argparse.ArgumentParser:
     """All subcommands with their options."""
-    parser = argparse.ArgumentParser(prog="hf-elastic", description="One LLM checkpoint in many sizes.")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="hf-elastic", description=_OVERVIEW, epilog=_EXAMPLES, formatter_class=raw)
     parser.add_argument("--version", action="version", version=f"hf-elastic {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
         module = importlib.import_module(f".commands.{name}", __package__)
         summary = str(module.__doc__).strip().splitlines()[0]
-        subparser = subparsers.add_parser(
-            name, help=summary, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
+        subparser = subparsers.add_parser(name, help=summary, description=module.__doc__, formatter_class=raw)
         module.add_arguments(subparser)
         subparser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         subparser.set_defaults(run=module.run)

@@ -175,7 +175,9 @@ class ElasticConfig(InstalledCode, PreTrainedConfig):
         submodels = {}
         for name, sizes in budgets.items():
             if not isinstance(sizes, Mapping):
-                raise ElasticConfigError(f"budget {name!r}={shown(sizes)} must be a dict from axis to size.")
+                raise ElasticConfigError(
+                    f"budget {name!r}={shown(sizes)} must be a dict from axis to size; elastify() finds sizes for a target."
+                )
             sizes, count = dict(sizes), sizes.get(LAYERS)
             if isinstance(count, int) and not isinstance(count, bool) and layer_ranking is not None:
                 sizes[LAYERS] = first_layers(layer_ranking, count, f"budget {name!r}: layers={count}")

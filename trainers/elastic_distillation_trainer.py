@@ -70,8 +70,8 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
             Defaults to a frozen copy of the model as it is at the start: the sorted parent. A model given here is frozen. With adapters
             the default is the model itself without them, so that its weights are in memory once.
         peft_config (`peft.LoraConfig`, *optional*):
-            Train only these adapters, on linear layers (`target_modules`) and on experts and routers (`target_parameters`); they follow
-            the budget ([`hf_elastic.submodels.adapters`]). Checkpoints then hold the adapter, and `trainer.model.merge_and_unload()` is the elastic
+            Train only these adapters, on linear layers (`target_modules`) and on experts and routers (`target_parameters`), or on everything
+            that [`hf_elastic.lora_targets`] names (`target_modules="auto"`); they follow the budget ([`hf_elastic.submodels.adapters`]). Checkpoints then hold the adapter, and `trainer.model.merge_and_unload()` is the elastic
             model with what was learned.
         args ([`ElasticDistillationConfig`], *optional*): Configuration.
         kwargs: As for `SFTTrainer` (`train_dataset`, `eval_dataset`, `processing_class`, `callbacks`, ...).

@@ -1,11 +1,13 @@
 """Publish a family, a slice or an export on the Hub, with a model card. Shows what would be uploaded; --upload does it.
 
-SOURCE is an elastic checkpoint, or the folder of a plain one that `hf-elastic export` wrote. A folder in the layout asked for is uploaded as it is,
-anything else is written into a temporary folder first; with --budget only the tokenizer comes along. Pickles, hidden files and checkpoints of a run stay where they are.
+SOURCE is an elastic checkpoint, or the folder of a plain one that `hf-elastic export` wrote. A folder in the layout asked for is uploaded
+as it is, anything else is written into a temporary folder first; with --budget only the tokenizer comes along. Pickles, hidden files and
+checkpoints of a run stay where they are.
 
-  hf-elastic push nano-elastic me/nano-elastic --base-model org/parent --results results/plans.json
-  hf-elastic push nano-elastic me/nano-12b --budget 12b --upload
-  hf-elastic push nano-12b-plain me/nano-12b-plain --upload
+  hf-elastic push family me/family --base-model org/model --license apache-2.0
+  hf-elastic push family me/family-half --budget half
+  hf-elastic push half me/half                             # the folder of an export
+  hf-elastic push family me/family --upload
 """
 
 from __future__ import annotations

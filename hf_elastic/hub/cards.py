@@ -131,7 +131,7 @@ def _subject(source: PreTrainedConfig | PreTrainedModel) -> tuple[ElasticConfig,
     origin = getattr(source, CUT_FROM, None)
     if not isinstance(source, PreTrainedConfig) or not isinstance(origin, Mapping):
         raise ElasticConfigError(
-            f"{type(source).__name__} is neither an elastic checkpoint's nor that of an export, whose config.json says `{CUT_FROM}`; "
+            f"a card is of an elastic checkpoint, or of an export of one (whose config.json has `{CUT_FROM}`), and this {type(source).__name__} is of neither; "
             "hf_elastic.elastify() makes a checkpoint elastic, `hf-elastic export` writes one size of it again."
         )
     return ElasticConfig.from_parent(source, {}), dict(origin)
