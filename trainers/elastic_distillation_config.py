@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from trl import SFTConfig
 
 from hf_elastic.errors import ElasticConfigError
@@ -38,7 +39,8 @@ class ElasticDistillationConfig(SFTConfig):
         hidden_loss (`str`, *optional*, defaults to `"cosine"`): `"cosine"` or `"mse"`, see [`hidden_distance`].
         hidden_loss_layers (`list[int]`, *optional*):
             Layers of the parent, counted from 0, after which to compare; those that a budget drops are passed over. Defaults to all.
-        eval_budgets (`list[str]`, *optional*): Budgets to evaluate, defaults to all.
+        eval_budgets (`list[str]`, *optional*): Budgets to evaluate, defaults to all. With an evaluation dataset and without `eval_strategy` they are
+            evaluated once, after the last step.
         handover_probability (`float`, *optional*, defaults to 0.0):
             How often a micro-batch trains cache hand-over: its rows begin in another budget, drawn from the same probabilities, and the batch's
             own goes on with the cache, converted as generation converts it. The loss is on what it reads, and the gradient goes through
@@ -126,7 +128,12 @@ class ElasticDistillationConfig(SFTConfig):
                 self.stages = json.loads(self.stages)
             except json.JSONDecodeError as error:
                 raise ElasticConfigError(f"stages={self.stages!r} is not JSON: {error}.") from error
+        upstream: Any = self
+        if upstream.activation_checkpointing is None and upstream.gradient_checkpointing is True:
+            upstream.activation_checkpointing = True  # trl's default, by the name that upstream does not warn of
         super().__post_init__()
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # there is nothing to pin it for, and torch would warn of the default
         if not 0 < self.temperature < math.inf:
             raise ElasticConfigError(f"temperature={self.temperature} must be a finite number above 0.")
         if not 0 <= self.beta <= 1:
