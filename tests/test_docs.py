@@ -175,11 +175,13 @@ def test_docstrings_are_read_in_the_style_of_the_house():
 
     Args:
         model ([`ElasticForCausalLM`]): What.
-        a, b (`int` or `dict[str, int]`, *optional*, defaults to `f(8)`): See [`~x.y`].
+        a, b (`int` or `dict[str, int]`, *optional*, defaults to `f(8)`): See [`~x.y`] and [`PhasePlan`].
 
     Returns:
         `dict`: What (`a`).
     """
     assert docstrings.plain(text) == text.replace("[`ElasticForCausalLM`]", "ElasticForCausalLM").replace(
         "`int` or `dict[str, int]`, *optional*, defaults to `f(8)`", "int or dict[str, int]"
-    ).replace("[`~x.y`]", "`x.y`").replace("`dict`:", "dict:")
+    ).replace("[`~x.y`]", "`x.y`").replace("[`PhasePlan`]", "[`PhasePlan`][hf_elastic.PhasePlan]").replace(
+        "`dict`:", "dict:"
+    )
