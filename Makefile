@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ABLATIONS := $(addprefix ablation_,sampling stages router sorting depth)
 
-.PHONY: demo space test quality docs map style benchmarks evidence clean
+.PHONY: demo space test quality docs map notebooks style benchmarks evidence clean
 
 demo: $(VENV)/installed  ## The main job: a reasoning hybrid made elastic, cut, switched, exported and checked
 	$(BIN)/hf-elastic lab --output demo
@@ -26,6 +26,9 @@ docs: $(VENV)/installed  ## The site, in build/docs; fails on links and anchors 
 
 map: $(VENV)/installed  ## CONTRIBUTING's map of the modules, from their docstrings
 	$(BIN)/python tools/house.py
+
+notebooks: $(VENV)/installed  ## Runs the notebooks in examples/ and stores what they print
+	$(BIN)/python tools/notebooks.py
 
 style: $(VENV)/installed
 	$(BIN)/ruff check --fix .

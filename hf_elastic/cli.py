@@ -7,10 +7,11 @@ import importlib
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from ._version import __version__
-from .errors import PortabilityWarning
+from .errors import BudgetWarning, PortabilityWarning
 
 COMMANDS = ("lab", "plan", "elastify", "train", "slice", "export", "generate", "evaluate", "push")
 
@@ -36,12 +37,28 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _show(command: str, others: Callable[..., None]) -> Callable[..., None]:
+    """What shows warnings: those about budgets as messages of the command, once each, without a line of Python."""
+    told: set[str] = set()
+
+    def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
+        if not issubclass(category, BudgetWarning):
+            others(message, category, *where)
+        elif str(message) not in told:
+            told.add(str(message))
+            print(f"hf-elastic {command}: {message}", file=sys.stderr)
+
+    return show
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0, 2 after printing what is wrong, or 1 for an error that nobody expected. Tracebacks are for `--debug`."""
     args = build_parser().parse_args(argv)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PortabilityWarning)  # commands tell it themselves
+            warnings.simplefilter("always", BudgetWarning)
+            warnings.showwarning = _show(args.command, warnings.showwarning)
             code = args.run(args) or 0
         sys.stdout.flush()
         return code

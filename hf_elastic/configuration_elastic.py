@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from numbers import Real
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -15,7 +16,17 @@ from transformers import PreTrainedConfig
 from .architectures import Architecture, get_architecture
 from .architectures.cost import Cost, CostModel
 from .architectures.submodel import LAYERS, Submodel, first_layers
-from .configuration.budgets import FULL, Budget, Limit, format_count, is_limit, parse_limit
+from .configuration.budgets import (
+    FULL,
+    Budget,
+    Limit,
+    format_count,
+    is_limit,
+    parse_limit,
+    size_lines,
+    unit_hint,
+    warn_if_far,
+)
 from .configuration.leaving_out import LEFT_OUT
 from .configuration.parent import explained, parent_from_dict, plain_parent_error, refuse_huge
 from .configuration.remote_code import InstalledCode
@@ -32,11 +43,13 @@ from .errors import (
     ElasticConfigError,
     UnknownBudgetError,
     did_you_mean,
+    meant_budget,
     shown,
 )
 from .storage.exchanging import refuse_interrupted
-from .storage.files import HUB_ARGUMENTS, find_file, pinned
+from .storage.files import HUB_ARGUMENTS, find_file
 from .storage.json_files import json_words, read_json
+from .storage.sources import pinned, refuse_missing_folder
 
 
 class ElasticConfig(InstalledCode, PreTrainedConfig):
@@ -117,6 +130,9 @@ class ElasticConfig(InstalledCode, PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As the stock method, with an error of this package for fields that do not make a config."""
         refuse_huge(config_dict)
+        for name in kwargs:
+            if name in _READ_ONLY:
+                raise TypeError(f"unexpected argument {name!r}: the config says that itself.{meant_budget(name)}")
         with explained(cls.model_type):
             return super().from_dict(config_dict, **kwargs)
 
@@ -191,7 +207,7 @@ class ElasticConfig(InstalledCode, PreTrainedConfig):
 
     @property
     def budgets(self) -> dict[str, dict[str, Any]]:
-        """Named budgets, largest first: sizes and exact counts. The whole parent (`"full"`) is always there as well."""
+        """Named budgets, largest first: sizes and exact counts; they print as a table. The whole parent (`"full"`) is always there as well."""
         return self.elastic["budgets"]
 
     @property
@@ -277,14 +293,15 @@ class ElasticConfig(InstalledCode, PreTrainedConfig):
             for name in [*self.budgets, FULL]:
                 if name.lower() == budget.strip().lower():
                     return self.submodel(name)
-        limit = parse_limit(budget)
+        count = CostModel(self.parent_config)
+        limit = parse_limit(budget, count.full)
         if limit is None:
             known = self.family()
             raise UnknownBudgetError(
                 f"unknown budget {shown(budget)}; this checkpoint has {self._listing()}.{did_you_mean(str(budget), known)} A number "
-                "of parameters ('1.5B', '300M active') or of bytes ('24GB') selects the largest one that fits."
+                "of parameters ('1.5B', '300M active'), a share of the parent ('50%') or a number of bytes ('24GB') selects the largest one that fits."
             )
-        return self._largest(limit, dtype or self.load_dtype)
+        return self._largest(budget, limit, dtype or self.load_dtype, count)
 
     def costs(self) -> dict[str, Cost]:
         """Exact cost of every member of the family, in the order of `family`."""
@@ -346,22 +363,51 @@ class ElasticConfig(InstalledCode, PreTrainedConfig):
         diff = super().to_diff_dict()
         return {**diff, "parent_config": full["parent_config"], "elastic": full["elastic"]}
 
+    def sizes_shown(self, active: str | None = None) -> str:
+        """The sizes as lines of text: name, parameters, active parameters.
+
+        Args:
+            active (`str`, *optional*): Name of the size to be marked as the one that runs.
+        """
+        return size_lines(
+            [(name, cost.total_params, cost.active_params) for name, cost in self.costs().items()], active
+        )
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} of {self.parent_config.model_type} with the sizes\n{self.sizes_shown()}\n{super().__repr__()}"
+
     # -- helpers -------------------------------------------------------------------------------------------------------
 
     def _listing(self) -> str:
         return ", ".join(f"{name!r} ({format_count(cost.total_params)})" for name, cost in self.costs().items())
 
-    def _largest(self, limit: Limit, dtype: torch.dtype) -> Submodel:
-        count = CostModel(self.parent_config)
+    def _largest(self, budget: Any, limit: Limit, dtype: torch.dtype, count: CostModel) -> Submodel:
         members = self.chain()
         measured = [limit.measure(count(submodel), dtype) for _, submodel in members]
         fitting = [i for i, value in enumerate(measured) if value <= limit.value]
         if not fitting:
             smallest = measured.index(min(measured))
             raise UnknownBudgetError(
-                f"no submodel fits into {limit}: the smallest, {members[smallest][0]!r}, needs {Limit(limit.quantity, measured[smallest])}."
+                f"no submodel fits into {limit}: the smallest, {members[smallest][0]!r}, needs {limit.of(measured[smallest])}.{unit_hint(limit)}"
             )
-        return members[max(fitting, key=lambda i: measured[i])][1]
+        found = max(fitting, key=lambda i: measured[i])
+        above = [i for i, value in enumerate(measured) if value > limit.value]
+        larger = min(above, key=lambda i: measured[i], default=None)
+        if larger is None:
+            advice = f"Sizes of this checkpoint: {self._listing()}."
+        else:
+            name = members[larger][0]
+            advice = f"The next larger is {'one without a name' if name is None else repr(name)}, {limit.of(measured[larger])}."
+        warn_if_far(f"budget {shown(budget)}", limit, measured[found], limit.measure(count.full, dtype), advice)
+        return members[found][1]
+
+
+_READ_ONLY = {
+    name
+    for name, value in vars(ElasticConfig).items()
+    if isinstance(value, FunctionType) or (isinstance(value, property) and value.fset is None)
+}
+"""What `from_dict` must not take for fields: upstream's would fail at a property without a word of help, and write over a method."""
 
 
 def read_config(repo: Any, plain: bool = False, **hub: Any) -> ElasticConfig:
@@ -390,8 +436,7 @@ def read_fields(repo: Any, **hub: Any) -> dict[str, Any]:
     Raises:
         `CheckpointError`: there is none, it is damaged, or a save into the folder was interrupted.
     """
-    if Path(repo).is_absolute() and not Path(repo).exists():
-        raise CheckpointError(f"there is no folder {repo}.")
+    refuse_missing_folder(repo)
     refuse_interrupted(repo, hub.get("subfolder"))
     if os.path.isdir(repo) and not Path(repo, hub.get("subfolder") or "", "config.json").is_file():
         raise CheckpointError(f"{repo} has no config.json.")

@@ -44,6 +44,10 @@ class PortabilityWarning(UserWarning):
     """A size was written that some other program does not run, or runs wrongly without a word."""
 
 
+class BudgetWarning(UserWarning):
+    """A budget was met by a size that is far from what was asked for."""
+
+
 class PhasePlanError(HFElasticError, ValueError):
     """A phase plan, or a prompt for it, is not allowed; nothing was generated."""
 
@@ -108,6 +112,16 @@ def refuse_misspelt(arguments: Iterable[str], *known: str) -> None:
     for name in arguments:
         if hint := did_you_mean(name, known):
             raise TypeError(f"unexpected argument {name!r}.{hint}")
+
+
+_BUDGET_WORDS = ("family", "model_size", "size", "sizes", "slice", "submodel", "subnet")
+
+
+def meant_budget(name: str) -> str:
+    """Return a hint at `budget=` for an argument that is nearly that, or another word for it; otherwise an empty string."""
+    if name not in _BUDGET_WORDS and not did_you_mean(name, ["budget"]):
+        return ""
+    return " Did you mean 'budget'? It says which size is loaded: budget='half', 0.5, '12B', '24GB'."
 
 
 def users_level() -> int:

@@ -57,7 +57,8 @@ from .generation.phases import PhasedGenerationMixin
 from .generation.speculation import SpeculationMixin
 from .hub.pushing import PushMixin
 from .routing.router import BudgetRouter, read_router
-from .storage.files import pinned
+from .storage.files import refuse_out_of_reach
+from .storage.sources import pinned
 from .submodels.adapters import AdaptableMixin
 from .submodels.buffers import check_buffers
 from .submodels.loaded_from import WHERE, LoadedFrom, name_stock
@@ -159,8 +160,9 @@ class ElasticPreTrainedModel(
             pretrained_model_name_or_path (`str` or `os.PathLike`): Folder or Hub repository of an elastic checkpoint.
             config (`ElasticConfig`, *optional*): Use it instead of the checkpoint's `config.json`.
             budget (*optional*):
-                Which size: a name, a number of parameters (`1.2e9`, `"1.2B"`), active parameters (`"300M active"`), weight memory
-                (`"24GB"`), what is free (`"auto"`, see [`hf_elastic.checkpoints.memory`]), or a dict of sizes; see [`hf_elastic.configuration.budgets`]. `None` is the whole parent with all budgets switchable.
+                Which size: a name, a number of parameters (`1.2e9`, `"1.2B"`), active parameters (`"300M active"`), a share of the parent's (`0.5`,
+                `"50%"`, `"50% active"`), weight memory (`"24GB"`), what is free (`"auto"`, see [`hf_elastic.checkpoints.memory`]), or a dict of sizes;
+                see [`hf_elastic.configuration.budgets`]. `None` is the whole parent with all budgets switchable.
             elastic_config (*optional*):
                 For a plain checkpoint whose weights are sorted already, what it nests: `"auto"` for a released family, or an
                 [`ElasticConfig`], its section or budgets; see [`hf_elastic.checkpoints.described.described_config`].
@@ -234,6 +236,9 @@ class ElasticPreTrainedModel(
         model._adopt(sliced, router)
         model._loaded_from = loaded_from(pretrained_model_name_or_path, hub)
         return (model, info) if want_info else model
+
+    def __repr__(self) -> str:
+        return f"{self._sizes_shown()}{super().__repr__()}"
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         """Resize the vocabulary of everything that is loaded; budgets and their counts follow."""
@@ -387,6 +392,8 @@ def _read_configs_by_name() -> None:
             repo.add_hub(kwargs)
             if not repo:
                 repo.refuse_unsaved()
+        elif kwargs.get("budget") is not None or kwargs.get("elastic_config") is not None:
+            refuse_out_of_reach(repo, kwargs)  # sooner than upstream, which tries for most of a minute
         return inherited(cls, repo, *args, **kwargs)
 
     AutoConfig.from_pretrained = classmethod(from_pretrained)

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 from trl import SFTConfig
 
 from hf_elastic.errors import ElasticConfigError
@@ -18,7 +19,7 @@ from .losses import HIDDEN_LOSSES
 @dataclass
 class ElasticDistillationConfig(SFTConfig):
     r"""
-    What [`ElasticDistillationTrainer`] adds to `trl.SFTConfig`.
+    What [`ElasticDistillationTrainer`] adds to `trl.SFTConfig`. `bf16` is on by default where there is a device for it, and off on CPUs.
 
     Args:
         budget_probabilities (`dict[str, float]`, *optional*):
@@ -48,8 +49,8 @@ class ElasticDistillationConfig(SFTConfig):
             Where rows are cut: before the last such token, `"</think>"` for example, which the second budget then reads, as in generation. Rows
             without it, and all rows by default, are cut at the same random share of their length.
         router_targets (`dict[str, str | float | dict]`, *optional*):
-            Learn the sizes: per budget what it may cost, a share of the parent's parameters (`0.5`) or `"12B"`, `"2.1B active"`, `"24GB"`, or
-            a memory with caches, `{"memory": "24GB", "context_length": 32768, "batch_size": 4, "dtype": "bfloat16"}`. The model then
+            Learn the sizes: per budget what it may cost, a share of the parent's parameters (`0.5`, `"50%"`, `"50% active"`) or `"12B"`,
+            `"2.1B active"`, `"24GB"`, or a memory with caches, `{"memory": "24GB", "context_length": 32768, "batch_size": 4, "dtype": "bfloat16"}`. The model then
             has axes with choices and no budgets; a router decides them in the first `router_steps` steps (arXiv 2511.16664, eq. 6-12), and
             the run goes on with what it decided.
         router_steps (`int`, *optional*): Steps until the router decides; required with `router_targets`.
@@ -101,7 +102,7 @@ class ElasticDistillationConfig(SFTConfig):
     )
 
     router_targets: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Learn the sizes: what each budget may cost (share, '12B', '2.1B active')."}
+        default=None, metadata={"help": "Learn the sizes: what each budget may cost ('50%', '12B', '2.1B active')."}
     )
     router_steps: int = field(default=0, metadata={"help": "Steps until the router decides the sizes."})
     router_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the router."})
@@ -126,6 +127,8 @@ class ElasticDistillationConfig(SFTConfig):
                 self.stages = json.loads(self.stages)
             except json.JSONDecodeError as error:
                 raise ElasticConfigError(f"stages={self.stages!r} is not JSON: {error}.") from error
+        if self.bf16 is None and (self.use_cpu or not (is_torch_bf16_gpu_available() or is_torch_xla_available())):
+            self.bf16: bool | None = False  # upstream takes it where nothing is said, and refuses machines without it
         super().__post_init__()
         if not 0 < self.temperature < math.inf:
             raise ElasticConfigError(f"temperature={self.temperature} must be a finite number above 0.")

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_elastic import ElasticForCausalLM
+from hf_elastic.adapters.targets import check_targets, resolve_auto
 from hf_elastic.errors import ElasticConfigError
 from hf_elastic.submodels.adapters import attached, disabled, refuse_changed_weights, refuse_unsupported
 from hf_elastic.submodels.slicing import build_meta
@@ -33,11 +34,13 @@ def check_adapters(model: ElasticForCausalLM, peft_config: PeftConfig) -> PeftCo
     They are attached to a copy without storage; the model stays as it is.
 
     Returns:
-        `PeftConfig`: A copy, with peft's targets for `nemotron_h`, the projections of attention, if it names none.
+        `PeftConfig`: A copy. `target_modules="auto"` has become the names of everything that can be adapted; if it names no targets, it has
+            peft's for `nemotron_h`, the projections of attention.
 
     Raises:
-        `ElasticConfigError`: another kind of adapter, weights that would be trained beside it, a module that it may not adapt.
-        `ValueError`: from peft, targets that the model does not have, for example.
+        `ElasticConfigError`: another kind of adapter, weights that would be trained beside it, a module that it may not adapt, or a name
+            that matches nothing.
+        `ValueError`: from peft, dropout on experts, for example.
     """
     if not isinstance(peft_config, LoraConfig):
         kind = type(peft_config).__name__
@@ -52,7 +55,9 @@ def check_adapters(model: ElasticForCausalLM, peft_config: PeftConfig) -> PeftCo
     if config.target_modules is None and not config.target_parameters:
         known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
         config.target_modules = list(known.get(model.config.model_type, known["nemotron_h"]))
+    resolve_auto(config, model.architecture, model.config)
     tree = build_meta(model.architecture, model.config, type(model))  # type: ignore[arg-type]
+    check_targets(config, tree, model.architecture, model.config)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft says it again when it attaches them to the model
         inject_adapter_in_model(copy.deepcopy(config), tree, low_cpu_mem_usage=True)
@@ -62,11 +67,12 @@ def check_adapters(model: ElasticForCausalLM, peft_config: PeftConfig) -> PeftCo
 
 def check_attached(model: PeftModel) -> None:
     """Refuse adapters of a given model that cannot follow a budget, as `check_adapters` does."""
+    base: Any = model.get_base_model()
     for config in model.peft_config.values():
         if not isinstance(config, LoraConfig):
             raise ElasticConfigError(f"the model has {type(config).__name__} adapters; only those of LoRA can be cut.")
         refuse_changed_weights(config)
-    base: Any = model.get_base_model()
+        check_targets(config, base, base.architecture, base.config)
     refuse_unsupported(base, base.architecture, base.config)
 
 

@@ -30,6 +30,7 @@ from ..errors import CheckpointError, ElasticConfigError, reason, shown
 from ..modeling_elastic import ElasticForCausalLM, ElasticPreTrainedModel, concrete_class
 from ..storage.exchanging import refuse_interrupted
 from ..storage.files import find_file
+from ..storage.sources import pinned
 from ..storage.tensor_file import TensorFile
 from ..submodels.adapters import is_tuner, refuse_changed_weights, rules_by_name
 from .table import NAME, PREFIX, Tensor, Weights, adapter_table, check_fit, shape_of
@@ -248,6 +249,7 @@ def _family_beside(source: Any, family: Any) -> ElasticConfig:
 def _saved(source: str | os.PathLike[str]) -> tuple[LoraConfig, Weights]:
     from peft import LoraConfig, PeftConfig
 
+    pinned(source, {})
     refuse_interrupted(source, start="adapter_config.json")
     try:
         lora = PeftConfig.from_pretrained(str(source))

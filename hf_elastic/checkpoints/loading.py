@@ -20,7 +20,7 @@ from ..architectures import ARCHITECTURES
 from ..configuration.budgets import DTYPES
 from ..configuration.parent import parent_from_dict, plain_parent_error
 from ..configuration_elastic import ElasticConfig, read_config, read_fields
-from ..errors import CheckpointError, ElasticConfigError, HFElasticError, did_you_mean, reason, shown
+from ..errors import CheckpointError, ElasticConfigError, HFElasticError, did_you_mean, meant_budget, reason, shown
 from ..storage.files import (
     INDEX_NAME,
     PICKLED_INDEX,
@@ -172,7 +172,7 @@ def unknown_argument(name: str, stock: PreTrainedConfig, signature: Iterable[str
     }
     return TypeError(
         f"unexpected argument {name!r}: neither an argument of from_pretrained nor a field of {type(stock).__name__}."
-        f"{did_you_mean(name, known)}"
+        f"{meant_budget(name) or did_you_mean(name, known)}"
     )
 
 

@@ -10,8 +10,8 @@ from typing import Any
 from ..errors import ElasticConfigError
 
 BUDGET_HELP = (
-    "which size: a name, a number of parameters ('1.2B'), active parameters ('300M active'), weight memory ('24GB') or what is "
-    "free ('auto'), for which the largest size that fits is taken; everything if not given"
+    "which size: a name, a number of parameters ('1.2B'), active parameters ('300M active'), a share of the parent's ('50%%', '50%% active'), "
+    "weight memory ('24GB') or what is free ('auto'), for which the largest size that fits is taken; everything if not given"
 )
 
 
@@ -67,12 +67,12 @@ def check_output(output: str, source: str) -> None:
 
 
 def check_source(source: str) -> None:
-    """Refuse a path with nothing at it, which else would be looked for on the Hub, and a file."""
-    path = Path(source)
-    if path.is_file():
+    """Refuse a file, a path with nothing at it, and a repository that nobody can be asked for, before any library tries that again and again."""
+    from ..storage.sources import pinned
+
+    if Path(source).is_file():
         raise ElasticConfigError(f"{source} is a file; give the folder of a checkpoint, or a Hub repository.")
-    if not path.exists() and (not source or path.is_absolute() or source[0] in ".~" or len(path.parts) > 2):
-        raise ElasticConfigError(f"there is no folder {source or repr(source)}.")
+    pinned(source, {})
 
 
 def check_dtype(name: str, where: str = "--dtype") -> str:
@@ -170,6 +170,20 @@ def add_elastic_config(parser: argparse.ArgumentParser) -> None:
         metavar="FAMILY",
         help="REPO is a plain checkpoint, sorted already: auto, or the name of the known family that it is a copy of",
     )
+
+
+def add_markers(parser: argparse.ArgumentParser) -> None:
+    found = "default: found in the chat template, or"
+    parser.add_argument("--start", metavar="TEXT", help=f"marker that opens the thinking, or none ({found} <think>)")
+    parser.add_argument("--end", metavar="TEXT", help=f"marker that ends the thinking ({found} </think>)")
+
+
+def markers(args: argparse.Namespace) -> dict[str, Any]:
+    """`--start` and `--end` as arguments of [`PhasePlan`]."""
+    given = {"start": args.start, "end": args.end}
+    return {
+        key: None if key == "start" and text == "none" else text for key, text in given.items() if text is not None
+    }
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

@@ -1,10 +1,10 @@
 """Make a plain checkpoint elastic: score it, sort it, and save it with its budgets.
 
   hf-elastic elastify org/plain out --calibration text.jsonl --budget small:hidden=0.75,ffn=0.5
-  hf-elastic elastify org/plain out --calibration org/dataset --axis hidden --axis ffn=1.0,0.75,0.5 --budget half=6B --budget gpu=24GB
+  hf-elastic elastify org/plain out --calibration org/dataset --axis hidden --axis ffn=1.0,0.75,0.5 --budget half=50% --budget gpu=24GB
 
 A budget is NAME:AXIS=SIZE,... with sizes or shares of the parent's (layers takes a number), or NAME=TARGET, which is searched over the
-choices of the axes. --spec takes both as JSON, with sizes per layer: {"axes": ..., "budgets": ...}.
+choices of the axes: 50% (or 0.5) of the parent's parameters, "50% active", 6B, "2.1B active", 24GB. --spec takes both as JSON, with sizes per layer: {"axes": ..., "budgets": ...}.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="BUDGET",
-        help="NAME:AXIS=SIZE,... or NAME=TARGET; may be given several times",
+        help="NAME:AXIS=SIZE,... or NAME=TARGET (half=50%%); may be given several times",
     )
     parser.add_argument("--spec", metavar="FILE", help="JSON file with axes and budgets")
     parser.add_argument("--scores", metavar="FILE", help="reuse scores instead of scoring")
@@ -173,8 +173,11 @@ def load_calibration(name: str, split: str) -> Any:
 
     Raises:
         `ElasticConfigError`: it is missing, has no rows, or cannot be read.
+        `CheckpointError`: there is nothing at a path, or the Hub cannot be asked.
     """
     import datasets
+
+    from ..storage.sources import pinned
 
     kinds = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
     path = Path(name)
@@ -184,6 +187,8 @@ def load_calibration(name: str, split: str) -> Any:
         raise ElasticConfigError(f"{name} must end with {', '.join(kinds)}, which says how to read it.")
     if path.is_file() and not path.stat().st_size:
         raise ElasticConfigError(f"{name} is empty.")
+    if not path.exists():
+        pinned(name, {}, kind="dataset", what="file or folder")
     try:
         if path.is_file():
             data = datasets.load_dataset(kinds[path.suffix], data_files=str(path), split="train")

@@ -13,14 +13,30 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .common import add_device, add_json, check_device, check_dtype, load_tokenizer, table
+from .common import (
+    add_device,
+    add_json,
+    add_markers,
+    check_device,
+    check_dtype,
+    check_source,
+    load_tokenizer,
+    markers,
+    table,
+)
+from .elastify import load_calibration
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("repo", metavar="REPO", help="Hub repository or folder of an elastic checkpoint")
+    parser.add_argument("--task", help="book (the embedded lab's), or any generating task of lm-eval (default: book)")
     parser.add_argument(
-        "--task", default="book", help="book (the embedded lab's), or any generating task of lm-eval (default: book)"
+        "--data",
+        metavar="DATA",
+        help="instead of a task: rows to read, in a file (.jsonl, ...) or Hub dataset, with messages, text or input_ids. Gives loss, divergence "
+        "(kl) from the whole model and agreement, per size",
     )
+    parser.add_argument("--split", default="test", help="with --data: split of a Hub dataset (default: test)")
     parser.add_argument("--include-path", help="folder with further task files for lm-eval")
     parser.add_argument(
         "--thinking", action="append", metavar="BUDGET", help="who thinks; repeat it (default: every named size)"
@@ -38,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--handover", default="auto", choices=("auto", "cache", "reprefill"), help="how the answerer takes over"
     )
+    add_markers(parser)
     parser.add_argument("--count", type=int, default=100, help="problems (default: 100)")
     parser.add_argument(
         "--metric",
@@ -58,11 +75,63 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.data is None:
+        _measure_plans(args)
+    else:
+        _measure_texts(args)
+
+
+def _measure_texts(args: argparse.Namespace) -> None:
+    """Every size on rows of text: what `--data` asks for."""
+    from ..elastification.calibration import batches_of
+    from ..errors import ElasticConfigError
+    from ..evaluation.texts import measure_texts
+    from ..modeling_elastic import ElasticForCausalLM
+
+    others = (
+        "task",
+        "include_path",
+        "thinking",
+        "answering",
+        "max_thinking_tokens",
+        "max_answer_tokens",
+        "metric",
+        "output",
+    )
+    if given := [f"--{name.replace('_', '-')}" for name in others if getattr(args, name) is not None]:
+        raise ElasticConfigError(
+            f"--data reads rows and prints what it finds, so {', '.join(given)} would have no effect."
+        )
+    for name in ("count", "batch_size"):
+        if getattr(args, name) < 1:
+            raise ElasticConfigError(f"--{name.replace('_', '-')}={getattr(args, name)} must be at least 1.")
+    device, dtype = check_device(args.device), check_dtype(args.dtype)
+    data, tokenizer = load_calibration(args.data, args.split), load_tokenizer(args.repo)
+    model: Any = ElasticForCausalLM.from_pretrained(args.repo, dtype=dtype).to(device)
+    sizes = measure_texts(model, batches_of(data, args.batch_size, args.count, None, tokenizer))
+    results = {"model": args.repo, "data": args.data, "sizes": sizes}
+    if args.json:
+        print(json.dumps(results, indent=1))
+        return
+    rows = [["size", "params", "loss", "perplexity", "kl", "agreement"]]
+    for s in sizes:
+        numbers = [f"{s['loss']:.4f}", f"{s['perplexity']:.4g}", f"{s['kl']:.4f}", f"{s['agreement']:.1%}"]
+        rows.append([s["name"], f"{s['total_params']:,}", *numbers])
+    print(table(rows, frozenset(range(1, 6))))
+    print(
+        f"\n{sizes[0]['tokens']:,} tokens. loss and kl are nats per token; kl and agreement compare with the whole model ({sizes[0]['name']})."
+    )
+
+
+def _measure_plans(args: argparse.Namespace) -> None:
+    """Every thinker with every answerer under every cap on a task."""
     from tqdm.auto import tqdm
 
     from ..checkpoints.replacing import replacing
     from ..errors import ElasticConfigError
+    from ..evaluation.lm_eval import LmEvalTask
     from ..evaluation.plans import PREFILL_SPEED, measure_plan, plan_matrix, results_file
+    from ..lab.book_task import BookTask, check_reads_book
     from ..modeling_elastic import ElasticForCausalLM
 
     caps = [_cap(text) for text in args.max_thinking_tokens or ["none"]]
@@ -71,16 +140,22 @@ def run(args: argparse.Namespace) -> None:
             raise ElasticConfigError(f"--{name.replace('_', '-')}={getattr(args, name)} must be at least 1.")
     if args.prefill_speed is not None and not 0 < args.prefill_speed < float("inf"):
         raise ElasticConfigError(f"--prefill-speed={args.prefill_speed} must be a positive number.")
+    check_source(args.repo)
     device = check_device(args.device)
     args.dtype = check_dtype(args.dtype)
     if args.output and Path(args.output).exists() and not Path(args.output).is_dir():
         raise ElasticConfigError(f"--output={args.output} is a file; give a folder.")
     task = _task(args)
     tokenizer = load_tokenizer(args.repo)
+    if isinstance(task, BookTask):
+        check_reads_book(tokenizer, args.repo)
     model = ElasticForCausalLM.from_pretrained(args.repo, dtype=args.dtype).to(device)
     names = list(model.elastic_config.family())
     options: dict[str, Any] = {"max_answer_tokens": args.max_answer_tokens, "handover": args.handover}
-    plans = plan_matrix(args.thinking or names, args.answering or names, caps, **options)
+    plans = plan_matrix(args.thinking or names, args.answering or names, caps, **options, **markers(args))
+    plans = [plan.with_markers(tokenizer) for plan in plans]
+    if isinstance(task, LmEvalTask):
+        task.think_end_token = plans[0].phases[0].end
     for budget in {phase.budget for plan in plans for phase in plan.phases}:
         model.elastic_config.resolve(budget, model.dtype)  # all of them, before the first one takes its time
     speed = args.prefill_speed or PREFILL_SPEED
@@ -111,7 +186,7 @@ def _task(args: argparse.Namespace) -> Any:
     from ..errors import ElasticConfigError
     from ..lab.book_task import BookTask
 
-    if args.task == "book":
+    if args.task in (None, "book"):
         metric = args.metric or "code"
         if metric not in ("code", "exact"):
             raise ElasticConfigError(f"--metric={metric!r} must be code or exact for the book task.")
@@ -119,9 +194,7 @@ def _task(args: argparse.Namespace) -> Any:
     from ..evaluation.lm_eval import LmEvalTask, find_tasks
 
     find_tasks([args.task], args.include_path)  # before anything is loaded
-    return LmEvalTask(
-        args.task, limit=args.count, include_path=args.include_path, metric=args.metric, think_end_token="</think>"
-    )
+    return LmEvalTask(args.task, limit=args.count, include_path=args.include_path, metric=args.metric)
 
 
 def _draw(results: dict[str, Any], model: Any, path: Path) -> None:

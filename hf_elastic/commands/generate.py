@@ -14,14 +14,25 @@ import sys
 import time
 from typing import Any
 
-from .common import add_device, add_json, add_source, check_device, check_dtype, load_tokenizer
+from .common import (
+    add_device,
+    add_json,
+    add_markers,
+    add_source,
+    check_device,
+    check_dtype,
+    check_source,
+    load_tokenizer,
+    markers,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_source(parser)
     parser.add_argument("prompt", metavar="PROMPT", help="text to continue, or - for standard input")
-    parser.add_argument("--thinking", metavar="BUDGET", help="size that thinks, up to </think>")
+    parser.add_argument("--thinking", metavar="BUDGET", help="size that thinks, up to --end")
     parser.add_argument("--answering", metavar="BUDGET", help="size that answers")
+    add_markers(parser)
     parser.add_argument("--max-thinking-tokens", type=int, help="cap on thinking tokens; 0 is no thinking")
     parser.add_argument("--max-answer-tokens", type=int, help="cap on the tokens of the answer")
     parser.add_argument(
@@ -54,6 +65,7 @@ def run(args: argparse.Namespace) -> None:
         raise ElasticConfigError(f"--max-new-tokens={args.max_new_tokens} must be at least 1.")
     if args.temperature < 0 or not 0 < args.top_p <= 1:
         raise ElasticConfigError("--temperature must be at least 0 and --top-p in (0, 1].")
+    check_source(args.repo)
     plan = _plan(args)
     device = check_device(args.device)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
@@ -118,11 +130,12 @@ def _plan(args: argparse.Namespace) -> Any:
 
     caps = {key: getattr(args, key) for key in ("max_thinking_tokens", "max_answer_tokens")}
     if args.thinking is None and args.answering is None and not any(cap is not None for cap in caps.values()):
-        if args.handover != "auto":
-            raise PhasePlanError("--handover needs --thinking or --answering.")
+        for option in ("handover", "start", "end"):
+            if getattr(args, option) not in ("auto", None):
+                raise PhasePlanError(f"--{option} needs --thinking or --answering.")
         return None
     if args.budget is not None:
         raise PhasePlanError(
             "give either --budget, or --thinking and --answering: a loaded size has no larger one to answer."
         )
-    return PhasePlan(args.thinking, args.answering, handover=args.handover, **caps)
+    return PhasePlan(args.thinking, args.answering, handover=args.handover, **caps, **markers(args))

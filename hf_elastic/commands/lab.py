@@ -1,11 +1,14 @@
-"""See the whole method on this machine, in a minute or two: no Hub, no GPU.
+"""See the whole method on this machine, in about a minute: no Hub, no GPU.
 
-Takes a small hybrid that has learned to reason (it ships with the package; --from-scratch trains it again, about 4 minutes), makes it
-elastic, cuts it to several sizes, solves held-out problems with each, switches sizes live, exports one, loads the export in a process
-without this package, and prints a table. OUTPUT gets the elastic checkpoint, the export, results.json and a chart.
+A small hybrid (Mamba, attention and mixture-of-experts layers) that has learned a reasoning task, and its family of four sizes in one
+checkpoint, ship with the package. The lab explains the task, makes the model elastic, lets every size solve problems that were not in
+training, shows one problem as the sizes solve it, switches sizes while the model runs, exports one, and loads the export in a process
+without this package. OUTPUT gets the family (elastic/), the same sizes without training (untrained/), the export (export/),
+results.json and a chart.
 
-With --train it then learns four sizes in one run, by distillation from the parent (a few minutes), and compares them with the same sizes
-cut without training. With --learn-sizes a second run learns the sizes, too: a router decides them under targets of active parameters.
+With --train it learns the family here (about 10 minutes on one CPU core) instead of taking the one in the package; --from-scratch first
+trains the model that it is made from, too (about 5 minutes more). With --learn-sizes a second run learns which sizes to have: a router
+decides them under targets of active parameters.
 
   hf-elastic lab
   hf-elastic lab --train
@@ -16,6 +19,8 @@ cut without training. With --learn-sizes a second run learns the sizes, too: a r
 from __future__ import annotations
 
 import argparse
+import copy
+import functools
 import importlib.util
 import json
 import time
@@ -30,9 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", default="hf-elastic-lab", help="folder for everything that is made (default: hf-elastic-lab)"
     )
     parser.add_argument(
-        "--from-scratch", action="store_true", help="train the parent first, instead of taking the one in the package"
+        "--from-scratch", action="store_true", help="train the model itself first, then the family, as with --train"
     )
-    parser.add_argument("--train", action="store_true", help="learn a family of sizes as well; needs trl")
+    parser.add_argument(
+        "--train",
+        action="store_true",
+        help="learn the family here, instead of taking the one in the package; needs trl",
+    )
     parser.add_argument(
         "--learn-sizes", action="store_true", help="with --train: a second run, in which a router decides the sizes"
     )
@@ -46,8 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise ImportError("the lab draws a chart with matplotlib: pip install 'hf-elastic[lab]'")
+    args.train = args.train or args.from_scratch  # the family in the package is of the model in the package
     if args.train and importlib.util.find_spec("trl") is None:
-        raise ImportError("--train needs trl: pip install 'hf-elastic[train]'")
+        raise ImportError("training needs trl: pip install 'hf-elastic[train]'")
     if args.learn_sizes and not args.train:
         raise ValueError("--learn-sizes needs --train.")
     if args.steps < 4:
@@ -60,66 +70,103 @@ def run(args: argparse.Namespace) -> None:
     from transformers.utils import logging
 
     from ..lab.chart import accuracy_chart
-    from ..lab.zero_shot import run_zero_shot
+    from ..lab.explained import explain
+    from ..lab.family import make_family
+    from ..lab.task import problems
+    from ..lab.tour import run_tour
 
     torch.set_num_threads(1)  # the model is so small that a second thread waits more than it works
     logging.set_verbosity_error()  # the notes about optional CUDA kernels would bury the results
     logging.disable_progress_bar()
     quiet = args.json
-    say = (lambda text: None) if quiet else print
+    say = (lambda text: None) if quiet else functools.partial(print, flush=True)
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
+    say(_WELCOME.format(task=explain(next(problems("heldout", 5, args.seed)))))
+    say(f"1/4  The model: {'trained here' if args.from_scratch else 'from the package, which has it trained'}.")
     parent, tokenizer = _parent(args.from_scratch, args.seed, progress=not quiet)
-    say(f"parent: {parent.num_parameters():,} parameters, pattern {parent.config.hybrid_override_pattern}")
-    results = run_zero_shot(
+    say(
+        f"     {parent.num_parameters():,} parameters, layers {parent.config.hybrid_override_pattern} (M Mamba, * attention, E experts)."
+    )
+    say(
+        "     Made elastic: it reads 256 texts to see which channels, heads and neurons matter, and sorts its weights so that every"
+    )
+    say("     size is the first part of each matrix. What the model computes stays the same ...")
+    untrained = make_family(parent, tokenizer, seed=args.seed)
+    say("2/4  The family: all sizes learn together, from what the whole model would write.")
+    trained = _train(untrained, tokenizer, output, args, say) if args.train else None
+    family = trained[0] if trained else load_shipped(say)
+    say(
+        f"3/4  Every size solves {args.problems} problems of {args.letters} lines that were in no training, twice: cut from the files,"
+    )
+    say("     and switched live inside the whole model. Both have to write the same ...")
+    results = run_tour(
         parent,
+        untrained,
+        family,
         tokenizer,
         output,
         count=args.problems,
         letters=args.letters,
         seed=args.seed,
-        progress=not quiet,
         say=say,
     )
     accuracy_chart(results, output / "accuracy.png")
-    say(render(results, output))
-    if args.train:
-        results["family"] = _train(parent, tokenizer, output, args, say)
+    say(f"4/4  Results.\n{render(results, output)}")
+    if trained:
+        results["family"] = trained[1]
     if args.learn_sizes:
         results["learned"] = _learn(parent, tokenizer, output, args, say)
     if quiet:
         print(json.dumps(results, indent=2))
 
 
-def _train(parent: Any, tokenizer: Any, output: Path, args: argparse.Namespace, say: Any) -> dict[str, Any]:
+_WELCOME = """\
+This lab shows one checkpoint that holds four sizes of a small model. It takes about a minute on one CPU core and needs no network.
+
+{task}
+"""
+
+
+def load_shipped(say: Any) -> Any:
+    """The trained family of the package."""
+    from ..lab.family import load_family
+
+    family, _ = load_family()
+    say(
+        "     Taken from the package, which has it trained; `hf-elastic lab --train` does it here, in about 10 minutes."
+    )
+    return family
+
+
+def _train(
+    untrained: Any, tokenizer: Any, output: Path, args: argparse.Namespace, say: Any
+) -> tuple[Any, dict[str, Any]]:
     """Learn the family, and measure it before and after."""
     from ..lab.chart import family_chart
-    from ..lab.family import BETWEEN, FAMILY, make_family, measure_family, train_family
+    from ..lab.family import BETWEEN, FAMILY, measure_family, train_family
 
     start = time.perf_counter()
-    family = make_family(parent, tokenizer, seed=args.seed)
     measured = {"full": None, **{name: name for name in FAMILY}, "between": BETWEEN}
     options = {"count": args.problems, "letters": args.letters, "seed": args.seed}
-    say(f"\ntraining {', '.join(['full', *FAMILY])} in one run of {args.steps} steps ...")
-    untrained = measure_family(family, tokenizer, measured, **options)
+    say(f"     Training {', '.join(['full', *FAMILY])} in one run of {args.steps} steps ...")
+    before = measure_family(untrained, tokenizer, measured, **options)
+    family = copy.deepcopy(untrained)
     history = train_family(
         family, tokenizer, output / "trainer", steps=args.steps, seed=args.seed, progress=not args.json
     )
-    trained = measure_family(family, tokenizer, measured, **options)
-    family.save_pretrained(output / "family")
-    tokenizer.save_pretrained(output / "family")
     results = {
         "task": {"letters": args.letters, "problems": args.problems, "seed": args.seed},
         "steps": args.steps,
-        "untrained": untrained,
-        "trained": trained,
+        "untrained": before,
+        "trained": measure_family(family, tokenizer, measured, **options),
         "history": _curves(history),
         "seconds": round(time.perf_counter() - start, 1),
     }
     (output / "family.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     family_chart(results, output / "family.png")
     say(render_family(results, output))
-    return results
+    return family, results
 
 
 def _learn(parent: Any, tokenizer: Any, output: Path, args: argparse.Namespace, say: Any) -> dict[str, Any]:
@@ -160,7 +207,7 @@ def render_learned(results: dict[str, Any], output: Path) -> str:
     """The family of learned sizes as text."""
     whole = results["trained"][0]
     decided = {row["budget"]: row for row in results["report"]}
-    rows = [["budget", "params", "active", "share", "target", "off by", "exact", "thinking", "codes", "sizes"]]
+    rows = [[*_COLUMNS, "target", "off by", *_RATES, "what is kept"]]
     for entry in results["trained"]:
         name, params, active, share, *rest = _row(entry, whole)
         row = decided.get(name)
@@ -169,7 +216,7 @@ def render_learned(results: dict[str, Any], output: Path) -> str:
     return "\n".join(
         [
             "",
-            table(rows, right=frozenset(range(1, 9))),
+            table(rows, right=frozenset(range(1, 8))),
             "",
             *(f"{name}: {row['why']}" for name, row in decided.items()),
             f"a router decided the sizes after {results['router_steps']} of {results['steps']} steps. Took {results['seconds']:.0f} s;",
@@ -181,17 +228,17 @@ def render_learned(results: dict[str, Any], output: Path) -> str:
 def render_family(results: dict[str, Any], output: Path) -> str:
     """The trained family as text."""
     whole = results["trained"][0]
-    rows = [["budget", "params", "active", "share", "untrained", "exact", "thinking", "codes", "sizes"]]
+    rows = [[*_COLUMNS, "untrained", *_RATES, "what is kept"]]
     for before, entry in zip(results["untrained"], results["trained"], strict=True):
         name, params, active, share, *rest = _row(entry, whole)
         rows.append([name, params, active, share, f"{before['exact']:.2f}", *rest])
     return "\n".join(
         [
             "",
-            table(rows, right=frozenset(range(1, 8))),
+            table(rows, right=frozenset(range(1, 7))),
             "",
-            f"one run of {results['steps']} steps for all sizes; 'between' was never trained. Took {results['seconds']:.0f} s;",
-            f"see {output / 'family.png'} and {output / 'family.json'}; the checkpoint is {output / 'family'}",
+            f"One run of {results['steps']} steps for all sizes; `untrained` is the share of answers right before it, and `between` a size that",
+            f"was never trained. Took {results['seconds']:.0f} s; see {output / 'family.png'} and {output / 'family.json'}.",
         ]
     )
 
@@ -206,35 +253,57 @@ def _parent(from_scratch: bool, seed: int, progress: bool) -> tuple[Any, Any]:
     return model.eval(), build_tokenizer()
 
 
+_COLUMNS = ["size", "parameters", "active", "share"]
+_RATES = ["answers right", "thinking right"]
+
+
 def _row(entry: dict[str, Any], whole: dict[str, Any]) -> list[str]:
-    """Name, parameters, active ones, their share, three accuracies, and the sizes in which a budget differs from the whole parent."""
+    """Name, parameters, active ones, their share, two accuracies, and the sizes in which a budget differs from the whole parent."""
     changed = {axis: size for axis, size in entry["sizes"].items() if whole["sizes"].get(axis) != size}
     return [
         entry["name"],
         f"{entry['total_params']:,}",
         f"{entry['active_params']:,}",
         f"{entry['active_params'] / whole['active_params']:.0%}",
-        *(f"{entry[key]:.2f}" for key in ("exact", "trace", "code")),
-        " ".join(f"{axis}={size}" for axis, size in changed.items()) or "the whole parent",
+        *(f"{entry[key]:.2f}" for key in ("exact", "trace")),
+        " ".join(f"{axis}={size}" for axis, size in changed.items()) or "the whole model",
     ]
 
 
 def render(results: dict[str, Any], output: Path) -> str:
     """The results as text."""
-    whole = results["budgets"][0]
-    rows = [["budget", "params", "active", "share", "exact", "thinking", "codes", "sizes"]]
+    whole, contrast = results["budgets"][0], results["untrained"]
+    rows = [[*_COLUMNS, *_RATES, "what is kept"]]
     rows += [_row(entry, whole) for entry in results["budgets"]]
-    task, export = results["task"], results["export"]
+    rows.append([f"{contrast['name']}, only cut", *_row(contrast, whole)[1:]])
+    task, export, example = results["task"], results["export"], results["example"]
     live = max(entry["live_difference"] for entry in results["budgets"])
+    shown = [["who writes", "thinking", "answer", ""]]
+    shown += [
+        [line["who"], line["thinking"], line["answer"], "right" if line["right"] else "wrong"]
+        for line in example["lines"]
+    ]
     return "\n".join(
         [
             "",
-            table(rows, right=frozenset(range(1, 7))),
+            table(rows, right=frozenset(range(1, 6))),
             "",
-            f"{task['problems']} held-out problems of {task['letters']} lines each, solved by generation; no submodel was trained.",
-            f"sorted parent against parent: logits differ by {results['sorted_parent_difference']:.1e}",
-            f"live submodels against slices from disk: same weights and answers, logits differ by {live:.1e}",
-            f"export of {export['budget']} in plain transformers, without hf_elastic: logits differ by {export['difference']:.1e}",
-            f"took {results['seconds']:.0f} s; see {output / 'accuracy.png'} and {output / 'results.json'}",
+            "active: the parameters that one token uses; of the 8 experts in a layer it uses 2. share: of the whole model's active ones.",
+            f"right: the share of {task['problems']} problems in which all of the answer, or all of the thinking, was right.",
+            f"{contrast['name']}, only cut: the same size before training. It is the training that makes small sizes work.",
+            "",
+            f"The example {example['prompt']}, whose answer is {example['answer']}:",
+            "",
+            table(shown),
+            "",
+            "Checked:",
+            f"  sorting changed nothing: outputs of the sorted and the original model differ by {results['sorted_parent_difference']:.0e} "
+            "(rounding)",
+            f"  a size switched live is the size cut from the files: same weights and answers, outputs differ by {live:.0e}",
+            f"  {export['budget']} as a plain checkpoint, in transformers alone without hf_elastic: outputs differ by {export['difference']:.0e}",
+            "",
+            f"It took {results['seconds']:.0f} s. To look at: {output / 'accuracy.png'} and {output / 'results.json'}. To go on:",
+            f"  hf-elastic plan {output / 'elastic'}",
+            f'  hf-elastic generate {output / "elastic"} "{example["prompt"]}" --budget third',
         ]
     )

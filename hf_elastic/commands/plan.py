@@ -8,6 +8,7 @@ that a router found between two budgets; limits (--budget) select them too.
   hf-elastic plan org/elastic-30b --budget "2.4B active"
   hf-elastic plan org/elastic-30b --fits 24GB --context 32768 --dtype bf16
   hf-elastic plan org/plain-30b --size hidden=1920 --size expert_ffn=960
+  hf-elastic plan org/plain-30b --training lora --rank 16 --length 4096
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ElasticConfigError
-from .common import add_elastic_config, add_json, parse_sizes, table
+from .common import add_elastic_config, add_json, check_dtype, parse_sizes, table
 
 if TYPE_CHECKING:
     from ..architectures.submodel import Submodel
@@ -47,11 +48,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--context", type=int, metavar="TOKENS", help="with --fits: leave room for caches of so many tokens"
     )
     parser.add_argument(
-        "--batch-size", type=int, metavar="N", help="with --fits: ... of so many sequences (default: 1)"
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="with --fits: ... of so many sequences; with --training: rows that a GPU computes at a time (default: 1)",
     )
     parser.add_argument(
-        "--dtype", help="with --fits: type of the weights and caches, such as bf16 (default: the checkpoint's)"
+        "--dtype",
+        help="with --fits: type of the weights and caches, with --training of the weights, such as bf16 (default: the checkpoint's)",
     )
+    parser.add_argument(
+        "--training",
+        choices=("full", "lora"),
+        help="memory of a training run on every GPU: of all weights, or of LoRA adapters",
+    )
+    parser.add_argument("--length", type=int, metavar="TOKENS", help="with --training: of a row (default: 4096)")
+    parser.add_argument(
+        "--gpus", type=int, metavar="N", help="with --training: FSDP2 shards over so many (default: 1)"
+    )
+    parser.add_argument("--rank", type=int, metavar="N", help="with --training lora: of the adapters (default: 16)")
     add_elastic_config(parser)
     add_json(parser)
 
@@ -60,17 +75,39 @@ def run(args: argparse.Namespace) -> None:
     hub = {"revision": args.revision} if args.revision else {}
     keys = {"memory": args.fits, "context_length": args.context, "batch_size": args.batch_size, "dtype": args.dtype}
     memory = {key: value for key, value in keys.items() if value is not None}
-    if memory and args.fits is None:
-        raise ElasticConfigError("--context, --batch-size and --dtype say how much a size needs; give --fits too.")
+    run_keys = {"length": args.length, "gpus": args.gpus, "rank": args.rank, "rows": args.batch_size}
+    _refuse_stray(args, memory)
     elastic = _config(args.repo, args.elastic_config, hub)
     budgets = plan(elastic, parse_sizes(args.size), args.budget)
-    found = fits(elastic, memory) if memory else {}
+    found = fits(elastic, memory) if args.fits is not None else {}
+    trained: dict[str, Any] = {}
+    if args.training:
+        given = {key: value for key, value in run_keys.items() if value is not None}
+        trained = training(elastic, args.training, args.dtype, **given)
     if args.json:
-        print(json.dumps({"budgets": budgets, **({"fits": found} if found else {})}, indent=2))
+        answers = {"fits": found, "training": trained}
+        print(json.dumps({"budgets": budgets, **{key: answer for key, answer in answers.items() if answer}}, indent=2))
     else:
         print(render(budgets))
         if found:
             print(f"\n{tell(found)}")
+        if trained:
+            print(f"\n{tell_training(trained)}")
+
+
+def _refuse_stray(args: argparse.Namespace, memory: dict[str, Any]) -> None:
+    """Refuse options that nothing would look at."""
+    if memory and args.fits is None and not args.training:
+        raise ElasticConfigError("--context, --batch-size and --dtype say how much a size needs; give --fits too.")
+    if args.context is not None and args.fits is None:
+        raise ElasticConfigError(
+            "--context is the length of caches: give --fits too. Rows of a training run have a --length."
+        )
+    stray = [f"--{name}" for name in ("length", "gpus", "rank") if getattr(args, name) is not None]
+    if stray and not args.training:
+        raise ElasticConfigError(f"{' and '.join(stray)} describe a training run; give --training full or lora too.")
+    if args.rank is not None and args.training == "full":
+        raise ElasticConfigError("--rank is of adapters, which --training full has none of; give --training lora.")
 
 
 def _config(repo: str, described: str | None, hub: dict[str, Any]) -> ElasticConfig:
@@ -168,6 +205,46 @@ def tell(found: dict[str, Any]) -> str:
         least = min(needs, key=lambda name: needs[name])
         lines.append(f"nothing fits into {room}: the smallest, {least}, needs {format_bytes(needs[least])}")
     return "\n".join(lines)
+
+
+def training(elastic: ElasticConfig, kind: str, dtype: str | None = None, **options: int) -> dict[str, Any]:
+    """What a training run of a family takes, see [`hf_elastic.submodels.training_memory.training_memory`].
+
+    Returns:
+        `dict`: `kind`, `dtype`, `gpus`, `parts` (`part`, `bytes` per GPU, whether `counted`, `how`), `bytes` of all of them per GPU, and
+        `flops_per_token` if every size is drawn as often as the others.
+    """
+    import torch
+
+    from ..architectures.cost import CostModel
+    from ..submodels.training_memory import training_flops, training_memory
+
+    weights = elastic.load_dtype if dtype is None else getattr(torch, check_dtype(dtype))
+    parts = training_memory(elastic.parent_config, kind, dtype=weights, **options)  # type: ignore[arg-type]
+    count = CostModel(elastic.parent_config)
+    active = [count(member).active_params for member in elastic.family().values()]
+    return {
+        "kind": kind,
+        "dtype": str(weights).removeprefix("torch."),
+        "gpus": options.get("gpus", 1),
+        "parts": [part.to_dict() for part in parts],
+        "bytes": sum(part.size for part in parts),
+        "flops_per_token": training_flops(elastic.parent_config, kind, active),  # type: ignore[arg-type]
+    }
+
+
+def tell_training(run: dict[str, Any]) -> str:
+    """The answer of `training` as a table."""
+    from ..configuration.budgets import format_bytes
+
+    rows = [["training", "per GPU", "", "how"]]
+    rows += [
+        [part["part"], format_bytes(part["bytes"]), "counted" if part["counted"] else "estimated", part["how"]]
+        for part in run["parts"]
+    ]
+    rows.append(["together", format_bytes(run["bytes"]), "", "leave a tenth of the GPU free besides"])
+    flops = f"{run['flops_per_token']:.2g} operations per token, if all sizes of the checkpoint are drawn alike"
+    return f"{table(rows, right=frozenset({1}))}\n{flops}"
 
 
 def render(budgets: list[dict[str, Any]]) -> str:

@@ -12,6 +12,7 @@ Several processes: torchrun --nproc-per-node 8 -m hf_elastic.cli train CONFIG.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import io
 import re
 import sys
@@ -21,8 +22,9 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from ..errors import ElasticConfigError, did_you_mean
-from .common import check_dtype, load_tokenizer
+from .common import check_dtype, check_source, load_tokenizer
 from .elastify import load_calibration
+from .recipes import check_placeholders, defaults, find_recipe, tell_after, tell_before
 
 
 @dataclass
@@ -35,7 +37,7 @@ class TrainArguments:
         teacher (`str`, *optional*): Defaults to the model as it is at the start.
         dataset_split (`str`, *optional*, defaults to `"train"`): Split of a Hub dataset.
         eval_dataset (`str`, *optional*): Like `dataset`.
-        dtype (`str`, *optional*, defaults to `"auto"`): Type of the weights.
+        dtype (`str`, *optional*): Type of the weights; the checkpoint's (`"auto"`) if only an adapter is trained, else float32.
         resume (`bool`, *optional*, defaults to `False`): Go on from the last checkpoint in `output_dir`.
     """
 
@@ -60,6 +62,8 @@ class AdapterArguments:
         lora_alpha (`int`, *optional*, defaults to 32): Scales the product by `alpha / r`.
         use_rslora (`bool`, *optional*, defaults to `False`): Scale it by `alpha / sqrt(r)`.
         lora_dropout (`float`, *optional*, defaults to 0.0): Of linear layers; peft has none for experts.
+        lora_targets (`str`, *optional*): `auto` adapts everything that can be: all linear layers of the blocks, experts included, whatever
+            they are called in this model. Instead of the next two.
         lora_target_modules (`list[str]`, *optional*): Linear layers; the projections of attention by default.
         lora_target_parameters (`list[str]`, *optional*): Experts and routers, such as `mixer.experts.up_proj`.
         merge_adapter (`bool`, *optional*, defaults to `False`): Save the family with the adapter merged, too, in `output_dir/merged`.
@@ -70,6 +74,9 @@ class AdapterArguments:
     lora_alpha: int = field(default=32, metadata={"help": "Scales the product by alpha / r."})
     use_rslora: bool = field(default=False, metadata={"help": "Scale it by alpha / sqrt(r)."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Of linear layers; peft has none for experts."})
+    lora_targets: str | None = field(
+        default=None, metadata={"help": "auto: all linear layers of the blocks, experts included."}
+    )
     lora_target_modules: list[str] | None = field(
         default=None, metadata={"help": "Linear layers; the projections of attention by default."}
     )
@@ -84,13 +91,29 @@ class AdapterArguments:
         given = [f.name for f in fields(self) if getattr(self, f.name) != f.default and f.name != "use_peft"]
         if given and not self.use_peft:
             raise ElasticConfigError(f"{', '.join(given)} would be ignored without use_peft: true.")
+        if self.lora_targets not in (None, "auto"):
+            raise ElasticConfigError(
+                f"lora_targets={self.lora_targets!r} must be auto; name single modules in lora_target_modules."
+            )
+        if self.lora_targets and self.lora_target_modules:
+            raise ElasticConfigError(
+                f"give either lora_targets: auto or lora_target_modules ({self.lora_target_modules}), not both."
+            )
 
     def peft_config(self) -> Any:
         """The `peft.LoraConfig`; `None` if all weights are trained."""
         from trl import ModelConfig, get_peft_config
 
-        shared = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "merge_adapter"}
-        return get_peft_config(ModelConfig(**shared))
+        own = ("merge_adapter", "lora_targets")
+        config = get_peft_config(
+            ModelConfig(**{f.name: getattr(self, f.name) for f in fields(self) if f.name not in own})
+        )
+        if config is not None:
+            names: Any = self.lora_targets or self.lora_target_modules
+            if isinstance(names, str) and re.fullmatch(r"[\w.]+", names) and names != "auto":
+                names = [names]
+            config.target_modules = names  # upstream takes one name for a pattern of whole paths
+        return config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -101,8 +124,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if not Path(args.config).is_file():
-        raise ElasticConfigError(f"there is no file {args.config}.")
+    args.config = find_recipe(args.config)
+    if importlib.util.find_spec("trl") is None:
+        raise ImportError("training needs trl: pip install 'hf-elastic[train]'")
     train_arguments, adapter, config = parse(args.config, args.overrides)
     for name in ("model", "dataset", "teacher", "dataset_split", "eval_dataset", "dtype"):
         if not isinstance(value := getattr(train_arguments, name), (str, type(None))):
@@ -110,6 +134,7 @@ def run(args: argparse.Namespace) -> None:
     for name in ("model", "dataset"):
         if not getattr(train_arguments, name):
             raise ElasticConfigError(f"{args.config} does not say {name}.")
+    check_placeholders(args.config, train_arguments)
     dtype = "auto" if train_arguments.dtype is None else train_arguments.dtype
     train_arguments.dtype = check_dtype(dtype, f"{args.config}: dtype")
     train(train_arguments, adapter, config)
@@ -134,7 +159,7 @@ def parse(config: str, overrides: list[str]) -> tuple[TrainArguments, AdapterArg
     said = io.StringIO()
     try:
         known = [f.name for part in parts for f in fields(part) if f.init]
-        _check_keys(config, known)
+        parser.set_defaults_with_config(**defaults(_check_keys(config, known) | _options(overrides)))
         with redirect_stderr(said):
             train_arguments, adapter, distillation = parser.parse_args_and_config(["--config", config, *overrides])
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -152,7 +177,7 @@ def parse(config: str, overrides: list[str]) -> tuple[TrainArguments, AdapterArg
         if "bf16" not in str(error):
             raise
         raise ElasticConfigError(
-            f"{config}: training in bf16, which is the default, needs a device that has it, and there is none here or use_cpu is set; "
+            f"{config}: training in bf16 needs a device that has it, and there is none here or use_cpu is set; "
             "write bf16: false."
         ) from error
     except SystemExit as error:  # argparse prints all fields, and what is wrong at the end
@@ -168,8 +193,18 @@ def parse(config: str, overrides: list[str]) -> tuple[TrainArguments, AdapterArg
     return train_arguments, adapter, distillation
 
 
-def _check_keys(config: str, known: list[str]) -> None:
-    """Refuse keys that no field has, before upstream looks at the values; it would speak of its dataclasses."""
+def _options(overrides: list[str]) -> dict[str, str]:
+    """Options as `--field value`, `--field=value` or, for what is true, `--field`."""
+    pairs = zip(overrides, [*overrides[1:], "--"], strict=False)
+    named = [(o.lstrip("-").partition("="), after) for o, after in pairs if o.startswith("--")]
+    return {
+        name: value if equals else "true" if after.startswith("--") else after
+        for (name, equals, value), after in named
+    }
+
+
+def _check_keys(config: str, known: list[str]) -> dict[str, Any]:
+    """What is written. Refuses keys that no field has, before upstream looks at the values; it would speak of its dataclasses."""
     import yaml
 
     written = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
@@ -182,6 +217,7 @@ def _check_keys(config: str, known: list[str]) -> None:
                 f"unknown key {key!r} in {config}; it takes {first}, and the fields of LoRA and of ElasticDistillationConfig."
                 f"{did_you_mean(key, known)}"
             )
+    return written
 
 
 def train(arguments: TrainArguments, adapter: AdapterArguments, config: Any) -> None:
@@ -193,6 +229,9 @@ def train(arguments: TrainArguments, adapter: AdapterArguments, config: Any) -> 
     from ..trainers import ElasticDistillationTrainer
     from ..trainers.routing import REPORT_FILE
 
+    for source in (arguments.model, arguments.teacher):
+        if source is not None:
+            check_source(source)
     data = load_calibration(arguments.dataset, arguments.dataset_split)
     tokenizer = load_tokenizer(arguments.model)
     model = ElasticForCausalLM.from_pretrained(
@@ -212,6 +251,8 @@ def train(arguments: TrainArguments, adapter: AdapterArguments, config: Any) -> 
         raise ElasticConfigError(
             "merge_adapter needs whole weights, which FSDP shards; merge the saved adapter after the run."
         )
+    if trainer.is_world_process_zero():
+        print(tell_before(trainer, arguments.model), flush=True)
     trainer.train(resume_from_checkpoint=arguments.resume or None)
     trainer.save_model()
     if trainer.is_world_process_zero():
@@ -224,3 +265,5 @@ def train(arguments: TrainArguments, adapter: AdapterArguments, config: Any) -> 
         with replacing(merged) as folder:
             trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+    if trainer.is_world_process_zero():
+        print(tell_after(trainer, config.output_dir, adapter.merge_adapter))

@@ -13,7 +13,7 @@ from ..architectures.cost import CostModel
 from ..architectures.submodel import LAYERS, Submodel
 from ..errors import ElasticConfigError, did_you_mean, shown
 from ..storage.files import is_inner_path
-from .budgets import FULL
+from .budgets import FULL, Sizes
 
 FORMAT_VERSION = 3
 """Version of the section on disk. A reader refuses newer ones; a writer writes the oldest that holds what it has to say."""
@@ -110,7 +110,7 @@ def checked_section(parent: PreTrainedConfig, section: Any) -> dict[str, Any]:
     checked: dict[str, Any] = {
         "version": version,
         "axes": copy.deepcopy(dict(axes)),
-        "budgets": {name: entry for name, _, entry in entries if name is not None},
+        "budgets": Sizes({name: entry for name, _, entry in entries if name is not None}),
     }
     if between:
         checked["interpolated"] = [entry for name, _, entry in entries if name is None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import os
 import tempfile
@@ -18,11 +19,11 @@ from ..architectures.portability import check_portable, portable_choices
 from ..architectures.submodel import LAYERS, Submodel
 from ..checkpoints.devices import scoring_device
 from ..checkpoints.loading import checked_parent, load_stock
-from ..configuration.budgets import Limit, is_limit, parse_limit
+from ..configuration.budgets import Limit, is_limit, parse_limit, warn_if_far
 from ..configuration.leaving_out import ignored_beside, note_left_out
 from ..configuration.section import check_name
 from ..configuration_elastic import ElasticConfig
-from ..errors import ElasticConfigError, shown
+from ..errors import ElasticConfigError, did_you_mean, shown
 from ..modeling_elastic import ElasticForCausalLM, concrete_class
 from ..submodels.buffers import check_buffers, share_constant_buffers
 from ..submodels.slicing import build_meta, check_table
@@ -66,9 +67,9 @@ def elastify(
 
             - sizes: `{"hidden": 1920, "ffn": [...], "layers": 40}`; an `int` is a size, a `float` a share of the parent's, a list or dict
               one per layer; `layers` takes a number (the most important ones stay) or a list of layers;
-            - a target: `"12B"`, `"2.1B active"`, `"24GB"` (weights at the parent's dtype), or with caches as in
-              [`hf_elastic.configuration.budgets`]. Sizes are searched over the axes' choices: the ones that keep most importance within the target,
-              by the exact count. Needs `axes`.
+            - a target: a share of the parent's parameters (`0.5`, `"50%"`, `"50% active"`), `"12B"`, `"2.1B active"`, `"24GB"` (weights at the
+              parent's dtype), or with caches as in [`hf_elastic.configuration.budgets`]. Sizes are searched over the axes' choices: the ones that keep
+              most importance within the target, by the exact count; a `BudgetWarning` says so if they stay far below it. Needs `axes`.
 
             Budgets are nested. Targets are searched from large to small, each inside the budget before it.
         scores ([`Scores`] or path, *optional*): Reuse these instead of scoring.
@@ -94,6 +95,9 @@ def elastify(
         `UnsupportedArchitectureError`: no table for the parent.
         `CheckpointError`: the parent's files lack tensors, or hold others than its config says.
     """
+    known = {**inspect.signature(elastify).parameters, **inspect.signature(score).parameters}
+    if unknown := [name for name in score_options if name not in known]:
+        raise TypeError(f"unexpected argument {unknown[0]!r} of elastify.{did_you_mean(unknown[0], known)}")
     loaded = isinstance(parent, (str, os.PathLike))
     if not loaded and dtype != "auto":
         raise ElasticConfigError(
@@ -248,7 +252,7 @@ def _check_before_scoring(
         check_name(name, f"budget {name!r}")
     ranking = architecture.keepable_ranking(model.config, range(architecture.depth(model.config)))
     submodels = _given(architecture, model, budgets, ranking, multiple_of)
-    limits = _targets(budgets)
+    limits = _targets(architecture, model, budgets)
     # Which layers a number of them keeps is not known yet, and so not what nests.
     unknown = any(not is_limit(spec) and isinstance(spec.get(LAYERS), (int, float)) for spec in budgets.values())
     for members in [{name: member} for name, member in submodels.items()] if unknown else [submodels]:
@@ -284,17 +288,23 @@ def _given(
     return submodels
 
 
-def _targets(budgets: Mapping[str, Any]) -> dict[str, Limit]:
+def _targets(architecture: Architecture, model: PreTrainedModel, budgets: Mapping[str, Any]) -> dict[str, Limit]:
     """Limits of the budgets that are given by a target."""
     targets = {}
+    full = CostModel(model.config, architecture).full
     for name, spec in budgets.items():
         if not is_limit(spec):
             continue
         known = isinstance(spec, (str, int, float, Mapping)) and not isinstance(spec, bool)
-        limit = parse_limit(spec) if known else None
+        limit = parse_limit(spec, full) if known else None
         if limit is None:
             raise ElasticConfigError(
-                f"budget {name!r}={shown(spec)} must be a dict of sizes, or a target such as '12B', '2.1B active' or '24GB'."
+                f"budget {name!r}={shown(spec)} must be a dict of sizes, or a target such as '50%', '12B', '2.1B active' or '24GB'."
+            )
+        if limit.value >= (whole := limit.measure(full, model.dtype)):
+            raise ElasticConfigError(
+                f"budget {name!r}={shown(spec)} cuts nothing: the parent has {limit.of(whole)}. Give a target below that, such as '50%'; a name for "
+                "the whole parent is a budget of no sizes, {}."
             )
         targets[name] = limit
     return targets
@@ -311,7 +321,8 @@ def _resolve(
     portable: torch.dtype | None,
 ) -> dict[str, Submodel]:
     """Submodels of all budgets; targets from large to small, so that each nests in the one before."""
-    given, targets = _given(architecture, model, budgets, ranking, multiple_of), _targets(budgets)
+    given = _given(architecture, model, budgets, ranking, multiple_of)
+    targets = _targets(architecture, model, budgets)
     submodels = dict(given)
     for name, member in given.items() if portable is not None else ():  # again: which layers stay is known only now
         check_portable(architecture, model.config, member, portable, f"budget {name!r}")
@@ -322,8 +333,12 @@ def _resolve(
         for name, limit in sorted(targets.items(), key=lambda t: -t[1].value / t[1].measure(count.full, model.dtype)):
             larger = searched + [s for s in given.values() if limit.measure(count(s), model.dtype) > limit.value]
             within = min(larger, key=lambda s: count(s).total_params, default=None)
-            submodels[name] = search.find(limit, model.dtype, within, f"budget {name!r}")
-            searched.append(submodels[name])
+            found = search.find(limit, model.dtype, within, f"budget {name!r}")
+            submodels[name] = found
+            searched.append(found)
+            measured, whole = (limit.measure(cost, model.dtype) for cost in (count(found), count.full))
+            advice = "More choices of the axes, or more axes, come nearer."
+            warn_if_far(f"budget {name!r}={shown(budgets[name])}", limit, measured, whole, advice)
     return submodels
 
 

@@ -14,7 +14,7 @@ from ..architectures import Architecture
 from ..architectures.cost import CostModel
 from ..architectures.portability import check_portable
 from ..architectures.submodel import LAYERS, Submodel, first_layers
-from ..configuration.budgets import Limit, format_count
+from ..configuration.budgets import Limit, format_count, unit_hint
 from ..errors import ElasticConfigError, UnknownBudgetError
 from .importance import Scores
 from .sorting import ranked
@@ -178,7 +178,7 @@ class BudgetSearch:
         if least > limit.value:
             need = format_count(least) if limit.quantity != "bytes" else str(Limit("bytes", least))
             raise UnknownBudgetError(
-                f"{name}: no choice of {', '.join(self._choices)} fits into {limit}; the smallest needs {need}. Add smaller choices."
+                f"{name}: no choice of {', '.join(self._choices)} fits into {limit}; the smallest needs {need}. Add smaller choices.{unit_hint(limit)}"
             )
 
     def _ceiling(self, axis: str, within: Submodel) -> int:

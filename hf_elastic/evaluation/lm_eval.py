@@ -124,7 +124,7 @@ class LmEvalTask(Task):
         return main, int(found.get("sample_len", self.limit or 0)), metrics
 
     def follow(self, plan: PhasePlan, tokenizer: PreTrainedTokenizerBase, kwargs: dict[str, Any]) -> PhasePlan:
-        *before, answer = plan.phases
+        *before, answer = plan.with_markers(tokenizer).phases
         room = kwargs.pop("max_length", None)
         if room is not None:
             room -= kwargs["input_ids"].shape[1]

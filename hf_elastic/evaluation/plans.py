@@ -121,6 +121,7 @@ def measure_plan(
         `PhasePlanError`: the task does not generate, so that no plan can be followed.
         `TokenizerError`: the tokenizer cannot read the task.
     """
+    plan = plan.with_markers(tokenizer)
     with planned(model, plan, tokenizer, task) as recorded, readable(f"task {task.name!r}"):
         main, count, metrics = task.score(model, tokenizer)
     if not recorded.phases:

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from ..architectures.submodel import Submodel
 from ..errors import PhasePlanError, shown
 from ..storage.files import find_file
+from ..storage.sources import pinned
 from .caches import check_hand_over
 from .plan import Phase, PhasePlan
 
@@ -61,6 +62,7 @@ def bind(model: Any, plan: PhasePlan, tokenizer: PreTrainedTokenizerBase | None)
     """
     if not isinstance(plan, PhasePlan):
         raise PhasePlanError(f"phase_plan={shown(plan)} must be a PhasePlan.")
+    plan = plan.with_markers(tokenizer)
     bound: list[BoundPhase] = []
     turns, is_blank = _turn_ids(tokenizer, plan), Blanks(tokenizer)
     for phase in plan.phases:
@@ -99,7 +101,7 @@ def find_tokenizer(model: Any) -> PreTrainedTokenizerBase:
     try:
         if not where:
             raise OSError("the model was not loaded from a checkpoint")
-        hub = getattr(model, "_hub_kwargs", {})
+        hub = pinned(where, getattr(model, "_hub_kwargs", {}))
         for name in (
             "tokenizer_config.json",
             "tokenizer.json",

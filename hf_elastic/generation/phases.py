@@ -78,6 +78,11 @@ class PhasedGenerationMixin:
             `UnknownBudgetError`: a phase names a budget that this model does not have.
             `HandoverError`: a cache cannot be handed over as the plan wants it.
         """
+        if "budget" in kwargs:
+            raise TypeError(
+                "unexpected argument 'budget': generate runs at the model's own. Say with model.at('half'): model.generate(...), or give phase_plan= or "
+                "draft_budget=."
+            )
         if phase_plan is None:
             given = {"tokenizer": tokenizer, "streamer": streamer}
             kwargs.update({key: value for key, value in given.items() if value is not None})

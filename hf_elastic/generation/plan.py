@@ -8,16 +8,19 @@ submodel reads like everything else (the Nemotron family's rule; arXiv 2605.0718
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from transformers import GenerationConfig
 
 from ..configuration.budgets import Budget
 from ..errors import PhasePlanError, did_you_mean, shown
+from .markers import END, START, find_markers
 
 Handover = Literal["auto", "cache", "reprefill"]
 HANDOVERS: tuple[Handover, ...] = ("auto", "cache", "reprefill")
+AUTO = "auto"
+"""Markers that are found when the plan is used."""
 
 _OWNED = [
     "max_new_tokens",
@@ -127,7 +130,9 @@ class PhasePlan:
             Cap on thinking tokens, `</think>` included, also on those of a thinking that is opened again in the answer. 0 is no thinking.
         max_answer_tokens (`int`, *optional*): Cap on the tokens of the answer.
         handover (`str`, *optional*, defaults to `"auto"`): How the answering submodel takes over; see [`Phase`].
-        start, end (`str`, *optional*): Markers around the thinking.
+        start, end (`str`, *optional*, defaults to `"auto"`):
+            Markers around the thinking, each one token. `"auto"` is what the chat template of the model has around it when the plan is used,
+            and else `<think>` and `</think>`; `start=None` is none.
         thinking_options, answering_options (`dict[str, Any]`, *optional*): Further fields of [`Phase`], such as `generation`.
         phases (`list[Phase]`, *optional*): The phases themselves, one or more, instead of everything else.
 
@@ -153,16 +158,21 @@ class PhasePlan:
         max_thinking_tokens: int | None = None,
         max_answer_tokens: int | None = None,
         handover: Handover = "auto",
-        start: str | None = "<think>",
-        end: str = "</think>",
+        start: str | None = AUTO,
+        end: str = AUTO,
         thinking_options: Mapping[str, Any] | None = None,
         answering_options: Mapping[str, Any] | None = None,
         phases: list[Phase] | tuple[Phase, ...] | None = None,
     ):
+        self._auto: tuple[str, ...] = ()
         if phases is None:
             _check_count(max_thinking_tokens, 0, "max_thinking_tokens")
             _check_count(max_answer_tokens, 1, "max_answer_tokens")
-            first = {"name": "thinking", "max_new_tokens": max_thinking_tokens, "start": start, "end": end}
+            markers: dict[str, Any] = {"start": start, "end": end}
+            own = thinking_options if isinstance(thinking_options, Mapping) else {}
+            self._auto = tuple(key for key in markers if markers[key] == AUTO and key not in own)
+            markers |= {key: usual for key, usual in (("start", START), ("end", END)) if markers[key] == AUTO}
+            first = {"name": "thinking", "max_new_tokens": max_thinking_tokens, **markers}
             last = {"name": "answering", "max_new_tokens": max_answer_tokens, "handover": handover}
             phases = [
                 _phase(thinking, first, thinking_options, "thinking_options"),
@@ -187,6 +197,19 @@ class PhasePlan:
                     f"phase {phase.name!r} would never end: give it max_new_tokens or end, as another phase follows."
                 )
         self.phases = tuple(phases)
+
+    def with_markers(self, tokenizer: Any) -> PhasePlan:
+        """The plan with the markers of this tokenizer where none were given; see [`~hf_elastic.generation.markers.find_markers`].
+
+        Raises:
+            `PhasePlanError`: several may be meant.
+        """
+        if not self._auto or tokenizer is None:
+            return self
+        first, *others = self.phases
+        known = {key: getattr(first, key) for key in ("start", "end") if key not in self._auto}
+        found = dict(zip(("start", "end"), find_markers(tokenizer, **known), strict=True))
+        return PhasePlan(phases=[replace(first, **{key: found[key] for key in self._auto}), *others])
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, PhasePlan) and self.phases == other.phases

@@ -6,9 +6,29 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
+from ..errors import ElasticConfigError
 from ..evaluation.plans import Task
 from ..modeling_elastic import ElasticForCausalLM
 from .book import evaluate
+
+_TEXT = "^a4b+3c-1>"
+
+
+def check_reads_book(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    """Refuse models that cannot know the task: those whose tokenizer does not read its problems character by character.
+
+    Raises:
+        `ElasticConfigError`: says which tasks there are.
+    """
+    try:
+        known = tokenizer.tokenize(_TEXT) == list(_TEXT)
+    except Exception:  # a fast tokenizer without an unknown token raises plain `Exception`
+        known = False
+    if not known:
+        raise ElasticConfigError(
+            f"book is the task of the embedded lab, and {where} has another tokenizer than the lab's models. Give --task NAME, a generating task of "
+            "lm-eval such as gsm8k."
+        )
 
 
 @dataclass

@@ -18,7 +18,7 @@ def accuracy_chart(results: Mapping[str, Any], path: Path) -> None:
     """Accuracy of every budget against its active parameters, as PNG.
 
     Args:
-        results: What `run_zero_shot` returned.
+        results: What `run_tour` returned.
         path (`Path`): File to write.
 
     Raises:
@@ -28,10 +28,11 @@ def accuracy_chart(results: Mapping[str, Any], path: Path) -> None:
         ("whole answer right", "o-", results["budgets"], "exact"),
         ("thinking right", "s--", results["budgets"], "trace"),
         ("code symbols right", "^:", results["budgets"], "code"),
+        ("whole answer right, only cut", "x", [results["untrained"]], "exact"),
     ]
     task = results["task"]
     label = f"share of {task['problems']} held-out problems, n = {task['letters']}"
-    draw_lines(lines, "One checkpoint, cut without training", label, path)
+    draw_lines(lines, "One checkpoint, all sizes trained at once", label, path)
 
 
 def family_chart(results: Mapping[str, Any], path: Path) -> None:

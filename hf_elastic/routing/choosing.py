@@ -72,6 +72,8 @@ class Search:
             for key, logits in router.logits(name).items()
             if key[1] is None or key[1] in larger.layers
         }
+        self._chosen = {layer: self._chosen_in(layer) for layer in self._bounds}
+        self._measured: dict[Any, int] = {}
         self._nearest: Found | None = None
 
     def run(self) -> Found:
@@ -184,9 +186,17 @@ class Search:
     def _kept(self, sizes: Mapping[Key, int]) -> list[int | None]:
         return [None, *_layers(self._router, sizes, self._larger)]
 
+    def _chosen_in(self, layer: int | None) -> list[Key]:
+        """The choices that the cost of a layer depends on."""
+        keys = (((axis, layer), (axis, None)) for axis in self._bounds[layer])
+        return [own if own in self._options else shared for own, shared in keys if {own, shared} & self._options.keys()]
+
     def _measure_layer(self, layer: int | None, sizes: Mapping[Key, int]) -> int:
-        here = {axis: _size(sizes, axis, layer, bound) for axis, bound in self._bounds[layer].items()}
-        return self._router.measure(self._router.count.part(layer, here), self._limit)
+        known = (layer, *[sizes[key] for key in self._chosen[layer]])  # thousands of combinations have the same layers
+        if known not in self._measured:
+            here = {axis: _size(sizes, axis, layer, bound) for axis, bound in self._bounds[layer].items()}
+            self._measured[known] = self._router.measure(self._router.count.part(layer, here), self._limit)
+        return self._measured[known]
 
     def _measure(self, sizes: Mapping[Key, int]) -> int:
         return sum(self._measure_layer(layer, sizes) for layer in self._kept(sizes))

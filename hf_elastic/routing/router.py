@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ..architectures.cost import Cost, CostModel
 from ..architectures.submodel import LAYERS
-from ..configuration.budgets import FULL, Limit
+from ..configuration.budgets import FULL, Limit, unit_hint
 from ..configuration_elastic import ElasticConfig
 from ..errors import CheckpointError, ElasticConfigError, shown
 from ..storage.checksums import verify_files
@@ -59,7 +59,7 @@ class BudgetRouter(nn.Module):
     Args:
         config ([`ElasticConfig`]): Its axes and choices are what the router chooses among.
         targets (`dict[str, str | float | dict]`):
-            Per budget what it may cost: a share of the parent's total parameters (`0.5`), or `"12B"`, `"2.1B active"`, `"24GB"`, or with
+            Per budget what it may cost: a share of the parent's parameters (`0.5`, `"50%"`, `"50% active"`), or `"12B"`, `"2.1B active"`, `"24GB"`, or with
             caches `{"memory": "24GB", "context_length": 32768, "batch_size": 4, "dtype": "bfloat16"}` (see [`hf_elastic.configuration.budgets`];
             memory without a `dtype` is that of the config). The whole parent (`"full"`) is always a budget of the router.
         per_layer (`list[str]`, *optional*): Axes with a choice of their own in every layer; `hidden` and `layers` are always global.
@@ -86,7 +86,7 @@ class BudgetRouter(nn.Module):
         self.count = CostModel(config.parent_config)
         self.full = config.architecture.full(config.parent_config)
         self.final_logit_scale = Schedule().logit_scale[1]
-        self.targets = pinned_targets(targets, _load_dtype(config))
+        self.targets = pinned_targets(targets, self.count.full, _load_dtype(config))
         self.limits = limits_of(self.targets, self.count.full, _load_dtype(config))
         self.names = [FULL, *sorted(self.limits, key=lambda name: (-self._share(name), name))]
         # In the order of the table, as config.json sorts its keys and samples are drawn one after the other.
@@ -262,7 +262,7 @@ class BudgetRouter(nn.Module):
             if least > (1 + DEAD_ZONE) * limit.value:
                 raise ElasticConfigError(
                     f"router target {name!r}={self.targets[name]!r} is out of reach: the smallest choices of all axes need "
-                    f"{replace(limit, value=least)}. Give smaller choices, or more axes."
+                    f"{limit.of(least)}. Give smaller choices, or more axes.{unit_hint(limit)}"
                 )
 
     def _share(self, name: str) -> float:

@@ -36,7 +36,7 @@ from ..architectures.axes import Run, without
 from ..errors import CheckpointError, UnreachableError
 from . import retries
 from .checksums import CHECKSUMS_NAME, Checksums
-from .files import commit_of
+from .sources import commit_of
 
 MOSTLY = 0.8
 """Share of a file's bytes above which it is fetched whole, into the ordinary cache."""

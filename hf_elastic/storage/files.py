@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ResolvedRevision, get_hf_file_metadata, hf_hub_url, is_offline_mode, try_to_load_from_cache
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RemoteEntryNotFoundError,
@@ -25,6 +25,7 @@ from transformers.utils.hub import hf_api
 from ..errors import CheckpointError, UnreachableError, reason, shown
 from .json_files import LARGEST_INDEX, read_json
 from .retries import passes, persistently
+from .sources import commit_of, is_offline, pinned
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -111,29 +112,6 @@ def find_nested_files(
     return found
 
 
-def pinned(repo: str | os.PathLike[str], hub: Mapping[str, Any]) -> dict[str, Any]:
-    """`hub` with the commit that its revision is now, so that all files of one load are of one commit.
-
-    If it cannot be found out, `hub` as it is: what is fetched next says why, or is in the cache.
-    """
-    if os.path.exists(repo):
-        return dict(hub)
-    where = {key: hub.get(key) for key in ("revision", "token", "cache_dir")}
-    offline = _is_offline(hub)
-    try:
-        revision = persistently(lambda: hf_api().resolve_revision(str(repo), local_files_only=offline, **where))
-    except Exception:  # the client lets errors of its HTTP library through
-        return dict(hub)
-    return {**hub, "revision": revision}
-
-
-def commit_of(hub: Mapping[str, Any]) -> str | None:
-    """The commit that `revision` is known to be."""
-    revision = hub.get("revision")
-    revision = revision.resolved if isinstance(revision, ResolvedRevision) else revision
-    return revision if revision and re.fullmatch("[0-9a-f]{40}", revision) else None
-
-
 def find_file(repo: str | os.PathLike[str], name: str, hub: Mapping[str, Any], *, verify: bool = False) -> Path | None:
     """A file of a folder or Hub repository, `None` if there is none of that name; offline also if it is not in the cache.
 
@@ -167,7 +145,7 @@ def find_file(repo: str | os.PathLike[str], name: str, hub: Mapping[str, Any], *
         except RemoteEntryNotFoundError:
             return None
         except Exception as error:  # the client lets errors of its HTTP library through
-            if _is_offline(hub) and isinstance(error, LocalEntryNotFoundError):
+            if is_offline(hub) and isinstance(error, LocalEntryNotFoundError):
                 return None
             if isinstance(there, str) and passes(error):  # the cache has it, of a revision that could not be asked for
                 return Path(there)
@@ -186,14 +164,16 @@ def refuse_damaged(repo: str | os.PathLike[str], name: str, hub: Mapping[str, An
         raise CheckpointError(f"{name} of {repo} was damaged, and was removed from the cache; load it again.")
 
 
+def refuse_out_of_reach(repo: str | os.PathLike[str], hub: Mapping[str, Any]) -> None:
+    """Raise for a folder that is not there, and for a repository that the cache does not have while nobody can be asked for it."""
+    if not os.path.exists(repo) and _cached(str(repo), "config.json", hub) is None:
+        pinned(repo, hub)
+
+
 def _download(repo: str, name: str, hub: Mapping[str, Any]) -> str:
     taken = {key: hub[key] for key in ("revision", "cache_dir", "token", "force_download") if key in hub}
     subfolder = hub.get("subfolder") or None
-    return str(hf_api().hf_hub_download(repo, name, subfolder=subfolder, local_files_only=_is_offline(hub), **taken))
-
-
-def _is_offline(hub: Mapping[str, Any]) -> bool:
-    return bool(hub.get("local_files_only")) or is_offline_mode()
+    return str(hf_api().hf_hub_download(repo, name, subfolder=subfolder, local_files_only=is_offline(hub), **taken))
 
 
 def _refusal(repo: str, name: str, hub: Mapping[str, Any], error: Exception) -> CheckpointError:
@@ -264,7 +244,7 @@ def fetched(
     except CheckpointError as error:
         raise type(error)(f"{name}, which {listing} of {repo} lists, cannot be fetched: {error}") from error
     if path is None:
-        why = "it is not in the cache, and this is offline" if _is_offline(hub) else f"{repo} has no such file"
+        why = "it is not in the cache, and this is offline" if is_offline(hub) else f"{repo} has no such file"
         raise CheckpointError(f"{name}, which {listing} of {repo} lists, cannot be fetched: {why}.")
     return path
 
@@ -299,7 +279,7 @@ def _is_sound(path: Path, repo: str, name: str, hub: Mapping[str, Any], *, fresh
         if not (fresh or verify) and path.stat().st_size > _SMALL:
             return True
         etag = os.path.basename(os.readlink(path))
-    elif (fresh or verify) and not _is_offline(hub):  # a cache without links does not know it
+    elif (fresh or verify) and not is_offline(hub):  # a cache without links does not know it
         url = hf_hub_url(repo, name, subfolder=hub.get("subfolder"), revision=commit_of(hub) or hub.get("revision"))
         etag = get_hf_file_metadata(url, token=hub.get("token"), retry_on_errors=True).etag or ""
     elif verify:

@@ -19,6 +19,9 @@ logger = logging.getLogger(__name__)
 TRIES = 5
 WAIT = 0.5
 """Seconds before the second try, then twice as long each time."""
+CONNECTING = 3
+_UNCONNECTED = ("ConnectError", "ConnectTimeout", "ProxyError")
+"""Of the HTTP library, which the Hub's client has changed before."""
 _PASSING_STATUS = (408, 425, 429)
 _T = TypeVar("_T")
 
@@ -43,14 +46,25 @@ def passes(error: BaseException) -> bool:
     return isinstance(error, Exception)
 
 
-def persistently(call: Callable[[], _T]) -> _T:
-    """What a call returns; after an error that passes it is called again, up to `TRIES` times in all."""
-    for done in range(TRIES):
+def never_connected(error: BaseException) -> bool:
+    """Whether there was no connection at all: no network, an address that is none, a proxy that refuses."""
+    chain: BaseException | None = error
+    while chain is not None:
+        if type(chain).__name__ in _UNCONNECTED:
+            return True
+        chain = chain.__cause__
+    return False
+
+
+def persistently(call: Callable[[], _T], tries: int = TRIES) -> _T:
+    """What a call returns; after an error that passes it is called again, up to `tries` times in all, or `CONNECTING` without a connection."""
+    for done in range(1, tries + 1):
         try:
             return call()
         except Exception as error:
-            if done == TRIES - 1 or not passes(error):
+            if done >= (min(tries, CONNECTING) if never_connected(error) else tries) or not passes(error):
                 raise
-            logger.warning("%s: %s. Trying again.", type(error).__name__, error)
-        sleep(WAIT * 2**done)
+            cause = error.__cause__ if isinstance(error, RevisionResolutionError) and error.__cause__ else error
+            logger.warning("%s: %s. Trying again.", type(cause).__name__, cause)
+        sleep(WAIT * 2 ** (done - 1))
     raise AssertionError("the last try returns or raises")

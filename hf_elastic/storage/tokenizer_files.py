@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import CheckpointError, UnreachableError
 from .files import find_file
 from .json_files import read_json
+from .sources import pinned
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -41,6 +42,7 @@ def tokenizer_files(source: str | os.PathLike[str], hub: Mapping[str, Any]) -> d
         `CheckpointError`: one is damaged.
         `UnreachableError`: the Hub could not be asked.
     """
+    hub = pinned(source, hub)
     found = ((name, find_file(source, name, hub)) for name in TOKENIZER_FILES)
     files = {name: path for name, path in found if path is not None}
     for path in files.values():

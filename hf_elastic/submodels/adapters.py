@@ -218,7 +218,8 @@ def refuse_unsupported(model: nn.Module, architecture: Architecture, config: Pre
         if problem:
             raise ElasticConfigError(
                 f"the adapter of {name or 'the model'} is not supported: {problem}. Use a peft.LoraConfig without variants, target_modules "
-                "such as q_proj, in_proj and up_proj, and target_parameters such as experts.up_proj and experts.down_proj."
+                "such as q_proj, in_proj and up_proj, and target_parameters such as experts.up_proj and experts.down_proj; target_modules='auto' "
+                "of a trainer, or **hf_elastic.lora_targets(model), takes all that can be adapted."
             )
 
 

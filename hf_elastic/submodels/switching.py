@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from ..architectures.submodel import Submodel
-from ..configuration.budgets import Budget
+from ..configuration.budgets import FULL, Budget
+from ..configuration.section import CUT_FROM
 from ..configuration_elastic import ElasticConfig
-from ..errors import CheckpointError, ElasticConfigError, HFElasticError
+from ..errors import BusyError, CheckpointError, ElasticConfigError, HFElasticError
 from .adapters import attached
 from .running import RunningMixin
 from .sharing import COMPILED, Users
@@ -37,13 +38,25 @@ class SwitchingMixin(RunningMixin):
 
     @property
     def budgets(self) -> dict[str, dict[str, Any]]:
-        """Named budgets that this model nests, largest first."""
+        """Named budgets that this model nests, largest first; they print as a table."""
         return self.elastic_config.budgets
 
     @property
     def budget(self) -> str | None:
-        """Name of the active budget (`"full"` for everything that is loaded); `None` if its sizes have no name."""
-        return self.elastic_config.name_of(self.submodel)
+        """Name of the active budget, however it was asked for (`"full"` for the whole parent); `None` for sizes without a name, loaded or set."""
+        name = self.elastic_config.name_of(self.submodel)
+        # A slice is a parent to what it nests; in its family its own sizes may have no name.
+        return None if name == FULL and "sizes" in getattr(self.elastic_config, CUT_FROM, {}) else name
+
+    def _sizes_shown(self) -> str:
+        """What `print(model)` says before the modules; nothing while the model is being made."""
+        if "elastic_config" not in self.__dict__:
+            return ""
+        try:
+            active = self.elastic_config.name_of(self.submodel) or str(self.submodel.differs(self._full))
+        except BusyError:  # which size runs depends on the thread
+            active = "not known here"
+        return f"{type(self).__name__} at {active}, with the sizes\n{self.elastic_config.sizes_shown(active)}\n"
 
     @property
     def submodel(self) -> Submodel:

@@ -20,7 +20,8 @@ from hf_elastic.errors import UnreachableError
 from hf_elastic.storage import checksums, fetching, retries
 from hf_elastic.storage.checksums import CHECKSUMS_NAME, read_checksums, write_checksums
 from hf_elastic.storage.fetching import PartialFile
-from hf_elastic.storage.files import find_file, pinned
+from hf_elastic.storage.files import find_file
+from hf_elastic.storage.sources import pinned
 
 INDEX = "model.safetensors.index.json"
 LAYOUTS = ["org/nested", "org/stock", "org/checked"]

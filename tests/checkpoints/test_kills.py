@@ -143,6 +143,14 @@ def unique(states: list[Files]) -> list[Files]:
 
 
 Outcome = tuple[dict, int, dict]
+Way = tuple[str, str, str | None]
+"""How a program loads, the folder in a checkpoint that it loads, and the config that it brings along, if it does."""
+
+
+@pytest.fixture(scope="module")
+def tried() -> dict[tuple[Way, frozenset], Outcome | None]:
+    """What every folder gave in every way: the pairs have many in common."""
+    return {}
 
 
 class Refused:
@@ -151,20 +159,20 @@ class Refused:
     What loads has to be one of the two checkpoints as a whole.
     """
 
-    def __init__(self, wholes: list[Path]):
-        self.ways = {
-            "elastic": ("", lambda folder: ElasticForCausalLM.from_pretrained(folder)),
-            "auto": ("", lambda folder: AutoModelForCausalLM.from_pretrained(folder)),
+    def __init__(self, wholes: list[Path], tried: dict[tuple[Way, frozenset], Outcome | None]):
+        self.ways: dict[Way, Callable] = {
+            ("elastic", "", None): ElasticForCausalLM.from_pretrained,
+            ("auto", "", None): AutoModelForCausalLM.from_pretrained,
         }
         for root in wholes:
             for file in sorted(root.rglob("config.json")):
-                place = file.parent.relative_to(root).as_posix()
+                place = file.parent.relative_to(root).as_posix().removeprefix(".")
                 config = AutoConfig.from_pretrained(file.parent)
                 auto = ElasticForCausalLM if isinstance(config, ElasticConfig) else AutoModelForCausalLM
                 given = lambda folder, auto=auto, c=config: auto.from_pretrained(folder, config=copy.deepcopy(c))  # noqa: E731
-                self.ways[f"{file} given"] = place, given
-                self.ways[f"{file} found"] = place, lambda folder: AutoModelForCausalLM.from_pretrained(folder)
-        self.tried: dict[tuple, Outcome | None] = {}
+                self.ways["given", place, file.read_text()] = given
+                self.ways["auto", place, None] = AutoModelForCausalLM.from_pretrained
+        self.tried = tried
         self.wholes = [o for root in wholes for way in self.ways if (o := self.outcome(way, root)) is not None]
 
     def __call__(self, folder: Path) -> None:
@@ -172,14 +180,14 @@ class Refused:
             loaded = self.outcome(way, folder)
             assert loaded is None or any(same(loaded, whole) for whole in self.wholes)
 
-    def outcome(self, way: str, folder: Path) -> Outcome | None:
-        place, load = self.ways[way]
+    def outcome(self, way: Way, folder: Path) -> Outcome | None:
+        _, place, _ = way
         if not (folder / place).is_dir():
             return None
         key = way, frozenset(everything(folder / place).items())
         if key not in self.tried:
             try:
-                model = load(folder / place)
+                model = self.ways[way](folder / place)
             except (OSError, ValueError):
                 self.tried[key] = None
             else:
@@ -201,7 +209,7 @@ def same(left: Outcome, right: Outcome) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), OVER, ids=["-to-".join(pair) for pair in OVER])
-def test_every_kill_point(before, after, models, saved, states, tmp_path, caplog):
+def test_every_kill_point(before, after, models, saved, states, tried, tmp_path, caplog):
     caplog.set_level(logging.ERROR)
     work = Path(shutil.copytree(saved[before, 0], tmp_path / "work"))
     (work / "notes.txt").write_text("mine")
@@ -214,7 +222,7 @@ def test_every_kill_point(before, after, models, saved, states, tmp_path, caplog
     seen = {frozenset(visible(state).items()): state for state in found}
     del seen[frozenset(visible(old).items())], seen[frozenset(visible(new).items())]
     assert len(seen) > 3
-    check = Refused([saved[before, 0], saved[after, 1]])
+    check = Refused([saved[before, 0], saved[after, 1]], tried)
     for state in seen.values():
         folder = write(state, tmp_path / "state")
         with pytest.raises(CheckpointError, match=r"hf_elastic\.recover"):

@@ -70,6 +70,20 @@ def test_scores_are_reused_and_a_spec_file_is_read(elastic, tmp_path, capsys):
     assert sizes["expert_ffn"] == [None, 24, None, 32, None, 16]
 
 
+@pytest.mark.parametrize("share", ["50%", "0.5"])
+def test_elastify_takes_shares_and_says_what_it_found(share, tmp_path, capsys):
+    axes = ["--axis", "expert_ffn=32,16,8", "--axis", "hidden=48,24"]
+    arguments = ["elastify", str(PARENT_DIR), str(tmp_path / "out"), "--no-sort", *axes]
+    assert main([*arguments, "--budget", f"half={share}"]) == 0
+    assert capsys.readouterr().err == (
+        f"hf-elastic elastify: budget 'half'='{share}' asks for 50% of the parent, 70.93k parameters; what was found within that has 53.42k parameters, "
+        "75% of it. More choices of the axes, or more axes, come nearer.\n"
+    )
+    assert ElasticConfig.from_pretrained(tmp_path / "out").budgets["half"]["total_params"] == 53_416
+    assert main([*arguments, "--budget", "half=12B"]) == 2
+    assert "budget 'half'='12B' cuts nothing: the parent has 141.86k parameters" in capsys.readouterr().err
+
+
 def test_plan_schema_and_exact_numbers(elastic, capsys):
     plan = run_json(capsys, "plan", elastic / "elastic", "--json", "--size", "hidden=40", "--size", "mamba_heads=0.5")
     assert [entry["name"] for entry in plan["budgets"]][-1] == "custom"
@@ -146,7 +160,7 @@ def test_a_recipe_takes_short_names_of_types(elastic, tmp_path, monkeypatch, cap
     for more in ("", "dtype: null\n", "dtype: bf16\n"):
         (tmp_path / "recipe.yaml").write_text(text + more)
         assert main(["train", str(tmp_path / "recipe.yaml")]) == 0
-    assert seen == ["auto", "auto", "bfloat16"]
+    assert seen == ["float32", "auto", "bfloat16"]
     assert main(["train", str(tmp_path / "recipe.yaml"), "--modle", "x"]) == 2
     assert (
         "unknown option --modle; options are the fields of the recipe. Did you mean 'model'?"
@@ -156,7 +170,7 @@ def test_a_recipe_takes_short_names_of_types(elastic, tmp_path, monkeypatch, cap
 
 def test_bf16_on_a_cpu_says_what_to_write(elastic, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: False)
-    (tmp_path / "recipe.yaml").write_text(f"model: x\ndataset: y\noutput_dir: {tmp_path / 'out'}\n")
+    (tmp_path / "recipe.yaml").write_text(f"model: x\ndataset: y\noutput_dir: {tmp_path / 'out'}\nbf16: true\n")
     assert main(["train", str(tmp_path / "recipe.yaml")]) == 2
     assert re.search("recipe.yaml: training in bf16.* write bf16: false", capsys.readouterr().err)
 
@@ -568,7 +582,7 @@ save_strategy: "no"
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        (None, "there is no file"),
+        (None, "there is no file .*recipe.yaml, and no recipe of this name in the package, which has granite4"),
         (
             "output_dir: {tmp}/out\nbf16: false\nuse_cpu: true\nmodel: {model}\ndataset: {tmp}/none.jsonl\n",
             "train: file .*none.jsonl does not exist",

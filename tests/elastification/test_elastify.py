@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -10,7 +11,14 @@ from cases import CONFIGS, VOCAB
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
-from hf_elastic import ElasticConfigError, Scores, UnknownBudgetError, UnsupportedArchitectureError, elastify
+from hf_elastic import (
+    BudgetWarning,
+    ElasticConfigError,
+    Scores,
+    UnknownBudgetError,
+    UnsupportedArchitectureError,
+    elastify,
+)
 from hf_elastic.architectures.cost import CostModel
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}  # reordered float32 sums
@@ -90,6 +98,35 @@ def test_a_target_of_memory_counts_the_caches(original, calibration):
     found, whole = elastic.elastic_config.costs()["a"], elastic.elastic_config.costs()["full"]
     assert needs(found) <= most < needs(whole)
     assert needs(found) > 0.8 * most
+
+
+def test_a_target_may_be_a_share_of_the_parent(original):
+    parent = original("nano3")
+    axes = {"hidden": [48, 44, 40, 36, 32], "expert_ffn": [16, 12, 8, 4], "ffn": [40, 24, 16]}
+    full = CostModel(parent.config).full
+    for share, as_count in (
+        (0.7, f"{int(0.7 * full.total_params)}"),
+        ("70%", f"{int(0.7 * full.total_params)} total"),
+        ("70% active", f"{int(0.7 * full.active_params)} active"),
+    ):
+        made, counted = (
+            elastify(parent, axes=axes, budgets={"b": b}, sort=False).budgets["b"] for b in (share, as_count)
+        )
+        assert made == counted
+        quantity = "active_params" if "active" in as_count else "total_params"
+        assert 0.6 * getattr(full, quantity) < made[quantity] <= 0.7 * getattr(full, quantity)
+
+
+def test_a_target_that_the_choices_only_come_near_is_said(original):
+    with pytest.warns(BudgetWarning) as caught:
+        elastify(original("nano2"), axes={"hidden": [48, 32]}, budgets={"most": "98%"}, sort=False)
+    (warning,) = caught
+    assert warning.filename == __file__
+    assert re.fullmatch(
+        r"budget 'most'='98%' asks for 98% of the parent, [\d.]+k parameters; what was found within that has [\d.]+k parameters, \d\d% of it\. "
+        r"More choices of the axes, or more axes, come nearer\.",
+        str(warning.message),
+    )
 
 
 def test_a_target_nests_in_sizes_given_beside_it(original, calibration):
@@ -181,9 +218,23 @@ def test_bad_input(arguments, error, message, original, calibration):
         ({"budgets": {"a": {"ffn": 0.95}}}, r"budget 'a'=\{'ffn': 0\.95\} cuts nothing.*multiples of 8.*multiple_of"),
         ({"budgets": {"a": "half"}, "axes": ["ffn"]}, "must be a dict of sizes, or a target"),
         (
-            {"budgets": {"a": "1k", "b": "90%"}, "axes": ["ffn"]},
-            "budget 'b'='90%' must be a dict of sizes, or a target",
+            {"budgets": {"a": "1k", "b": "90 percent"}, "axes": ["ffn"]},
+            "budget 'b'='90 percent' must be a dict of sizes, or a target",
         ),
+        (
+            {"budgets": {"a": "12B"}, "axes": ["ffn"]},
+            r"budget 'a'='12B' cuts nothing: the parent has [\d.]+k parameters\. Give a target below that, such as '50%'",
+        ),
+        ({"budgets": {"a": "100%"}, "axes": ["ffn"]}, "budget 'a'='100%' cuts nothing"),
+        ({"budgets": {"a": "100% active"}, "axes": ["ffn"]}, "cuts nothing: the parent has .* active parameters"),
+        ({"budgets": {"a": "24GB"}, "axes": ["ffn"]}, r"budget 'a'='24GB' cuts nothing: the parent has .* kB"),
+        ({"budgets": {"a": "120%"}, "axes": ["ffn"]}, "'120%' is more than the whole parent"),
+        ({"budgets": {"a": 0.0}, "axes": ["ffn"]}, "must be a positive number"),
+        (
+            {"budgets": {"a": 1.0}, "axes": ["ffn"]},
+            "no choice of ffn fits into 1 parameters.*Add smaller choices. A number of 1 or more counts parameters",
+        ),
+        ({"budgets": {"a": "0.1%"}, "axes": ["ffn"]}, r"fits into 0\.1% of the parent, .*Add smaller choices\.$"),
         ({"budgets": {"a": "1k"}, "axes": ["ffn"]}, "budget 'a': no choice of ffn fits into 1.00k parameters"),
         ({"budgets": [("a", {"ffn": 8})]}, "must be a dict from name to sizes or target"),
         ({"budgets": {}, "axes": []}, "neither budgets nor axes"),

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from hf_elastic import ElasticForCausalLM
 from hf_elastic.architectures.cost import CostModel
 from hf_elastic.cli import main
 from hf_elastic.configuration.budgets import parse_limit
-from hf_elastic.lab import zero_shot
+from hf_elastic.lab import tour
 from hf_elastic.lab.book import evaluate, training_batches, training_dataset
 from hf_elastic.lab.family import (
     BETWEEN,
@@ -100,8 +102,8 @@ def test_measures_are_those_of_the_slice(parent):
 
 @pytest.fixture
 def export_unchecked(monkeypatch):
-    """The first chapter's export is not loaded in another process here, which takes seconds; `test_zero_shot` has that."""
-    monkeypatch.setattr(zero_shot, "check_export", lambda *args: 0.0)
+    """The export is not loaded in another process here, which takes seconds; `test_tour` has that."""
+    monkeypatch.setattr(tour, "check_export", lambda *args: 0.0)
 
 
 @pytest.mark.slow
@@ -114,9 +116,14 @@ def test_the_command_trains_saves_and_tells(export_unchecked, tmp_path, capsys):
     assert printed["family"] == saved
     assert [entry["name"] for entry in saved["trained"]] == ["full", *FAMILY, "between"]
     assert (tmp_path / "family.png").read_bytes().startswith(b"\x89PNG")
-    assert main(["plan", str(tmp_path / "family"), "--json"]) == 0
+    assert printed["budgets"][0]["sizes"] == saved["trained"][0]["sizes"]
+    assert main(["plan", str(tmp_path / "elastic"), "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert [entry["name"] for entry in plan["budgets"]] == ["full", *FAMILY]
+    trained, shipped = (
+        AutoModelForCausalLM.from_pretrained(p).lm_head.weight for p in (tmp_path / "elastic", FAMILY_DIR)
+    )
+    assert not torch.equal(trained, shipped)  # what the lab showed was trained here
 
 
 @pytest.mark.slow
@@ -140,6 +147,15 @@ def test_the_command_learns_the_sizes_and_keeps_the_router(export_unchecked, tmp
         assert f"{row['miss']:+.1%}" in line
         assert f"{name}: {row['why']}" in printed
     assert (tmp_path / "family.json").exists()
+
+
+def test_a_model_from_scratch_needs_a_family_of_its_own(tmp_path, monkeypatch, capsys):
+    """The family in the package is of the model in the package: with another one the sizes are trained, too."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name == "trl" else find(name, *rest))
+    assert main(["lab", "--from-scratch", "--output", str(tmp_path / "out")]) == 2
+    assert "training needs trl: pip install 'hf-elastic[train]'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_sizes_are_learned_in_training(tmp_path, capsys):

@@ -254,6 +254,27 @@ def test_budgets_between_are_interpolated(original):
     assert not torch.equal(mean, router.logits("half")["ffn", None])
 
 
+@pytest.mark.parametrize(
+    ("written", "kept", "quantity"),
+    [
+        (0.8, 0.8, "total"),
+        ("0.8", 0.8, "total"),
+        ("80%", 0.8, "total"),
+        ("80% active", "{:.0f} active", "active"),
+        ("0.8 active", "{:.0f} active", "active"),
+    ],
+)
+def test_targets_may_be_shares_and_are_kept_as_older_versions_read_them(written, kept, quantity, original):
+    config = ElasticConfig.from_parent(original("nano3").config, {}, choices={"expert_ffn": [16, 4], "ffn": [40, 8]})
+    router = BudgetRouter(config, {"most": written})
+    count = 0.8 * getattr(router.count.full, f"{quantity}_params")
+    assert router.limits["most"].quantity == quantity
+    assert router.limits["most"].value == pytest.approx(count, abs=1)
+    assert router.describe()["targets"] == {"most": kept.format(count // 1) if isinstance(kept, str) else kept}
+    assert router.rebuilt(config).limits == router.limits
+    assert str(router.limits["most"]).startswith("80% of the parent, " if quantity == "total" else "62.19k active")
+
+
 def test_schedules_are_linear_and_stop_at_their_ends():
     schedule = Schedule()
     assert schedule.at(0.0) == (1.0, 1.0)
@@ -273,6 +294,10 @@ def test_schedules_are_linear_and_stop_at_their_ends():
         ([0.5], {}, "must be a dict from budget to target"),
         ({"half": [0.5]}, {}, "must be a share of the parent"),
         ({"half": True}, {}, "must be a share of the parent"),
+        ({"half": "100%"}, {}, "router target 'half'='100%' is not below the parent's"),
+        ({"half": "150%"}, {}, "'150%' is more than the whole parent"),
+        ({"half": "0%"}, {}, "must be a positive number"),
+        ({"half": 1.0}, {}, "is out of reach.*A number of 1 or more counts parameters"),
         ({"half": 0.01}, {}, "is out of reach: the smallest choices of all axes need"),
         (
             {"half": {"memory": "1TB", "context_length": 9}},

@@ -20,10 +20,10 @@ from gradio_client.utils import QueueError
 
 from hf_elastic.lab.book import problems
 from hf_elastic.lab.family import FAMILY_DIR
-from phase_space import view
+from phase_space import messages
 from phase_space.asking import Ask
 from phase_space.engine import ElasticEngine, load_engine
-from phase_space.ui import FAILED, Space
+from phase_space.visits import FAILED, Space
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 PLAN = ("XS", "L")
@@ -158,15 +158,16 @@ def test_the_chat_on_the_real_engine():
     space = Space(ElasticEngine.lab())
     problem = next(problems("heldout", 5, 1))
     settings = ("third", "full", 64, 32, 0.0, 0)
-    *growing, (history, panel) = space.chat([view.question(problem.prompt)], *settings)
+    *growing, (history, panel) = space.chat([messages.question(problem.prompt)], *settings)
     assert [message["role"] for message in history] == ["user", "assistant", "assistant"]
     assert (history[1]["content"], history[2]["content"]) == (problem.thinking, problem.answer)
     assert panel.count('data-state="done"') == 2
     assert growing
-    *_, (refused, _) = space.chat([*history, view.question("<b>hi</b>")], *settings)
+    *_, (refused, _) = space.chat([*history, messages.question("<b>hi</b>")], *settings)
     assert "does not know" in refused[-1]["content"]
     assert (
-        list(space.chat([*refused, view.question(problem.prompt)], *settings))[-1][0][-1]["content"] == problem.answer
+        list(space.chat([*refused, messages.question(problem.prompt)], *settings))[-1][0][-1]["content"]
+        == problem.answer
     )
     assert space.arm(" \n", refused, 3)[2] == 3  # nothing to run
     assert len(space.flags) == 0
@@ -184,7 +185,7 @@ def test_a_bug_is_not_shown_to_visitors(caplog):
 
     space = Space(engine, stream=broken)
     with caplog.at_level(logging.ERROR):
-        *_, (history, _) = space.chat([view.question("^a6b-1>")], "full", "full", 8, 8, 0.0, 0)
+        *_, (history, _) = space.chat([messages.question("^a6b-1>")], "full", "full", 8, 8, 0.0, 0)
     assert history[-1]["content"] == FAILED
     assert "secret detail" in caplog.text
 
@@ -216,10 +217,10 @@ def test_app_borrows_a_gpu_on_zerogpu(monkeypatch):
     module = load_app(monkeypatch, SimpleNamespace(GPU=decorate))
     module.engine.sleep = 0
     space = module.demo.space
-    *_, (history, _) = space.chat([view.question("hello")], "S", "XXL", 100, 100, 0.0, 0)
+    *_, (history, _) = space.chat([messages.question("hello")], "S", "XXL", 100, 100, 0.0, 0)
     assert "unknown budget 'XXL'" in history[-1]["content"]
     assert borrowed == []
-    *_, (history, _) = space.chat([view.question("hello")], "S", "L", 100, 100, 0.0, 0)
+    *_, (history, _) = space.chat([messages.question("hello")], "S", "L", 100, 100, 0.0, 0)
     assert history[-1]["content"].startswith("hello")
     assert borrowed == [20]
 
@@ -241,12 +242,12 @@ def test_any_elastic_repository_is_served(monkeypatch):
     space = Space(engine)
     assert (engine.task, space.caps) == (None, (256, 256))
     problem = next(problems("heldout", 5, 1))
-    history = [view.question(problem.prompt)]
+    history = [messages.question(problem.prompt)]
     for _ in range(2):
         *_, (history, _) = space.chat(history, "third", "full", *space.caps, 0.0, 0)
-        history.append(view.question(problem.prompt))
+        history.append(messages.question(problem.prompt))
     assert history[2]["content"] == problem.answer
-    asked = Ask(view.said(history[:4]), "third", "full")
+    asked = Ask(messages.said(history[:4]), "third", "full")
     text = engine.tokenizer.decode(engine._encode(asked)["input_ids"][0])
     assert text == f"{problem.prompt}{problem.answer}<eos>{problem.prompt}<think>"
 

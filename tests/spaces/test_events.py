@@ -11,7 +11,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from hf_elastic import HFElasticError, PhasePlan
-from hf_elastic.lab.book import problems
+from hf_elastic.lab.book import problems, split_of
 from phase_space.asking import Ask, RequestError
 from phase_space.engine import Decoder, ElasticEngine, seconds_needed
 from phase_space.fake import FakeEngine
@@ -133,7 +133,17 @@ BAD = {
 }
 BAD_FOR_THE_LAB = {
     "html": ({"prompt": "<b>hello</b>"}, "does not know"),
-    "longer than the context": ({"prompt": "^" + "a1b+2" * 60 + ">"}, "context of the model ends at 256"),
+    "a beginning only": (
+        {"prompt": "^a6b-1"},
+        r"after \^a6b-1 comes c with a sign and a digit from 1 to 5, or >, not nothing",
+    ),
+    "no step": ({"prompt": "^a6>"}, r"after \^a6 comes b with a sign and a digit from 1 to 5, not “>”"),
+    "a letter left out": ({"prompt": "^a6b-1d+2>"}, r"after \^a6b-1 comes c .* not “d\+2>”"),
+    "a digit too high": ({"prompt": "^a6b-7>"}, "after .a6 comes b .* not “b-7>”"),
+    "no start": ({"prompt": "a6b-1>"}, r"a problem begins with \^a and a digit"),
+    "more after the end": ({"prompt": "^a6b-1>>"}, "not “>>”"),
+    "letters only": ({"prompt": "hi"}, r"such as \^a6b-1c-5d-4> : \^, the letter a with a digit"),
+    "a thought begun": ({"prompt": "^a6b-1><think>a6"}, "does not know '<'"),
 }
 
 
@@ -178,6 +188,12 @@ def test_a_prompt_that_the_tokenizer_cannot_read_is_refused_before_anything_runs
     assert list(engine.stream(ask(engine)))[-1].kind == "end"
 
 
+def test_a_prompt_longer_than_the_context_is_refused(lab):
+    engine = ElasticEngine(lab.model, lab.tokenizer, "any chat model")
+    with pytest.raises(HFElasticError, match="context of the model ends at 256"):
+        list(engine.stream(ask(engine, "^" + "a1b+2" * 60 + ">")))
+
+
 def _without_template(tokenizer):
     copied = pickle.loads(pickle.dumps(tokenizer))
     copied.chat_template = None
@@ -217,9 +233,8 @@ def test_a_request_travels_and_has_an_upper_time():
 
 def test_new_problems_are_held_out_and_readable(lab):
     for seed in range(20):
-        BOOK_TASK.check(BOOK_TASK.new(seed))
-    for prompt in BOOK_TASK.examples:
-        BOOK_TASK.check(prompt)
+        assert split_of(BOOK_TASK.new(seed)) == "heldout"
+        assert BOOK_TASK.solve(BOOK_TASK.new(seed))
     longest = next(problems("heldout", 12, 0))
     assert len(longest.thinking) + 1 <= BOOK_TASK.max_thinking_tokens
     assert len(longest.answer) + 1 <= BOOK_TASK.max_answer_tokens
@@ -237,3 +252,11 @@ def test_costs_shown_are_those_of_the_model(lab):
     )
     assert kv == 3 * lab.sizes[-1].kv_bytes_per_token
     assert lab.sizes[-1].cache_bytes(3) == kv + lab.sizes[-1].state_bytes
+
+
+def test_a_size_may_be_asked_for_as_a_share(lab):
+    size, whole = lab.sizes[1], lab.sizes[-1]
+    share = f"{100 * size.active_params / whole.active_params + 0.01:.2f}% active"
+    ask = Ask((("user", lab.task.examples[0]),), share, "100%", 2, 2)
+    lab.check(ask)
+    assert [event.budget for event in lab.stream(ask) if event.kind == "start"] == [size.name, whole.name]

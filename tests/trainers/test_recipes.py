@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
+import yaml
+from cases import build_parent, parent_config
 from nano_v3 import nano_v3
+from published import granite4_tiny, nano2_9b
+from runs import rows, tokenizer
+from safetensors.torch import load_file
 
-from hf_elastic import ElasticConfig, ElasticConfigError, elastify, trainers
+from hf_elastic import ElasticConfig, ElasticConfigError, elastify, lora_targets, trainers
+from hf_elastic.architectures import get_architecture
 from hf_elastic.architectures.cost import CostModel
-from hf_elastic.architectures.nemotron_h import NemotronH
+from hf_elastic.cli import main
+from hf_elastic.commands.recipes import shipped
 from hf_elastic.commands.train import parse
 from hf_elastic.lab.family import FAMILY
-from hf_elastic.lab.parent import load_parent
 from hf_elastic.submodels.adapters import factor_rules
-from hf_elastic.trainers import ElasticDistillationConfig, ElasticDistillationTrainer
+from hf_elastic.trainers import ElasticDistillationConfig
 from hf_elastic.trainers.curriculum import make_curriculum
 
 RECIPES = Path(trainers.__file__).parent / "recipes"
@@ -25,6 +32,33 @@ RECIPES = Path(trainers.__file__).parent / "recipes"
 HERE = ["--use_cpu", "true", "--bf16", "false"]
 PUBLISHED = {"nano3_30b_stage1": (100e9, 8192, 1536), "nano3_30b_stage2": (60e9, 49152, 512)}
 GPUS = 64
+LORA = {
+    "nano3_30b_lora": (nano_v3, 1e9, 3815),
+    "granite4_tiny_lora": (granite4_tiny, 200e6, 1526),
+    "nano2_9b_lora": (nano2_9b, 500e6, 1908),
+}
+# Every recipe, and the tiny parent whose family it is run on here.
+TINY = {
+    "lab": "nano3",
+    "minimal": "granite",
+    "granite4_tiny_full": "granite",
+    "granite4_tiny_lora": "granite",
+    "nano2_9b_lora": "nano2",
+    "nano3_30b_lora": "nano3",
+    **dict.fromkeys(PUBLISHED, "nano3"),
+}
+# Sizes with the names that any of them draws; multiples of 8, because experts in bfloat16 need rows of 16 bytes.
+SIZES = {
+    "nano2": {"half": {"ffn": 24}},
+    "granite": {"half": {"expert_ffn": 8}},
+    "nano3": {
+        "23b": {"ffn": 32},
+        "12b": {"ffn": 24},
+        "half": {"ffn": 24, "expert_ffn": 8},
+        "third": {"ffn": 16, "expert_ffn": 8},
+        "quarter": {"ffn": 8, "expert_ffn": 8},
+    },
+}
 
 
 def recipe(name: str, *overrides: str):
@@ -32,20 +66,131 @@ def recipe(name: str, *overrides: str):
 
 
 def test_every_recipe_is_tested():
-    assert {file.stem for file in RECIPES.glob("*.yaml")} == {"lab", "nano3_30b_lora", *PUBLISHED}
+    assert {file.stem for file in RECIPES.glob("*.yaml")} == set(shipped()) == set(TINY)
 
 
-def test_the_lab_recipe_trains_the_lab_family(tmp_path):
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Tiny families with a tokenizer, and rows, on disk."""
+    folder = tmp_path_factory.mktemp("tiny")
+    for name, sizes in SIZES.items():
+        elastify(build_parent(name), budgets=sizes, sort=False).save_pretrained(folder / name)
+        tokenizer().save_pretrained(folder / name)
+    rows(4).to_json(folder / "rows.jsonl")
+    return folder
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_recipe_trains_a_tiny_family(name, folders, tmp_path, capsys):
+    """Two steps of each of its stages, as its name runs it, with the fields of this machine."""
+    written = yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
+    family, output = folders / TINY[name], tmp_path / "out"
+    options = ["--model", family, "--dataset", folders / "rows.jsonl", "--output_dir", output, *HERE]
+    options += ["--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 1, "--max_length", 16]
+    options += [
+        "--warmup_steps",
+        0,
+        "--logging_steps",
+        1,
+        "--save_strategy",
+        "no",
+        "--disable_tqdm",
+        "true",
+        "--report_to",
+        "none",
+    ]
+    if "stages" in written:
+        stages = [{k: v for k, v in stage.items() if k != "tokens"} | {"steps": 2} for stage in written["stages"]]
+        options += ["--stages", json.dumps(stages)]
+    else:
+        options += ["--max_steps", 2]
+    options += ["--teacher", family] if "teacher" in written else []
+    options += ["--fsdp", ""] if "fsdp" in written else []
+    options += ["--eval_dataset", folders / "rows.jsonl"] if name == "minimal" else []
     with torch.enable_grad():
-        _, adapter, args = recipe("lab", "--output_dir", str(tmp_path))
-        assert args.max_steps == 1000
-        assert adapter.peft_config() is None
-        parent, tokenizer = load_parent()
-        model = elastify(parent, budgets=FAMILY, sort=False)
-        args.stages = [{**stage, "steps": 1} for stage in args.stages]
-        args.max_steps = 2
-        text = Dataset.from_list([{"text": "KAB+3"}] * 32)
-        ElasticDistillationTrainer(model, args=args, train_dataset=text, processing_class=tokenizer).train()
+        assert main(["train", name, *map(str, options)]) == 0
+    adapted = written.get("use_peft", False)
+    assert (output / "adapter_config.json").exists() == adapted
+    assert (output / ("merged/config.json" if adapted else "config.json")).exists() == written.get(
+        "merge_adapter", not adapted
+    )
+    if adapted:
+        config = json.loads((output / "adapter_config.json").read_text())
+        for field, names in lora_targets(parent_config(TINY[name])).items():
+            assert sorted(config[field]) == sorted(names)
+        changed = load_file(output / "adapter_model.safetensors")
+        assert any(tensor.abs().max() > 0 for key, tensor in changed.items() if "lora_B" in key)
+    told = capsys.readouterr()
+    assert f"recipe: {RECIPES / name}.yaml" in told.err
+    assert f"Training {'an adapter' if adapted else 'all weights'} of {family}: " in told.out
+    assert "Saved to" in told.out
+    if name == "minimal":  # every size is measured before and after, without a word on when
+        assert all(
+            re.search(rf"^{size} +\d\.\d{{4}} +\d\.\d{{4}}$", told.out, re.MULTILINE) for size in ("full", "half")
+        )
+        assert told.out.count("'eval_half/kl'") == 2
+        assert "an adapter, without the family" in told.out
+
+
+def test_a_recipe_that_does_not_say_it_gets_defaults(tmp_path):
+    """Those that are other than trl's; what is written or given as an option is kept."""
+    file = tmp_path / "recipe.yaml"
+
+    def read(text: str, *options: str):
+        file.write_text(f"model: x\ndataset: y\noutput_dir: {tmp_path / 'out'}\n{text}")
+        arguments, adapter, args = parse(str(file), [*options])
+        return arguments.dtype, args.learning_rate, args.eval_strategy, args.eval_on_start, args.bf16
+
+    assert read("") == ("float32", 1e-4, "no", False, False)  # no bf16 without a device for it
+    for peft in ("use_peft: true\nlora_targets: auto\n", "use_peft: true\n"):
+        assert read(peft)[:2] == ("auto", 2e-4)
+    for options in (["--use_peft", "true"], ["--use_peft=true"], ["--use_peft"]):
+        assert read("", *options)[:2] == ("auto", 2e-4)
+    assert read("", "--use_peft", "false")[:2] == ("float32", 1e-4)
+    assert read("eval_dataset: z\n")[2:4] == ("epoch", True)
+    assert read("", "--eval_dataset", "z")[2:4] == ("epoch", True)
+    assert read('eval_dataset: z\neval_strategy: "no"\neval_on_start: false\n')[2:4] == ("no", False)
+    assert read("learning_rate: 0.5\ndtype: bf16\n", "--eval_strategy", "no")[:3] == ("bf16", 0.5, "no")
+    assert read("learning_rate: 0.5\n", "--learning_rate", "0.25")[1] == 0.25
+    assert ElasticDistillationConfig(str(tmp_path / "out")).bf16 is False
+    assert ElasticDistillationConfig(str(tmp_path / "out"), use_cpu=True, bf16=True).bf16 is True
+
+
+def test_the_defaults_in_the_shortest_recipe_are_the_defaults():
+    text = " ".join((RECIPES / "minimal.yaml").read_text(encoding="utf-8").replace("#", "").split())
+    arguments, _, args = recipe("minimal")
+    assert f"{args.num_train_epochs:g} epochs (num_train_epochs)" in text
+    assert f"{args.per_device_train_batch_size} rows a device and step" in text
+    assert f"cut to {args.max_length:,} tokens" in text
+    assert f"every {args.save_steps:g} steps (save_steps)" in text
+    assert (arguments.dtype, args.learning_rate, args.lr_scheduler_type.value) == ("auto", 2e-4, "linear")
+    assert "learning rate 2e-4, for all weights 1e-4 (learning_rate), falling to 0" in text
+    assert len(yaml.safe_load((RECIPES / "minimal.yaml").read_text())) == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["granite4_tiny_lroa"],
+            "no recipe of this name in the package, which has granite4_tiny_full, .*Did you mean 'granite4_tiny_lora'",
+        ),
+        (["granite4_tiny_lora"], "model: MODEL stands for yours; write it there, or give --model"),
+        (["minimal", "--model", "x"], "dataset: DATA stands for yours"),
+        (["granite4_tiny_full", "--model", "x", "--dataset", "y", "--fsdp", ""], "teacher: MODEL stands for yours"),
+    ],
+)
+def test_what_only_the_user_knows_is_asked_for(arguments, message, capsys):
+    assert main(["train", *arguments, *HERE]) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
+
+
+def test_the_lab_recipe_is_for_the_lab_family():
+    _, adapter, args = recipe("lab")
+    assert args.max_steps == 1000
+    assert adapter.peft_config() is None
+    assert {name for stage in args.stages for name in stage.get("budget_probabilities", {})} == {"full", *FAMILY}
 
 
 def test_the_lab_recipe_takes_hand_overs():
@@ -93,37 +238,68 @@ def test_the_sizes_in_the_published_recipes_are_those_of_the_published_family():
     assert f"{gigabytes:.1f} GB" in (RECIPES / "nano3_30b_stage1.yaml").read_text(encoding="utf-8")
 
 
-def test_the_lora_recipe_says_its_steps_and_its_memory():
-    arguments, adapter, args = recipe("nano3_30b_lora")
-    text = (RECIPES / "nano3_30b_lora.yaml").read_text(encoding="utf-8")
-    tokens = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.max_length
-    assert args.max_steps == math.ceil(1e9 / tokens) == 3815
-    assert f"= {tokens:,} tokens a step) = {1e9 / tokens:,.1f} -> {args.max_steps:,} steps on 1 GPU" in text
+@pytest.mark.parametrize("name", LORA)
+def test_the_lora_recipes_say_their_steps_and_their_memory(name):
+    make, tokens, steps = LORA[name]
+    parent = make()
+    arguments, adapter, args = recipe(name)
+    text = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
+    a_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.max_length
+    assert args.max_steps == math.ceil(tokens / a_step) == steps
+    assert f"= {a_step:,} tokens a step) = {tokens / a_step:,.1f} -> {args.max_steps:,} steps on 1 GPU" in text
     assert (arguments.dtype, arguments.teacher, args.bf16) == ("bfloat16", None, False)  # bf16 of the recipe: see HERE
     config = adapter.peft_config()
-    assert (config.r, config.lora_alpha, config.use_rslora, config.lora_dropout) == (8, 16, True, 0.0)
-    parent = nano_v3()
-    rules, full = NemotronH().rules(parent), NemotronH().full(parent)
-    targets = [f".{name}.weight" for name in config.target_modules] + [f".{name}" for name in config.target_parameters]
+    assert (config.target_modules, config.use_rslora, config.lora_dropout) == ("auto", True, 0.0)
+    architecture = get_architecture(parent.model_type)
+    targets, full = lora_targets(parent), architecture.full(parent)
+    names = [f".{name}.weight" for name in targets["target_modules"]]
+    names += [f".{name}" for name in targets.get("target_parameters", [])]
     counts = {
         rule.name: sum(factor.count(full.at(rule.layer)) for factor in factor_rules(rule, config.r))
-        for rule in rules
-        if rule.name.endswith(tuple(targets))
+        for rule in architecture.rules(parent)
+        if rule.name.endswith(tuple(names))
     }
     adapted, experts = sum(counts.values()), sum(n for name, n in counts.items() if ".experts." in name)
-    assert f"{adapted / 1e6:.1f}e6 of the adapter (rank 8; {experts / 1e6:.1f}e6 of them for the experts)" in text
+    of_experts = f"; {experts / 1e6:.1f}e6 of them for the experts" if experts else ""
+    assert f"{adapted / 1e6:.1f}e6 of the adapter (rank {config.r}{of_experts})" in text
     total = CostModel(parent).full.total_params
-    layer = 2 * parent.n_routed_experts * parent.moe_intermediate_size * parent.hidden_size * 2
-    depth = len(parent.layers_block_type)
-    rows = depth * args.max_length * parent.hidden_size * 2
+    assert f"for {total / 1e9:.2f}e9 frozen parameters" in text
+    routed = [rule for rule in architecture.rules(parent) if rule.routed]
+    layer = (
+        2 * sum(rule.count(full.at(rule.layer)) for rule in routed if rule.layer == routed[0].layer) if routed else 0
+    )
+    depth = architecture.depth(parent)
+    states = depth * args.max_length * parent.hidden_size * 2
     logits = args.loss_chunk_size * parent.vocab_size * 4
-    parts = [2 * total / 1e9, 16 * adapted / 1e9, 2 * layer / 1e9, rows / 1e9 + 1.0, 4 * logits / 1e9]
+    parts = [2 * total / 1e9, 16 * adapted / 1e9, 2 * layer / 1e9, states / 1e9 + 1.0, 4 * logits / 1e9]
     for part in parts:
-        assert f"-> {part:4.1f} GB" in text
-    assert f"{layer / 1e9:.2f} GB" in text
-    assert f"{rows / 1e9:.2f} GB" in text
-    assert f"{logits / 1e9:.2f} GB" in text
-    assert f"together {sum(parts):.1f} GB. Rank 16 would need {16 * adapted / 1e9:.1f} GB more" in text
+        assert not part or re.search(rf"-> +{part:.1f} GB", text)
+    for amount in (layer, states, logits):
+        assert not amount or f"{amount / 1e9:.2f} GB" in text
+    assert f"together {sum(parts):.1f} GB" in text
+    if name == "nano3_30b_lora":
+        assert f"Rank 16 would need {16 * adapted / 1e9:.1f} GB more" in text
+    else:
+        assert f"({2 * total / 1e9:.1f} GB of files)" in text
+
+
+def test_the_full_recipe_of_granite_says_its_steps_and_its_memory(monkeypatch):
+    monkeypatch.setattr(ElasticDistillationConfig, "world_size", property(lambda self: 4))
+    arguments, adapter, args = recipe("granite4_tiny_full", "--fsdp", "")
+    text = (RECIPES / "granite4_tiny_full.yaml").read_text(encoding="utf-8")
+    assert (arguments.dtype, args.teacher_model_init_kwargs, adapter.peft_config()) == (
+        "float32",
+        {"dtype": "bfloat16"},
+        None,
+    )
+    a_step = args.rows_per_step * args.max_length
+    assert args.max_steps == math.ceil(2e9 / a_step) == 3815
+    assert f"= {a_step:,} tokens a step) = {2e9 / a_step:,.1f} -> {args.max_steps:,} steps on 4 GPUs" in text
+    total = CostModel(granite4_tiny()).full.total_params
+    assert total == 6_939_037_248  # what the published files hold
+    for amount in (16 * total, 2 * total):
+        assert re.search(rf"-> +{amount / 1e9:.1f} GB", text)
+    assert f"together {18 * total / 1e9:.1f} GB, sharded by FSDP2 over 4 GPUs: {18 * total / 4e9:.1f} GB each" in text
 
 
 def test_fields_of_lora_without_use_peft_are_refused():

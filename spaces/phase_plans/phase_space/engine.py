@@ -93,7 +93,7 @@ class ElasticEngine:
         """As [`Engine.check`]."""
         ask.check(self.limit)
         if self.task is not None:
-            self.task.check(ask.messages[-1][1])
+            self.task.solve(ask.messages[-1][1])
         check_text(self.tokenizer, ask.messages[-1][1], "The prompt")
         for phase in ask.plan().phases:
             self.model.elastic_config.resolve(phase.budget, self.model.dtype)

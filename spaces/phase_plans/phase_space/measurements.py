@@ -67,4 +67,4 @@ def _task(name: str, points: Sequence[dict[str, Any]]) -> str:
         for rate in (points[0].get("metrics", {}) if points else {})
         if all(p["metrics"][rate] == p["accuracy"] for p in points)
     ]
-    return f"task {name}" + (f", accuracy is the rate “{rates[0]}”" if rates else "")
+    return f"task {name}" + (f", “right” is its rate “{rates[0]}”" if rates else "")

@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 from html import escape
+from pathlib import Path
 
 from .engine import Engine
 
-HEAD = "<meta http-equiv=\"Content-Security-Policy\" content=\"img-src 'self' data: blob:; media-src 'self' data: blob:\">"
+POLICY = "<meta http-equiv=\"Content-Security-Policy\" content=\"img-src 'self' data: blob:; media-src 'self' data: blob:\">"
 """Pictures that a model or a visitor names are not fetched from elsewhere."""
+
+HEAD = f"{POLICY}<script>{Path(__file__).with_name('repair.js').read_text(encoding='utf-8')}</script>"
 
 POINT_CLICK = """
 const press = target => { const g = target.closest('[data-plan]'); if (g) trigger('click', {plan: g.dataset.plan}); };
 element.addEventListener('click', e => press(e.target));
-element.addEventListener('keydown', e => { if (e.key === 'Enter' || e.key === ' ') press(e.target); });
+element.addEventListener('keydown', e => { if (e.key === 'Enter' || e.key === ' ') { e.preventDefault(); press(e.target); } });
 """
 
 
 def header(engine: Engine, version: str) -> str:
-    """Title, and what runs where."""
-    chips = (engine.name, f"{engine.device}, {engine.dtype}", f"hf_elastic {version}")
+    """Title, what is happening here in one sentence, and what runs where."""
+    names = [escape(size.name) for size in engine.sizes]
+    sizes = f"{', '.join(names[:-1])} and {names[-1]}" if names[1:] else names[0]
+    said = (
+        f"One model holds {len(names)} sizes of itself ({sizes}): you choose which size <b>thinks</b> about a question and which one writes the "
+        "<b>answer</b>, and see who wrote what, how fast, and what it took."
+    )
+    chips = (f"model: {engine.name}", f"on {engine.device}, {engine.dtype}", f"hf_elastic {version}")
     spans = "".join(f"<span>{escape(chip)}</span>" for chip in chips)
-    return f'<header class="pp-head"><h1>One checkpoint, many sizes: a small one thinks, a large one answers</h1><p>{spans}</p></header>'
+    title = "A small model thinks, a large one answers, and both are one model"
+    return f'<header class="pp-head"><h1>{title}</h1><p class="pp-lead">{said}</p><p class="pp-chips">{spans}</p></header>'
 
 
 def banner(engine: Engine) -> str:
@@ -30,28 +40,40 @@ def banner(engine: Engine) -> str:
     return '<p class="pp-banner" role="alert">No model is running. The words, sizes and speeds are made up, to look at and test this page.</p>'
 
 
+def intro(engine: Engine, small: str, large: str) -> str:
+    """What stands in the empty chat: what can be asked, an example to check by hand, what to press."""
+    asked = engine.task.intro if engine.task else "Ask a question, or take an example below.\n"
+    return f"{asked}\nPress ➤ to watch: **{small}** thinks, **{large}** answers."
+
+
 def about(engine: Engine) -> str:
     """The page “How it works”."""
     task = engine.task.about if engine.task else ""
-    return f"""### Phase plans
+    small, large = engine.sizes[0].name, engine.sizes[-1].name
+    return f"""## How it works
 
-All sizes here are **one checkpoint**: a smaller submodel is the first part of the rows and columns of the larger one, seen through views, so switching
-costs no copy and no second set of weights. A *phase plan* says which submodel writes the thinking and which the answer. The thinking ends when the
-model writes its end marker, or near its token limit at the end of a sentence or line, or at the limit, where the plan inserts the marker. Then the other
-submodel takes over: it goes on with the first one's cache where that is exact or was trained for, and reads the text again otherwise. The cards say which.
+Language models write in *tokens*: pieces of words, or single characters. A reasoning model first writes its **thinking**, then its **answer**.
 
-### The numbers
+All sizes here are **one model**. The weights of a smaller size are a part of the larger one's, the first rows and columns of its matrices. So a change of
+size copies nothing and needs no second set of weights. A *phase plan* says which size writes the thinking and which one the answer.
 
-- **Weights in use** are those of the submodel that runs; **weights held** are the whole checkpoint, which stays in memory. Only a device that loads
-  one size alone (`from_pretrained(repo, budget="{escape(engine.sizes[0].name)}")`) saves the difference.
-- **KV and states**, the cache of attention and the states of Mamba layers, are what this conversation takes besides, at its length.
-- **First token** is switching, taking over, reading, and one token; **speed** is the tokens after that. Both are of this request on this machine.
-- The chart **Trade-off** shows measured plans only; the line under it says on what.
+The thinking ends when the model says so. If your limit comes first, it is cut there, and the plan puts the end in. Then the other size takes over.
+Either it goes on with what the first size kept in memory (“kept as it is”), where that gives the same result, or it reads the text again (“re-read”).
+
+## The numbers
+
+- **Used per token**: how many parameters work on each token. In a mixture of experts that is fewer than there are.
+- **Weights in use** are those of the size that runs. The whole model stays in memory. Only a program that loads one size alone
+  (`from_pretrained(repo, budget="{escape(small)}")`) saves the difference.
+- **Memory of the text**: what the model keeps of this conversation at its length.
+- **First token after**: changing size, reading, and writing one token. **Speed**: the tokens after that. Both are of this request on this machine.
+  With a very small model a step takes about as long in every size; what a small size saves shows in larger models.
+- The tab **Chart** shows plans that were measured beforehand, and nothing else; the line under it says on what.
 
 {task}
 
-### From a program
+## From a program
 
 `POST /gradio_api/call/generate`, or `gradio_client.Client(url).predict(prompt, api_name="/generate")`; `/budgets` lists the sizes. Agents use the same
-through MCP at `/gradio_api/mcp/`. In Python: `model.generate(**inputs, phase_plan=PhasePlan(thinking="{escape(engine.sizes[0].name)}", answering="{escape(engine.sizes[-1].name)}"))`.
+through MCP at `/gradio_api/mcp/`. In Python: `model.generate(**inputs, phase_plan=PhasePlan(thinking="{escape(small)}", answering="{escape(large)}"))`.
 """

@@ -1,4 +1,4 @@
-"""The first chapter of the lab: a reasoning hybrid made elastic, cut without training, switched live, exported, and checked.
+"""The lab's tour: a family of a reasoning hybrid, trained at four sizes, is cut, solved with, switched live, exported, and checked.
 
 Nothing in here is a shortcut: slices are read back from the saved checkpoint, accuracy is measured by generating, and the exported
 model is loaded by a process in which this package cannot be imported.
@@ -20,19 +20,17 @@ import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from .._version import __version__
-from ..elastification.elastify import elastify
+from ..checkpoints.replacing import replacing
 from ..errors import HFElasticError
+from ..generation import PhasePlan
 from ..modeling_elastic import ElasticForCausalLM
-from .book import calibration_dataset, evaluate, problems
+from .book import evaluate, problems
+from .explained import verdict
+from .family import measure_family
 
-BUDGETS: dict[str, dict[str, Any]] = {
-    "ffn-88": {"expert_ffn": 28, "shared_expert_ffn": 56},
-    "ffn-75": {"expert_ffn": 24, "shared_expert_ffn": 48},
-    "ffn-63": {"expert_ffn": 20, "shared_expert_ffn": 40},
-    "ffn-50": {"expert_ffn": 16, "shared_expert_ffn": 32},
-    "small": {"hidden": 40, "mamba_heads": 6, "expert_ffn": 16, "shared_expert_ffn": 32},
-}
-"""Submodels of the `book` parent, largest first. The last one cuts the residual stream and Mamba heads, which no untrained model survives."""
+EXPORTED = "half"
+CONTRAST = "half"
+"""The size that is also measured as it is when it is only cut, without training."""
 
 # Run in a fresh interpreter: a finder in front of all others refuses this package by name.
 _WITHOUT_US = """
@@ -58,65 +56,74 @@ with torch.no_grad():
 torch.save(logits, output)
 """
 
+Say = Callable[[str], None]
 
-def run_zero_shot(
+
+def run_tour(
     parent: PreTrainedModel,
+    untrained: ElasticForCausalLM,
+    family: ElasticForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     output: Path,
     *,
     count: int = 100,
     letters: int = 12,
     seed: int = 0,
-    progress: bool = True,
-    say: Callable[[str], None] = lambda text: None,
+    say: Say = lambda text: None,
 ) -> dict[str, Any]:
-    """Elastify, save, slice, evaluate, switch, export and check.
+    """Save, slice, evaluate, switch, export and check.
 
     Args:
         parent (`PreTrainedModel`): A `book` parent.
-        tokenizer: Its tokenizer.
-        output (`Path`): Folder for `elastic/`, `export/` and `results.json`.
-        count (`int`, *optional*, defaults to 100): Held-out problems per budget.
+        untrained ([`ElasticForCausalLM`]): The parent sorted, with sizes that are only cut ([`~hf_elastic.lab.family.make_family`]).
+        family ([`ElasticForCausalLM`]): The same after training.
+        tokenizer: Of all of them.
+        output (`Path`): Folder for `elastic/` (the trained family), `untrained/`, `export/` and `results.json`.
+        count (`int`, *optional*, defaults to 100): Held-out problems per size.
         letters (`int`, *optional*, defaults to 12): Lines per problem.
-        seed (`int`, *optional*, defaults to 0): Of calibration and problems.
-        progress (`bool`, *optional*, defaults to `True`): Show progress bars.
+        seed (`int`, *optional*, defaults to 0): Of the problems.
         say (`Callable[[str], None]`, *optional*): Is told what happens.
 
     Returns:
-        `dict`: what `results.json` holds: `budgets` (counts, sizes, accuracies, differences), `export`, `versions`.
+        `dict`: what `results.json` holds: `budgets` (counts, sizes, accuracies, differences), `untrained` (the same of one size that is
+            only cut), `example` (one problem as several sizes solve it), `export`, `versions`.
 
     Raises:
         `HFElasticError`: two ways to the same submodel disagree.
     """
     start = time.perf_counter()
-    say("scoring, sorting and saving the parent ...")
-    calibration = calibration_dataset(tokenizer, 256, seed)
-    elastic = elastify(parent, calibration, budgets=BUDGETS, batch_size=32, progress=progress)
-    elastic.save_pretrained(output / "elastic")
-    tokenizer.save_pretrained(output / "elastic")
+    for model, name in ((family, "elastic"), (untrained, "untrained")):
+        with replacing(output / name) as folder:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
     ids = _sample_ids(tokenizer, letters, seed)
-    sort_difference = _difference(_logits(elastic, ids), _logits(parent, ids))
-    family = AutoModelForCausalLM.from_pretrained(output / "elastic")
+    options = {"count": count, "letters": letters, "seed": seed}
     budgets = []
     for name, cost in family.elastic_config.costs().items():
-        say(f"budget {name}: slicing, switching, solving {count} held-out problems ...")
+        started = time.perf_counter()
         budgets.append(
             {
                 "name": name,
                 "total_params": cost.total_params,
                 "active_params": cost.active_params,
                 "sizes": family.elastic_config.submodel(name).to_dict(),
-                **_measure(family, tokenizer, output / "elastic", name, ids, count, letters, seed),
+                **_measure(family, tokenizer, output / "elastic", name, ids, options),
             }
         )
-    exported = "ffn-75"
-    say(f"exporting {exported}, and loading it where hf_elastic cannot be imported ...")
-    export_difference = check_export(family, exported, output / "export", ids)
+        right = round(budgets[-1]["exact"] * count)
+        say(f"     {name}: {right} of {count} answers right ({time.perf_counter() - started:.0f} s)")
+    [contrast] = measure_family(untrained, tokenizer, {CONTRAST: CONTRAST}, **options)
+    say(f"     {CONTRAST}, only cut from the model, without training: {round(contrast['exact'] * count)} of {count}")
     results = {
         "task": {"letters": letters, "problems": count, "seed": seed},
         "budgets": budgets,
-        "sorted_parent_difference": sort_difference,
-        "export": {"budget": exported, "difference": export_difference},
+        "untrained": contrast,
+        "example": solved(family, untrained, tokenizer, seed),
+        "sorted_parent_difference": _difference(_logits(untrained, ids), _logits(parent, ids)),
+        "export": {
+            "budget": EXPORTED,
+            "difference": check_export(family, EXPORTED, output / "export", ids, tokenizer),
+        },
         "seconds": round(time.perf_counter() - start, 1),
         "versions": {
             "python": platform.python_version(),
@@ -129,21 +136,46 @@ def run_zero_shot(
     return results
 
 
+def solved(
+    family: ElasticForCausalLM, untrained: ElasticForCausalLM, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> dict[str, Any]:
+    """One short held-out problem, as the largest and the smallest size solve it, both together, and one that is only cut."""
+    problem = next(problems("heldout", 5, seed))
+    largest, *_, smallest = family.elastic_config.family()
+    inputs = tokenizer(f"{problem.prompt}<think>", return_tensors="pt")
+    both = PhasePlan(smallest, largest)
+    runs: list[tuple[str, ElasticForCausalLM, Any, dict[str, Any]]] = [
+        (largest, family, largest, {}),
+        (smallest, family, smallest, {}),
+        (
+            f"{smallest} thinks, {largest} answers",
+            family,
+            None,
+            {"phase_plan": both, "tokenizer": tokenizer, "max_new_tokens": 100},
+        ),
+        (f"{CONTRAST}, only cut", untrained, CONTRAST, {}),
+    ]
+    lines = []
+    for who, model, budget, options in runs:
+        with model.at(budget):
+            ids = model.generate(**inputs, **({"max_new_tokens": 60} | options))[0, inputs["input_ids"].shape[1] :]
+        lines.append({"who": who, **verdict(problem, tokenizer.decode(ids))})
+    return {"prompt": problem.prompt, "answer": problem.answer, "lines": lines}
+
+
 def _measure(
     family: ElasticForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     directory: Path,
     name: str,
     ids: torch.Tensor,
-    count: int,
-    letters: int,
-    seed: int,
+    options: dict[str, int],
 ) -> dict[str, Any]:
     """Accuracy of the slice read from disk, and that the live family computes and generates the same at this budget."""
     loaded = AutoModelForCausalLM.from_pretrained(directory, budget=name)
-    result = evaluate(loaded, tokenizer, letters=letters, count=count, seed=seed)
+    result = evaluate(loaded, tokenizer, **options)
     with family.at(name):
-        live = evaluate(family, tokenizer, letters=letters, count=count, seed=seed)
+        live = evaluate(family, tokenizer, **options)
         difference = _difference(_logits(family, ids), _logits(loaded, ids))
         weights = loaded.state_dict()
         same = all(torch.equal(weights[key], tensor) for key, tensor in family.state_dict().items())
@@ -154,9 +186,15 @@ def _measure(
     return {"exact": result.exact, "trace": result.trace, "code": result.code, "live_difference": difference}
 
 
-def check_export(family: ElasticForCausalLM, budget: str, directory: Path, ids: torch.Tensor) -> float:
+def check_export(
+    family: ElasticForCausalLM,
+    budget: str,
+    directory: Path,
+    ids: torch.Tensor,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> float:
     """Export a budget, load it in a process without this package, and return the largest difference of the logits."""
-    family.export(directory, budget)
+    family.export(directory, budget, tokenizer=tokenizer)
     inputs, outputs = directory / "ids.pt", directory / "logits.pt"
     torch.save(ids, inputs)
     try:

@@ -1,0 +1,43 @@
+"""Sizes of published models that recipes are for."""
+
+from transformers import GraniteMoeHybridConfig, NemotronHConfig
+
+
+def granite4_tiny() -> GraniteMoeHybridConfig:
+    """Granite 4.0 H Tiny."""
+    kinds = ["full_attention" if i in (5, 15, 25, 35) else "linear_attention" for i in range(40)]
+    return GraniteMoeHybridConfig(
+        vocab_size=100352,
+        hidden_size=1536,
+        intermediate_size=512,
+        shared_intermediate_size=1024,
+        num_hidden_layers=len(kinds),
+        layer_types=kinds,
+        num_attention_heads=12,
+        num_key_value_heads=4,
+        mamba_n_heads=48,
+        mamba_d_head=64,
+        mamba_d_state=128,
+        mamba_n_groups=1,
+        num_local_experts=64,
+        num_experts_per_tok=6,
+        tie_word_embeddings=True,
+        position_embedding_type="nope",
+    )
+
+
+def nano2_9b() -> NemotronHConfig:
+    """NVIDIA Nemotron Nano 9B v2."""
+    return NemotronHConfig(
+        hybrid_override_pattern="M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-",
+        vocab_size=131072,
+        hidden_size=4480,
+        intermediate_size=15680,
+        num_attention_heads=40,
+        num_key_value_heads=8,
+        head_dim=128,
+        mamba_num_heads=128,
+        mamba_head_dim=80,
+        n_groups=8,
+        ssm_state_size=128,
+    )
