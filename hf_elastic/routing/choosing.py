@@ -189,7 +189,9 @@ class Search:
     def _chosen_in(self, layer: int | None) -> list[Key]:
         """The choices that the cost of a layer depends on."""
         keys = (((axis, layer), (axis, None)) for axis in self._bounds[layer])
-        return [own if own in self._options else shared for own, shared in keys if {own, shared} & self._options.keys()]
+        return [
+            own if own in self._options else shared for own, shared in keys if {own, shared} & self._options.keys()
+        ]
 
     def _measure_layer(self, layer: int | None, sizes: Mapping[Key, int]) -> int:
         known = (layer, *[sizes[key] for key in self._chosen[layer]])  # thousands of combinations have the same layers
