@@ -182,7 +182,7 @@ def test_the_guide_says_what_is_counted():
     }
     said = {name.strip(): [cell.strip() for cell in cells] for name, cells in said.items()}
     runs = [
-        training_memory(GRANITE_TINY, "lora", rank=16),
+        training_memory(GRANITE_TINY, "lora", rank=8),
         training_memory(NANO_9B, "lora", rank=64),
         training_memory(nano_v3(), "lora", rank=16, gpus=8),
         training_memory(nano_v3(), "full", gpus=8),
