@@ -6,7 +6,7 @@ ABLATIONS := $(addprefix ablation_,sampling stages router sorting depth)
 
 .PHONY: demo space test quality docs map notebooks style benchmarks evidence clean
 
-demo: $(VENV)/installed  ## The main job: a reasoning hybrid made elastic, cut, switched, exported and checked
+demo: $(VENV)/installed  ## The main job: four sizes of a small reasoning model in one checkpoint, shown and checked
 	$(BIN)/hf-elastic lab --output demo
 
 space: $(VENV)/installed  ## The Space on the embedded model: open the address it prints
@@ -43,9 +43,7 @@ evidence: $(VENV)/installed  ## The lab's training runs, about three hours; fini
 	$(BIN)/python benchmarks/report.py
 
 $(VENV)/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	$(PYTHON) tools/install.py $(VENV)
 	touch $@
 
 clean:

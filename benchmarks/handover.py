@@ -210,7 +210,7 @@ def time(options: argparse.Namespace, report: Report) -> None:
     first_token_seconds(model, torch.randint(2, 500, (1, 64), generator=generator), "cache")  # views are made once
     for length in LENGTHS:
         # a quick run only looks whether it runs
-        ids = torch.randint(2, 500, (1, length // 16 if options.quick else length), generator=generator)
+        ids = torch.randint(2, 500, (1, length // 64 if options.quick else length), generator=generator)
         ways = {way: partial(first_token_seconds, model, ids, way) for way in ("cache", "reprefill")}
         seconds = in_turns(ways, 1 if options.quick else ROUNDS)
         medians = {

@@ -20,9 +20,10 @@ import torch
 import transformers
 from harness import ROOT, Report, arguments, commit
 
-from hf_elastic import ElasticForCausalLM
+from hf_elastic import ElasticConfig, ElasticForCausalLM, elastify
 from hf_elastic.architectures.cost import CostModel
 from hf_elastic.configuration.budgets import parse_limit
+from hf_elastic.elastification.importance import Scores
 from hf_elastic.lab.book import EOS, THINK_START, build_tokenizer, evaluate, problems
 from hf_elastic.lab.family import (
     BETWEEN,
@@ -58,8 +59,9 @@ class Runs:
     def __init__(self, options: argparse.Namespace):
         torch.set_num_threads(1)
         self.steps = 4 if options.quick else 1000
-        self.problems = 2 if options.quick else 200
-        self.letters = 4 if options.quick else LETTERS
+        self.rows = 4 if options.quick else 32
+        self.problems = 1 if options.quick else 200
+        self.letters = 2 if options.quick else LETTERS
         # Removed with this object.
         self._scratch = tempfile.TemporaryDirectory(prefix="hf-elastic-lab-") if options.quick else None
         self._folder = Path(self._scratch.name if self._scratch else options.runs)
@@ -67,12 +69,25 @@ class Runs:
         self.tokenizer = build_tokenizer()
         self.commits: set[str] = set()
         """Commits of the code that the runs were done with; kept runs may be older than the result that they are in."""
+        self._scores: dict[Any, Scores] = {}
 
     def parent(self, seed: int) -> Any:
         """The parent of a seed: the one in the package for 0, others are trained once."""
         if seed == 0:
             return load_parent()[0]
-        return self.model(f"parent-{seed}", lambda: train_parent(seed=seed, steps=self.steps, progress=False)[0])
+        return self.model(f"parent-{seed}", lambda: self._train_parent(seed)[0])
+
+    def _train_parent(self, seed: int, **sizes: Any) -> Any:
+        return train_parent(seed=seed, steps=self.steps, batch_size=self.rows, progress=False, **sizes)
+
+    def untrained_family(self, seed: int, budgets: Mapping[str, Any] = FAMILY) -> ElasticForCausalLM:
+        """The sorted parent of a seed with untrained budgets. It is scored once for all budgets that cut the same axes."""
+        key = seed, frozenset(axis for sizes in budgets.values() for axis in sizes)
+        if key in self._scores:
+            return elastify(self.parent(seed), budgets=budgets, scores=self._scores[key])
+        family = make_family(self.parent(seed), self.tokenizer, budgets, seed=seed)
+        self._scores[key] = family.importance_scores
+        return family
 
     def model(self, name: str, train: Callable[[], Any]) -> Any:
         """The model of this name, stock or elastic; it is trained if it was not yet."""
@@ -112,7 +127,7 @@ class Runs:
 
     def _family(self, seed: int, budgets: Any, sort: bool, measured: Any, options: dict[str, Any]) -> dict[str, Any]:
         parent = self.parent(seed)
-        family = make_family(parent, self.tokenizer, budgets, seed=seed, sort=sort)
+        family = self.untrained_family(seed, budgets) if sort else elastify(parent, budgets=budgets, sort=False)
         measured = {"full": None, **{budget: budget for budget in budgets}, **measured}
         untrained = self.measure(family, parent, measured)
         tokens = self._train(family, seed, options)
@@ -130,7 +145,7 @@ class Runs:
         """
 
         def train() -> ElasticForCausalLM:
-            family = make_family(self.parent(seed), self.tokenizer, seed=seed)
+            family = self.untrained_family(seed)
             self._train(family, seed, {"steps": self.steps, **options})
             return family
 
@@ -157,6 +172,7 @@ class Runs:
         return {"trained": trained, "report": rows, "tokens": tokens}
 
     def _train(self, family: ElasticForCausalLM, seed: int, options: dict[str, Any], train: Any = train_family) -> int:
+        options = {"per_device_train_batch_size": self.rows, **options}
         with tempfile.TemporaryDirectory(prefix="hf-elastic-lab-") as scratch:
             history = train(family, self.tokenizer, Path(scratch), seed=seed, progress=False, **options)
         return int(max(entry.get("num_tokens", 0) for entry in history))
@@ -165,10 +181,10 @@ class Runs:
         """A model of these sizes trained on the problems themselves, as the parent was, with the same number of steps."""
 
         def action() -> Entry:
-            config = make_family(load_parent()[0], self.tokenizer, {"size": sizes}).elastic_config
+            config = ElasticConfig.from_parent(load_parent()[0].config, {"size": sizes})
             stock = config.stock_config(config.submodel("size"))
             overrides = {axis.field: getattr(stock, axis.field) for axis in config.architecture.axes}
-            model, _ = train_parent(seed=seed, steps=self.steps, progress=False, **overrides)
+            model, _ = self._train_parent(seed, **overrides)
             return asdict(evaluate(model, self.tokenizer, letters=self.letters, count=self.problems))
 
         return self.run(name, action)

@@ -29,7 +29,7 @@ import torch
 import transformers
 from datasets import Dataset
 from harness import Claim, Report, arguments, in_turns, seconds
-from processes import in_child
+from processes import PRELOADED, in_child
 from synthetic import nano_like
 from trl import SFTConfig, SFTTrainer
 
@@ -40,6 +40,7 @@ from hf_elastic.submodels.soft import Mixture, SoftUnits
 from hf_elastic.trainers import ElasticDistillationConfig, ElasticDistillationTrainer
 
 transformers.logging.set_verbosity_error()
+PRELOADED += ["trl.trainer.sft_trainer", "hf_elastic.trainers.elastic_distillation_trainer"]
 
 CLAIM = "time of an elastic step at the 50 % budget / time of the masked step"
 WAYS = ("elastic full", "elastic 75 %", "elastic 50 %", "masked 50 %", "stock")

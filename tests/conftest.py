@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from local_hub import LocalHub
 
 transformers.utils.logging.disable_progress_bar()
 torch.set_num_threads(1)  # the models are so small that threads only wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # so it is in processes that tests start
 
 gc.set_threshold(50_000, 20, 20)  # the default walks over everything that is imported again and again
 

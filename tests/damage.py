@@ -10,6 +10,7 @@ import shutil
 import struct
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -299,20 +300,37 @@ def try_it(sound: Sound, folder: Path, rng: random.Random) -> Result:
     return result
 
 
-def run(root: Path, cases: Iterator[int] | range, sound: list[Sound]) -> tuple[Result, list[str]]:
+def kind(what: str) -> tuple[str, str]:
+    """The kind of a damage and of the file that has it."""
+    name, how = what.split(" ", 1)
+    own = [part for part in ("router", "index", "generation") if part in name]
+    if how.endswith(" swapped"):
+        return "", "swapped"
+    return (own or [name.rpartition(".")[2]])[0], how.partition(":")[0].split(" ")[0]
+
+
+def run(
+    root: Path, cases: Iterator[int] | range, sound: list[Sound], of_a_kind: int | None = None
+) -> tuple[Result, list[str]]:
     """Many damaged checkpoints.
 
     Args:
         cases: Their seeds.
+        of_a_kind: So many of every kind are tried and no more.
 
     Returns:
         `tuple[Result, list[str]]`: Everything together, and the problems with the seeds they had.
     """
     total, said = Result(), []
+    kinds: Counter[tuple[str, str]] = Counter()
     for seed in cases:
         rng = random.Random(seed)
         chosen, folder = rng.choice(sound), root / str(seed)
         what = damage(rng, chosen, folder)
+        kinds[kind(what)] += 1
+        if of_a_kind is not None and kinds[kind(what)] > of_a_kind:
+            shutil.rmtree(folder)
+            continue
         one = try_it(chosen, folder, rng)
         total.loaded, total.refused = total.loaded + one.loaded, total.refused + one.refused
         said += [f"seed {seed}, {chosen.name}: {what}\n{problem}" for problem in one.problems]

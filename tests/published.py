@@ -23,6 +23,7 @@ def granite4_tiny() -> GraniteMoeHybridConfig:
         num_experts_per_tok=6,
         tie_word_embeddings=True,
         position_embedding_type="nope",
+        max_position_embeddings=131072,
     )
 
 
@@ -40,4 +41,5 @@ def nano2_9b() -> NemotronHConfig:
         mamba_head_dim=80,
         n_groups=8,
         ssm_state_size=128,
+        max_position_embeddings=131072,
     )

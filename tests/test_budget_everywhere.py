@@ -180,6 +180,11 @@ def test_what_a_config_says_itself_is_no_argument(name, folder):
 
 
 def test_generate_and_elastify_hint_at_their_own(family, original):
+    with pytest.raises(
+        AttributeError, match=r"only read here: call set_budget\('small'\), or: with model\.at\('small'\)"
+    ):
+        family.budget = "small"
+    assert family.budget == "full"
     with pytest.raises(TypeError, match=r"unexpected argument 'budget'.*with model\.at\('half'\).*phase_plan="):
         family.generate(torch.ones(1, 2).long(), budget="small")
     with pytest.raises(TypeError, match=r"unexpected argument 'budget' of elastify\. Did you mean 'budgets'\?"):

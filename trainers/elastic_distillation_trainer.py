@@ -37,7 +37,7 @@ from .handover import CUT, Handovers, handed_over, refuse_checkpointing, split_r
 from .lora import as_teacher, base_of, check_adapters, whole_head_of
 from .losses import chunked_divergence, summed_hidden_distance
 from .optimizing import OptimizingMixin
-from .reporting import ReportingMixin
+from .reporting import EvaluateAtTheEnd, ReportingMixin
 from .routing import Routing
 from .teacher import check_same_channels, load_teacher, prepare_teacher
 
@@ -70,8 +70,8 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
             Defaults to a frozen copy of the model as it is at the start: the sorted parent. A model given here is frozen. With adapters
             the default is the model itself without them, so that its weights are in memory once.
         peft_config (`peft.LoraConfig`, *optional*):
-            Train only these adapters, on linear layers (`target_modules`) and on experts and routers (`target_parameters`); they follow
-            the budget ([`hf_elastic.submodels.adapters`]). Checkpoints then hold the adapter, and `trainer.model.merge_and_unload()` is the elastic
+            Train only these adapters, on linear layers (`target_modules`) and on experts and routers (`target_parameters`), or on everything
+            that [`hf_elastic.lora_targets`] names (`target_modules="auto"`); they follow the budget ([`hf_elastic.submodels.adapters`]). Checkpoints then hold the adapter, and `trainer.model.merge_and_unload()` is the elastic
             model with what was learned.
         args ([`ElasticDistillationConfig`], *optional*): Configuration.
         kwargs: As for `SFTTrainer` (`train_dataset`, `eval_dataset`, `processing_class`, `callbacks`, ...).
@@ -152,6 +152,8 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
         check_model(self.model)  # upstream adapts embeddings and head on its own for a chat template with new tokens
         # The loss is divided by the number of target tokens of the whole step already.
         self.loss_is_scaled_for_ga = True
+        if self.eval_dataset is not None and args.eval_strategy == "no":
+            self.add_callback(EvaluateAtTheEnd())
         self.teacher_model = prepare_teacher(teacher, self.accelerator, self.is_fsdp_enabled)
         self._micro_batch = 0
         self._source: str | None = None

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..architectures import Architecture, get_architecture
 from ..configuration_elastic import ElasticConfig
 from ..errors import ElasticConfigError, did_you_mean
-from ..submodels.adapters import passed_by
+from ..submodels.adapters import adaptable
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -54,12 +54,12 @@ def targets_of(architecture: Architecture, config: PreTrainedConfig) -> dict[str
     parameters: dict[str, None] = {}
     for rule in architecture.rules(config):
         module, _, leaf = rule.name.rpartition(".")
-        if rule.layer is None or rule.routes:
-            continue
-        if rule.routed:
-            parameters[f"{module.rpartition('.')[2]}.{leaf}"] = None
-        elif leaf == "weight" and len(rule.dims) == 2 and not passed_by(module):
-            modules[module.rpartition(".")[2]] = None
+        if adaptable(rule):
+            last = module.rpartition(".")[2]
+            if rule.routed:
+                parameters[f"{last}.{leaf}"] = None
+            else:
+                modules[last] = None
     found = {"target_modules": list(modules), "target_parameters": list(parameters)}
     return {field: names for field, names in found.items() if names}
 

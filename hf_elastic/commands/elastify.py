@@ -1,10 +1,18 @@
 """Make a plain checkpoint elastic: score it, sort it, and save it with its budgets.
 
-  hf-elastic elastify org/plain out --calibration text.jsonl --budget small:hidden=0.75,ffn=0.5
-  hf-elastic elastify org/plain out --calibration org/dataset --axis hidden --axis ffn=1.0,0.75,0.5 --budget half=50% --budget gpu=24GB
+PARENT is the model you have. Some of your texts (--calibration) are run through it, so that every channel, head, neuron and expert gets a
+score; then the weights are sorted by these scores. Every smaller size is the first part of every tensor, and the whole model computes what
+it did before. The smaller sizes are good after training: `hf-elastic train`.
 
-A budget is NAME:AXIS=SIZE,... with sizes or shares of the parent's (layers takes a number), or NAME=TARGET, which is searched over the
-choices of the axes: 50% (or 0.5) of the parent's parameters, "50% active", 6B, "2.1B active", 24GB. --spec takes both as JSON, with sizes per layer: {"axes": ..., "budgets": ...}.
+Calibration data are rows, one JSON object per line: {"messages": [...]}, {"text": "..."} or {"input_ids": [...]}.
+
+An axis is something that can be cut: `hf-elastic plan PARENT` lists the axes of a model and their sizes. A budget is a size with a name:
+NAME:AXIS=SIZE,... with sizes, or shares of the parent's (layers takes a number); or NAME=TARGET, for which the best choices of the axes
+(--axis) are searched: 50% (or 0.5) of the parent's parameters, "50% active", 6B, "2.1B active", 24GB. --spec takes both as JSON, with
+sizes per layer: {"axes": ..., "budgets": ...}.
+
+  hf-elastic elastify model family --calibration chats.jsonl --budget half:hidden=0.5
+  hf-elastic elastify model family2 --calibration chats.jsonl --axis hidden=1.0,0.75,0.5,0.25 --budget small=50%
 """
 
 from __future__ import annotations
@@ -47,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="AXIS[=CHOICES]",
-        help="elastic axis, with its sizes or shares: ffn=1.0,0.75,0.5",
+        help="elastic axis, with its sizes or shares: hidden=1.0,0.75,0.5; may be given several times",
     )
     parser.add_argument(
         "--budget",
@@ -132,7 +140,9 @@ def _spec(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     except (ValueError, RecursionError) as error:
         raise ElasticConfigError(f"{args.spec} is no JSON: {error}.") from error
     if not isinstance(spec, dict) or set(spec) - {"axes", "budgets"} or not isinstance(spec.get("budgets", {}), dict):
-        raise ElasticConfigError(f"{args.spec} must hold an object with `axes` and `budgets`, which is one too.")
+        raise ElasticConfigError(
+            f"{args.spec} must hold an object with `axes` and `budgets`; budgets is an object from names to sizes or targets."
+        )
     axes: dict[str, Any] = {}
     for text in args.axis:
         name, equals, values = text.partition("=")

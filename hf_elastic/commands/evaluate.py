@@ -1,9 +1,16 @@
-"""Measure who should think and who should answer: accuracy, tokens, time and modelled cost of phase plans on a task.
+"""Measure every size on your own rows (--data), or who should think and who should answer on a task (--task).
 
-  hf-elastic evaluate org/elastic-30b --task gsm8k --thinking 12b --thinking 23b --answering 30b --max-thinking-tokens 512 --output results
-  hf-elastic evaluate FOLDER --task book --max-thinking-tokens 17 --max-thinking-tokens 34 --max-thinking-tokens none --output results
+With --data nothing is generated: every size reads the same rows. `loss` says how well it predicts them, `kl` how far its predictions are
+from those of the whole model (0 is the same), `agreement` how often both hold the same token likeliest. Before and after training, this
+tells whether the sizes have learned.
 
-Every thinker is tried with every answerer under every cap. OUTPUT gets plans.json, with the plans that no other one beats, and plans.png.
+With --task, for models that think: accuracy, tokens, time and modelled cost. Every thinker is tried with every answerer under every cap.
+OUTPUT gets plans.json, with the plans that no other one beats, and plans.png. Tasks are those of lm-eval that generate text, and `book`,
+that of the lab's own model.
+
+  hf-elastic evaluate family --data heldout.jsonl
+  hf-elastic evaluate family --task gsm8k --thinking half --answering half --answering full --max-thinking-tokens 512 --output results
+  hf-elastic evaluate hf-elastic-lab/elastic --task book --max-thinking-tokens 34 --max-thinking-tokens none --output results
 """
 
 from __future__ import annotations
@@ -29,7 +36,9 @@ from .elastify import load_calibration
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("repo", metavar="REPO", help="Hub repository or folder of an elastic checkpoint")
-    parser.add_argument("--task", help="book (the embedded lab's), or any generating task of lm-eval (default: book)")
+    parser.add_argument(
+        "--task", help="any generating task of lm-eval, or book, which is that of the lab's model (its default)"
+    )
     parser.add_argument(
         "--data",
         metavar="DATA",
@@ -55,13 +64,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--handover", default="auto", choices=("auto", "cache", "reprefill"), help="how the answerer takes over"
     )
     add_markers(parser)
-    parser.add_argument("--count", type=int, default=100, help="problems (default: 100)")
+    parser.add_argument("--count", type=int, default=100, help="problems, or rows of --data (default: 100)")
     parser.add_argument(
         "--metric",
         help="which rate is the accuracy: code (symbols) or exact (answers) for book, or one of lm-eval's, such as exact_match,none",
     )
     parser.add_argument("--letters", type=int, default=12, help="letters of a book problem (default: 12)")
-    parser.add_argument("--batch-size", type=int, default=50, help="book problems generated together (default: 50)")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        help="book problems that are generated together, or rows that are read together (default: 50, or 4)",
+    )
     parser.add_argument(
         "--by", default="cost", choices=("cost", "seconds"), help="what the front counts as the price (default: cost)"
     )
@@ -75,6 +88,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.batch_size is None:
+        args.batch_size = 50 if args.data is None else 4
     if args.data is None:
         _measure_plans(args)
     else:
@@ -105,6 +120,7 @@ def _measure_texts(args: argparse.Namespace) -> None:
     for name in ("count", "batch_size"):
         if getattr(args, name) < 1:
             raise ElasticConfigError(f"--{name.replace('_', '-')}={getattr(args, name)} must be at least 1.")
+    check_source(args.repo)
     device, dtype = check_device(args.device), check_dtype(args.dtype)
     data, tokenizer = load_calibration(args.data, args.split), load_tokenizer(args.repo)
     model: Any = ElasticForCausalLM.from_pretrained(args.repo, dtype=dtype).to(device)
@@ -203,7 +219,7 @@ def _draw(results: dict[str, Any], model: Any, path: Path) -> None:
     from ..evaluation.pareto_chart import draw_pareto
 
     try:
-        draw_pareto(results, path, largest=model.elastic_config.costs()["full"].active_params)
+        draw_pareto(results, path, largest=max(c.active_params for c in model.elastic_config.costs().values()))
     except ImportError:
         print("no plans.png: pip install matplotlib for the chart", file=sys.stderr)
 

@@ -1,6 +1,8 @@
 """Write one size as a plain checkpoint that transformers loads without this package.
 
-hf-elastic export org/elastic-30b 12b --budget 12b
+What is written is a checkpoint of the stock model, with its tokenizer. To keep the smaller sizes in it use `hf-elastic slice`.
+
+  hf-elastic export family half --budget half
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Generate text with one size of an elastic checkpoint, or let one size think and another answer.
 
-  hf-elastic generate org/elastic-30b "Why is the sky blue?" --budget 12b
-  hf-elastic generate org/elastic-30b "Why is the sky blue?" --thinking 12b --answering 30b --max-thinking-tokens 2048
-
 A prompt of - is read from standard input. With a chat template the prompt is a user's message, unless --raw is given.
+
+  hf-elastic generate family "Why is the sky blue?" --budget half
+  hf-elastic generate family "Why is the sky blue?" --draft-budget half                                   # half drafts, full checks
+  hf-elastic generate family "Why is the sky blue?" --thinking half --answering full --max-thinking-tokens 256   # for models that think
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 A small hybrid (Mamba, attention and mixture-of-experts layers) that has learned a reasoning task, and its family of four sizes in one
 checkpoint, ship with the package. The lab explains the task, makes the model elastic, lets every size solve problems that were not in
 training, shows one problem as the sizes solve it, switches sizes while the model runs, exports one, and loads the export in a process
-without this package. OUTPUT gets the family (elastic/), the same sizes without training (untrained/), the export (export/),
+without this package. OUTPUT gets the family (elastic/), the plain model that it is made from (parent/), the export (export/),
 results.json and a chart.
 
 With --train it learns the family here (about 10 minutes on one CPU core) instead of taking the one in the package; --from-scratch first

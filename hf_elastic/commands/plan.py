@@ -1,14 +1,22 @@
 """Show what every size of a checkpoint costs, before any weights are fetched.
 
-REPO is an elastic or a plain checkpoint, or just a folder with a config.json; only the config is read. Parameters are exact. KV bytes
-are per token and sequence, state bytes (convolution and SSM) per sequence, both for bfloat16 activations. Sizes without a name are those
-that a router found between two budgets; limits (--budget) select them too.
+REPO is a family (an elastic checkpoint), a plain checkpoint, or a folder with nothing but a config.json; only the config is read. The
+numbers are exact counts:
 
-  hf-elastic plan org/elastic-30b
-  hf-elastic plan org/elastic-30b --budget "2.4B active"
-  hf-elastic plan org/elastic-30b --fits 24GB --context 32768 --dtype bf16
-  hf-elastic plan org/plain-30b --size hidden=1920 --size expert_ffn=960
-  hf-elastic plan org/plain-30b --training lora --rank 16 --length 4096
+  params    all parameters
+  active    the parameters that one token uses; fewer than all in a mixture of experts
+  bf16 ...  bytes of the weights in that type
+  KV/token  bytes that attention layers keep for every token of a text, in bfloat16
+  state     bytes that Mamba layers keep for a text of any length, in bfloat16
+  sizes     the size of every axis (what can be cut), for sizes below the first as far as they differ from it
+
+A row without a name is a size that a router found between two budgets; limits (--budget) select these, too.
+
+  hf-elastic plan model
+  hf-elastic plan model --size hidden=0.5                            # a size that nobody has made yet
+  hf-elastic plan family --budget half                               # what a budget selects
+  hf-elastic plan family --fits 24GB --context 4096 --dtype bf16     # the largest size for a GPU of 24 GB
+  hf-elastic plan model --training lora --rank 16 --length 4096        # the memory that training takes
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
 """Publish a family, a slice or an export on the Hub, with a model card. Shows what would be uploaded; --upload does it.
 
-SOURCE is an elastic checkpoint, or the folder of a plain one that `hf-elastic export` wrote. A folder in the layout asked for is uploaded as it is,
-anything else is written into a temporary folder first; with --budget only the tokenizer comes along. Pickles, hidden files and checkpoints of a run stay where they are.
+SOURCE is an elastic checkpoint, or the folder of a plain one that `hf-elastic export` wrote. A folder in the layout asked for is uploaded
+as it is, anything else is written into a temporary folder first; with --budget only the tokenizer comes along. Pickles, hidden files and
+checkpoints of a run stay where they are.
 
-  hf-elastic push nano-elastic me/nano-elastic --base-model org/parent --results results/plans.json
-  hf-elastic push nano-elastic me/nano-12b --budget 12b --upload
-  hf-elastic push nano-12b-plain me/nano-12b-plain --upload
+  hf-elastic push family me/family --base-model org/model --license apache-2.0
+  hf-elastic push family me/family-half --budget half
+  hf-elastic push half me/half                             # the folder of an export
+  hf-elastic push family me/family --upload
 """
 
 from __future__ import annotations
@@ -88,6 +90,7 @@ def run(args: argparse.Namespace) -> None:
 @contextmanager
 def _checkpoint(args: argparse.Namespace, repo_id: str, card: CardArguments) -> Iterator[Path]:
     """The folder to upload: the source itself if it is as it has to be, otherwise a temporary one."""
+    from ..configuration.parent import refuse_adapter
     from ..configuration_elastic import ElasticConfig, read_config
     from ..hub.publishing import copy_others, read_published
     from ..modeling_elastic import ElasticForCausalLM
@@ -98,6 +101,7 @@ def _checkpoint(args: argparse.Namespace, repo_id: str, card: CardArguments) -> 
     check_source(args.source)
     source = Path(args.source)
     refuse_interrupted(source)
+    refuse_adapter(source)
     fields, _ = ElasticConfig.get_config_dict(args.source)
     if fields.get("model_type") != ElasticConfig.model_type:
         if not source.is_dir():

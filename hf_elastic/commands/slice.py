@@ -1,6 +1,8 @@
 """Save one size of an elastic checkpoint as an elastic checkpoint that still nests the smaller sizes.
 
-hf-elastic slice org/elastic-30b 12b-elastic --budget 12b
+For a plain checkpoint of one size use `hf-elastic export`.
+
+  hf-elastic slice family family-half --budget half
 """
 
 from __future__ import annotations

@@ -1,12 +1,21 @@
 """Train all sizes of an elastic checkpoint by distillation from the checkpoint itself, or from another teacher.
 
-CONFIG is a YAML file with model, dataset, and optionally teacher, dataset_split, eval_dataset, dtype, resume; any field of
-ElasticDistillationConfig (a trl SFTConfig with budget_probabilities, stages, temperature, ...); and with use_peft the fields of LoRA as
-in trl: lora_r, lora_alpha, lora_target_modules, lora_target_parameters, .... The same fields can follow as options and win over the file.
-Several processes: torchrun --nproc-per-node 8 -m hf_elastic.cli train CONFIG.
+CONFIG is a YAML file. The least that it says is
+
+  model: family
+  dataset: chats.jsonl
+  output_dir: trained
+
+Data are rows as for `hf-elastic elastify`. It takes model, dataset, and optionally teacher, dataset_split, eval_dataset, dtype, resume; any
+field of ElasticDistillationConfig (a trl SFTConfig with budget_probabilities, stages, temperature, ...); and with use_peft the fields of
+LoRA as in trl: lora_r, lora_alpha, lora_target_modules, lora_target_parameters, .... With LoRA output_dir gets an adapter; `merge_adapter:
+true` writes the trained family beside it, in output_dir/merged. The same fields can follow as options and win over the file.
+
+The log has one number per size, NAME/kl: how far it is from the teacher, in nats per token. It should fall.
 
   hf-elastic train recipe.yaml
-  hf-elastic train recipe.yaml --learning_rate 5e-5 --output_dir out2
+  hf-elastic train recipe.yaml --learning_rate 5e-5 --output_dir trained2
+  torchrun --nproc-per-node 8 -m hf_elastic.cli train recipe.yaml
 """
 
 from __future__ import annotations

@@ -246,7 +246,7 @@ def _check_nesting(members: list[tuple[str | None, Submodel]]) -> None:
             )
     if members and members[-1][0] is None:
         raise ElasticConfigError(
-            "elastic.interpolated: the smallest lies below every budget; none interpolates there."
+            "elastic.interpolated lists a size that is smaller than every budget; such sizes lie between two budgets."
         )
 
 

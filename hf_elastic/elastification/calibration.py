@@ -62,7 +62,7 @@ def _token_ids(row: Any, tokenizer: Any, where: str) -> Iterator[torch.Tensor]:
         row = {"input_ids": row}
     if not isinstance(row, Mapping):
         raise ElasticConfigError(
-            f"calibration rows must be dicts, not {type(row).__name__}; plain token ids are taken as a tensor."
+            f"calibration rows must be dicts, not {type(row).__name__}; give dicts with input_ids, text or messages, or token ids as a torch.Tensor."
         )
     if "input_ids" in row:
         ids = _whole_numbers(row["input_ids"], "input_ids")

@@ -111,7 +111,7 @@ def elastify(
     check_buffers(model, "the parent")
     if not budgets and not axes:
         raise ElasticConfigError(
-            "there are neither budgets nor axes; give at least one budget, such as {'half': {'hidden': 0.5}} or {'half': '6B'}, or the "
+            "there are neither budgets nor axes; give at least one budget, such as {'half': {'hidden': 0.5}} or {'half': '6B'} (--budget half=6B), or the "
             "axes whose sizes are to be learned."
         )
     budgets = {} if budgets is None else budgets
@@ -146,7 +146,7 @@ def elastify(
         scores = Scores.load(scores)
     if scores is None and sort:
         raise ElasticConfigError(
-            "give calibration= or scores= to sort by, or sort=False for a parent that is sorted already."
+            "give calibration= or scores= to sort by (--calibration FILE, --scores FILE), or sort=False (--no-sort) for a parent that is sorted already."
         )
     ranking = architecture.keepable_ranking(model.config, scores.layer_ranking) if scores and scores.layers else None
     submodels = _resolve(architecture, model, budgets, choices, scores, ranking, multiple_of, only)
@@ -234,7 +234,7 @@ def _axes_used(
             used |= {axis for axis in spec if axis != LAYERS or isinstance(spec[axis], (int, float))}
         elif not choices:
             raise ElasticConfigError(
-                f"budget {name!r}={shown(spec)} is a target: say with axes= which axes may be cut to meet it."
+                f"budget {name!r}={shown(spec)} is a target: say with axes= which axes may be cut to meet it (--axis hidden --axis expert_ffn)."
             )
     return used
 

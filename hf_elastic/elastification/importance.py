@@ -158,7 +158,7 @@ def score(
     largest, vocabulary = max(int(batch["input_ids"].max()) for batch in batches), model.config.vocab_size
     if (smallest := min(int(batch["input_ids"].min()) for batch in batches)) < 0:
         raise ElasticConfigError(
-            f"calibration has token {smallest}; tokens are 0 or more, and padding is left out by attention_mask."
+            f"calibration has token {smallest}; tokens are 0 or more; padding is marked by a 0 in attention_mask."
         )
     if largest >= vocabulary:
         raise ElasticConfigError(

@@ -12,6 +12,9 @@ from torch.nn import functional as F
 from ..errors import ElasticConfigError
 from ..modeling_elastic import ElasticForCausalLM
 
+CHUNK = 1024
+"""Tokens whose logits are float32 at any time; of a large vocabulary those of a batch would not fit beside the model."""
+
 
 @torch.no_grad()
 def measure_texts(model: ElasticForCausalLM, batches: Iterable[Mapping[str, torch.Tensor]]) -> list[dict[str, Any]]:
@@ -39,9 +42,10 @@ def measure_texts(model: ElasticForCausalLM, batches: Iterable[Mapping[str, torc
         whole = None
         for name in names:
             with model.at(name):
-                logits = model(**inputs).logits[:, :-1][seen].float()
+                logits = model(**inputs).logits[:, :-1][seen]
             whole = logits if whole is None else whole
-            sums[name] += _sums(logits, whole, targets[seen]).cpu()
+            for part in zip(logits.split(CHUNK), whole.split(CHUNK), targets[seen].split(CHUNK), strict=True):
+                sums[name] += _sums(*part).cpu()
         tokens += int(seen.sum())
     if not tokens:
         raise ElasticConfigError("no row has two tokens or more, so there is nothing to predict.")
@@ -51,7 +55,7 @@ def measure_texts(model: ElasticForCausalLM, batches: Iterable[Mapping[str, torc
 
 def _sums(logits: torch.Tensor, whole: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Over tokens: loss, divergence from the whole model, and how often both hold the same token likeliest."""
-    log_p, log_q = F.log_softmax(whole, -1), F.log_softmax(logits, -1)
+    log_p, log_q = F.log_softmax(whole.float(), -1), F.log_softmax(logits.float(), -1)
     loss = F.nll_loss(log_q, targets, reduction="sum")
     divergence = F.kl_div(log_q, log_p, reduction="sum", log_target=True)
     same = (logits.argmax(-1) == whole.argmax(-1)).sum()

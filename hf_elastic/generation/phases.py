@@ -80,7 +80,7 @@ class PhasedGenerationMixin:
         """
         if "budget" in kwargs:
             raise TypeError(
-                "unexpected argument 'budget': generate runs at the model's own. Say with model.at('half'): model.generate(...), or give phase_plan= or "
+                "unexpected argument 'budget': generate runs at the size that the model is at. Write `with model.at('half'): model.generate(...)`, or give phase_plan= or "
                 "draft_budget=."
             )
         if phase_plan is None:

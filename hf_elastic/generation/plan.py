@@ -209,7 +209,8 @@ class PhasePlan:
         first, *others = self.phases
         known = {key: getattr(first, key) for key in ("start", "end") if key not in self._auto}
         found = dict(zip(("start", "end"), find_markers(tokenizer, **known), strict=True))
-        return PhasePlan(phases=[replace(first, **{key: found[key] for key in self._auto}), *others])
+        markers: dict[str, Any] = {key: found[key] for key in self._auto}
+        return PhasePlan(phases=[replace(first, **markers), *others])
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, PhasePlan) and self.phases == other.phases

@@ -292,7 +292,9 @@ def _drafter(model: Any, budget: Any) -> tuple[Any, Any]:
     with model._in_use():  # refused now, if it is not known what is active here
         verifies, drafts = model._shadow(active), model._shadow(drafter)
     if any(getattr(layer, "is_sliding", False) for layer in DynamicCache(config=drafts.config).layers):
-        raise SpeculationError("draft_budget= is not supported for sliding-window attention: its cache forgets.")
+        raise SpeculationError(
+            "draft_budget= is not supported for sliding-window attention: its cache drops old tokens, so a rejected draft could not be taken back."
+        )
     return verifies, drafts
 
 

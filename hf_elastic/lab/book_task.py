@@ -26,8 +26,8 @@ def check_reads_book(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
         known = False
     if not known:
         raise ElasticConfigError(
-            f"book is the task of the embedded lab, and {where} has another tokenizer than the lab's models. Give --task NAME, a generating task of "
-            "lm-eval such as gsm8k."
+            f"book is the task of the embedded lab, and {where} has another tokenizer than the lab's models. Give --data FILE with rows of your "
+            "own, or --task NAME, a generating task of lm-eval such as gsm8k."
         )
 
 

@@ -78,7 +78,7 @@ def run_tour(
         untrained ([`ElasticForCausalLM`]): The parent sorted, with sizes that are only cut ([`~hf_elastic.lab.family.make_family`]).
         family ([`ElasticForCausalLM`]): The same after training.
         tokenizer: Of all of them.
-        output (`Path`): Folder for `elastic/` (the trained family), `untrained/`, `export/` and `results.json`.
+        output (`Path`): Folder for `elastic/` (the trained family), `parent/` (what it is made from), `export/` and `results.json`.
         count (`int`, *optional*, defaults to 100): Held-out problems per size.
         letters (`int`, *optional*, defaults to 12): Lines per problem.
         seed (`int`, *optional*, defaults to 0): Of the problems.
@@ -92,12 +92,12 @@ def run_tour(
         `HFElasticError`: two ways to the same submodel disagree.
     """
     start = time.perf_counter()
-    for model, name in ((family, "elastic"), (untrained, "untrained")):
+    for model, name in ((family, "elastic"), (parent, "parent")):
         with replacing(output / name) as folder:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
     ids = _sample_ids(tokenizer, letters, seed)
-    options = {"count": count, "letters": letters, "seed": seed}
+    options: dict[str, Any] = {"count": count, "letters": letters, "seed": seed}
     budgets = []
     for name, cost in family.elastic_config.costs().items():
         started = time.perf_counter()
@@ -169,7 +169,7 @@ def _measure(
     directory: Path,
     name: str,
     ids: torch.Tensor,
-    options: dict[str, int],
+    options: dict[str, Any],
 ) -> dict[str, Any]:
     """Accuracy of the slice read from disk, and that the live family computes and generates the same at this budget."""
     loaded = AutoModelForCausalLM.from_pretrained(directory, budget=name)

@@ -192,6 +192,12 @@ def passed_by(name: str) -> str | None:
     return None
 
 
+def adaptable(rule: TensorRule) -> bool:
+    """Whether adapters belong on this tensor of a parent: on every matrix of the layers, experts too, but for routers and what kernels pass by."""
+    matrix = rule.layer is not None and not rule.buffer and len(rule.dims) >= 2
+    return matrix and not rule.routes and passed_by(rule.module) is None
+
+
 def refuse_unsupported(model: nn.Module, architecture: Architecture, config: PreTrainedConfig) -> None:
     """Refuse adapters whose slice is not the adapter of the slice, or that a kernel would pass by.
 

@@ -18,7 +18,7 @@ from ..architectures.submodel import Submodel
 from ..configuration.budgets import FULL, Budget
 from ..configuration.section import CUT_FROM
 from ..configuration_elastic import ElasticConfig
-from ..errors import BusyError, CheckpointError, ElasticConfigError, HFElasticError
+from ..errors import BusyError, CheckpointError, ElasticConfigError, HFElasticError, shown
 from .adapters import attached
 from .running import RunningMixin
 from .sharing import COMPILED, Users
@@ -47,6 +47,12 @@ class SwitchingMixin(RunningMixin):
         name = self.elastic_config.name_of(self.submodel)
         # A slice is a parent to what it nests; in its family its own sizes may have no name.
         return None if name == FULL and "sizes" in getattr(self.elastic_config, CUT_FROM, {}) else name
+
+    @budget.setter
+    def budget(self, budget: Budget | Submodel) -> None:
+        raise AttributeError(
+            f"budget is only read here: call set_budget({shown(budget)}), or: with model.at({shown(budget)}): ..."
+        )
 
     def _sizes_shown(self) -> str:
         """What `print(model)` says before the modules; nothing while the model is being made."""
@@ -259,6 +265,11 @@ class SwitchingMixin(RunningMixin):
         """As upstream, of everything that is loaded."""
         with self._whole("checkpointing it"):
             super()._set_gradient_checkpointing(*args, **kwargs)  # type: ignore[misc]
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """The older name, which peft and trl ask for; upstream would warn of it as if the user had."""
+        return bool(self.is_activation_checkpointing)  # type: ignore[attr-defined]
 
     def enable_input_require_grads(self) -> None:
         """As upstream, of everything that is loaded."""

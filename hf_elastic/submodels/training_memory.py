@@ -14,7 +14,7 @@ from ..architectures import Architecture, get_architecture
 from ..architectures.axes import TensorRule
 from ..architectures.cost import CostModel
 from ..errors import ElasticConfigError, shown
-from .adapters import factor_rules, passed_by
+from .adapters import adaptable, factor_rules
 
 Kind = Literal["full", "lora"]
 KINDS: tuple[Kind, ...] = ("full", "lora")
@@ -115,13 +115,9 @@ def adapter_parameters(architecture: Architecture, config: PreTrainedConfig, ran
     return sum(
         factor.count(full.at(rule.layer))
         for rule in architecture.rules(config)
-        if rule.layer is not None and _adaptable(rule)
+        if adaptable(rule)
         for factor in factor_rules(rule, rank)
     )
-
-
-def _adaptable(rule: TensorRule) -> bool:
-    return _is_matrix(rule) and not rule.routes and passed_by(rule.module) is None
 
 
 def _is_matrix(rule: TensorRule) -> bool:

@@ -265,8 +265,15 @@ ELASTIFY = ["elastify", "{plain}", "{tmp}/out", "--axis", "expert_ffn", "--budge
         (["generate", "{elastic}", "", "--raw"], "prompt is empty"),
         (["generate", "{elastic}", "^", "--max-new-tokens", "0"], "must be at least 1"),
         (["generate", "{elastic}", "^", "--temperature", "-1"], "at least 0"),
-        (["elastify", "{plain}", "{tmp}/out"], "neither budgets nor axes"),
-        (["elastify", "{plain}", "{tmp}/out", "--budget", "small:hidden=40"], "give calibration= or scores="),
+        (["elastify", "{plain}", "{tmp}/out"], r"neither budgets nor axes.*\(--budget half=6B\)"),
+        (
+            ["elastify", "{plain}", "{tmp}/out", "--budget", "a=100k", "--calibration", "{text}"],
+            r"is a target: say with axes= .*\(--axis hidden --axis expert_ffn\)",
+        ),
+        (
+            ["elastify", "{plain}", "{tmp}/out", "--budget", "small:hidden=40"],
+            r"to sort by \(--calibration FILE, --scores FILE\), or sort=False \(--no-sort\)",
+        ),
         (["elastify", "{plain}", "{tmp}/out", "--budget", "small"], "must be NAME:AXIS=SIZE"),
         (
             ["elastify", "{plain}", "{tmp}/out", "--budget", "a:hidden=40", "--calibration", "{tmp}/no.jsonl"],
@@ -316,7 +323,7 @@ ELASTIFY = ["elastify", "{plain}", "{tmp}/out", "--axis", "expert_ffn", "--budge
                 "table.tsv": "table.tsv must end with .jsonl, .json, .parquet, .csv, .txt",
                 "folder": "folder cannot be read as a dataset: .*neither a",
                 "folder.jsonl": "does not exist",
-                "nothing": "nothing cannot be read as a dataset",
+                "nothing": "there is no file or folder .*nothing",
                 "null.jsonl": "calibration row 0: text=None must be a text",
             }.items()
         ),

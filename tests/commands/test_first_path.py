@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import json
 import os
-import random
 import subprocess
 import sys
 from contextlib import redirect_stdout
@@ -13,18 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import granite, randomize
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteMoeHybridForCausalLM, PreTrainedTokenizerFast
+from chats import save_parent, write_chats
+from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteMoeHybridForCausalLM
 
 from hf_elastic.cli import main
 
-NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight"]
-WORDS = ["<pad>", "<eos>", "<user>", "<assistant>", *NUMBERS, "what", "is", "plus", "?", "."]
-TEMPLATE = (
-    "{% for m in messages %}{{ '<' + m.role + '> ' + m.content }}{{ ' <eos> ' if m.role == 'assistant' else ' ' }}{% endfor %}"
-    "{{ '<assistant> ' if add_generation_prompt else '' }}"
-)
+pytestmark = pytest.mark.slow
 
 FULL = """\
 model: family
@@ -34,40 +27,21 @@ output_dir: trained
 eval_strategy: epoch
 eval_on_start: true
 num_train_epochs: 3
-learning_rate: 5.0e-3
+learning_rate: 3.0e-3
 per_device_train_batch_size: 16
 bf16: false
 use_cpu: true
 report_to: none
 """
 
-LORA = FULL.replace("output_dir: trained", "output_dir: adapter").replace("5.0e-3", "1.0e-2") + (
-    "use_peft: true\nmerge_adapter: true\n"
-    "lora_target_modules: [q_proj, k_proj, v_proj, o_proj, in_proj, input_linear, output_linear]\n"
+LORA = (
+    FULL.replace("output_dir: trained", "output_dir: adapter").replace("3.0e-3", "1.0e-2")
+    + """\
+use_peft: true
+lora_targets: auto
+merge_adapter: true
+"""
 )
-
-
-def save_parent(folder: Path) -> None:
-    """A Granite of the stock classes, with a tokenizer: what a user has."""
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
-    fast.chat_template = TEMPLATE
-    fast.save_pretrained(folder)
-    ends = {"vocab_size": len(WORDS), "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
-    model = GraniteMoeHybridForCausalLM(granite(**ends))
-    randomize(model)
-    model.save_pretrained(folder)
-
-
-def write_chats(path: Path, count: int, seed: int) -> None:
-    draw = random.Random(seed)
-    with path.open("w") as file:
-        for _ in range(count):
-            a, b = draw.randint(0, 4), draw.randint(0, 4)
-            question = {"role": "user", "content": f"what is {NUMBERS[a]} plus {NUMBERS[b]} ?"}
-            answer = {"role": "assistant", "content": f"{NUMBERS[a + b]} ."}
-            file.write(json.dumps({"messages": [question, answer]}) + "\n")
 
 
 def hf_elastic(line: str) -> None:
@@ -86,7 +60,7 @@ def path(tmp_path_factory):
         write_chats(Path("chats.jsonl"), 96, seed=0)
         write_chats(Path("heldout.jsonl"), 16, seed=1)
         hf_elastic(
-            "elastify parent family --calibration chats.jsonl --axis hidden --axis expert_ffn --axis shared_expert_ffn --budget half=50k"
+            "elastify parent family --calibration chats.jsonl --axis hidden --axis mamba_heads --axis expert_ffn --budget half=50%"
         )
         for name, recipe in (("full", FULL), ("lora", LORA)):
             Path(f"{name}.yaml").write_text(recipe)
@@ -101,7 +75,7 @@ def test_the_family_has_the_size_that_was_asked_for(path, capsys):
     hf_elastic("plan family --json")
     full, half = json.loads(capsys.readouterr().out)["budgets"]
     assert (full["name"], half["name"]) == ("full", "half")
-    assert 0.9 * 50_000 < half["total_params"] <= 50_000 < full["total_params"]
+    assert 0.45 < half["total_params"] / full["total_params"] <= 0.5
     parent = AutoModelForCausalLM.from_pretrained("parent")
     family = AutoModelForCausalLM.from_pretrained("family")
     ids = AutoTokenizer.from_pretrained("family")("<user> what is one plus two ?", return_tensors="pt")["input_ids"]
@@ -118,7 +92,7 @@ def test_training_brings_every_size_near(name, path):
     ]
     assert before["full"] < 1e-6 < before["half"]
     assert after["half"] < 0.8 * before["half"]
-    assert after["full"] < after["half"]
+    assert after["full"] < 0.5 * before["half"]
 
 
 @pytest.mark.parametrize("name", ["trained", "adapter/merged"])
@@ -185,3 +159,9 @@ def test_generate_takes_the_trained_family(path, capsys):
     result = json.loads(capsys.readouterr().out)
     assert result["budget"] == "half"
     assert 1 <= result["tokens"] <= 4
+
+
+def test_evaluate_asks_for_a_task(path, capsys):
+    """The default task is that of the lab's model; what another one writes there would only look like a result."""
+    assert main(["evaluate", "trained"]) == 2
+    assert "Give --data FILE with rows of your own, or --task NAME" in capsys.readouterr().err

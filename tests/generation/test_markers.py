@@ -159,7 +159,8 @@ def test_evaluate_without_a_task_is_for_models_of_the_lab(reasoning, capsys):
         assert main(["evaluate", str(reasoning)]) == 2
         error = capsys.readouterr().err
         assert "book is the task of the embedded lab" in error
-        assert "Give --task NAME" in error
+        assert "Give --data FILE" in error
+        assert "or --task NAME" in error
 
 
 def test_generate_takes_or_finds_the_markers(reasoning, capsys):

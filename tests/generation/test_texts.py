@@ -198,5 +198,5 @@ def test_commands_say_so(plain_family, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
     words().save_pretrained(plain_family)
     AutoModelForCausalLM.from_pretrained(plain_family)
-    assert main(["evaluate", plain_family, "--count", "1"]) == 2
-    assert "task 'book': the tokenizer cannot read" in capsys.readouterr().err
+    assert main(["evaluate", plain_family, "--task", "book", "--count", "1"]) == 2
+    assert "book is the task of the embedded lab" in capsys.readouterr().err

@@ -221,7 +221,7 @@ BAD_ROUTERS = {
         "an interpolated submodel says active_params=3, its sizes have",
     ),
     "twice": (lambda c: c["interpolated"].append(c["interpolated"][0]), "are the same submodel"),
-    "below all": (lambda c: c["budgets"].pop("small"), "the smallest lies below every budget"),
+    "below all": (lambda c: c["budgets"].pop("small"), "lists a size that is smaller than every budget"),
     "not nested": (
         lambda c: c.update(interpolated=[{"sizes": {"hidden": 24}}]),
         r"does not nest in|same submodel|below every budget",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import socket
 
+import fresh
 import pytest
 import torch
 import two_ranks
@@ -23,11 +23,20 @@ def _with_gradients():
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """Results of both ranks; one launch for all runs, because starting takes longer than running."""
+    """Results of both ranks; one launch for all runs, and one import for both processes, because starting takes longer than running."""
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*command, two_ranks.__file__, str(folder)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environments = [{**shared, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(2)]
+    processes = [fresh.process(two_ranks.on_rank, folder, environment) for environment in environments]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(900)
+        process.kill()  # the other one waits for a rank that failed
+    assert [process.exitcode for process in processes] == [0, 0], "pytest -s shows what they said"
     return [torch.load(folder / f"rank{i}.pt", weights_only=True) for i in range(2)]
 
 

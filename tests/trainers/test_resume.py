@@ -6,10 +6,9 @@ import errno
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import fresh
 import pytest
 import torch
 from cases import BUDGETS, build_parent
@@ -90,24 +89,19 @@ def test_a_killed_run_goes_on_to_the_same_weights(straight, killed_at, tmp_path)
     assert tokens[0] == tokens[1] > 0
 
 
-SCRIPT = """
-import os, sys
-sys.path[:0] = sys.argv[2].split(os.pathsep)
-import torch
-torch.set_num_threads(1)
-from runs import trainer
-from test_resume import RUN
-trainer(sys.argv[1], **RUN).train(resume_from_checkpoint=True)
-"""
+def go_on(folder: Path) -> None:
+    torch.set_num_threads(1)
+    trainer(folder, **RUN).train(resume_from_checkpoint=True)
 
 
 @pytest.mark.slow
 def test_another_process_goes_on_after_a_kill(straight, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         trainer(tmp_path, callbacks=[StopAt(3)], **RUN).train()
-    paths = os.pathsep.join(str(Path(__file__).parents[i]) for i in (0, 1))
-    done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path), paths], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    other = fresh.process(go_on, tmp_path)
+    other.start()
+    other.join(300)
+    assert other.exitcode == 0
     assert_same_weights(ElasticForCausalLM.from_pretrained(tmp_path / "checkpoint-6"), straight[0].model)
 
 

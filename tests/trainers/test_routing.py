@@ -54,11 +54,31 @@ def trainer(folder, **fields) -> ElasticDistillationTrainer:
     )
 
 
-def test_choices_become_nested_budgets_within_their_targets(tmp_path):
-    made = trainer(tmp_path)
-    before = {key: tensor.clone() for key, tensor in made.routing.router.state_dict().items()}
-    made.train()
-    model = made.model
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A whole run, with checkpoints after 2, 4 and 6 steps, and the router that it began with; not to be changed."""
+    folder = tmp_path_factory.mktemp("straight")
+    with torch.enable_grad():
+        made = trainer(folder)
+        before = {key: tensor.clone() for key, tensor in made.routing.router.state_dict().items()}
+        made.train()
+    return SimpleNamespace(folder=folder, trainer=made, model=made.model, router=made.routing.router, before=before)
+
+
+@pytest.fixture
+def cut_off(straight, tmp_path):
+    """A folder with the checkpoints of a run that was killed after so many steps."""
+
+    def copied(steps):
+        for step in range(2, steps + 1, 2):
+            shutil.copytree(straight.folder / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+        return tmp_path
+
+    return copied
+
+
+def test_choices_become_nested_budgets_within_their_targets(straight, tmp_path):
+    made, model, before = straight.trainer, straight.model, straight.before
     assert list(model.budgets) == ["large", "small"]
     count = CostModel(model.config)
     total = count.full.total_params
@@ -177,9 +197,7 @@ def test_stages_have_a_rate_for_the_router(tmp_path):
 
 
 @pytest.mark.parametrize("kill_at", [3, 5], ids=["undecided", "decided"])
-def test_a_killed_run_goes_on_as_if_it_had_not_been(kill_at, tmp_path):
-    straight = trainer(tmp_path / "straight")
-    straight.train()
+def test_a_killed_run_goes_on_as_if_it_had_not_been(kill_at, straight, tmp_path):
     killed = trainer(tmp_path / "killed")
     killed.add_callback(StopAt(kill_at))
     with pytest.raises(KeyboardInterrupt):
@@ -187,7 +205,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(kill_at, tmp_path):
     resumed = trainer(tmp_path / "killed")
     resumed.train(resume_from_checkpoint=True)
     assert resumed.model.elastic_config.elastic == straight.model.elastic_config.elastic
-    for ours, theirs in ((resumed.model, straight.model), (resumed.routing.router, straight.routing.router)):
+    for ours, theirs in ((resumed.model, straight.model), (resumed.routing.router, straight.router)):
         wanted = theirs.state_dict()
         assert all(torch.equal(wanted[key], tensor) for key, tensor in ours.state_dict().items())
 
@@ -202,10 +220,9 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(kill_at, tmp_path):
         ({"router_targets": {**TARGETS, "large": 0.8}}, r"router\.targets\.large \(0.75 there, 0.8 here\)"),
     ],
 )
-def test_a_router_is_not_resumed_by_another_run(fields, message, tmp_path):
-    trainer(tmp_path, max_steps=2, save_steps=1).train()
+def test_a_router_is_not_resumed_by_another_run(fields, message, straight, tmp_path):
     with pytest.raises(ElasticConfigError, match=message):
-        trainer(tmp_path, **fields).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+        trainer(tmp_path, **fields).train(resume_from_checkpoint=str(straight.folder / "checkpoint-2"))
 
 
 def test_a_run_that_ends_when_the_router_is_done_has_decided(tmp_path):
@@ -214,7 +231,7 @@ def test_a_run_that_ends_when_the_router_is_done_has_decided(tmp_path):
     assert list(made.model.budgets) == ["large", "small"]
 
 
-def test_a_run_that_is_ended_earlier_has_decided(tmp_path, caplog):
+def test_a_run_that_is_ended_earlier_has_decided(straight, tmp_path, caplog):
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             control.should_training_stop = state.global_step == 3
@@ -227,8 +244,6 @@ def test_a_run_that_is_ended_earlier_has_decided(tmp_path, caplog):
     assert "ended after 3 steps, before the 4 of router_steps" in caplog.text
     resumed = trainer(tmp_path)  # the checkpoint is that of a router that goes on
     resumed.train(resume_from_checkpoint=True)
-    straight = trainer(tmp_path / "straight")
-    straight.train()
     assert resumed.model.elastic_config.elastic == straight.model.elastic_config.elastic
 
 
@@ -268,9 +283,8 @@ def test_choices_per_layer_meet_every_kind_of_target(small, tmp_path):
 # Saved
 
 
-def test_the_saved_model_has_the_router_and_what_it_interpolates(tmp_path):
-    made = trainer(tmp_path, save_strategy="no")
-    made.train()
+def test_the_saved_model_has_the_router_and_what_it_interpolates(straight, tmp_path):
+    made = straight.trainer
     made.save_model(str(tmp_path / "end"))
     loaded = ElasticForCausalLM.from_pretrained(tmp_path / "end")
     wanted = made.routing.router.state_dict()
@@ -342,7 +356,8 @@ def test_a_missed_target_is_a_warning(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("file", ["router.safetensors", REPORT_FILE])
-def test_a_disk_that_fills_up_leaves_no_part_of_a_checkpoint(file, tmp_path, monkeypatch):
+def test_a_disk_that_fills_up_leaves_no_part_of_a_checkpoint(file, cut_off, tmp_path, monkeypatch):
+    cut_off(4)
     made = trainer(tmp_path)
     write = {"router.safetensors": "save", REPORT_FILE: "_write_report"}[file]
     owner = made.routing.router if write == "save" else made.routing
@@ -356,7 +371,7 @@ def test_a_disk_that_fills_up_leaves_no_part_of_a_checkpoint(file, tmp_path, mon
 
     monkeypatch.setattr(owner, write, write_half)
     with pytest.raises(OSError, match="No space left"):
-        made.train()
+        made.train(resume_from_checkpoint=True)
     assert not (tmp_path / "checkpoint-6").exists()
     resumed = trainer(tmp_path)
     resumed.train(resume_from_checkpoint=True)
@@ -374,12 +389,8 @@ def frozen(folder, model, **fields) -> ElasticDistillationTrainer:
 
 
 @pytest.mark.parametrize("decided", [True, False])
-def test_a_frozen_router_decides_at_once_and_does_not_change(decided, tmp_path):
-    first = trainer(tmp_path / "first", max_steps=4)
-    first.train()
-    saved = tmp_path / "first" / "checkpoint-2"
-    if decided:
-        first.save_model(str(saved := tmp_path / "saved"))
+def test_a_frozen_router_decides_at_once_and_does_not_change(decided, straight, tmp_path):
+    saved = straight.folder / f"checkpoint-{6 if decided else 2}"
     model = ElasticForCausalLM.from_pretrained(saved, dtype=torch.float32)
     assert list(model.budgets) == (["large", "small"] if decided else [])
     before = {key: tensor.clone() for key, tensor in model.router.state_dict().items()}
@@ -392,17 +403,14 @@ def test_a_frozen_router_decides_at_once_and_does_not_change(decided, tmp_path):
     assert all(torch.equal(before[key], tensor) for key, tensor in made.model.router.state_dict().items())
     assert not any("resource" in key for entry in made.state.log_history for key in entry)
     if decided:
-        assert made.model.elastic_config.elastic == first.model.elastic_config.elastic
+        assert made.model.elastic_config.elastic == straight.model.elastic_config.elastic
     resumed = frozen(tmp_path / "second", ElasticForCausalLM.from_pretrained(saved), max_steps=4)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.model.elastic_config.elastic == made.model.elastic_config.elastic
 
 
-def test_a_run_can_go_on_with_its_router_frozen(tmp_path):
-    killed = trainer(tmp_path)
-    killed.add_callback(StopAt(3))
-    with pytest.raises(KeyboardInterrupt):
-        killed.train()
+def test_a_run_can_go_on_with_its_router_frozen(cut_off, tmp_path):
+    cut_off(2)
     resumed = frozen(tmp_path, undecided(), router_targets=TARGETS, max_steps=6)
     resumed.train(resume_from_checkpoint=True)
     saved = load_file(tmp_path / "checkpoint-2" / "router.safetensors")
@@ -428,14 +436,13 @@ def test_a_frozen_router_has_been_trained(tmp_path):
         frozen(tmp_path, undecided(), router_targets=TARGETS).train()
 
 
-def test_a_frozen_router_does_not_replace_other_budgets(tmp_path):
-    first = trainer(tmp_path, max_steps=4, save_strategy="no")
-    first.train()
-    section = {"axes": first.model.elastic_config.axes, "budgets": {"mine": {"sizes": {"hidden": 40}}}}
-    section["router"] = first.routing.router.describe()
-    first.model.elastic_config.elastic = ElasticConfig(parent_config=first.model.config, elastic=section).elastic
+def test_a_frozen_router_does_not_replace_other_budgets(straight, tmp_path):
+    model = ElasticForCausalLM.from_pretrained(straight.folder / "checkpoint-6")
+    section = {"axes": model.elastic_config.axes, "budgets": {"mine": {"sizes": {"hidden": 40}}}}
+    section["router"] = model.router.describe()
+    model.elastic_config.elastic = ElasticConfig(parent_config=model.config, elastic=section).elastic
     with pytest.raises(ElasticConfigError, match=r"budgets that its router does not choose \(mine\)"):
-        frozen(tmp_path, first.model)
+        frozen(tmp_path, model)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,4 @@
-"""The runs that test_distributed compares: in one process, or as a script that torchrun starts on every rank.
-
-python -m torch.distributed.run --standalone --nproc-per-node 2 two_ranks.py OUTPUT
-"""
+"""The runs that test_distributed compares: in one process, or on every rank, in the environment that torchrun gives it."""
 
 from __future__ import annotations
 
@@ -195,13 +192,11 @@ def shard(name: str, rank: int, ranks: int) -> dict[str, Any]:
     return {"state": {key: p.detach().clone() for key, p in state.items()}, "losses": losses, "kinds": kinds}
 
 
-def main(output: Path) -> None:
+def on_rank(output: Path, environment: dict[str, str]) -> None:
+    """All runs of one rank, in a process of its own."""
+    os.environ.update(environment)
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     results = {f"trainer {name}": train(name, output, ranks) for name in TRAINED}
     results["router"] = route(output, ranks)
     results |= {f"fully_shard {name}": shard(name, rank, ranks) for name in SHARDED}
     torch.save(results, output / f"rank{rank}.pt")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

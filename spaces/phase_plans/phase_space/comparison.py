@@ -10,7 +10,7 @@ from .messages import is_right
 from .tasks import Solution
 from .trace import Trace
 
-SAME_TIME = 0.05
+SAME_TIME = 0.1
 """Times that differ by less than this part are called the same."""
 
 BEFORE = (
@@ -57,10 +57,11 @@ def compute(trace: Trace, sizes: Sequence[Size]) -> int:
 
 
 def _outcome(a: Trace, b: Trace, solution: Solution | None) -> str:
-    rights = (is_right(a, solution), is_right(b, solution))
-    if None not in rights:
-        return {(True, True): "Both answers are right.", (True, False): "A's answer is right, B's is wrong.",
-                (False, True): "B's answer is right, A's is wrong."}.get(rights, "Both answers are wrong.")  # fmt: skip
+    a_is, b_is = is_right(a, solution), is_right(b, solution)
+    if a_is is not None and b_is is not None:
+        if a_is == b_is:
+            return f"Both answers are {'right' if a_is else 'wrong'}."
+        return "A's answer is right, B's is wrong." if a_is else "B's answer is right, A's is wrong."
     if a.text("answering") == b.text("answering"):
         return "Both gave the same answer."
     return "The answers differ; which one is better is for you to say."

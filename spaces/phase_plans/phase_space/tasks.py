@@ -116,14 +116,12 @@ def _book_intro(prompt: str) -> str:
     solution = _solve_book(prompt)
     steps = "\n".join(f"- {line}" for line in solution.worked)
     said = f"**`{prompt}`** is a small sum: a is {prompt[2]}, and each letter after it adds to the one before or takes away from it. "
-    said += "Only one digit is kept: below 0 ten is added, from 10 on ten is taken away."
+    said += "Only one digit is kept: below 0, ten is added; from 10 on, ten is taken away."
     end = "The **thinking** works out the digits. The **answer** is the code of every step, from a table that the model has learned by heart: "
     return f"{said}\n\n{steps}\n\n{end}`{solution.answer}` is right.\n"
 
 
-_ROWS = "\n".join(
-    f"| `{op}{k}` | " + " | ".join(f"`{code}`" for code in codes) + " |" for (op, k), codes in BOOK.items()
-)
+_ROWS = "\n".join(f"| `{op}{k}` | {' | '.join(codes)} |" for (op, k), codes in BOOK.items())
 
 BOOK_TASK = Task(
     examples=_EXAMPLES,

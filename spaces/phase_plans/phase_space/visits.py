@@ -89,7 +89,8 @@ class Space:
         try:
             settings: Any = _settings(cap, answer_cap, temperature, seed)
             ask = Ask(messages.said(history), thinking, answering, **settings)
-            trace, solution = None, self.solution(ask.messages)
+            trace: Trace | None = None
+            solution = self.solution(ask.messages)
             for trace_or_text in self.run(ask, self.flags.get(request, "chat")):
                 if isinstance(trace_or_text, str):
                     shown = messages.messages(trace, solution) if trace else []
