@@ -250,7 +250,7 @@ def tell_training(run: dict[str, Any]) -> str:
         [part["part"], format_bytes(part["bytes"]), "counted" if part["counted"] else "estimated", part["how"]]
         for part in run["parts"]
     ]
-    rows.append(["together", format_bytes(run["bytes"]), "", "leave a tenth of the GPU free besides"])
+    rows.append(["together", format_bytes(run["bytes"]), "", "leave a sixth of the GPU free besides"])
     flops = f"{run['flops_per_token']:.2g} operations per token, if all sizes of the checkpoint are drawn alike"
     return f"{table(rows, right=frozenset({1}))}\n{flops}"
 

@@ -133,8 +133,8 @@ def _step(
     gpus: int,
     chunk: int,
 ) -> Iterator[Part]:
-    full, depth = architecture.full(config), architecture.depth(config)
-    layers = [[rule for rule in architecture.rules(config) if rule.layer == layer] for layer in range(depth)]
+    full, depth, rules = architecture.full(config), architecture.depth(config), architecture.rules(config)
+    layers = [[rule for rule in rules if rule.layer == layer] for layer in range(depth)]
     # FSDP casts what it gathers; on one GPU the residual stream has the type of the weights.
     item = _ARITHMETIC.itemsize if gpus > 1 else dtype.itemsize
     hidden = full.at(None)["hidden"]
@@ -149,7 +149,7 @@ def _step(
     yield Part("logits", _LOGIT_COPIES * chunk * vocabulary * 4, False, how)
     largest = max(_elements(layer, full) for layer in layers)
     if gpus > 1:
-        outside = sum(rule.count(full.at(None)) for rule in architecture.rules(config) if rule.layer is None)
+        outside = sum(rule.count(full.at(None)) for rule in rules if rule.layer is None and not rule.tied)
         gathered = 3 * largest * _ARITHMETIC.itemsize + outside * _TEACHER.itemsize
         yield Part(
             "gathered", gathered, False, "FSDP: two layers and gradients of one; embeddings and head of the teacher"

@@ -103,7 +103,7 @@ def test_plan_says_what_a_run_takes(folder, capsys):
     main(arguments)
     text = capsys.readouterr().out
     assert "219,720,192 parameters of rank 8" in text
-    assert "leave a tenth of the GPU free besides" in text
+    assert "leave a sixth of the GPU free besides" in text
     main([*arguments, "--json"])
     run = json.loads(capsys.readouterr().out)["training"]
     assert run["bytes"] == sum(part["bytes"] for part in run["parts"])
