@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import os
+import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from ._version import __version__
@@ -75,11 +78,41 @@ def _show(command: str, others: Callable[..., None]) -> Callable[..., None]:
     return show
 
 
+@contextmanager
+def _said_once() -> Iterator[None]:
+    """Show bars of transformers, such as "Loading weights", the first time that there is one of that name, as commands load and save several models;
+    and of the lines on functions for which kernels are missing the first for each package."""
+    from transformers.utils.logging import set_tqdm_hook
+
+    seen: set[Any] = set()
+    kernels = logging.getLogger("transformers.integrations.hub_kernels")
+
+    def once(make: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        name = options.get("desc")
+        again = name in seen
+        seen.add(name)
+        return make(*args, **(options | {"disable": True} if again else options))
+
+    def first(record: logging.LogRecord) -> bool:
+        missing = re.search("because (`[^`]+` is not installed)", record.getMessage())
+        again = missing is not None and missing[1] in seen
+        seen.update(missing.groups() if missing else ())
+        return not again
+
+    before = set_tqdm_hook(once)
+    kernels.addFilter(first)
+    try:
+        yield
+    finally:
+        kernels.removeFilter(first)
+        set_tqdm_hook(before)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0, 2 after printing what is wrong, or 1 for an error that nobody expected. Tracebacks are for `--debug`."""
     args = build_parser().parse_args(argv)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _said_once():
             warnings.simplefilter("ignore", PortabilityWarning)  # commands tell it themselves
             warnings.simplefilter("always", BudgetWarning)
             warnings.showwarning = _show(args.command, warnings.showwarning)

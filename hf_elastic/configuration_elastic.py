@@ -28,7 +28,7 @@ from .configuration.budgets import (
     warn_if_far,
 )
 from .configuration.leaving_out import LEFT_OUT
-from .configuration.parent import explained, parent_from_dict, plain_parent_error, refuse_huge
+from .configuration.parent import explained, parent_from_dict, plain_parent_error, refuse_adapter, refuse_huge
 from .configuration.remote_code import InstalledCode
 from .configuration.section import (
     CUT_FROM,
@@ -440,6 +440,7 @@ def read_fields(repo: Any, **hub: Any) -> dict[str, Any]:
     """
     refuse_missing_folder(repo)
     refuse_interrupted(repo, hub.get("subfolder"))
+    refuse_adapter(Path(repo, hub.get("subfolder") or ""))
     if os.path.isdir(repo) and not Path(repo, hub.get("subfolder") or "", "config.json").is_file():
         raise CheckpointError(f"{repo} has no config.json.")
     fields, _ = ElasticConfig.get_config_dict(repo, **hub)

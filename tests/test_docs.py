@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import ast
 import re
 import shutil
 import sys
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
-from blocks import Block, blocks, check, commands, run
+from blocks import WRITE, Block, blocks, check, commands, run
 
-from hf_elastic import errors
+import hf_elastic
+from hf_elastic import errors, trainers
 from hf_elastic.architectures import Architecture
 from hf_elastic.lab.family import FAMILY_DIR
 from hf_elastic.lab.parent import PARENT_DIR
@@ -31,6 +32,7 @@ def folder(tmp_path, monkeypatch):
     """What every page finds: `demo/elastic`, the lab's trained family, and `demo/parent`, the plain model it was made from."""
     shutil.copytree(FAMILY_DIR, tmp_path / "demo/elastic")
     shutil.copytree(PARENT_DIR, tmp_path / "demo/parent", ignore=shutil.ignore_patterns("training.json"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # nobody waits for a Hub that is not there
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -53,8 +55,8 @@ def test_blocks_that_need_a_real_checkpoint_are_sound(page):
 def test_most_blocks_run():
     """Those that do not are counted here: one more is a decision."""
     code = [block for found in BLOCKS.values() for block in found if block.language in ("python", "sh")]
-    assert sum(not block.runs for block in code) <= 40
-    assert sum(block.runs for block in code) >= 3
+    assert sum(not block.runs for block in code) <= 20
+    assert sum(block.runs for block in code) >= 50
 
 
 def test_commands_that_set_things_up_exist():
@@ -128,7 +130,8 @@ def test_a_page_is_read_and_run(tmp_path, monkeypatch):
         (Block("p", 1, "sh", "", "vllm serve x"), "does not run here"),
     ],
 )
-def test_what_a_page_says_wrongly_is_found(block, message, tmp_path):
+def test_what_a_page_says_wrongly_is_found(block, message, tmp_path, monkeypatch):
+    monkeypatch.delenv(WRITE, raising=False)
     with pytest.raises(AssertionError, match=message):
         run(block, {}, tmp_path)
 
@@ -140,19 +143,13 @@ def test_options_that_do_not_exist_are_found():
         check(Block("p", 1, "python", "needs a real checkpoint", "x ="))
 
 
-def _public(package: str) -> list[str]:
-    file = {"hf_elastic": ROOT / "hf_elastic/__init__.py", "hf_elastic.trainers": ROOT / "trainers/__init__.py"}
-    for node in ast.parse(file[package].read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
-            return [name for name in ast.literal_eval(node.value) if not name.startswith("_")]
-    raise AssertionError(package)
-
-
-@pytest.mark.parametrize("package", ["hf_elastic", "hf_elastic.trainers"])
-def test_every_public_name_is_on_a_page_of_the_reference(package):
-    pages = "\n".join(path.read_text(encoding="utf-8") for page, path in PAGES.items() if page.startswith("docs/api/"))
-    listed = re.findall(rf"^::: {re.escape(package)}\.(\w+)$", pages, re.MULTILINE)
-    assert sorted(listed) == sorted(_public(package))
+def test_every_public_name_is_on_a_page_of_the_reference():
+    pages = [path.read_text(encoding="utf-8") for page, path in PAGES.items() if page.startswith("docs/api/")]
+    listed = {path for page in pages for path in re.findall(r"^::: (\S+)$", page, re.MULTILINE)}
+    public = {f"hf_elastic.{name}" for name in hf_elastic.__all__ if name[0] != "_"}
+    public |= {f"hf_elastic.trainers.{name}" for name in trainers.__all__}
+    public |= {f"hf_elastic.{place}.{name}" for name, place in hf_elastic._ELSEWHERE.items()}
+    assert {name for name in public if name not in listed and name.rpartition(".")[0] not in listed} == set()
 
 
 def test_every_error_is_explained():
@@ -175,11 +172,13 @@ def test_docstrings_are_read_in_the_style_of_the_house():
 
     Args:
         model ([`ElasticForCausalLM`]): What.
-        a, b (`int` or `dict[str, int]`, *optional*, defaults to `f(8)`): See [`~x.y`].
+        a, b (`int` or `dict[str, int]`, *optional*, defaults to `f(8)`): See [`~x.y`] and [`PhasePlan`].
 
     Returns:
         `dict`: What (`a`).
     """
     assert docstrings.plain(text) == text.replace("[`ElasticForCausalLM`]", "ElasticForCausalLM").replace(
         "`int` or `dict[str, int]`, *optional*, defaults to `f(8)`", "int or dict[str, int]"
-    ).replace("[`~x.y`]", "`x.y`").replace("`dict`:", "dict:")
+    ).replace("[`~x.y`]", "`x.y`").replace("[`PhasePlan`]", "[`PhasePlan`][hf_elastic.PhasePlan]").replace(
+        "`dict`:", "dict:"
+    )

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import griffe
 
-TRAINERS = Path(__file__).resolve().parents[1] / "trainers"
+ROOT = Path(__file__).resolve().parents[1]
+TRAINERS = ROOT / "trainers"
 
 _REFERENCE = re.compile(r"\[`(~?)([\w.]+)`\](?![\[(])")
 _PARAMETER = re.compile(r"^( +[\w, *]+ )\((.+?)\):(?=\s)", re.MULTILINE)
 _OPTIONAL = re.compile(r",? ?\*optional\*.*")
-_TYPE = re.compile(r"^( +)`([^`\n]+)`:(?= )", re.MULTILINE)
+_TYPE = re.compile(r"^( +)(\[?`[^`\n]+`\]?):(?= )", re.MULTILINE)
 
 
 class Repository(griffe.Extension):
@@ -52,8 +54,25 @@ class Repository(griffe.Extension):
 def plain(docstring: str) -> str:
     """A docstring in the style of Hugging Face's as griffe wants it.
 
-    [`Name`], a reference, becomes code. Types lose the marks that are shown anyway: `x (`int`, *optional*, defaults to 8):` is `x (int):`.
+    Types lose the marks that are shown anyway: `x (`int`, *optional*, defaults to 8):` is `x (int):`. [`Name`] leads to the page of that
+    name, and is code where it has none.
     """
-    text = _REFERENCE.sub(r"`\2`", docstring)
-    text = _PARAMETER.sub(lambda match: f"{match[1]}({_OPTIONAL.sub('', match[2]).replace('`', '')}):", text)
-    return _TYPE.sub(r"\1\2:", text)
+    text = _PARAMETER.sub(lambda match: f"{match[1]}({_unmarked(_OPTIONAL.sub('', match[2]))}):", docstring)
+    text = _TYPE.sub(lambda match: f"{match[1]}{_unmarked(match[2])}:", text)
+    return _REFERENCE.sub(_link, text)
+
+
+def _unmarked(kind: str) -> str:
+    return _REFERENCE.sub(r"\2", kind).replace("`", "")
+
+
+def _link(match: re.Match[str]) -> str:
+    name = match[2].rpartition(".")[2]
+    return f"[`{name}`][{_listed()[name]}]" if name in _listed() else f"`{match[2]}`"
+
+
+@cache
+def _listed() -> dict[str, str]:
+    """What the pages of the reference list, by its last name."""
+    pages = (file.read_text(encoding="utf-8") for file in (ROOT / "docs" / "api").glob("*.md"))
+    return {path.rpartition(".")[2]: path for page in pages for path in re.findall(r"^::: (\S+)$", page, re.MULTILINE)}

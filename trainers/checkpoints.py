@@ -112,9 +112,9 @@ class CheckpointsMixin(SFTTrainer):
         if self.routing is not None:
             self.routing.load(Path(resume_from_checkpoint))
         trained = check_family(resume_from_checkpoint, self._elastic.elastic_config)
-        if self._adapted:
-            adapters = self.accelerator.unwrap_model(self.model)
-            check_adapter(resume_from_checkpoint, adapters.peft_config[adapters.active_adapters[0]])
+        adapters = self.accelerator.unwrap_model(self.model) if self._adapted else None
+        ours = None if adapters is None else adapters.peft_config[adapters.active_adapters[0]]
+        check_adapter(resume_from_checkpoint, ours)
         self._total_train_tokens = check_training(resume_from_checkpoint, training_state(self.curriculum, self.args))
         self._elastic.elastic_config.handover_trained = trained
         if self._upstream_reads:

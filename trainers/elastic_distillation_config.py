@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 from trl import SFTConfig
 
@@ -39,7 +40,8 @@ class ElasticDistillationConfig(SFTConfig):
         hidden_loss (`str`, *optional*, defaults to `"cosine"`): `"cosine"` or `"mse"`, see [`hidden_distance`].
         hidden_loss_layers (`list[int]`, *optional*):
             Layers of the parent, counted from 0, after which to compare; those that a budget drops are passed over. Defaults to all.
-        eval_budgets (`list[str]`, *optional*): Budgets to evaluate, defaults to all.
+        eval_budgets (`list[str]`, *optional*): Budgets to evaluate, defaults to all. With an evaluation dataset and without `eval_strategy` they are
+            evaluated once, after the last step.
         handover_probability (`float`, *optional*, defaults to 0.0):
             How often a micro-batch trains cache hand-over: its rows begin in another budget, drawn from the same probabilities, and the batch's
             own goes on with the cache, converted as generation converts it. The loss is on what it reads, and the gradient goes through
@@ -129,7 +131,12 @@ class ElasticDistillationConfig(SFTConfig):
                 raise ElasticConfigError(f"stages={self.stages!r} is not JSON: {error}.") from error
         if self.bf16 is None and (self.use_cpu or not (is_torch_bf16_gpu_available() or is_torch_xla_available())):
             self.bf16: bool | None = False  # upstream takes it where nothing is said, and refuses machines without it
+        upstream: Any = self
+        if upstream.activation_checkpointing is None and upstream.gradient_checkpointing is True:
+            upstream.activation_checkpointing = True  # trl's default, by the name that upstream does not warn of
         super().__post_init__()
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # there is nothing to pin it for, and torch would warn of the default
         if not 0 < self.temperature < math.inf:
             raise ElasticConfigError(f"temperature={self.temperature} must be a finite number above 0.")
         if not 0 <= self.beta <= 1:

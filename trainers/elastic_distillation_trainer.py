@@ -37,7 +37,7 @@ from .handover import CUT, Handovers, handed_over, refuse_checkpointing, split_r
 from .lora import as_teacher, base_of, check_adapters, whole_head_of
 from .losses import chunked_divergence, summed_hidden_distance
 from .optimizing import OptimizingMixin
-from .reporting import ReportingMixin
+from .reporting import EvaluateAtTheEnd, ReportingMixin
 from .routing import Routing
 from .teacher import check_same_channels, load_teacher, prepare_teacher
 
@@ -152,6 +152,8 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
         check_model(self.model)  # upstream adapts embeddings and head on its own for a chat template with new tokens
         # The loss is divided by the number of target tokens of the whole step already.
         self.loss_is_scaled_for_ga = True
+        if self.eval_dataset is not None and args.eval_strategy == "no":
+            self.add_callback(EvaluateAtTheEnd())
         self.teacher_model = prepare_teacher(teacher, self.accelerator, self.is_fsdp_enabled)
         self._micro_batch = 0
         self._source: str | None = None

@@ -10,11 +10,21 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
 from hf_elastic.configuration.budgets import FULL
 from hf_elastic.errors import HFElasticError
+
+
+class EvaluateAtTheEnd(TrainerCallback):
+    """Evaluates once, after the last step: for an evaluation dataset without `eval_strategy`, which upstream would not look at."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = True
+        return control
 
 
 class ReportingMixin(SFTTrainer):

@@ -162,14 +162,21 @@ def check_family(folder: str, ours: ElasticConfig) -> bool:
     return saved.handover_trained
 
 
-def check_adapter(folder: str, ours: PeftConfig) -> None:
+def check_adapter(folder: str, ours: PeftConfig | None) -> None:
     """Compare the adapter of a checkpoint with a run's; upstream loads what fits and leaves the rest at its start.
 
     Raises:
         `ElasticConfigError`: names the fields that differ.
-        `CheckpointError`: the checkpoint holds all weights instead of an adapter.
+        `CheckpointError`: the checkpoint holds all weights instead of an adapter, or the other way round.
     """
-    if not (Path(folder) / "adapter_config.json").exists():
+    there = (Path(folder) / "adapter_config.json").exists()
+    if ours is None:
+        if there:
+            raise CheckpointError(
+                f"{folder} holds an adapter, it is of a run with adapters; give peft_config (use_peft: true), or start without it."
+            )
+        return
+    if not there:
         raise CheckpointError(
             f"{folder} holds no adapter, it is of a run that trained all weights; leave out peft_config."
         )

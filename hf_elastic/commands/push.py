@@ -90,6 +90,7 @@ def run(args: argparse.Namespace) -> None:
 @contextmanager
 def _checkpoint(args: argparse.Namespace, repo_id: str, card: CardArguments) -> Iterator[Path]:
     """The folder to upload: the source itself if it is as it has to be, otherwise a temporary one."""
+    from ..configuration.parent import refuse_adapter
     from ..configuration_elastic import ElasticConfig, read_config
     from ..hub.publishing import copy_others, read_published
     from ..modeling_elastic import ElasticForCausalLM
@@ -100,6 +101,7 @@ def _checkpoint(args: argparse.Namespace, repo_id: str, card: CardArguments) -> 
     check_source(args.source)
     source = Path(args.source)
     refuse_interrupted(source)
+    refuse_adapter(source)
     fields, _ = ElasticConfig.get_config_dict(args.source)
     if fields.get("model_type") != ElasticConfig.model_type:
         if not source.is_dir():

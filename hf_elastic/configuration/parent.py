@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +13,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from ..architectures import get_architecture
-from ..errors import ElasticConfigError, HFElasticError, did_you_mean, reason, shown
+from ..errors import CheckpointError, ElasticConfigError, HFElasticError, did_you_mean, reason, shown
+from ..storage.json_files import read_json
 from .known import KNOWN
 from .leaving_out import LEFT_OUT
 from .section import CUT_FROM, check_left_out, check_origin
@@ -21,6 +24,30 @@ _MOST = {
     **dict.fromkeys(("num_labels", "id2label", "label2id"), 10_000),
 }
 """Layers and labels that a config may have; no hybrid has more than some 120 layers."""
+
+
+def refuse_adapter(repo: str | os.PathLike[str]) -> None:
+    """Refuse a folder that holds an adapter and no model, which is what a LoRA run saves.
+
+    Raises:
+        `ElasticConfigError`: says how the adapter gets into a model.
+    """
+    folder = Path(repo)
+    if (folder / "config.json").is_file() or not (folder / "adapter_config.json").is_file():
+        return
+    if (folder / "merged" / "config.json").is_file():
+        raise ElasticConfigError(
+            f"{folder} holds an adapter, not a model. The family with the adapter merged is in {folder / 'merged'}; give that."
+        )
+    try:
+        family = read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "FAMILY"
+    except (CheckpointError, AttributeError):
+        family = "FAMILY"
+    raise ElasticConfigError(
+        f"{folder} holds an adapter, not a model. Merge it into the family that it was trained on, and give that folder: train with "
+        f"`merge_adapter: true`, which saves it in {folder / 'merged'}, or in Python PeftModel.from_pretrained(ElasticForCausalLM.from_pretrained("
+        f"{str(family)!r}), {str(folder)!r}).merge_and_unload().save_pretrained('merged')."
+    )
 
 
 def plain_parent_error(repo: Any, model_type: Any) -> ElasticConfigError:

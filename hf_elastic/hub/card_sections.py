@@ -136,8 +136,9 @@ def made(
     base_model: Any,
     origin: Mapping[str, Any] | None,
     recipe: str | os.PathLike[str] | None,
+    run: str | None = None,
 ) -> str:
-    """What the files know of it: the origin, axes, the router's targets, versions, and the recipe word for word."""
+    """What the files know of it: the origin, axes, the router's targets, the run, versions, and the recipe word for word."""
     lines = [f"- Cut {cut_words(origin)}."] if origin else []
     if isinstance(base_model, str) and base_model != (origin or {}).get("family"):
         lines.append(f"- From [{base_model}](https://huggingface.co/{base_model}).")
@@ -149,6 +150,8 @@ def made(
         lines.append(
             f"- {len(elastic.interpolated)} more sizes without a name lie between the budgets; limits such as `budget=9e9` select them."
         )
+    if run is not None:
+        lines.append(run)
     written = getattr(source, "transformers_version", None) or getattr(elastic, "transformers_version", None)
     lines.append(f"- Card by hf_elastic {__version__}{f'; config.json by transformers {written}' if written else ''}.")
     if recipe is not None:

@@ -22,6 +22,7 @@ from ..configuration_elastic import ElasticConfig
 from ..errors import ElasticConfigError
 from .card_results import read_all
 from .card_sections import DOWNLOADS, cut_words, has_head, limits, load_code, load_code_plain, made, sizes_table
+from .trainer_cards import run_facts
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ def render_card(
     recipe: str | os.PathLike[str] | None = None,
     tags: Iterable[str] = (),
     earlier: ModelCard | None = None,
+    run: ModelCard | None = None,
 ) -> ModelCard:
     """The card of an elastic checkpoint, or of a plain one that was exported from one.
 
@@ -59,6 +61,7 @@ def render_card(
         recipe (`str` or `os.PathLike`, *optional*): Text file that says how it was made, such as a recipe of `hf-elastic train`; the card quotes it.
         tags (`list[str]`, *optional*): Besides those that the architecture gives.
         earlier (`ModelCard`, *optional*): An older card of the same model, for the base model, license, language and datasets where they are not given.
+        run (`ModelCard`, *optional*): README that a trainer of trl generated; what it says of the run is kept.
 
     Returns:
         `huggingface_hub.ModelCard`: Below its metadata stands a comment by which a push knows it again.
@@ -72,15 +75,16 @@ def render_card(
     read = read_all(results, costs)
     evaluations = [evaluation for entry in read for evaluation in entry.evaluations]
     before: Any = earlier.data if earlier is not None else ModelCardData()
-    base_model = _base_model(base_model) or (origin or {}).get("family") or before.base_model
+    trained: Any = run.data if run is not None else ModelCardData()
+    base_model = _base_model(base_model) or (origin or {}).get("family") or before.base_model or trained.base_model
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation" if has_head(source, elastic) else None,
         base_model=base_model,
         base_model_relation=RELATION if base_model else None,
         language=before.language,
-        datasets=before.datasets,
-        tags=[*_tags(elastic, plain), *tags],
+        datasets=before.datasets or trained.datasets,
+        tags=list(dict.fromkeys([*_tags(elastic, plain), *tags, *(trained.tags or [])])),
         eval_results=evaluations or None,
         model_name=(repo_id or elastic.parent_config.model_type).rpartition("/")[2] if evaluations else None,
         **_license(license, license_name, license_link, before),
@@ -102,7 +106,7 @@ def render_card(
         if plain
         else load_code(elastic, costs, repo_id or "REPO", source),
         "results": "\n\n".join(text for entry in read for text in entry.tables),
-        "made": made(source, elastic, base_model, origin, recipe),
+        "made": made(source, elastic, base_model, origin, recipe, run_facts(run)),
         "limits": limits(source, elastic, read, plain, base_model),
     }
     text = _template("slice.md" if plain else "family.md").render(filled)

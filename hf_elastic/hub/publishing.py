@@ -1,6 +1,7 @@
 """Publishing on the Hub: what a folder would upload, the card that goes with it, and the upload in one commit.
 
-A `README.md` that a user wrote is kept, in the folder as in the repository; only one with the card's marker is written anew.
+A `README.md` that a user wrote is kept, in the folder as in the repository; only one with the card's marker is written anew, and one that trl
+generated is replaced by a card with its facts of the run.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from transformers.utils.hub import hf_api
 from ..checkpoints.nested import FOLDER
 from ..checkpoints.opening import open_checkpoint
 from ..checkpoints.origin import is_repo_id
-from ..configuration.parent import parent_from_dict
+from ..configuration.parent import parent_from_dict, refuse_adapter
 from ..configuration.remote_code import MODULE
 from ..configuration.section import CUT_FROM
 from ..configuration_elastic import ElasticConfig
@@ -42,6 +43,7 @@ from ..storage.tokenizer_files import tokenizer_files
 from .card_results import SEPARATOR
 from .card_sections import has_head
 from .cards import is_generated, render_card
+from .trainer_cards import run_facts
 
 README = "README.md"
 _SHARDS = SINGLE_NAME.replace(".", "-*.")
@@ -181,7 +183,8 @@ def prepare_upload(
         if not offline:
             raise
         remote, unasked = None, f" (the Hub could not be asked whether {repo_id} has one)"
-    kept = next((c for c in (local, remote) if c is not None and not is_generated(c)), None)
+    run = next((c for c in (local, remote) if run_facts(c)), None)
+    kept = next((c for c in (local, remote) if c is not None and not is_generated(c) and not run_facts(c)), None)
     if kept is not None and not card.overwrite_readme:
         where = f"the {README} of {root.name if kept is local else repo_id}"
         if given := card.given():
@@ -198,13 +201,15 @@ def prepare_upload(
         return Upload(repo_id, files, config, new, f"{where} is kept{replaced}", left_out)
     earlier = next((c for c in (local, remote) if c is not None and is_generated(c)), None)
     about = card.given()
-    known = _with_license(earlier, config, about, token)
-    rendered = render_card(config, repo_id=repo_id, tags=tags, earlier=known, **about)
+    known = _with_license(earlier, config, about, token, getattr(run and run.data, "base_model", None))
+    rendered = render_card(config, repo_id=repo_id, tags=tags, earlier=known, run=run, **about)
     files[README] = str(rendered).encode()
     for entry in card.results:
         path = Path(str(entry).partition(SEPARATOR)[0])
         files[f"results/{path.name}"] = path
     said = "replaced" if kept is not None else "written anew" if earlier is not None else "new"
+    if run is not None:
+        said += f", with what trl's of {root.name if run is local else repo_id} says of the run"
     return Upload(repo_id, files, config, rendered, f"{README} is {said}{unasked}", left_out)
 
 
@@ -224,6 +229,7 @@ def full_repo_id(repo_id: str, token: bool | str | None = None) -> str:
 def read_published(folder: Path) -> PreTrainedConfig:
     """The config of what a folder publishes: an elastic one, or a stock one that says what it was cut from."""
     refuse_interrupted(folder)
+    refuse_adapter(folder)
     if not (folder / "config.json").is_file():
         raise ElasticConfigError(f"{folder} is no checkpoint: it has no config.json.")
     fields, _ = ElasticConfig.get_config_dict(folder)
@@ -302,13 +308,17 @@ def _read_card(path: Path, where: str) -> ModelCard:
 
 
 def _with_license(
-    earlier: ModelCard | None, config: PreTrainedConfig, about: Mapping[str, Any], token: bool | str | None
+    earlier: ModelCard | None,
+    config: PreTrainedConfig,
+    about: Mapping[str, Any],
+    token: bool | str | None,
+    base_model: Any = None,
 ) -> ModelCard | None:
     """The earlier card; where neither it nor the arguments say a license, with that of the base model's card."""
     earlier = earlier or ModelCard("---\n{}\n---\n")
     data: Any = earlier.data
     origin = getattr(config, CUT_FROM, None) or {}
-    base = about.get("base_model") or origin.get("family") or data.base_model
+    base = about.get("base_model") or origin.get("family") or data.base_model or base_model
     if "license" in about or data.license or not isinstance(base, str) or not is_repo_id(base):
         return earlier
     try:

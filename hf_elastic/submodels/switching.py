@@ -266,6 +266,11 @@ class SwitchingMixin(RunningMixin):
         with self._whole("checkpointing it"):
             super()._set_gradient_checkpointing(*args, **kwargs)  # type: ignore[misc]
 
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """The older name, which peft and trl ask for; upstream would warn of it as if the user had."""
+        return bool(self.is_activation_checkpointing)  # type: ignore[attr-defined]
+
     def enable_input_require_grads(self) -> None:
         """As upstream, of everything that is loaded."""
         with self._whole("hooking it"):

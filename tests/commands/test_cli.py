@@ -323,7 +323,7 @@ ELASTIFY = ["elastify", "{plain}", "{tmp}/out", "--axis", "expert_ffn", "--budge
                 "table.tsv": "table.tsv must end with .jsonl, .json, .parquet, .csv, .txt",
                 "folder": "folder cannot be read as a dataset: .*neither a",
                 "folder.jsonl": "does not exist",
-                "nothing": "nothing cannot be read as a dataset",
+                "nothing": "there is no file or folder .*nothing",
                 "null.jsonl": "calibration row 0: text=None must be a text",
             }.items()
         ),

@@ -1,0 +1,113 @@
+"""What trl wrote of a run is no one's words: it gives way to a card, and what it says of the run stays."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from huggingface_hub import ModelCard
+from trl.trainer.utils import generate_model_card
+
+from hf_elastic import ElasticConfigError, ElasticForCausalLM
+from hf_elastic.cli import main
+from hf_elastic.hub.cards import MARKER
+from hf_elastic.hub.publishing import CardArguments, prepare_upload
+from hf_elastic.hub.trainer_cards import run_facts
+
+
+def generated(**fields) -> ModelCard:
+    """As trl's trainers write it."""
+    defaults = {"base_model": None, "model_name": "out", "hub_model_id": None, "dataset_name": None, "wandb_url": None}
+    defaults |= {"trackio_url": None, "trainer_name": "Elastic distillation", "tags": ["trl", "distillation"]}
+    return generate_model_card(**{**defaults, **fields})
+
+
+PAPER = {"paper_title": "Nemotron Elastic: [Many] (in) One", "paper_id": "2511.16664", "trainer_citation": "@a{b,\n}"}
+LINKS = {"wandb_url": "https://wandb.ai/me/run", "comet_url": "https://comet.com/me"}
+
+
+@pytest.mark.parametrize("fields", [{}, PAPER, LINKS, {"trackio_url": "https://me.hf.space"}, {**PAPER, **LINKS}])
+@pytest.mark.parametrize("names", [{}, {"base_model": "org/base", "dataset_name": "org/data", "hub_model_id": "a/b"}])
+def test_facts_of_the_run(fields, names):
+    facts = run_facts(generated(**fields, **names))
+    assert facts is not None
+    assert "Trained with [TRL]" in facts
+    assert "Elastic distillation" in facts
+    assert "Versions of the run: TRL " in facts
+    for value in [*fields.values(), *([names["dataset_name"]] if names else [])]:
+        assert value in facts or value == PAPER["trainer_citation"]
+    assert "None" not in facts
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.replace("## Quick start", "It is good at sums.\n\n## Quick start"),
+        lambda text: text.replace("## Training procedure", "## Limits\n\nNone.\n\n## Training procedure"),
+        lambda text: text.replace("question = ", "# ask it this\nquestion = "),
+        lambda text: text.replace("### Framework versions", "On 8 GPUs.\n\n### Framework versions"),
+        lambda text: text.replace("- TRL:", "- GPU: H100 of ours\n- TRL:"),
+        lambda text: text + "\n\nThanks to all.",
+        lambda text: "Read this first.\n" + text,
+        lambda text: text.replace("## Citations", "## Citations\n\nCite me."),
+    ],
+)
+def test_what_somebody_changed_is_somebodys(change):
+    card = generated(**PAPER, **LINKS)
+    assert run_facts(card)
+    card.text = change(card.text)
+    assert run_facts(card) is None
+    assert run_facts(ModelCard("---\ntags: [trl]\n---\n" + generated().text)) is None, "its metadata says so, too"
+    assert run_facts(None) is None
+
+
+@pytest.fixture
+def trained(family_folder, tmp_path):
+    """A family with the README of a run beside it."""
+    folder = tmp_path / "trained"
+    shutil.copytree(family_folder("nano3"), folder)
+    generated(**PAPER, wandb_url=LINKS["wandb_url"]).save(folder / "README.md")
+    return folder
+
+
+def test_push_writes_the_card_and_keeps_the_facts(trained, local_hub, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", "hf_local")
+    command = ["push", str(trained), "org/mine", "--layout", "stock", "--base-model", "org/base", "--license", "mit"]
+    assert main(command) == 0
+    assert "README.md is new, with what trl's of trained says of the run" in capsys.readouterr().out
+    upload = prepare_upload(trained, "org/mine", CardArguments(base_model="org/base", license="mit"))
+    assert MARKER in upload.card.text
+    assert "fine-tuned version of" not in upload.card.text
+    assert "None" not in upload.card.text
+    made = upload.card.text.partition("## How it was made")[2]
+    assert "https://wandb.ai/me/run" in made
+    assert "Versions of the run: TRL" in made
+    assert (upload.card.data.license, upload.card.data.base_model) == ("mit", "org/base")
+    assert {"elastic", "trl", "generated_from_trainer"} <= set(upload.card.data.tags)
+    # one on the Hub, where a trainer pushed it, gives way as well
+    family = ElasticForCausalLM.from_pretrained(trained)
+    family.push_to_hub("org/mine", layout="stock", license="mit", base_model="org/base")
+    repository = local_hub.repositories["org/mine"]
+    text = (trained / "README.md").read_bytes()
+    repository.add({**repository.commits[repository.refs["main"]], "README.md": text})
+    family.push_to_hub("org/mine", layout="stock", license="apache-2.0")
+    pushed = ModelCard(repository.commits[repository.refs["main"]]["README.md"].decode())
+    assert pushed.data.license == "apache-2.0"
+    assert "https://wandb.ai/me/run" in pushed.text
+
+
+def test_what_the_run_says_of_base_and_data_is_taken(trained, local_hub):
+    generated(base_model="org/base", dataset_name="org/data").save(trained / "README.md")
+    card = prepare_upload(trained, "org/mine").card
+    assert (card.data.base_model, card.data.datasets) == ("org/base", "org/data")
+    assert (
+        prepare_upload(trained, "org/mine", CardArguments(base_model="org/other")).card.data.base_model == "org/other"
+    )
+
+
+def test_one_that_a_person_went_on_writing_is_kept(trained, local_hub):
+    words = (trained / "README.md").read_text().replace("## Quick start", "It is good at sums.\n\n## Quick start")
+    (trained / "README.md").write_text(words)
+    assert prepare_upload(trained, "org/mine").card is None
+    with pytest.raises(ElasticConfigError, match="written by somebody and is kept, so license would have no effect"):
+        prepare_upload(trained, "org/mine", CardArguments(license="mit"))
