@@ -28,7 +28,15 @@ from .configuration.budgets import (
     warn_if_far,
 )
 from .configuration.leaving_out import LEFT_OUT
-from .configuration.parent import explained, parent_from_dict, plain_parent_error, refuse_adapter, refuse_huge
+from .configuration.parent import (
+    explained,
+    is_shown,
+    parent_from_dict,
+    plain_parent_error,
+    refuse_adapter,
+    refuse_huge,
+    unshown,
+)
 from .configuration.remote_code import InstalledCode
 from .configuration.section import (
     CUT_FROM,
@@ -133,7 +141,7 @@ class ElasticConfig(InstalledCode, PreTrainedConfig):
         for name in kwargs:
             if name in _READ_ONLY:
                 raise TypeError(f"unexpected argument {name!r}: the config says that itself.{meant_budget(name)}")
-        with explained(cls.model_type):
+        with explained(cls.model_type), unshown():
             return super().from_dict(config_dict, **kwargs)
 
     @classmethod
@@ -376,6 +384,8 @@ class ElasticConfig(InstalledCode, PreTrainedConfig):
         )
 
     def __repr__(self) -> str:
+        if not is_shown():
+            return type(self).__name__
         return f"{type(self).__name__} of {self.parent_config.model_type} with the sizes\n{self.sizes_shown()}\n{super().__repr__()}"
 
     # -- helpers -------------------------------------------------------------------------------------------------------

@@ -88,8 +88,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from ..configuration.parent import refuse_adapter
+
     if args.batch_size is None:
         args.batch_size = 50 if args.data is None else 4
+    check_source(args.repo)
+    refuse_adapter(args.repo)
     if args.data is None:
         _measure_plans(args)
     else:
@@ -120,7 +124,6 @@ def _measure_texts(args: argparse.Namespace) -> None:
     for name in ("count", "batch_size"):
         if getattr(args, name) < 1:
             raise ElasticConfigError(f"--{name.replace('_', '-')}={getattr(args, name)} must be at least 1.")
-    check_source(args.repo)
     device, dtype = check_device(args.device), check_dtype(args.dtype)
     data, tokenizer = load_calibration(args.data, args.split), load_tokenizer(args.repo)
     model: Any = ElasticForCausalLM.from_pretrained(args.repo, dtype=dtype).to(device)
@@ -156,7 +159,6 @@ def _measure_plans(args: argparse.Namespace) -> None:
             raise ElasticConfigError(f"--{name.replace('_', '-')}={getattr(args, name)} must be at least 1.")
     if args.prefill_speed is not None and not 0 < args.prefill_speed < float("inf"):
         raise ElasticConfigError(f"--prefill-speed={args.prefill_speed} must be a positive number.")
-    check_source(args.repo)
     device = check_device(args.device)
     args.dtype = check_dtype(args.dtype)
     if args.output and Path(args.output).exists() and not Path(args.output).is_dir():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import pickle
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,6 +33,9 @@ _ROUTER_KEYS = {"targets", "per_layer", "width"}
 _AXIS_KEYS = {"choices", "policy", "ranking"}
 _BUDGET_KEYS = {"sizes", "total_params", "active_params"}
 _HANDOVER_KEYS = {"trained"}
+_REMEMBERED = 64
+_CHECKED: dict[bytes, dict[str, Any]] = {}
+"""Sections that were found sound, by what they and their parents say."""
 
 
 def describe_axes(
@@ -67,7 +72,23 @@ def describe_axes(
 
 
 def checked_section(parent: PreTrainedConfig, section: Any) -> dict[str, Any]:
-    """Validate the `elastic` section, complete its counts, and order the submodels from large to small."""
+    """Validate the `elastic` section, complete its counts, and order the submodels from large to small.
+
+    One load asks for the same section several times, and counting takes most of reading a config, so what was found sound is remembered.
+    """
+    try:  # a pickle tells every value and its type; `repr` of some does not
+        key = hashlib.sha256(pickle.dumps((type(parent), parent.__dict__, section))).digest()
+    except Exception:  # whatever an object that does not belong there raises
+        return _checked_section(parent, section)
+    if key not in _CHECKED:
+        checked = _checked_section(parent, section)
+        while len(_CHECKED) >= _REMEMBERED:
+            del _CHECKED[next(iter(_CHECKED))]
+        _CHECKED[key] = checked
+    return copy.deepcopy(_CHECKED[key])
+
+
+def _checked_section(parent: PreTrainedConfig, section: Any) -> dict[str, Any]:
     if not isinstance(section, Mapping):
         raise ElasticConfigError(
             "config.json has no `elastic` section; elastify() or ElasticConfig.from_parent() writes one."

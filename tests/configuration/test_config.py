@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 
 import numpy as np
 import pytest
@@ -476,3 +477,44 @@ def test_an_unknown_name_is_an_error_of_ours(config):
 def test_masks_need_a_submodel(original):
     with pytest.raises(ElasticConfigError, match="submodel='small' must be a Submodel"):
         masked_model(original("nano2"), "small")
+
+
+def test_what_is_remembered_of_a_section_is_that_section():
+    """Sections that differ in a size, a type or their parent are checked anew, and nobody gets what another one holds."""
+    parent = parent_config("nano3")
+    first = ElasticConfig.from_parent(parent, BUDGETS["nano3"])
+    kept = copy.deepcopy(first.elastic)
+    first.elastic["budgets"]["small"]["sizes"]["hidden"] = 40
+    again = ElasticConfig(parent_config=parent, elastic=copy.deepcopy(kept))
+    assert again.elastic == kept
+    wrong = copy.deepcopy(kept)
+    wrong["budgets"]["small"]["sizes"]["hidden"] = 40
+    with pytest.raises(ElasticConfigError, match="total_params"):
+        ElasticConfig(parent_config=parent, elastic=wrong)
+    for value in (True, "32", 32.0):
+        wrong["budgets"]["small"]["sizes"]["hidden"] = value
+        with pytest.raises(ElasticConfigError):
+            ElasticConfig(parent_config=parent, elastic=wrong)
+    wider = copy.deepcopy(parent)
+    wider.vocab_size += 1
+    with pytest.raises(ElasticConfigError, match="total_params"):
+        ElasticConfig(parent_config=wider, elastic=copy.deepcopy(kept))
+
+
+def test_the_text_of_a_config_is_there_while_upstream_logs_it(tmp_path):
+    """It is left out only where nobody sees the log."""
+    ElasticConfig.from_parent(parent_config("nano3"), BUDGETS["nano3"]).save_pretrained(tmp_path)
+    logger = logging.getLogger("transformers.configuration_utils")
+    texts: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: texts.append(record.getMessage())  # type: ignore[method-assign]
+    level = logger.level
+    logger.addHandler(handler)
+    try:
+        logger.setLevel(logging.INFO)
+        config = ElasticConfig.from_pretrained(tmp_path)
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
+    assert any("medium" in text and "n_routed_experts" in text for text in texts)
+    assert "medium" in repr(config)
