@@ -17,7 +17,7 @@ import torch
 
 from hf_elastic.cli import build_parser, main
 
-NOT_RUN = ("needs a real checkpoint", "takes minutes")
+NOT_RUN = ("needs a real checkpoint", "needs an account", "takes minutes")
 """Titles of blocks that are only checked: what they read does not ship with the package, or they train for longer than a test may."""
 
 WRITE = "HF_ELASTIC_WRITE_DOCS"
