@@ -6,6 +6,7 @@ Importing this package registers `model_type: "elastic"` with the transformers A
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import Any
 
 from ._version import __version__
@@ -117,4 +118,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_ELSEWHERE, *_ROOMS})
+    names = {**_ELSEWHERE, **{room: room for room in _ROOMS}}
+    if importlib.util.find_spec("trl") is None:  # `help` and `inspect` ask for every name that is listed
+        names = {name: place for name, place in names.items() if place != "trainers"}
+    return sorted({*globals(), *names})

@@ -56,6 +56,8 @@ for statement in ("import hf_elastic.trainers", "from hf_elastic import trainers
     else:
         raise AssertionError(statement)
 assert hf_elastic.lab.__name__ == "hf_elastic.lab" and hf_elastic.evaluation and hf_elastic.plan_matrix
+import inspect, pydoc
+assert "Stage" not in dict(inspect.getmembers(hf_elastic)) and "elastify" in pydoc.render_doc(hf_elastic, renderer=pydoc.plaintext)
 from hf_elastic.cli import main
 assert main(["train", sys.executable]) == 2  # any file
 """

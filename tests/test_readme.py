@@ -52,7 +52,7 @@ def test_versions_and_extras_are_those_of_the_package():
     torch, transformers = (
         re.search(rf'^  "{name}>=([\d.]+)"', project, re.MULTILINE)[1] for name in ("torch", "transformers")
     )
-    assert f"Python {python} or newer, torch {torch}, transformers {transformers}." in README
+    assert f"Python {python}, torch {torch}, transformers {transformers}, or newer." in README
     table = README.partition("| extra |")[2].partition("\n\n")[0]
     extras = project.partition("[project.optional-dependencies]")[2].partition("[project.scripts]")[0]
     assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) <= set(

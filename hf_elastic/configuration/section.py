@@ -6,6 +6,7 @@ import copy
 import hashlib
 import pickle
 from collections.abc import Mapping
+from threading import Lock
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -34,6 +35,7 @@ _AXIS_KEYS = {"choices", "policy", "ranking"}
 _BUDGET_KEYS = {"sizes", "total_params", "active_params"}
 _HANDOVER_KEYS = {"trained"}
 _REMEMBERED = 64
+_LOCK = Lock()
 _CHECKED: dict[bytes, dict[str, Any]] = {}
 """Sections that were found sound, by what they and their parents say."""
 
@@ -80,12 +82,14 @@ def checked_section(parent: PreTrainedConfig, section: Any) -> dict[str, Any]:
         key = hashlib.sha256(pickle.dumps((type(parent), parent.__dict__, section))).digest()
     except Exception:  # whatever an object that does not belong there raises
         return _checked_section(parent, section)
-    if key not in _CHECKED:
+    checked = _CHECKED.get(key)
+    if checked is None:
         checked = _checked_section(parent, section)
-        while len(_CHECKED) >= _REMEMBERED:
-            del _CHECKED[next(iter(_CHECKED))]
-        _CHECKED[key] = checked
-    return copy.deepcopy(_CHECKED[key])
+        with _LOCK:
+            while len(_CHECKED) >= _REMEMBERED:
+                del _CHECKED[next(iter(_CHECKED))]
+            _CHECKED[key] = checked
+    return copy.deepcopy(checked)
 
 
 def _checked_section(parent: PreTrainedConfig, section: Any) -> dict[str, Any]:

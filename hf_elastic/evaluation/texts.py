@@ -59,7 +59,7 @@ def _sums(logits: torch.Tensor, whole: torch.Tensor, targets: torch.Tensor) -> t
     loss = F.nll_loss(log_q, targets, reduction="sum")
     divergence = F.kl_div(log_q, log_p, reduction="sum", log_target=True)
     same = (logits.argmax(-1) == whole.argmax(-1)).sum()
-    return torch.stack([loss.double(), divergence.double(), same.double()])
+    return torch.stack([loss.cpu().double(), divergence.double(), same.double()])
 
 
 def _entry(name: str, cost: Any, tokens: int, loss: float, divergence: float, agreement: float) -> dict[str, Any]:
