@@ -21,6 +21,7 @@ Handover = Literal["auto", "cache", "reprefill"]
 HANDOVERS: tuple[Handover, ...] = ("auto", "cache", "reprefill")
 AUTO = "auto"
 """Markers that are found when the plan is used."""
+_USUAL = {"start": START, "end": END}
 
 _OWNED = [
     "max_new_tokens",
@@ -98,6 +99,10 @@ class Phase:
             text = getattr(self, key)
             if text is not None and (not isinstance(text, str) or not text):
                 raise PhasePlanError(f"{where}: {key}={shown(text)} must be a text, or None for none.")
+            if text == AUTO:
+                raise PhasePlanError(
+                    f"{where}: {key}={AUTO!r} is no marker. Markers are found for PhasePlan(start=, end=) only, the thinking of two phases."
+                )
         if self.closing is not None and (self.end is None or self.end not in self.closing):
             raise PhasePlanError(f"{where}: closing={self.closing!r} must hold the end marker, end={self.end!r}.")
         if self.grace_tokens and (self.max_new_tokens is None or self.end is None):
@@ -171,7 +176,7 @@ class PhasePlan:
             markers: dict[str, Any] = {"start": start, "end": end}
             own = thinking_options if isinstance(thinking_options, Mapping) else {}
             self._auto = tuple(key for key in markers if markers[key] == AUTO and key not in own)
-            markers |= {key: usual for key, usual in (("start", START), ("end", END)) if markers[key] == AUTO}
+            markers |= {key: usual for key, usual in _USUAL.items() if markers[key] == AUTO}
             first = {"name": "thinking", "max_new_tokens": max_thinking_tokens, **markers}
             last = {"name": "answering", "max_new_tokens": max_answer_tokens, "handover": handover}
             phases = [
@@ -213,26 +218,31 @@ class PhasePlan:
         return PhasePlan(phases=[replace(first, **markers), *others])
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, PhasePlan) and self.phases == other.phases
+        return isinstance(other, PhasePlan) and (self.phases, self._auto) == (other.phases, other._auto)
 
     def __repr__(self) -> str:
-        return f"PhasePlan(phases={list(self.phases)!r})"
+        return f"PhasePlan.from_dict({self.to_dict()!r})" if self._auto else f"PhasePlan(phases={list(self.phases)!r})"
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form; what differs from the defaults of [`Phase`]."""
+        """JSON form; what differs from the defaults of [`Phase`], and `"auto"` for a marker that is still to be found."""
         defaults = asdict(Phase())
-        return {
-            "phases": [
-                {k: v for k, v in asdict(phase).items() if k == "name" or v != defaults[k]} for phase in self.phases
-            ]
-        }
+        phases = [{k: v for k, v in asdict(phase).items() if k == "name" or v != defaults[k]} for phase in self.phases]
+        phases[0] |= dict.fromkeys(self._auto, AUTO)
+        return {"phases": phases}
 
     @classmethod
     def from_dict(cls, plan: Mapping[str, Any]) -> PhasePlan:
         """The plan that `to_dict` wrote."""
         if not isinstance(plan, Mapping) or set(plan) != {"phases"} or not isinstance(plan["phases"], list):
             raise PhasePlanError(f"{shown(plan)} is no phase plan; it must be {{'phases': [...]}}.")
-        return cls(phases=[_phase(None, phase, None, "phase") for phase in plan["phases"]])
+        phases = list(plan["phases"])
+        auto: tuple[str, ...] = ()
+        if phases and isinstance(phases[0], Mapping):
+            auto = tuple(key for key in _USUAL if phases[0].get(key) == AUTO)
+            phases[0] = {**phases[0], **{key: _USUAL[key] for key in auto}}
+        read = cls(phases=[_phase(None, phase, None, "phase") for phase in phases])
+        read._auto = auto
+        return read
 
 
 def _phase(budget: Budget, values: Any, options: Mapping[str, Any] | None, where: str) -> Phase:

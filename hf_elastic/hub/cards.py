@@ -31,6 +31,18 @@ MARKER = f"{_MARKED} While this line is here, a push writes the file anew; remov
 RELATION = "finetune"
 """How the Hub relates a model to its `base_model`: `adapter`, `merge`, `quantized` or `finetune`. A family has the parent's weights sorted and, where it
 was trained, changed; a slice has a part of its family's. Neither is one of the first three, and the Hub has no word for a part."""
+_WRITTEN = {
+    "library_name",
+    "pipeline_tag",
+    "base_model",
+    "base_model_relation",
+    "language",
+    "datasets",
+    "tags",
+    "model_name",
+}
+_WRITTEN |= {"model-index", "license", "license_name", "license_link"}
+"""Keys that a card is given here; others are somebody's and stay."""
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.\-]*")
 
 
@@ -60,7 +72,8 @@ def render_card(
         results (`list`, *optional*): Results files, see [`hf_elastic.hub.card_results`].
         recipe (`str` or `os.PathLike`, *optional*): Text file that says how it was made, such as a recipe of `hf-elastic train`; the card quotes it.
         tags (`list[str]`, *optional*): Besides those that the architecture gives.
-        earlier (`ModelCard`, *optional*): An older card of the same model, for the base model, license, language and datasets where they are not given.
+        earlier (`ModelCard`, *optional*): An older card of the same model, for the base model, license, language and datasets where they are not given, and for metadata that
+            somebody added.
         run (`ModelCard`, *optional*): README that a trainer of trl generated; what it says of the run is kept.
 
     Returns:
@@ -73,21 +86,25 @@ def render_card(
     plain = source is not elastic and not hasattr(source, "elastic_config")
     costs = elastic.costs()
     read = read_all(results, costs)
-    evaluations = [evaluation for entry in read for evaluation in entry.evaluations]
     before: Any = earlier.data if earlier is not None else ModelCardData()
     trained: Any = run.data if run is not None else ModelCardData()
+    evaluations = [evaluation for entry in read for evaluation in entry.evaluations] + (trained.eval_results or [])
     base_model = _base_model(base_model) or (origin or {}).get("family") or before.base_model or trained.base_model
+    pipeline = "text-generation" if has_head(source, elastic) else None
+    if before.pipeline_tag not in (None, "text-generation"):  # no card of ours says that, so somebody does
+        pipeline = before.pipeline_tag
     data = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="text-generation" if has_head(source, elastic) else None,
+        library_name=before.library_name or "transformers",
+        pipeline_tag=pipeline,
         base_model=base_model,
-        base_model_relation=RELATION if base_model else None,
+        base_model_relation=(before.get("base_model_relation") or RELATION) if base_model else None,
         language=before.language,
         datasets=before.datasets or trained.datasets,
         tags=list(dict.fromkeys([*_tags(elastic, plain), *tags, *(trained.tags or [])])),
         eval_results=evaluations or None,
         model_name=(repo_id or elastic.parent_config.model_type).rpartition("/")[2] if evaluations else None,
         **_license(license, license_name, license_link, before),
+        **{key: value for key, value in before.to_dict().items() if key not in _WRITTEN},
     )
     filled = {
         "marker": MARKER,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, ModelCard
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, ModelCard, ModelCardData
 from huggingface_hub.errors import (
     EntryNotFoundError,
     LocalEntryNotFoundError,
@@ -43,7 +43,7 @@ from ..storage.tokenizer_files import tokenizer_files
 from .card_results import SEPARATOR
 from .card_sections import has_head
 from .cards import is_generated, render_card
-from .trainer_cards import run_facts
+from .trainer_cards import added, run_facts
 
 README = "README.md"
 _SHARDS = SINGLE_NAME.replace(".", "-*.")
@@ -201,7 +201,8 @@ def prepare_upload(
         return Upload(repo_id, files, config, new, f"{where} is kept{replaced}", left_out)
     earlier = next((c for c in (local, remote) if c is not None and is_generated(c)), None)
     about = card.given()
-    known = _with_license(earlier, config, about, token, getattr(run and run.data, "base_model", None))
+    known = _known([card for card in (local, remote) if card and (is_generated(card) or run_facts(card))])
+    _add_license(known, config, about, token, getattr(run and run.data, "base_model", None))
     rendered = render_card(config, repo_id=repo_id, tags=tags, earlier=known, run=run, **about)
     files[README] = str(rendered).encode()
     for entry in card.results:
@@ -307,27 +308,38 @@ def _read_card(path: Path, where: str) -> ModelCard:
         raise ElasticConfigError(f"the metadata of the {README} of {where} cannot be read: {error}") from error
 
 
-def _with_license(
-    earlier: ModelCard | None,
+def _known(cards: Sequence[ModelCard]) -> ModelCard:
+    """What generated cards say besides their text; the first that says something of a key has the word, on the license as a whole."""
+    data: dict[str, Any] = {}
+    for card in cards:
+        said = added(card) if run_facts(card) else card.data.to_dict()
+        if "license" in data:
+            said = {key: value for key, value in said.items() if not key.startswith("license")}
+        data = {**said, **data}
+    known = ModelCard("---\n{}\n---\n")
+    known.data = ModelCardData(ignore_metadata_errors=True, **data)
+    return known
+
+
+def _add_license(
+    earlier: ModelCard,
     config: PreTrainedConfig,
     about: Mapping[str, Any],
     token: bool | str | None,
     base_model: Any = None,
-) -> ModelCard | None:
-    """The earlier card; where neither it nor the arguments say a license, with that of the base model's card."""
-    earlier = earlier or ModelCard("---\n{}\n---\n")
+) -> None:
+    """Where neither the earlier card nor the arguments say a license, give it that of the base model's card."""
     data: Any = earlier.data
     origin = getattr(config, CUT_FROM, None) or {}
     base = about.get("base_model") or origin.get("family") or data.base_model or base_model
     if "license" in about or data.license or not isinstance(base, str) or not is_repo_id(base):
-        return earlier
+        return
     try:
         parent = _readme_of(base, None, token)
     except (LocalEntryNotFoundError, UnreachableError):  # the card says no license then, and a warning says so
-        return earlier
+        return
     for key in ("license", "license_name", "license_link"):
         setattr(data, key, getattr(parent.data, key) if parent is not None else None)
-    return earlier
 
 
 def _tagged(card: ModelCard, tags: Sequence[str]) -> ModelCard | None:

@@ -7,6 +7,7 @@ counts as written by somebody.
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from huggingface_hub import ModelCard
 
@@ -23,6 +24,18 @@ _GENERATED = re.compile(
     r"## Citations?\s+(?:Cite [^\n]* as:\s+```bibtex\n(?:(?!```)[^\n]*\n)+```\s*)+"
 )
 _LINK = re.compile(r'alt="Visualize in (?P<name>[^"]*)"[^\n]*?/>\]\((?P<url>[^()\s]+)\)')
+
+_OWN = {"base_model", "datasets", "tags", "model_name"}
+_FILLED = {"library_name": "transformers", "licence": "license"}
+"""Keys that trl writes: with what it knows, and with the same words always. `licence` is its spelling."""
+
+
+def added(card: ModelCard) -> dict[str, Any]:
+    """What somebody added to the metadata of a generated README, or filled in: a license, a language, a gate."""
+    data = {k: v for k, v in card.data.to_dict().items() if k not in _OWN and _FILLED.get(k) != v}
+    if "licence" in data:
+        data.setdefault("license", data.pop("licence"))
+    return data
 
 
 def run_facts(card: ModelCard | None) -> str | None:

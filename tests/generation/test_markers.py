@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -99,7 +100,8 @@ def test_a_plan_thinks_between_the_markers_of_the_model(family, tokenizer, promp
     events = list(model.stream_phases(**inputs, phase_plan=plan, tokenizer=other))
     assert 2 in {event.token_id for event in events if event.token_id is not None}
     assert plan.with_markers(other).to_dict()["phases"][0]["end"] == PAIRS[4][1]
-    assert plan == PhasePlan("small", "full", max_thinking_tokens=5, start="<think>", end="</think>")  # and stays so
+    assert plan == PhasePlan("small", "full", max_thinking_tokens=5)  # and stays so
+    assert plan != PhasePlan("small", "full", max_thinking_tokens=5, start="<think>", end="</think>")
 
 
 def test_markers_that_are_given_are_kept():
@@ -108,13 +110,34 @@ def test_markers_that_are_given_are_kept():
         PhasePlan(start="<think>", end="</think>"),
         PhasePlan(phases=[Phase(name="a", start="<think>", end="</think>"), Phase(name="b")]),
         PhasePlan(thinking_options={"start": "<think>", "end": "</think>"}),
-        PhasePlan.from_dict(PhasePlan().to_dict()),
     ):
         assert plan.with_markers(other) == plan
     (first, _) = PhasePlan(start=None).with_markers(made(PAIRS[4], template=PAIRS[4][0])).phases
     assert (first.start, first.end) == (None, PAIRS[4][1])
     (first, _) = PhasePlan(end="</answer>").with_markers(other).phases
     assert (first.start, first.end) == ("<think>", "</answer>")
+
+
+@pytest.mark.parametrize("given", [{}, {"start": None}, {"end": "[/THINK]"}, {"start": "[THINK]", "end": "</x>"}])
+def test_a_plan_that_is_stored_still_finds_its_markers(given):
+    other, plan = made(PAIRS[2], template=PAIRS[2][0]), PhasePlan("half", "full", **given)
+    stored = plan.to_dict()
+    assert [stored["phases"][0].get(key) for key in ("start", "end")] == [
+        given.get(key, "auto") for key in ("start", "end")
+    ]
+    for again in (PhasePlan.from_dict(json.loads(json.dumps(stored))), eval(repr(plan))):
+        assert again == plan
+        assert again.with_markers(other) == plan.with_markers(other)
+    found = plan.with_markers(other)
+    assert PhasePlan.from_dict(found.to_dict()) == found
+    assert (found == plan) == (len(given) == 2)
+    old = {"phases": [{"name": "thinking", "start": "<think>", "end": "</think>"}, {"name": "answering"}]}
+    assert PhasePlan.from_dict(old).with_markers(other).to_dict() == old, "what is stored by name is meant"
+
+
+def test_auto_is_no_name_of_a_marker():
+    with pytest.raises(PhasePlanError, match="phase 'b': end='auto' is no marker"):
+        PhasePlan.from_dict({"phases": [{"name": "a", "max_new_tokens": 2}, {"name": "b", "end": "auto"}]})
 
 
 @pytest.fixture

@@ -105,6 +105,50 @@ def test_what_the_run_says_of_base_and_data_is_taken(trained, local_hub):
     )
 
 
+ADDED = {"license": "cc-by-nc-4.0", "language": "de", "extra_gated_prompt": "Ask us.", "new_version": "org/newer"}
+
+
+@pytest.mark.parametrize("where", ["folder", "hub", "both"])
+def test_metadata_that_somebody_added_stays(where, trained, local_hub, tmp_path, monkeypatch):
+    """Also where the base model has another license, and in the push after this one, when trl's README is gone."""
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "README.md").write_text("---\nlicense: apache-2.0\nlicense_link: LICENSE\n---\n")
+    local_hub.commit("org/base", base)
+    readme = trained / "README.md"
+    card = generated(base_model="org/base")
+    for key, value in ADDED.items():
+        card.data[key] = value
+    local_hub.commit("org/mine", base)
+    repository = local_hub.repositories["org/mine"]
+
+    def on_the_hub(text):
+        repository.add({**repository.commits[repository.refs["main"]], "README.md": str(text).encode()})
+
+    on_the_hub(card if where != "folder" else generated())
+    if where == "hub":
+        readme.unlink()
+    else:
+        readme.write_text(str(card if where == "folder" else generated(base_model="org/base")))
+    first = prepare_upload(trained, "org/mine").card
+    readme.unlink(missing_ok=True)
+    on_the_hub(first)
+    for said in (first, prepare_upload(trained, "org/mine").card):
+        assert MARKER in said.text
+        assert ADDED.items() <= said.data.to_dict().items()
+        assert (said.data.base_model, said.data.license_link, said.data.get("licence")) == ("org/base", None, None)
+    given = prepare_upload(trained, "org/mine", CardArguments(license="mit")).card.data
+    assert (given.license, given.language) == ("mit", "de")
+
+
+def test_a_license_in_the_spelling_of_trl_is_one(trained, local_hub):
+    readme = trained / "README.md"
+    readme.write_text(readme.read_text().replace("licence: license", "licence: cc-by-4.0\npipeline_tag: other"))
+    data = prepare_upload(trained, "org/mine").card.data
+    assert (data.license, data.pipeline_tag) == ("cc-by-4.0", "other")
+    assert "licence" not in data
+
+
 def test_one_that_a_person_went_on_writing_is_kept(trained, local_hub):
     words = (trained / "README.md").read_text().replace("## Quick start", "It is good at sums.\n\n## Quick start")
     (trained / "README.md").write_text(words)

@@ -23,6 +23,7 @@ from hf_elastic.lab.family import FAMILY_DIR
 from phase_space import messages
 from phase_space.asking import Ask
 from phase_space.engine import ElasticEngine, load_engine
+from phase_space.fake import FakeEngine
 from phase_space.visits import FAILED, Space
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -176,6 +177,24 @@ def test_the_chat_on_the_real_engine():
     *_, (a, _, _, _, line) = space.compare(" hi ", "quarter", "full", "full", "full", 64, 32, 0.0, 0)
     assert "This small model cannot read that" in a[-1]["content"]
     assert 'data-state="idle"' in line
+
+
+def test_a_stop_that_comes_too_late_stops_no_other_run():
+    space, visitor = Space(FakeEngine(sleep=0)), SimpleNamespace(session_hash="a")
+    asked, settings = [messages.question("why is it")], ("XS", "L", 8, 8, 0.0, 0, visitor)
+    space.arm("why is it", [], 0, visitor)
+    list(space.chat(asked, *settings))
+    space.stop(visitor)
+    space.stop_compare(visitor)
+    assert len(space.flags) == 0
+    space.arm("why is it", [], 1, visitor)
+    space.arm_compare("why is it", 0, visitor)
+    assert not space.flags.get(visitor, "chat").is_set()
+    assert not space.flags.get(visitor, "compare").is_set()
+    *_, (_, panel) = space.chat(asked, *settings)
+    assert panel.count('data-state="done"') == 2
+    space.stop_compare(visitor)  # in time
+    assert space.flags.get(visitor, "compare").is_set()
 
 
 def test_a_bug_is_not_shown_to_visitors(caplog):

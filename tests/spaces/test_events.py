@@ -167,6 +167,21 @@ def test_a_start_that_the_prompt_holds_is_not_an_end(lab):
     assert trace.text("answering") == PROBLEM.answer
 
 
+def test_markers_of_the_model_are_not_shown_and_not_asked(lab):
+    """The lab's family with a tokenizer whose markers are called otherwise: the plan that runs is the one that is read."""
+    renamed = lab.tokenizer.backend_tokenizer.to_str()
+    for old, new in (("<think>", "[THINK]"), ("</think>", "[/THINK]")):
+        renamed = renamed.replace(old, new)
+    backend = Tokenizer.from_str(renamed)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token=lab.tokenizer.eos_token)
+    engine = ElasticEngine(lab.model, tokenizer, "lab", BOOK_TASK)
+    trace = list(follow(engine.stream(ask(lab))))[-1]
+    assert (trace.text("thinking"), trace.text("answering")) == (PROBLEM.thinking, PROBLEM.answer)
+    with pytest.raises(RequestError, match=r"it holds \[/THINK\], the end marker"):
+        Ask((("user", "a [/THINK] b"),), "third", "full").check(4096, tokenizer)
+    Ask((("user", "a </think> b"),), "third", "full").check(4096, tokenizer)
+
+
 def test_an_end_marker_that_the_tokenizer_splits_is_refused(lab):
     symbols = ["<pad>", "<eos>", *"^>=+-</", *"0123456789", *"abcdefghijklmnopqrst"]
     backend = Tokenizer(models.WordLevel({symbol: i for i, symbol in enumerate(symbols)}))

@@ -6,6 +6,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 
@@ -40,22 +41,25 @@ class Ask:
     temperature: float = 0.0
     seed: int = 0
 
-    def plan(self) -> PhasePlan:
-        """Its phase plan."""
+    def plan(self, tokenizer: Any = None) -> PhasePlan:
+        """Its phase plan, with the markers of this tokenizer."""
         return PhasePlan(
             self.thinking,
             self.answering,
             max_thinking_tokens=self.max_thinking_tokens,
             max_answer_tokens=self.max_answer_tokens,
-        )
+        ).with_markers(tokenizer)
 
-    def check(self, limit: int) -> None:
+    def check(self, limit: int, tokenizer: Any = None) -> PhasePlan:
         """Refuse what no engine would run.
+
+        Returns:
+            [`PhasePlan`]: As `plan` gives it.
 
         Raises:
             `RequestError`: an empty or far too long prompt, control characters or an end marker in it, caps above `limit`, a temperature or seed
                 out of range.
-            `PhasePlanError`: caps that are no caps.
+            `PhasePlanError`: caps that are no caps, or several pairs of markers that may be meant.
         """
         question = self.messages[-1][1] if self.messages else ""
         if not isinstance(question, str) or not question.strip():
@@ -64,7 +68,8 @@ class Ask:
             raise RequestError(f"The prompt has {len(question):,} characters; at most {MAX_CHARACTERS:,} are read.")
         if strange := sorted({c for c in question if unicodedata.category(c) == "Cc" and c not in "\n\r\t"}):
             raise RequestError(f"The prompt has control characters ({_name(strange)}). Take them out.")
-        for phase in self.plan().phases:
+        plan = self.plan(tokenizer)
+        for phase in plan.phases:
             if phase.end and phase.end in question:  # a chat template would put its own start behind it, and hide it
                 raise RequestError(
                     f"The prompt is past the {phase.name} already: it holds {phase.end}, the end marker. Take it out."
@@ -78,6 +83,7 @@ class Ask:
             raise RequestError(f"The temperature must be from 0 to 2, not {self.temperature}.")
         if not _is_number(self.seed, int) or not 0 <= self.seed < 2**31:
             raise RequestError(f"The seed must be a whole number from 0 to {2**31 - 1}, not {self.seed}.")
+        return plan
 
 
 @dataclass(frozen=True)

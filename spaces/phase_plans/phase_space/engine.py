@@ -91,16 +91,21 @@ class ElasticEngine:
 
     def check(self, ask: Ask) -> None:
         """As [`Engine.check`]."""
-        ask.check(self.limit)
+        self._checked(ask)
+
+    def _checked(self, ask: Ask) -> PhasePlan:
+        """The plan with the markers of the model, which is checked, run and read."""
+        plan = ask.check(self.limit, self.tokenizer)
         if self.task is not None:
             self.task.solve(ask.messages[-1][1])
         check_text(self.tokenizer, ask.messages[-1][1], "The prompt")
-        for phase in ask.plan().phases:
+        for phase in plan.phases:
             self.model.elastic_config.resolve(phase.budget, self.model.dtype)
+        return plan
 
     def stream(self, ask: Ask) -> Generator[TextEvent, None, None]:
         """As [`Engine.stream`]. Before and after it the model is at everything it has."""
-        self.check(ask)
+        plan = self._checked(ask)
         inputs = self._encode(ask)
         sampling = {"do_sample": True, "temperature": ask.temperature} if ask.temperature else {"do_sample": False}
         if not self._lock.acquire(
@@ -109,7 +114,6 @@ class ElasticEngine:
             raise RequestError("The model is busy with another request. Try again in a moment.")
         try:
             torch.manual_seed(ask.seed)
-            plan = ask.plan()
             events = self.model.stream_phases(**inputs, phase_plan=plan, tokenizer=self.tokenizer, **sampling)
             with closing(events):
                 yield from self._with_text(events, plan, inputs["input_ids"].shape[1])

@@ -58,9 +58,9 @@ class FakeEngine:
 
     def check(self, ask: Ask) -> None:
         """As [`Engine.check`]."""
-        ask.check(self.limit)
+        plan = ask.check(self.limit)
         names = [size.name for size in self.sizes]
-        for phase in ask.plan().phases:
+        for phase in plan.phases:
             if phase.budget not in names:
                 raise UnknownBudgetError(f"unknown budget {phase.budget!r}; this engine has {', '.join(names)}.")
         if (words := len(ask.messages[-1][1].split())) > self.limit:

@@ -36,6 +36,11 @@ class Flags:
     def get(self, request: gr.Request | None, tab: str) -> threading.Event:
         return self._flags.setdefault((_session(request), tab), threading.Event())
 
+    def set(self, request: gr.Request | None, tab: str) -> None:
+        """Stop the run that is armed. One that is over has no flag, and gets none: the next run would be stopped by it."""
+        if flag := self._flags.get((_session(request), tab)):
+            flag.set()
+
     def drop(self, request: gr.Request | None, tab: str) -> None:
         self._flags.pop((_session(request), tab), None)
 
@@ -179,11 +184,11 @@ class Space:
         return queue is not None and queue.max_size is not None and len(queue) >= queue.max_size
 
     def stop(self, request: gr.Request) -> Any:
-        self.flags.get(request, "chat").set()
+        self.flags.set(request, "chat")
         return gr.Textbox(submit_btn=True, stop_btn=False)
 
     def stop_compare(self, request: gr.Request) -> tuple[Any, Any]:
-        self.flags.get(request, "compare").set()
+        self.flags.set(request, "compare")
         return gr.Button(visible=True), gr.Button(visible=False)
 
     def problem(self) -> str:
