@@ -178,8 +178,8 @@ def parse_budget(text: str) -> tuple[str, Any]:
     return name, target
 
 
-def load_calibration(name: str, split: str) -> Any:
-    """A dataset from a file, by its ending, from a folder that `save_to_disk` wrote, or from the Hub.
+def load_calibration(name: str, split: str, *, streaming: bool = True) -> Any:
+    """A dataset from a file, by its ending, from a folder that `save_to_disk` wrote, or from the Hub, then streamed or whole.
 
     Raises:
         `ElasticConfigError`: it is missing, has no rows, or cannot be read.
@@ -205,7 +205,7 @@ def load_calibration(name: str, split: str) -> Any:
         elif path.is_dir():
             data = datasets.load_from_disk(name)
         else:
-            data = datasets.load_dataset(name, split=split, streaming=True)
+            data = datasets.load_dataset(name, split=split, streaming=streaming)
     except Exception as error:  # of many kinds: of datasets, pyarrow, pandas, json, the Hub
         empty = "corresponds to no data" in str(error)
         why = "it has no rows" if empty else str(error.__cause__ or error).strip() or type(error).__name__

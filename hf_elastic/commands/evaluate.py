@@ -33,6 +33,13 @@ from .common import (
 )
 from .elastify import load_calibration
 
+_DEFAULTS = {"split": "test", "handover": "auto", "letters": 12, "by": "cost"}
+"""Not in the parser, which then could not tell what was given."""
+_OF_TASKS: tuple[str, ...] = (
+    *("task", "include_path", "thinking", "answering", "max_thinking_tokens", "max_answer_tokens", "handover"),
+    *("start", "end", "metric", "letters", "by", "prefill_speed", "output"),
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("repo", metavar="REPO", help="Hub repository or folder of an elastic checkpoint")
@@ -45,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="instead of a task: rows to read, in a file (.jsonl, ...) or Hub dataset, with messages, text or input_ids. Gives loss, divergence "
         "(kl) from the whole model and agreement, per size",
     )
-    parser.add_argument("--split", default="test", help="with --data: split of a Hub dataset (default: test)")
+    parser.add_argument("--split", help="with --data: split of a Hub dataset (default: test)")
     parser.add_argument("--include-path", help="folder with further task files for lm-eval")
     parser.add_argument(
         "--thinking", action="append", metavar="BUDGET", help="who thinks; repeat it (default: every named size)"
@@ -61,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-answer-tokens", type=int, help="cap on the tokens of the answer")
     parser.add_argument(
-        "--handover", default="auto", choices=("auto", "cache", "reprefill"), help="how the answerer takes over"
+        "--handover", choices=("auto", "cache", "reprefill"), help="how the answerer takes over (default: auto)"
     )
     add_markers(parser)
     parser.add_argument("--count", type=int, default=100, help="problems, or rows of --data (default: 100)")
@@ -69,15 +76,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--metric",
         help="which rate is the accuracy: code (symbols) or exact (answers) for book, or one of lm-eval's, such as exact_match,none",
     )
-    parser.add_argument("--letters", type=int, default=12, help="letters of a book problem (default: 12)")
+    parser.add_argument("--letters", type=int, help="letters of a book problem (default: 12)")
     parser.add_argument(
         "--batch-size",
         type=int,
         help="book problems that are generated together, or rows that are read together (default: 50, or 4)",
     )
-    parser.add_argument(
-        "--by", default="cost", choices=("cost", "seconds"), help="what the front counts as the price (default: cost)"
-    )
+    parser.add_argument("--by", choices=("cost", "seconds"), help="what the front counts as the price (default: cost)")
     parser.add_argument(
         "--prefill-speed", type=float, help="tokens read in the time in which one is written, for the modelled cost"
     )
@@ -90,14 +95,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from ..configuration.parent import refuse_adapter
 
-    if args.batch_size is None:
-        args.batch_size = 50 if args.data is None else 4
+    _refuse_stray(args)
+    for name, value in (_DEFAULTS | {"batch_size": 50 if args.data is None else 4}).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     check_source(args.repo)
     refuse_adapter(args.repo)
     if args.data is None:
         _measure_plans(args)
     else:
         _measure_texts(args)
+
+
+def _refuse_stray(args: argparse.Namespace) -> None:
+    """Refuse options that nothing would look at."""
+    from ..errors import ElasticConfigError
+
+    others: tuple[str, ...]
+    if args.data is not None:
+        why, others = "--data reads rows and prints what it finds", _OF_TASKS
+    elif args.task in (None, "book"):
+        why, others = "the book task makes its own problems", ("split", "include_path")
+    else:
+        why, others = f"--task {args.task} is one of lm-eval", ("split", "letters", "batch_size")
+    if given := [f"--{name.replace('_', '-')}" for name in others if getattr(args, name) is not None]:
+        raise ElasticConfigError(f"{why}, so {', '.join(given)} would have no effect.")
+    if args.split is not None and Path(args.data).is_file():
+        raise ElasticConfigError(f"--data={args.data} is a file, which has no splits; leave out --split.")
 
 
 def _measure_texts(args: argparse.Namespace) -> None:
@@ -107,20 +131,6 @@ def _measure_texts(args: argparse.Namespace) -> None:
     from ..evaluation.texts import measure_texts
     from ..modeling_elastic import ElasticForCausalLM
 
-    others = (
-        "task",
-        "include_path",
-        "thinking",
-        "answering",
-        "max_thinking_tokens",
-        "max_answer_tokens",
-        "metric",
-        "output",
-    )
-    if given := [f"--{name.replace('_', '-')}" for name in others if getattr(args, name) is not None]:
-        raise ElasticConfigError(
-            f"--data reads rows and prints what it finds, so {', '.join(given)} would have no effect."
-        )
     for name in ("count", "batch_size"):
         if getattr(args, name) < 1:
             raise ElasticConfigError(f"--{name.replace('_', '-')}={getattr(args, name)} must be at least 1.")

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ElasticConfigError
 from .common import add_elastic_config, add_json, check_dtype, parse_sizes, table
+from .recipes import defaults
 
 if TYPE_CHECKING:
     from ..architectures.submodel import Submodel
@@ -63,7 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--dtype",
-        help="with --fits: type of the weights and caches, with --training of the weights, such as bf16 (default: the checkpoint's)",
+        help="with --fits: type of the weights and caches, with --training of the weights, such as bf16 (default: the checkpoint's; of --training "
+        "full float32, as train)",
     )
     parser.add_argument(
         "--training",
@@ -218,6 +220,8 @@ def tell(found: dict[str, Any]) -> str:
 def training(elastic: ElasticConfig, kind: str, dtype: str | None = None, **options: int) -> dict[str, Any]:
     """What a training run of a family takes, see [`hf_elastic.submodels.training_memory.training_memory`].
 
+    Without `dtype` the weights are what `hf-elastic train` makes them.
+
     Returns:
         `dict`: `kind`, `dtype`, `gpus`, `parts` (`part`, `bytes` per GPU, whether `counted`, `how`), `bytes` of all of them per GPU, and
         `flops_per_token` if every size is drawn as often as the others.
@@ -227,7 +231,8 @@ def training(elastic: ElasticConfig, kind: str, dtype: str | None = None, **opti
     from ..architectures.cost import CostModel
     from ..submodels.training_memory import training_flops, training_memory
 
-    weights = elastic.load_dtype if dtype is None else getattr(torch, check_dtype(dtype))
+    dtype = defaults({"use_peft": kind == "lora"})["dtype"] if dtype is None else check_dtype(dtype)
+    weights = elastic.load_dtype if dtype == "auto" else getattr(torch, dtype)
     parts = training_memory(elastic.parent_config, kind, dtype=weights, **options)  # type: ignore[arg-type]
     count = CostModel(elastic.parent_config)
     active = [count(member).active_params for member in elastic.family().values()]

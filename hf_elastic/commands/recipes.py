@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Mapping
 from importlib import resources
@@ -43,14 +44,24 @@ def defaults(given: Mapping[str, Any]) -> dict[str, Any]:
     """Values of a recipe that neither it nor the options give, where they differ from those of trl.
 
     Args:
-        given: What is given.
+        given: What is given. A value of `None`, which is a key of YAML without one, is not given.
     """
-    peft = str(given.get("use_peft")).lower() in ("true", "1", "yes")
+    peft = _is_true(given.get("use_peft"))
     # Small steps are lost in bfloat16 weights; those of an adapter are in float32 whatever the weights under it are.
     values: dict[str, Any] = {"learning_rate": 2e-4 if peft else 1e-4, "dtype": "auto" if peft else "float32"}
-    if given.get("eval_dataset"):
-        values |= {"eval_strategy": "epoch", "eval_on_start": True}
-    return {name: value for name, value in values.items() if name not in given}
+    if given.get("eval_dataset") and given.get("eval_strategy") is None:  # who says when says all of it
+        values |= {"eval_strategy": "epoch" if given.get("eval_steps") is None else "steps", "eval_on_start": True}
+    return {name: value for name, value in values.items() if given.get(name) is None}
+
+
+def _is_true(value: Any) -> bool:
+    """Whether upstream's parser takes a value for true; what it will refuse is not."""
+    from transformers.hf_argparser import string_to_bool
+
+    try:
+        return string_to_bool(value) if isinstance(value, str) else bool(value)
+    except argparse.ArgumentTypeError:
+        return False
 
 
 def check_placeholders(config: str, arguments: Any) -> None:

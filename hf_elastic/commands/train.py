@@ -119,6 +119,8 @@ class AdapterArguments:
         )
         if config is not None:
             names: Any = self.lora_targets or self.lora_target_modules
+            if isinstance(names, list) and len(names) == 1:
+                names = names[0]  # an option makes a list of a pattern, too
             if isinstance(names, str) and re.fullmatch(r"[\w.]+", names) and names != "auto":
                 names = [names]
             config.target_modules = names  # upstream takes one name for a pattern of whole paths
@@ -144,8 +146,7 @@ def run(args: argparse.Namespace) -> None:
         if not getattr(train_arguments, name):
             raise ElasticConfigError(f"{args.config} does not say {name}.")
     check_placeholders(args.config, train_arguments)
-    dtype = "auto" if train_arguments.dtype is None else train_arguments.dtype
-    train_arguments.dtype = check_dtype(dtype, f"{args.config}: dtype")
+    train_arguments.dtype = check_dtype(train_arguments.dtype, f"{args.config}: dtype")
     train(train_arguments, adapter, config)
 
 
@@ -165,12 +166,17 @@ def parse(config: str, overrides: list[str]) -> tuple[TrainArguments, AdapterArg
 
     parts: Any = (TrainArguments, AdapterArguments, ElasticDistillationConfig)
     parser = TrlParser(parts)
+    parser.allow_abbrev = False  # the defaults depend on options, which they look up by their names
     said = io.StringIO()
     try:
         known = [f.name for part in parts for f in fields(part) if f.init]
-        parser.set_defaults_with_config(**defaults(_check_keys(config, known) | _options(overrides)))
+        # As options, because an empty value in the file would win over a default of the parser.
+        unsaid = [
+            f"--{name}={value}" for name, value in defaults(_check_keys(config, known) | _options(overrides)).items()
+        ]
         with redirect_stderr(said):
-            train_arguments, adapter, distillation = parser.parse_args_and_config(["--config", config, *overrides])
+            read = parser.parse_args_and_config(["--config", config, *unsaid, *overrides])
+        train_arguments, adapter, distillation = read
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ElasticConfigError(f"{config} is no YAML: {' '.join(str(error).split())}") from error
     except (TypeError, AttributeError) as error:  # what upstream raises where it calculates with a value
@@ -203,11 +209,11 @@ def parse(config: str, overrides: list[str]) -> tuple[TrainArguments, AdapterArg
 
 
 def _options(overrides: list[str]) -> dict[str, str]:
-    """Options as `--field value`, `--field=value` or, for what is true, `--field`."""
+    """Options as `--field value`, `--field=value` or, for what is true, `--field`, with `-` or `_` in the name."""
     pairs = zip(overrides, [*overrides[1:], "--"], strict=False)
     named = [(o.lstrip("-").partition("="), after) for o, after in pairs if o.startswith("--")]
     return {
-        name: value if equals else "true" if after.startswith("--") else after
+        name.replace("-", "_"): value if equals else "true" if after.startswith("--") else after
         for (name, equals, value), after in named
     }
 
@@ -236,12 +242,14 @@ def train(arguments: TrainArguments, adapter: AdapterArguments, config: Any) -> 
     from ..routing.decisions import render
     from ..storage.checksums import has_checksums
     from ..trainers import ElasticDistillationTrainer
+    from ..trainers.reporting import EvaluateAtTheEnd
     from ..trainers.routing import REPORT_FILE
 
     for source in (arguments.model, arguments.teacher):
         if source is not None:
             check_source(source)
-    data = load_calibration(arguments.dataset, arguments.dataset_split)
+    streaming = config.max_steps > 0  # what is streamed has no length, and epochs need one
+    data = load_calibration(arguments.dataset, arguments.dataset_split, streaming=streaming)
     tokenizer = load_tokenizer(arguments.model)
     model = ElasticForCausalLM.from_pretrained(
         arguments.model, dtype=arguments.dtype, verify=has_checksums(arguments.model)
@@ -252,10 +260,14 @@ def train(arguments: TrainArguments, adapter: AdapterArguments, config: Any) -> 
         teacher_model=arguments.teacher,
         args=config,
         train_dataset=data,
-        eval_dataset=load_calibration(evaluation, arguments.dataset_split) if evaluation else None,
+        eval_dataset=load_calibration(evaluation, arguments.dataset_split, streaming=streaming)
+        if evaluation
+        else None,
         processing_class=tokenizer,
         peft_config=adapter.peft_config(),
     )
+    if config.eval_strategy == "no":  # said so: see `defaults`
+        trainer.remove_callback(EvaluateAtTheEnd)
     if adapter.merge_adapter and trainer.is_fsdp_enabled:
         raise ElasticConfigError(
             "merge_adapter needs whole weights, which FSDP shards; merge the saved adapter after the run."

@@ -19,7 +19,6 @@ from .adapters import adaptable, factor_rules
 Kind = Literal["full", "lora"]
 KINDS: tuple[Kind, ...] = ("full", "lora")
 
-_TEACHER = torch.bfloat16
 _ARITHMETIC = torch.bfloat16
 _LOGIT_COPIES = 4
 """Of the logits of a chunk: those of student and teacher, and what the loss makes of them."""
@@ -55,6 +54,7 @@ def training_memory(
     gpus: int = 1,
     rank: int = 16,
     chunk: int = 1024,
+    teacher: torch.dtype | None = None,
 ) -> list[Part]:
     """What [`hf_elastic.trainers.ElasticDistillationTrainer`] needs on every GPU for a parent, with AdamW and activation checkpointing.
 
@@ -62,7 +62,7 @@ def training_memory(
 
     Args:
         config (`PreTrainedConfig`): The parent's stock config.
-        kind (`str`): `"full"` trains all weights, with a teacher in bfloat16 beside them; `"lora"` adapters on every matrix of the
+        kind (`str`): `"full"` trains all weights, with a teacher beside them; `"lora"` adapters on every matrix of the
             layers that can have one, with the parent itself as the teacher.
         dtype (`torch.dtype`, *optional*): Of the weights. Arithmetic is in bfloat16.
         length (`int`, *optional*, defaults to 4096): Tokens of a row.
@@ -70,6 +70,7 @@ def training_memory(
         gpus (`int`, *optional*, defaults to 1): GPUs over which FSDP2 shards the weights.
         rank (`int`, *optional*, defaults to 16): Of the adapters.
         chunk (`int`, *optional*, defaults to 1024): `loss_chunk_size` of the run.
+        teacher (`torch.dtype`, *optional*): Of the teacher of `"full"`. Defaults to `dtype`, as the run copies the model.
 
     Returns:
         `list[Part]`
@@ -84,18 +85,23 @@ def training_memory(
             raise ElasticConfigError(f"{name}={shown(value)} must be a whole number of at least 1.")
     architecture = get_architecture(config.model_type)
     tokens = min(length, getattr(config, "max_position_embeddings", None) or length) * rows
-    kept = _full(config, dtype, gpus) if kind == "full" else _lora(architecture, config, dtype, gpus, rank)
+    kept = (
+        _full(config, dtype, teacher or dtype, gpus)
+        if kind == "full"
+        else _lora(architecture, config, dtype, gpus, rank)
+    )
     return [*kept, *_step(architecture, config, kind, dtype, tokens, gpus, min(chunk, tokens))]
 
 
-def _full(config: PreTrainedConfig, dtype: torch.dtype, gpus: int) -> Iterator[Part]:
+def _full(config: PreTrainedConfig, dtype: torch.dtype, teacher: torch.dtype, gpus: int) -> Iterator[Part]:
     cost = CostModel(config).full
     weights = cost.weight_bytes(dtype)
     named = str(dtype).removeprefix("torch.")
     yield Part("weights", weights // gpus, True, f"{cost.total_params:,} parameters in {named}")
     yield Part("gradients", weights // gpus, True, "as the weights")
     yield Part("AdamW", 2 * weights // gpus, True, "two moments, each as the weights")
-    yield Part("teacher", cost.weight_bytes(_TEACHER) // gpus, True, "the frozen parent in bfloat16")
+    named = str(teacher).removeprefix("torch.")
+    yield Part("teacher", cost.weight_bytes(teacher) // gpus, True, f"the frozen parent in {named}")
 
 
 def _lora(
@@ -150,7 +156,7 @@ def _step(
     largest = max(_elements(layer, full) for layer in layers)
     if gpus > 1:
         outside = sum(rule.count(full.at(None)) for rule in rules if rule.layer is None and not rule.tied)
-        gathered = 3 * largest * _ARITHMETIC.itemsize + outside * _TEACHER.itemsize
+        gathered = 3 * largest * _ARITHMETIC.itemsize + outside * _ARITHMETIC.itemsize
         yield Part(
             "gathered", gathered, False, "FSDP: two layers and gradients of one; embeddings and head of the teacher"
         )

@@ -160,7 +160,7 @@ def test_a_recipe_takes_short_names_of_types(elastic, tmp_path, monkeypatch, cap
     for more in ("", "dtype: null\n", "dtype: bf16\n"):
         (tmp_path / "recipe.yaml").write_text(text + more)
         assert main(["train", str(tmp_path / "recipe.yaml")]) == 0
-    assert seen == ["float32", "auto", "bfloat16"]
+    assert seen == ["float32", "float32", "bfloat16"]
     assert main(["train", str(tmp_path / "recipe.yaml"), "--modle", "x"]) == 2
     assert (
         "unknown option --modle; options are the fields of the recipe. Did you mean 'model'?"

@@ -69,6 +69,17 @@ def test_rows_without_anything_to_predict_are_refused(family):
             "--data reads rows and prints what it finds, so --task would have no effect",
         ),
         (["--data", "x.jsonl", "--thinking", "a", "--output", "o"], "--thinking, --output would have no effect"),
+        (
+            ["--data", "x", "--handover", "auto", "--start", "<a>", "--end", "<b>", "--letters", "12", "--by", "cost"],
+            "so --handover, --start, --end, --letters, --by would have no effect",
+        ),
+        (["--data", "x", "--prefill-speed", "2"], "so --prefill-speed would have no effect"),
+        (["--data", __file__, "--split", "test"], "is a file, which has no splits; leave out --split"),
+        (["--split", "test"], "the book task makes its own problems, so --split would have no effect"),
+        (
+            ["--task", "gsm8k", "--split", "test", "--letters", "3", "--batch-size", "2"],
+            "--task gsm8k is one of lm-eval, so --split, --letters, --batch-size would have no effect",
+        ),
         (["--data", "x.jsonl", "--count", "0"], "--count=0 must be at least 1"),
         (["--data", "x.jsonl", "--batch-size", "0"], "--batch-size=0 must be at least 1"),
         (["--data", "{tmp}/x.jsonl"], "x.jsonl does not exist"),

@@ -47,7 +47,7 @@ def test_adapters_are_counted_as_peft_makes_them(name, parent):
 
 
 def test_a_full_run_keeps_weights_gradients_two_moments_and_a_teacher():
-    found = training_memory(nano_v3(), "full", dtype=torch.float32, gpus=8)
+    found = training_memory(nano_v3(), "full", dtype=torch.float32, gpus=8, teacher=torch.bfloat16)
     cost = CostModel(nano_v3()).full
     whole = cost.weight_bytes(torch.float32)
     kept = {part.name: part.size for part in found if part.counted}
@@ -57,6 +57,8 @@ def test_a_full_run_keeps_weights_gradients_two_moments_and_a_teacher():
         "AdamW": 2 * whole // 8,
         "teacher": cost.weight_bytes(torch.bfloat16) // 8,
     }
+    copied = sizes(training_memory(nano_v3(), "full", dtype=torch.float32, gpus=8))
+    assert copied == sizes(found) | {"teacher": whole // 8}  # of the model as the run has it
     assert sizes(found)["hidden states"] == 52 * 4096 * 2688 * 2  # FSDP gathers in bfloat16
 
 
@@ -94,7 +96,9 @@ def test_what_cannot_be_is_refused(options, message):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("nano")
-    ElasticConfig.from_parent(nano_v3(), {"half": {"hidden": 1344}}).save_pretrained(folder)
+    parent = nano_v3()
+    parent.dtype = torch.bfloat16
+    ElasticConfig.from_parent(parent, {"half": {"hidden": 1344}}).save_pretrained(folder)
     return str(folder)
 
 
@@ -109,6 +113,23 @@ def test_plan_says_what_a_run_takes(folder, capsys):
     assert run["bytes"] == sum(part["bytes"] for part in run["parts"])
     assert [part["part"] for part in run["parts"] if part["counted"]] == ["weights", "adapter"]
     assert run["flops_per_token"] < training_flops(nano_v3(), "lora", [CostModel(nano_v3()).full.active_params])
+
+
+@pytest.mark.parametrize(
+    ("options", "weights", "teacher"),
+    [
+        (["--training", "full"], "float32", "float32"),
+        (["--training", "full", "--dtype", "bf16"], "bfloat16", "bfloat16"),
+        (["--training", "lora"], "bfloat16", None),
+    ],
+)
+def test_plan_counts_the_types_that_train_uses(options, weights, teacher, folder, capsys):
+    main(["plan", folder, *options, "--json"])
+    run = json.loads(capsys.readouterr().out)["training"]
+    how = {part["part"]: part["how"] for part in run["parts"]}
+    assert run["dtype"] == weights
+    assert how["weights"].endswith(f" parameters in {weights}")
+    assert how.get("teacher") == (teacher and f"the frozen parent in {teacher}")
 
 
 @pytest.mark.parametrize(
@@ -195,10 +216,16 @@ def test_the_guide_says_what_is_counted():
     def together(config, kind, **options):
         return f"{sum(part.size for part in training_memory(config, kind, **options)) / 1e9:.1f} GB"
 
-    assert f"All weights do not: {together(GRANITE_TINY, 'full')}" in page
-    assert f"All weights do not: {together(NANO_9B, 'full')}" in page
-    assert f"they take {together(NANO_9B, 'full', dtype=torch.float32, gpus=4)} each" in page
-    assert f"in float32 ({together(nano_v3(), 'full', dtype=torch.float32, gpus=8)})" in page
+    page = " ".join(page.split())
+    assert "`--training full --gpus 8 --dtype bfloat16`" in table
+    f32, half = {"dtype": torch.float32}, {"dtype": torch.float32, "teacher": torch.bfloat16}
+    for config in (GRANITE_TINY, NANO_9B):
+        both = f"{together(config, 'full', **f32)}, and {together(config, 'full')} with `dtype: bfloat16`"
+        assert f"All weights do not: {both}" in page
+    four = [together(NANO_9B, "full", gpus=4, **types) for types in (f32, half)]
+    assert f"they take {four[0]} each in float32, or {four[1]} with the teacher in bfloat16" in page
+    eight = [together(nano_v3(), "full", gpus=8, **types) for types in (f32, half)]
+    assert f"in float32 ({eight[0]}, or {eight[1]} with the teacher in bfloat16)" in page
 
 
 SUGGESTED = {

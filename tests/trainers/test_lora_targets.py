@@ -134,6 +134,7 @@ def test_names_that_match_are_let_through(models):
         ({"lora_target_modules": ["q_proj"]}, ["q_proj"]),
         ({"lora_target_modules": "q_proj"}, ["q_proj"]),
         ({"lora_target_modules": r".*\.q_proj"}, r".*\.q_proj"),
+        ({"lora_target_modules": [r".*q_proj"]}, r".*q_proj"),  # as an option
         ({}, None),
     ],
 )

@@ -11,11 +11,11 @@ import warnings
 import pytest
 import torch
 import transformers
-from runs import tokenizer
+from runs import rows, tokenizer
 from transformers import TrainingArguments
 
 from hf_elastic.cli import main
-from hf_elastic.trainers import ElasticDistillationConfig
+from hf_elastic.trainers import ElasticDistillationConfig, ElasticDistillationTrainer
 
 
 @pytest.fixture
@@ -68,17 +68,28 @@ def test_checkpointing_is_on_by_its_new_name(tmp_path):
     assert made.dataloader_pin_memory == pinned
 
 
-def test_data_for_evaluation_is_used_at_the_end(recipe, tmp_path, capsys):
+def test_data_for_evaluation_is_used_at_the_end(family_folder, tmp_path, capsys):
     """Upstream takes an `eval_dataset` without `eval_strategy`, and never looks at it."""
-    never = {"eval_strategy": '"no"', "eval_on_start": "false"}  # the command's own defaults would evaluate more often
-    fields = {"eval_dataset": tmp_path / "rows.jsonl", "max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    fields = {"use_cpu": True, "bf16": False, "save_strategy": "no", "report_to": []}
+    trainer = ElasticDistillationTrainer(
+        model=str(family_folder("nano3")),
+        args=ElasticDistillationConfig(str(tmp_path / "out"), max_steps=2, **fields),
+        train_dataset=rows(4),
+        eval_dataset=rows(2),
+        processing_class=tokenizer(),
+    )
     with torch.enable_grad():
-        assert main(["train", recipe(**fields, **never)]) == 0
-    state = json.loads((tmp_path / "out/checkpoint-2/trainer_state.json").read_text())
-    evaluations = [entry for entry in state["log_history"] if "eval_small/kl" in entry]
+        trainer.train()
+    evaluations = [entry for entry in trainer.state.log_history if "eval_small/kl" in entry]
     assert [entry["step"] for entry in evaluations] == [2]
     assert {"eval_full/kl", "eval_large/kl", "eval_medium/kl", "eval_small/kl"} <= evaluations[0].keys()
     assert "eval_small/kl" in capsys.readouterr().out
+
+
+def test_who_says_no_evaluation_gets_none(recipe, tmp_path, capsys):
+    with torch.enable_grad():
+        assert main(["train", recipe(eval_dataset=tmp_path / "rows.jsonl", eval_strategy='"no"')]) == 0
+    assert "eval_" not in capsys.readouterr().out
 
 
 def test_bars_are_shown_once(recipe, tmp_path, capsys):

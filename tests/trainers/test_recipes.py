@@ -145,12 +145,21 @@ def test_a_recipe_that_does_not_say_it_gets_defaults(tmp_path):
     assert read("") == ("float32", 1e-4, "no", False, False)  # no bf16 without a device for it
     for peft in ("use_peft: true\nlora_targets: auto\n", "use_peft: true\n"):
         assert read(peft)[:2] == ("auto", 2e-4)
-    for options in (["--use_peft", "true"], ["--use_peft=true"], ["--use_peft"]):
+    for options in (["--use_peft", "true"], ["--use_peft=true"], ["--use_peft"], ["--use-peft", "y"]):
         assert read("", *options)[:2] == ("auto", 2e-4)
     assert read("", "--use_peft", "false")[:2] == ("float32", 1e-4)
     assert read("eval_dataset: z\n")[2:4] == ("epoch", True)
     assert read("", "--eval_dataset", "z")[2:4] == ("epoch", True)
-    assert read('eval_dataset: z\neval_strategy: "no"\neval_on_start: false\n')[2:4] == ("no", False)
+    for yes in ("y", "'yes'", "T", "1"):
+        assert read(f"use_peft: {yes}\n")[:2] == ("auto", 2e-4)
+    assert read("", "--eval-dataset", "z")[2:4] == ("epoch", True)
+    for options in ([], ["--eval-steps", "50"]):
+        assert read('eval_dataset: z\neval_strategy: "no"\n', *options)[2:4] == ("no", False)
+    assert read("eval_dataset: z\neval_steps: 50\n")[2:4] == ("steps", True)
+    assert read("eval_dataset: z\n", "--eval-steps", "50", "--eval-on-start", "false")[2:4] == ("steps", False)
+    empty = "dtype:\nlearning_rate:\neval_strategy:\neval_on_start:\neval_dataset: z\n"
+    assert read(empty)[:4] == ("float32", 1e-4, "epoch", True)
+    assert read(empty, "--learning_rate", "0.5")[1] == 0.5
     assert read("learning_rate: 0.5\ndtype: bf16\n", "--eval_strategy", "no")[:3] == ("bf16", 0.5, "no")
     assert read("learning_rate: 0.5\n", "--learning_rate", "0.25")[1] == 0.25
     assert ElasticDistillationConfig(str(tmp_path / "out")).bf16 is False
@@ -298,6 +307,28 @@ def test_the_full_recipe_of_granite_says_its_steps_and_its_memory(monkeypatch):
     for amount in (16 * total, 2 * total):
         assert re.search(rf"-> +{amount / 1e9:.1f} GB", text)
     assert f"together {18 * total / 1e9:.1f} GB, sharded by FSDP2 over 4 GPUs: {18 * total / 4e9:.1f} GB each" in text
+
+
+@pytest.mark.parametrize(("options", "streaming"), [([], False), (["--max_steps", "5"], True)])
+def test_a_hub_data_set_is_streamed_only_if_the_steps_are_known(options, streaming, folders, monkeypatch, tmp_path):
+    """Upstream refuses epochs of what has no length, after the model was loaded."""
+    asked = []
+
+    def load_dataset(name, **kwargs):
+        asked.append((name, kwargs["streaming"]))
+        raise RuntimeError("seen")
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    monkeypatch.setattr("hf_elastic.storage.sources.pinned", lambda *args, **kwargs: None)
+    given = ["--model", str(folders / "granite"), "--dataset", "me/rows", "--output_dir", str(tmp_path / "out")]
+    assert main(["train", "minimal", *given, *HERE, *options]) == 2
+    assert asked == [("me/rows", streaming)]
+
+
+def test_options_are_not_shortened(capsys):
+    """The defaults depend on some of them, and would not know them by half a name."""
+    with pytest.raises(ElasticConfigError, match="unknown option --use_pef; .* Did you mean 'use_peft'"):
+        recipe("lab", "--use_pef", "true")
 
 
 def test_fields_of_lora_without_use_peft_are_refused():
