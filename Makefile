@@ -12,9 +12,9 @@ demo: $(VENV)/installed  ## The main job: four sizes of a small reasoning model 
 space: $(VENV)/installed  ## The Space on the embedded model: open the address it prints
 	$(BIN)/python spaces/phase_plans/app.py
 
-# Two processes of one thread each: the models are so small that a second thread only waits.
+# Three processes of one thread each, for two cores: a quarter of the time a test waits for a process, a disk or a clock.
 test: $(VENV)/installed  ## All tests
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+	$(BIN)/python -m pytest --numprocesses 3 --dist worksteal
 
 quality: $(VENV)/installed  ## What CI checks besides the tests
 	$(BIN)/ruff check .
