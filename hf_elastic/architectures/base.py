@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..errors import ElasticConfigError, did_you_mean, shown
 from .axes import Dim, Sizes, TensorRule
 from .obstacles import Obstacle
+from .remembered import Remembered
 from .submodel import LAYERS, Submodel
 
 
@@ -69,9 +69,8 @@ class StateRule:
 LEGACY_LAYER_TYPES = {"linear_attention": "mamba", "full_attention": "attention"}
 """What kinds of layers were called before transformers 5, which reads these names as well; many other programs read only these."""
 
-_REMEMBERED = 512
-_BUILDABLE: dict[Any, None] = {}
-"""Submodels whose stock config was built already, so that a family that is read again and again does not build all of them each time."""
+_BUILDABLE = Remembered(512)
+"""Submodels whose stock config was built already."""
 
 
 class Architecture(ABC):
@@ -253,9 +252,10 @@ class Architecture(ABC):
 
     def _check_config(self, config: PreTrainedConfig, submodel: Submodel, name: str) -> None:
         """Raise [`ElasticConfigError`] if the stock config has a rule of its own against these sizes; it is built once to ask."""
-        key = (type(self), hashlib.sha256(repr(config.__dict__).encode()).digest(), submodel)
-        if key in _BUILDABLE:
-            return
+        facts = (type(self), type(config), config.__dict__, submodel)
+        _BUILDABLE(facts, lambda: self._build_config(config, submodel, name))
+
+    def _build_config(self, config: PreTrainedConfig, submodel: Submodel, name: str) -> None:
         try:
             built = self.config_for(config, submodel)
             for layer in built._heterogeneity_spec.per_layer_overrides if built.is_heterogeneous else ():
@@ -265,9 +265,6 @@ class Architecture(ABC):
             raise ElasticConfigError(
                 f"{name}: a stock {self.model_type} config cannot hold {sizes}: {error.__cause__ or error}. Choose others."
             ) from error
-        while len(_BUILDABLE) >= _REMEMBERED:
-            del _BUILDABLE[next(iter(_BUILDABLE))]
-        _BUILDABLE[key] = None
 
     def config_for(self, config: PreTrainedConfig, submodel: Submodel) -> PreTrainedConfig:
         """The stock config of a submodel. Global fields hold the sizes of the first layer of each kind, `per_layer_config` the rest.

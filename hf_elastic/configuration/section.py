@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import pickle
 from collections.abc import Mapping
-from threading import Lock
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from ..architectures import Architecture, get_architecture
 from ..architectures.cost import CostModel
+from ..architectures.remembered import Remembered
 from ..architectures.submodel import LAYERS, Submodel
 from ..errors import ElasticConfigError, did_you_mean, shown
 from ..storage.files import is_inner_path
@@ -34,9 +32,7 @@ _ROUTER_KEYS = {"targets", "per_layer", "width"}
 _AXIS_KEYS = {"choices", "policy", "ranking"}
 _BUDGET_KEYS = {"sizes", "total_params", "active_params"}
 _HANDOVER_KEYS = {"trained"}
-_REMEMBERED = 64
-_LOCK = Lock()
-_CHECKED: dict[bytes, dict[str, Any]] = {}
+_CHECKED = Remembered(64)
 """Sections that were found sound, by what they and their parents say."""
 
 
@@ -78,18 +74,8 @@ def checked_section(parent: PreTrainedConfig, section: Any) -> dict[str, Any]:
 
     One load asks for the same section several times, and counting takes most of reading a config, so what was found sound is remembered.
     """
-    try:  # a pickle tells every value and its type; `repr` of some does not
-        key = hashlib.sha256(pickle.dumps((type(parent), parent.__dict__, section))).digest()
-    except Exception:  # whatever an object that does not belong there raises
-        return _checked_section(parent, section)
-    checked = _CHECKED.get(key)
-    if checked is None:
-        checked = _checked_section(parent, section)
-        with _LOCK:
-            while len(_CHECKED) >= _REMEMBERED:
-                del _CHECKED[next(iter(_CHECKED))]
-            _CHECKED[key] = checked
-    return copy.deepcopy(checked)
+    facts = (type(parent), parent.__dict__, section)
+    return copy.deepcopy(_CHECKED(facts, lambda: _checked_section(parent, section)))
 
 
 def _checked_section(parent: PreTrainedConfig, section: Any) -> dict[str, Any]:

@@ -6,11 +6,11 @@ import contextvars
 import copy
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import pytest
 import torch
 from compare import assert_same_logits, assert_same_weights, logits
+from others import another_thread
 from transformers import AutoModelForCausalLM, TextIteratorStreamer
 
 from hf_elastic import BusyError, CheckpointError, HandoverError, HFElasticError, Phase, PhasePlan
@@ -189,29 +189,9 @@ def in_thread(function):
         return pool.submit(function).result(timeout=120)
 
 
-@contextmanager
-def another_inside(model, size):
-    """Another thread that is inside `at(size)` meanwhile."""
-    entered, leave = threading.Event(), threading.Event()
-
-    def other():
-        with model.at(size):
-            entered.set()
-            leave.wait(60)
-
-    thread = threading.Thread(target=other)
-    thread.start()
-    assert entered.wait(60)
-    try:
-        yield
-    finally:
-        leave.set()
-        thread.join()
-
-
 def beside(model, size, run):
     """Run something inside `at(size)` while another thread is inside `at("small")`."""
-    with another_inside(model, "small"), model.at(size):
+    with another_thread(lambda: model.at("small")), model.at(size):
         return run()
 
 
@@ -295,7 +275,7 @@ def test_a_call_that_outlives_its_block_ends_at_its_budget_and_the_family_goes_b
 @each_model
 def test_a_budget_cannot_be_set_to_what_another_thread_is_inside_of(name, family):
     model = family(name)
-    with another_inside(model, "small"), pytest.raises(BusyError):
+    with another_thread(lambda: model.at("small")), pytest.raises(BusyError):
         model.set_budget("small")
     assert model.budget == "full"
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from cases import CASES, IDS
 from compare import assert_same_logits, assert_same_weights, logits
+from others import another_thread, exchange
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache
 
 from hf_elastic import BusyError, HandoverError, HFElasticError, Phase, PhasePlan, UnknownBudgetError
@@ -139,13 +140,8 @@ def test_a_size_left_behind_refuses_to_run(name, budget, change, family, ids):
     size = model.sized(budget)
     if change == "cast":
         model.to(torch.bfloat16)
-    elif change == "assign":
-        model.load_state_dict({k: v * 2 for k, v in model.state_dict().items()}, assign=True)
-    elif change == "data":
-        for parameter in model.parameters():
-            parameter.data = parameter.data * 2
     else:
-        model.lm_head = torch.nn.Linear(48, 64, bias=False)
+        exchange(model, change)
     for run in (lambda: size(ids), lambda: size.generate(ids, **SETTINGS)):
         with pytest.raises(HFElasticError, match="since this size was taken from it.*take it again"):
             run()
@@ -303,26 +299,6 @@ def test_the_first_use_of_budgets_in_four_threads(name, family, sliced, ids):
     for size, out in zip(SIZES, in_threads(*(lambda size=size: first(size) for size in SIZES)), strict=True):
         assert_same_logits(out, logits(sliced(name, size), ids))
     assert model.budget == "full"
-
-
-@contextmanager
-def another_thread(inside):
-    """Another thread that is inside a context manager meanwhile."""
-    entered, leave = threading.Event(), threading.Event()
-
-    def run():
-        with inside():
-            entered.set()
-            leave.wait(60)
-
-    thread = threading.Thread(target=run, name="other")
-    thread.start()
-    assert entered.wait(60)
-    try:
-        yield
-    finally:
-        leave.set()
-        thread.join()
 
 
 @each_model

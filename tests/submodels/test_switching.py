@@ -7,6 +7,7 @@ import pytest
 import torch
 from cases import CASES, IDS
 from compare import assert_same_logits, assert_same_weights, logits
+from others import exchange
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -232,13 +233,7 @@ def test_exchanged_weights_are_noticed(name, change, family, tmp_path):
     for budget in BUDGETS:
         model.set_budget(budget)
     model.set_budget(None)
-    if change == "assign":
-        model.load_state_dict({k: v * 2 for k, v in model.state_dict().items()}, assign=True)
-    elif change == "data":
-        for parameter in model.parameters():
-            parameter.data = parameter.data * 2
-    else:
-        model.lm_head = torch.nn.Linear(48, 64, bias=False)
+    exchange(model, change)
     model.save_pretrained(tmp_path)
     for budget in BUDGETS:
         model.set_budget(budget)

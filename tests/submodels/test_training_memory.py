@@ -11,7 +11,7 @@ import torch
 from cases import parent_config
 from nano_v3 import nano_v3
 from peft import LoraConfig, get_peft_model
-from transformers import GraniteMoeHybridConfig, NemotronHConfig
+from published import granite4_tiny, nano2_9b
 
 from hf_elastic import ElasticConfig, ElasticConfigError
 from hf_elastic.architectures import get_architecture
@@ -146,41 +146,7 @@ def test_plan_refuses_options_that_nothing_would_look_at(folder, options, messag
     assert message in capsys.readouterr().err
 
 
-NANO_9B = NemotronHConfig(
-    hybrid_override_pattern="M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-",
-    vocab_size=131072,
-    hidden_size=4480,
-    intermediate_size=15680,
-    num_attention_heads=40,
-    num_key_value_heads=8,
-    head_dim=128,
-    mamba_num_heads=128,
-    mamba_head_dim=80,
-    n_groups=8,
-    ssm_state_size=128,
-    max_position_embeddings=131072,
-)
-"""Published sizes of NVIDIA Nemotron Nano 9B v2."""
-GRANITE_TINY = GraniteMoeHybridConfig(
-    vocab_size=100352,
-    hidden_size=1536,
-    intermediate_size=512,
-    shared_intermediate_size=1024,
-    num_hidden_layers=40,
-    layer_types=["attention" if i in (5, 15, 25, 35) else "mamba" for i in range(40)],
-    num_attention_heads=12,
-    num_key_value_heads=4,
-    mamba_n_heads=48,
-    mamba_d_head=64,
-    mamba_d_state=128,
-    mamba_n_groups=1,
-    mamba_expand=2,
-    num_local_experts=64,
-    num_experts_per_tok=6,
-    tie_word_embeddings=True,
-    max_position_embeddings=131072,
-)
-"""Published sizes of IBM Granite 4.0 H Tiny."""
+NANO_9B, GRANITE_TINY = nano2_9b(), granite4_tiny()
 ROWS = {
     "weights": "weights, bfloat16",
     "gradients": "gradients",
