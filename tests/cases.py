@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from transformers import (
+    BambaConfig,
+    BambaForCausalLM,
     GraniteMoeHybridConfig,
     GraniteMoeHybridForCausalLM,
     NemotronHConfig,
@@ -88,6 +90,33 @@ def granite(**fields: Any) -> GraniteMoeHybridConfig:
     return GraniteMoeHybridConfig(**{**defaults, **fields})
 
 
+def bamba(**fields: Any) -> BambaConfig:
+    defaults = {
+        "vocab_size": VOCAB,
+        "hidden_size": 48,
+        "intermediate_size": 40,
+        "num_hidden_layers": 4,
+        "attn_layer_indices": [1, 3],
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "mamba_n_heads": 24,
+        "mamba_d_head": 8,
+        "mamba_expand": 4,
+        "mamba_n_groups": 2,
+        "mamba_d_state": 6,
+        "mamba_chunk_size": 8,
+        "mamba_proj_bias": True,
+        "rms_norm_eps": EPS,
+        "max_position_embeddings": 128,
+        "num_logits_to_keep": 0,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    return BambaConfig(**{**defaults, **fields})
+
+
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "nano2": lambda: nemotron("M-M*-"),
     "nano3": lambda: nemotron("ME*EM-*E"),
@@ -97,10 +126,11 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "granite_tied": lambda: granite(
         tie_word_embeddings=True, position_embedding_type=None, mamba_n_groups=1, attention_bias=False
     ),
+    "bamba": lambda: bamba(),
     "granite_dense": lambda: granite(num_local_experts=0, num_experts_per_tok=0, mamba_conv_bias=False),
 }
 
-_CLASSES = {"nemotron_h": NemotronHForCausalLM, "granitemoehybrid": GraniteMoeHybridForCausalLM}
+_CLASSES = {"bamba": BambaForCausalLM, "nemotron_h": NemotronHForCausalLM, "granitemoehybrid": GraniteMoeHybridForCausalLM}
 
 
 def build_parent(name: str, seed: int = 0) -> PreTrainedModel:
@@ -186,6 +216,7 @@ MIDDLE: dict[str, dict[str, int]] = {
         "expert_ffn": 12,
         "shared_expert_ffn": 18,
     },
+    "bamba": {"attention_heads": 4, "ffn": 32},
     "granitemoehybrid": {"attention_heads": 4, "experts": 6, "expert_ffn": 12, "shared_expert_ffn": 18},
 }
 
@@ -246,8 +277,19 @@ _GRANITE_PER_LAYER = {
     "shared_expert_ffn": {3: 7},
 }
 
+_BAMBA_ALL = {"hidden": 24, "ffn": 24, "attention_heads": 2, "mamba_heads": 12, "mamba_head_dim": 4}
+_BAMBA_PER_LAYER = {"ffn": {0: 17, 3: 30}, "attention_heads": {1: 2, 3: 4}, "mamba_heads": {0: 12, 2: 18}, "mamba_head_dim": {2: 4}}
+
 CASES: list[Case] = [
     *(Case(parent, "full", {}) for parent in CONFIGS),
+    *_each("bamba", _BAMBA_ALL),
+    *_each("bamba", _BAMBA_PER_LAYER, "{}_per_layer"),
+    Case("bamba", "layers_without_first", {"layers": [1, 2, 3]}),
+    Case("bamba", "layers_without_first_attention", {"layers": [0, 2, 3]}),
+    Case("bamba", "layers_without_mamba", {"layers": [1, 3]}),
+    Case("bamba", "all", _BAMBA_ALL),
+    Case("bamba", "all_and_layers", {**_BAMBA_ALL, "layers": [0, 3]}),
+    Case("bamba", "all_per_layer", {**_BAMBA_PER_LAYER, "mamba_head_dim": {0: 4}, "hidden": 48, "layers": [0, 1, 2]}),
     # every axis alone, one size everywhere
     *_each("nano3", _NANO3_ALL),
     *_each("granite", _GRANITE_ALL),
@@ -289,6 +331,11 @@ IDS: Callable[[Case], str] = lambda case: case.id  # noqa: E731
 
 
 BUDGETS = {
+    "bamba": {
+        "large": {"mamba_heads": 18, "ffn": 32},
+        "medium": {"mamba_heads": {0: 12, 2: 18}, "ffn": 32},
+        "small": {"hidden": 24, "mamba_heads": 12, "ffn": 24, "attention_heads": 4, "layers": [0, 2, 3]},
+    },
     "nano3": {
         "large": {"mamba_heads": 8, "expert_ffn": 12},
         "medium": {

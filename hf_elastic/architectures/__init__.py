@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from ..errors import UnsupportedArchitectureError, did_you_mean
 from .base import Architecture, Axis, StateRule, uniform
+from .bamba import Bamba
 from .granitemoehybrid import GraniteMoeHybrid
 from .nemotron_h import NemotronH
 
 __all__ = ["ARCHITECTURES", "Architecture", "Axis", "StateRule", "get_architecture", "uniform"]
 
-ARCHITECTURES: dict[str, Architecture] = {a.model_type: a for a in (NemotronH(), GraniteMoeHybrid())}
+ARCHITECTURES: dict[str, Architecture] = {a.model_type: a for a in (NemotronH(), GraniteMoeHybrid(), Bamba())}
 
 
 def get_architecture(model_type: str) -> Architecture:
