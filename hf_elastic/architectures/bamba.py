@@ -20,6 +20,7 @@ class Bamba(Architecture):
     model_type = "bamba"
     causal_class = BambaForCausalLM
     base_class = BambaModel
+    layer_outputs = 2
     axes = (
         Axis("hidden", "hidden_size"),
         Axis("ffn", "intermediate_size", "mlp"),

@@ -84,6 +84,7 @@ class Architecture(ABC):
     layers_path: ClassVar[str] = "model.layers"
     one_share: ClassVar[tuple[str, ...]] = ()  # axes that other programs hold only if all are cut by the same share
     old_names: ClassVar[Mapping[str, str]] = {}  # how names end, and how they did in older files
+    layer_outputs: ClassVar[int] = 0  # a stock layer returns a tuple of so many, the hidden state first; 0: that alone
 
     # -- to be declared ------------------------------------------------------------------------------------------------
 
@@ -305,6 +306,10 @@ class Architecture(ABC):
         result.dtype = config.dtype
         result.architectures = copy.copy(config.architectures)
         return result
+
+    def passed(self, hidden: torch.Tensor) -> Any:
+        """What a stock layer would return that changes nothing."""
+        return (hidden, *[None] * (self.layer_outputs - 1)) if self.layer_outputs else hidden
 
     def layers_of(self, model: nn.Module) -> nn.ModuleList:
         """The stock model's list of layers, of a causal or a base model."""

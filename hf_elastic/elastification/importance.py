@@ -248,7 +248,7 @@ def _logit_error(
         inputs = {key: tensor.to(model.device) for key, tensor in batch.items()}
         real = inputs["attention_mask"].bool()
         full = model(**inputs, use_cache=False).logits[real].float()
-        with _without(layers, gone):
+        with _without(get_architecture(model.config.model_type), layers, gone):
             cut = model(**inputs, use_cache=False).logits[real].float()
         error += _total((full - cut).square())
         norm += _total(full.square())
@@ -263,11 +263,11 @@ def _total(values: torch.Tensor) -> float:
 
 
 @contextmanager
-def _without(layers: nn.ModuleList, gone: Sequence[int]) -> Iterator[None]:
+def _without(architecture: Architecture, layers: nn.ModuleList, gone: Sequence[int]) -> Iterator[None]:
     """Let the layers pass their input on."""
     try:
         for layer in gone:
-            layers[layer].forward = lambda hidden_states, *args, **kwargs: hidden_states
+            layers[layer].forward = lambda hidden_states, *args, **kwargs: architecture.passed(hidden_states)
         yield
     finally:
         for layer in gone:

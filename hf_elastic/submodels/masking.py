@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from ..architectures import get_architecture
+from ..architectures import Architecture, get_architecture
 from ..architectures.pieces import Piece, pieces
 from ..architectures.submodel import Submodel
 from ..errors import ElasticConfigError, shown
@@ -57,7 +58,7 @@ def masked_model(parent: PreTrainedModel, submodel: Submodel) -> PreTrainedModel
         architecture.bias_router(router, router, bias, piece.kept["experts_per_token"])
     layers = architecture.layers_of(model)
     for layer in set(range(submodel.depth)) - set(submodel.layers):
-        layers[layer].forward = _identity  # type: ignore[method-assign]
+        layers[layer].forward = partial(_identity, architecture)  # type: ignore[method-assign]
     return model
 
 
@@ -67,5 +68,5 @@ def _correct_norm(norm: Any, piece: Piece) -> None:
     norm.variance_epsilon *= alive
 
 
-def _identity(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    return hidden_states
+def _identity(architecture: Architecture, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    return architecture.passed(hidden_states)

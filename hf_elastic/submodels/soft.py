@@ -134,7 +134,9 @@ class SoftUnits:
         if layer is None or mixture.layers is None:
             return output
         hidden = args[0] if args else kwargs["hidden_states"]
-        return hidden + mixture.layers[layer].to(hidden.dtype) * (output - hidden)
+        after, *rest = output if self._architecture.layer_outputs else (output,)
+        mixed = hidden + mixture.layers[layer].to(hidden.dtype) * (after - hidden)
+        return (mixed, *rest) if self._architecture.layer_outputs else mixed
 
     def _correct_norm(
         self, norm: Any, original: Any, rule: Any, mixture: Mixture, layer: int | None, full: Mapping[str, int]

@@ -43,13 +43,14 @@ class Unit:
 
     module: nn.Module
     stencil: nn.Module | None
+    passed: Callable[[torch.Tensor], Any] = staticmethod(lambda hidden: hidden)
     parts: list[tuple[str, Piece]] = field(default_factory=list)
     tuners: list[tuple[nn.Module, nn.Module]] = field(default_factory=list)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the parent's module computes at this budget."""
         if self.stencil is None:
-            return args[0] if args else kwargs["hidden_states"]
+            return self.passed(args[0] if args else kwargs["hidden_states"])
         self.follow()
         live = {name: cut(attribute(self.module, name), piece) for name, piece in self.parts}
         return torch.func.functional_call(self.stencil, live, args, kwargs)
@@ -78,7 +79,7 @@ def make_units(
     refuse_unsupported(model, architecture, config)
     layers, thin = architecture.layers_of(model), architecture.layers_of(tree)
     position = {layer: new for new, layer in enumerate(submodel.layers)}
-    units = {id(layer): Unit(layer, thin[position[i]] if i in position else None) for i, layer in enumerate(layers)}
+    units = {id(layer): Unit(layer, thin[position[i]] if i in position else None, architecture.passed) for i, layer in enumerate(layers)}
     available = tree.state_dict()
     for piece in pieces(architecture, config, submodel):
         target, source = local_names(piece, architecture, available)
