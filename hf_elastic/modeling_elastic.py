@@ -60,7 +60,7 @@ from .routing.router import BudgetRouter, read_router
 from .storage.files import refuse_out_of_reach
 from .storage.sources import pinned
 from .submodels.adapters import AdaptableMixin
-from .submodels.buffers import check_buffers
+from .submodels.buffers import set_buffers
 from .submodels.loaded_from import WHERE, LoadedFrom, name_stock
 from .submodels.slicing import use_eager_experts_if_misaligned
 from .submodels.switching import SwitchingMixin
@@ -224,7 +224,7 @@ class ElasticPreTrainedModel(
         # The loader notes which of the Hub's names it met, for saving; it met none here. Without the note, saving uses all of them.
         model.__dict__.pop("_weight_conversions", None)
         refuse_incomplete(info, pretrained_model_name_or_path)
-        check_buffers(model, pretrained_model_name_or_path)
+        set_buffers(model)
         model._hub_kwargs = {key: hub[key] for key in WHERE if key in hub}
         name = LoadedFrom(
             str(pretrained_model_name_or_path),
@@ -343,7 +343,7 @@ def _from_state_dict(cls: type, config: Any, budget: Any, *model_args: Any, **kw
         ""  # upstream notes "None", which is no repository to look for a tokenizer in
     )
     refuse_incomplete(info, "the state dict")
-    check_buffers(model, "the state dict")
+    set_buffers(model)
     if isinstance(config, ElasticConfig):
         model._adopt(config)
     return (model, info) if kwargs.get("output_loading_info") else model

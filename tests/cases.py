@@ -165,11 +165,18 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     ),
     "bamba": lambda: bamba(),
     "falcon": lambda: falcon(),
-    "falcon_plain": lambda: falcon(mamba_rms_norm=False, projectors_bias=True, mamba_proj_bias=False, tie_word_embeddings=True),
+    "falcon_plain": lambda: falcon(
+        mamba_rms_norm=False, projectors_bias=True, mamba_proj_bias=False, tie_word_embeddings=True
+    ),
     "granite_dense": lambda: granite(num_local_experts=0, num_experts_per_tok=0, mamba_conv_bias=False),
 }
 
-_CLASSES = {"falcon_h1": FalconH1ForCausalLM, "bamba": BambaForCausalLM, "nemotron_h": NemotronHForCausalLM, "granitemoehybrid": GraniteMoeHybridForCausalLM}
+_CLASSES = {
+    "falcon_h1": FalconH1ForCausalLM,
+    "bamba": BambaForCausalLM,
+    "nemotron_h": NemotronHForCausalLM,
+    "granitemoehybrid": GraniteMoeHybridForCausalLM,
+}
 
 
 def build_parent(name: str, seed: int = 0) -> PreTrainedModel:
@@ -318,10 +325,20 @@ _GRANITE_PER_LAYER = {
 }
 
 _BAMBA_ALL = {"hidden": 24, "ffn": 24, "attention_heads": 2, "mamba_heads": 12, "mamba_head_dim": 4}
-_BAMBA_PER_LAYER = {"ffn": {0: 17, 3: 30}, "attention_heads": {1: 2, 3: 4}, "mamba_heads": {0: 12, 2: 18}, "mamba_head_dim": {2: 4}}
+_BAMBA_PER_LAYER = {
+    "ffn": {0: 17, 3: 30},
+    "attention_heads": {1: 2, 3: 4},
+    "mamba_heads": {0: 12, 2: 18},
+    "mamba_head_dim": {2: 4},
+}
 
 _FALCON_ALL = {"hidden": 28, "ffn": 24, "attention_heads": 2, "mamba_heads": 6, "mamba_head_dim": 4}
-_FALCON_PER_LAYER = {"ffn": {0: 17, 2: 30}, "attention_heads": {1: 2, 2: 4}, "mamba_heads": {0: 10, 2: 4}, "mamba_head_dim": {2: 4}}
+_FALCON_PER_LAYER = {
+    "ffn": {0: 17, 2: 30},
+    "attention_heads": {1: 2, 2: 4},
+    "mamba_heads": {0: 10, 2: 4},
+    "mamba_head_dim": {2: 4},
+}
 
 CASES: list[Case] = [
     *(Case(parent, "full", {}) for parent in CONFIGS),
@@ -383,7 +400,7 @@ IDS: Callable[[Case], str] = lambda case: case.id  # noqa: E731
 BUDGETS = {
     "falcon": {
         "large": {"mamba_heads": 8, "ffn": 32},
-        "medium": {"hidden": 40, "mamba_heads": {0: 6, 2: 8}, "ffn": 32},
+        "medium": {"hidden": 40, "mamba_heads": {0: 6, 1: 8, 2: 8}, "ffn": 32},
         "small": {"hidden": 24, "mamba_heads": 6, "ffn": 24, "attention_heads": 4, "layers": [0, 2]},
     },
     "bamba": {

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from ..errors import UnsupportedArchitectureError, did_you_mean
-from .base import Architecture, Axis, StateRule, uniform
 from .bamba import Bamba
+from .base import Architecture, Axis, StateRule, uniform
 from .falcon_h1 import FalconH1
 from .granitemoehybrid import GraniteMoeHybrid
 from .nemotron_h import NemotronH
 
 __all__ = ["ARCHITECTURES", "Architecture", "Axis", "StateRule", "get_architecture", "uniform"]
 
-ARCHITECTURES: dict[str, Architecture] = {a.model_type: a for a in (NemotronH(), GraniteMoeHybrid(), Bamba(), FalconH1())}
+ARCHITECTURES: dict[str, Architecture] = {
+    a.model_type: a for a in (NemotronH(), GraniteMoeHybrid(), Bamba(), FalconH1())
+}
 
 
 def get_architecture(model_type: str) -> Architecture:

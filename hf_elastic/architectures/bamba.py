@@ -10,8 +10,8 @@ from torch import nn
 from transformers import BambaForCausalLM, BambaModel, PreTrainedConfig
 from transformers.models.bamba.modeling_bamba import BambaDecoderLayer
 
-from ..axes import Cut, Sizes, TensorRule, dim
 from ..errors import ElasticConfigError
+from .axes import Cut, Sizes, TensorRule, dim
 from .base import Architecture, Axis, StateRule
 from .blocks import HIDDEN, RESIDUAL, attention, attention_states, linear, mamba2, mamba2_states, rms_norm
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import FalconH1ForCausalLM, FalconH1Model, PreTrainedConfig
-from transformers.models.falcon_h1.modeling_falcon_h1 import FalconH1DecoderLayer
+from transformers.models.falcon_h1.modeling_falcon_h1 import FalconH1DecoderLayer, compute_mup_vector
 
-from ..axes import Cut, Sizes, TensorRule, dim
+from .axes import Cut, Sizes, TensorRule, dim
 from .base import Architecture, Axis, StateRule
 from .blocks import HIDDEN, RESIDUAL, attention, attention_states, linear, mamba2, mamba2_states, rms_norm
 
@@ -51,11 +51,15 @@ class FalconH1(Architecture):
         return {"num_hidden_layers": len(kept)}
 
     def build_layer(self, config: PreTrainedConfig, layer: int) -> nn.Module:
-        return FalconH1DecoderLayer(config, layer)
+        built = FalconH1DecoderLayer(config, layer)
+        built.mamba.register_buffer("mup_vector", compute_mup_vector(config), persistent=False)
+        return built
 
     def states(self, config: PreTrainedConfig, layer: int) -> tuple[StateRule, ...]:
         mamba = {"groups": config.mamba_n_groups, "state": config.mamba_d_state, "kernel": config.mamba_d_conv}
-        return attention_states(kv_heads=config.num_key_value_heads, head_dim=_head_dim(config)) + mamba2_states(**mamba)
+        return attention_states(kv_heads=config.num_key_value_heads, head_dim=_head_dim(config)) + mamba2_states(
+            **mamba
+        )
 
     def tied_fields(self, config: PreTrainedConfig, part: str, sizes: Sizes) -> dict[str, Any]:
         mamba = {"mamba_d_ssm": sizes["mamba_heads"] * sizes["mamba_head_dim"]}

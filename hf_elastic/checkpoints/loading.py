@@ -34,7 +34,7 @@ from ..storage.files import (
 )
 from ..storage.json_files import read_json
 from ..submodels.adapters import attached
-from ..submodels.buffers import check_buffers
+from ..submodels.buffers import set_buffers
 from ..submodels.loaded_from import LoadedFrom
 from .checkpoint import ROTARY, Checkpoint
 from .described import described_config
@@ -274,9 +274,9 @@ def load_stock(repo: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
             f"{repo} holds tensors of other shapes than its config.json says; transformers lists them above."
         ) from error
     refuse_incomplete(info, repo)
-    if architecture is not None:
-        check_buffers(model, repo)
     loaded: PreTrainedModel = model
+    if architecture is not None:
+        set_buffers(loaded)
     return loaded
 
 

@@ -7,7 +7,7 @@ built anew, which costs nothing where a model has none, and else the building of
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from ..architectures import ARCHITECTURES
 from ..errors import CheckpointError
 
 
@@ -28,17 +29,40 @@ def constant_buffers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, to
 
 
 def fresh_buffers(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The buffers that are not saved as a newly built model of the same class and config has them, on the CPU."""
-    whole: nn.Module | None = None
+    """The buffers that are not saved as a newly built model of the same class and config has them, on the CPU.
+
+    Those of a layer are those of a layer that is built from the config of that layer (`Architecture.build_layer`), as sizes can differ per layer.
+    """
+    architecture = ARCHITECTURES.get(model.config.model_type)
+    layers = {} if architecture is None else {layer: i for i, layer in enumerate(architecture.layers_of(model))}
+    inside = {id(module): (i, path) for layer, i in layers.items() for path, module in layer.named_modules()}
+    built: dict[int | None, nn.Module] = {}
     values: dict[str, torch.Tensor] = {}
     for name, module, leaf, _ in constant_buffers(model):
-        made = _built(module)
-        if made is None:
-            whole = whole or _without_weights(type(model), model.config)
-            values[name] = whole.get_buffer(name)
-        else:
+        layer, path = inside.get(id(module), (None, ""))
+        if layer is not None and architecture is not None:
+            if layer not in built:
+                built[layer] = _without_weights(architecture.build_layer, model.config.per_layer_config[layer], layer)
+            values[name] = built[layer].get_submodule(path).get_buffer(leaf)
+        elif (made := _built(module)) is not None:
             values[name] = made.get_buffer(leaf)
+        else:
+            if None not in built:
+                built[None] = _without_weights(type(model), model.config)
+            values[name] = built[None].get_buffer(name)
     return values
+
+
+def set_buffers(model: PreTrainedModel) -> None:
+    """Give every buffer that is not saved the values of a newly built model, where and in which type it is.
+
+    A loader makes a model without storage and fills in what files hold; upstream then computes the rest again in classes of its own only, and
+    what a model puts on its layers from outside (Falcon-H1's multipliers) not even there.
+    """
+    fresh = fresh_buffers(model)
+    for name, module, leaf, buffer in list(constant_buffers(model)):
+        if not (buffer.is_meta or same_values(buffer, fresh[name])):
+            module._buffers[leaf] = fresh[name].to(buffer.device, buffer.dtype if buffer.is_floating_point() else None)
 
 
 def check_buffers(model: PreTrainedModel, where: Any) -> None:
@@ -46,7 +70,7 @@ def check_buffers(model: PreTrainedModel, where: Any) -> None:
 
     Args:
         model (`PreTrainedModel`): On any device.
-        where: What was loaded, for the message.
+        where: What it is called in the message.
 
     Raises:
         `CheckpointError`: names the first that differ.
@@ -59,8 +83,8 @@ def check_buffers(model: PreTrainedModel, where: Any) -> None:
     ]
     if wrong:
         raise CheckpointError(
-            f"loading {where} left other values in {', '.join(wrong[:5])} than a model of this config has. They are not saved but computed, so this "
-            "is no fault of the files: the installed transformers builds this architecture in a way that hf_elastic does not know. Please report it."
+            f"{where} has other values in {', '.join(wrong[:5])} than a newly built model of its config. They are not saved but computed, so whoever "
+            "loads it again would get others. Load it with from_pretrained, or set what the config says."
         )
 
 
@@ -103,7 +127,6 @@ def _built(module: nn.Module) -> nn.Module | None:
     return _without_weights(type(module), module.config)
 
 
-def _without_weights(cls: Any, config: Any) -> nn.Module:
+def _without_weights(make: Callable[..., nn.Module], *args: Any) -> nn.Module:
     with torch.device("cpu"), init_empty_weights(include_buffers=False), no_init_weights():
-        made: nn.Module = cls(config)
-    return made
+        return make(*args)

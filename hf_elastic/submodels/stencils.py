@@ -79,7 +79,10 @@ def make_units(
     refuse_unsupported(model, architecture, config)
     layers, thin = architecture.layers_of(model), architecture.layers_of(tree)
     position = {layer: new for new, layer in enumerate(submodel.layers)}
-    units = {id(layer): Unit(layer, thin[position[i]] if i in position else None, architecture.passed) for i, layer in enumerate(layers)}
+    units = {
+        id(layer): Unit(layer, thin[position[i]] if i in position else None, architecture.passed)
+        for i, layer in enumerate(layers)
+    }
     available = tree.state_dict()
     for piece in pieces(architecture, config, submodel):
         target, source = local_names(piece, architecture, available)

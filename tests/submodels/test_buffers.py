@@ -30,27 +30,28 @@ def left_as_it_lies(monkeypatch):
     return lambda: monkeypatch.setattr(granite.GraniteMoeHybridPreTrainedModel, "_init_weights", wrong)
 
 
-def test_every_load_compares_them(left_as_it_lies, family_folder, tmp_path):
+def test_every_load_sets_them(left_as_it_lies, family_folder, tmp_path):
     folder = family_folder("granite")
     family = ElasticForCausalLM.from_pretrained(folder)
     family.save_pretrained(tmp_path / "nested", layout="nested")
     parent = build_parent("granite")
     parent.save_pretrained(tmp_path / "parent")
+    wanted = parent.get_buffer("model.rotary_emb.inv_freq").clone()
     left_as_it_lies()
     config = ElasticConfig.from_pretrained(folder)
+    broken = AutoModelForCausalLM.from_pretrained(tmp_path / "parent")
+    assert not torch.equal(broken.get_buffer("model.rotary_emb.inv_freq"), wanted)
     for load in (
         lambda: ElasticForCausalLM.from_pretrained(folder),
-        lambda: ElasticForCausalLM.from_pretrained(folder, budget="small", dtype=torch.bfloat16),
+        lambda: ElasticForCausalLM.from_pretrained(folder, budget="small"),
         lambda: ElasticForCausalLM.from_pretrained(tmp_path / "nested", budget="medium"),
         lambda: ElasticForCausalLM.from_pretrained(None, config=config, state_dict=parent.state_dict()),
         lambda: load_stock(tmp_path / "parent"),
         lambda: elastify(tmp_path / "parent", budgets={"small": {"expert_ffn": 8}}, sort=False),
-        lambda: elastify(
-            AutoModelForCausalLM.from_pretrained(tmp_path / "parent"), budgets={"small": {"expert_ffn": 8}}, sort=False
-        ),
     ):
-        with pytest.raises(CheckpointError, match=MESSAGE):
-            load()
+        assert torch.equal(load().get_buffer("model.rotary_emb.inv_freq"), wanted)
+    with pytest.raises(CheckpointError, match=MESSAGE):
+        elastify(broken, budgets={"small": {"expert_ffn": 8}}, sort=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
