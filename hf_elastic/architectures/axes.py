@@ -185,7 +185,8 @@ class TensorRule:
         dims (`tuple[Dim, ...]`): One entry per dimension.
         layer (`int`, *optional*): Index of the layer it belongs to; `None` for embeddings, head and final norm.
         disk (`str`, *optional*):
-            Name in the parent's Hub repository, if different. With `{expert}` in it, dimension 0 is stored as one tensor per index.
+            Name in the parent's Hub repository, if different. With `{expert}` in it, dimension 0 is stored as one tensor per index; with
+            `{segment}` too, each of these as one tensor per segment of dimension 1.
         norm (`bool`, *optional*, defaults to `False`): The weight of an RMSNorm; masking has to correct it.
         buffer (`bool`, *optional*, defaults to `False`): A persistent buffer: stored, but not counted as a parameter.
         fp32 (`bool`, *optional*, defaults to `False`): Kept in float32 whatever the load dtype.
@@ -223,9 +224,20 @@ class TensorRule:
         """Whether it is the weight of a router, `[experts, hidden]`."""
         return len(self.dims) == 2 and any(cut.axis == "experts" for cut in self.dims[0].cuts)
 
-    def disk_name(self, expert: int | None = None) -> str:
+    @property
+    def segments(self) -> tuple[str | None, ...]:
+        """Names of the segments of dimension 1 that are stored as one tensor each; `(None,)` where it is stored whole."""
+        parted = self.disk is not None and "{segment}" in self.disk
+        return tuple(name for name, _ in self.dims[1].segments) if parted else (None,)
+
+    def segment_sizes(self, sizes: Sizes) -> list[int]:
+        """How long each of `segments` is."""
+        spans = [(0, self.dims[1].size(sizes)) if s is None else self.dims[1].span(s, sizes) for s in self.segments]
+        return [stop - start for start, stop in spans]
+
+    def disk_name(self, expert: int | None = None, segment: str | None = None) -> str:
         """Name in the parent's Hub layout."""
-        return (self.disk or self.template).format(layer=self.layer, expert=expert)
+        return (self.disk or self.template).format(layer=self.layer, expert=expert, segment=segment)
 
     def at_layer(self, layer: int | None) -> TensorRule:
         """The same rule for the layer's position in a submodel with fewer layers."""

@@ -13,13 +13,15 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..architectures import Architecture
-from ..architectures.axes import Run, TensorRule, indices_of, shape_of
+from ..architectures.axes import Run, TensorRule, indices_of, places_of, shape_of
 from ..architectures.pieces import Piece, pieces
 from ..architectures.submodel import Submodel
 from ..configuration.leaving_out import ignored_names
 from ..errors import CheckpointError
 from ..storage.reading import Block, Joined, Places
 from ..storage.tensor_file import TensorFile
+
+Names = tuple[str, ...]
 
 ROTARY = r"rotary_emb\.inv_freq$"  # computed, but saved by old versions
 _SLACK = 100_000  # numbers; of so few every tensor is compared, and named
@@ -132,8 +134,11 @@ class Checkpoint:
         for piece in pieces(architecture, config, architecture.full(config)):
             sources = self._sources(piece, architecture)
             required = not piece.rule.tied and (head or is_base(piece.rule.name, architecture))
-            shape = piece.shape[1:] if _is_split(sources, piece) else piece.shape
-            yield from ((source, shape, required) for source in sources)
+            shapes = [piece.shape]
+            if _is_split(sources, piece):
+                shapes = [(size, *piece.shape[2:]) for size in piece.rule.segment_sizes(piece.full)]
+            for names in sources:
+                yield from ((name, shape, required) for name, shape in zip(names, shapes, strict=True))
 
     def lazy_slice(
         self, architecture: Architecture, config: PreTrainedConfig, submodel: Submodel, *, head: bool = True
@@ -169,22 +174,39 @@ class Checkpoint:
                 continue
             yield piece.target.name, self.block(self._sources(piece, architecture), piece.runs)
 
-    def block(self, sources: Sequence[str], runs: list[list[Run]], places: Places | None = None) -> Block | Joined:
+    def block(self, sources: Sequence[Names], runs: list[list[Run]], places: Places | None = None) -> Block | Joined:
         """A part of a tensor of the parent, not read yet.
 
         Args:
-            sources (`list[str]`): Names under which it is stored: one, or one per index of its first dimension.
+            sources (`list[tuple[str, ...]]`): Names under which it is stored: one entry, or one per index of its first dimension, each with
+                one name, or those of tensors that follow each other along the next dimension.
             runs (`list[list[tuple[int, int]]]`): What to keep along each dimension.
             places (`list[list[tuple[int, int]]]`, *optional*): Where that belongs, as [`Block`] takes it.
         """
-        if len(runs) == len(self._stored_shape(sources[0])):
-            return self._stored_block(sources[0], runs, places)
+        if len(runs) == len(self._stored_shape(sources[0][0])):
+            return self._stored_block(sources[0][0], runs, places)
         shape, (experts, *inner), (into, *others) = shape_of(runs), runs, places or [None for _ in runs]
         blocks = [
-            self._stored_block(sources[expert], [[(0, 1)], *inner], [[(new, new + 1)], *others])
+            self._stored_block(name, [[(0, 1)], *here], [[(new, new + 1)], *there])
             for expert, new in zip(indices_of(experts), indices_of(into or [(0, shape[0])]), strict=True)
+            for name, here, there in self._segments(sources[expert], inner, others)
         ]
         return Joined(shape, blocks)
+
+    def _segments(
+        self, names: Names, runs: list[list[Run]], places: Places
+    ) -> Iterator[tuple[str, list[list[Run]], Places]]:
+        """Tensors that follow each other along the first dimension: what is kept of each, and where that belongs."""
+        if len(names) == 1:
+            yield names[0], runs, places
+            return
+        start = 0
+        for name in names:
+            stop = start + self._stored_shape(name)[0]
+            if pairs := list(clipped(runs[0], places[0], start, stop)):
+                here, there = ([pair[i] for pair in pairs] for i in range(2))
+                yield name, [here, *runs[1:]], [there, *places[1:]]
+            start = stop
 
     def _stored_block(self, key: str, runs: list[list[Run]], places: Places | None) -> Block:
         """Part of one stored tensor, which may lack the first of the dimensions: one expert of a stack."""
@@ -193,19 +215,33 @@ class Checkpoint:
         full = (1,) * (len(runs) - len(shape)) + shape
         return Block(file, key, full, _DTYPES[file.dtypes[key]], runs, places)
 
-    def _sources(self, piece: Piece, architecture: Architecture) -> list[str]:
-        """Names under which a tensor of the parent is stored, whichever experts are kept: one, or one per expert."""
+    def _sources(self, piece: Piece, architecture: Architecture) -> list[Names]:
+        """Names under which a tensor of the parent is stored, whichever experts are kept: one entry, or one per expert."""
         rule = piece.rule
         if not rule.stacked or rule.name in self:  # stacked experts were saved with save_original_format=False
-            return [self._present(stored_names(rule, architecture))]
-        return [self._present(stored_names(rule, architecture, expert)) for expert in range(rule.shape(piece.full)[0])]
+            return [(self._present(stored_names(rule, architecture)),)]
+        return [
+            tuple(self._present(stored_names(rule, architecture, expert, segment)) for segment in rule.segments)
+            for expert in range(rule.shape(piece.full)[0])
+        ]
 
     def _present(self, names: tuple[str, ...]) -> str:
         return next((name for name in names if name in self), names[0])
 
 
-def stored_names(rule: TensorRule, architecture: Architecture, expert: int | None = None) -> tuple[str, ...]:
-    """The names a tensor can have in a file: Hub layout, live layout, a base model's without the prefix of either, and old spellings.
+def clipped(runs: Sequence[Run], places: Sequence[Run] | None, start: int, stop: int) -> Iterator[tuple[Run, Run]]:
+    """What lies between two indices, counted from the first of them, and where it belongs."""
+    into = places or [(place.start, place.stop) for _, place in places_of(runs)]
+    for (first, last), (target, _) in zip(runs, into, strict=True):
+        low, high = max(first, start), min(last, stop)
+        if low < high:
+            yield (low - start, high - start), (target + low - first, target + high - first)
+
+
+def stored_names(
+    rule: TensorRule, architecture: Architecture, expert: int | None = None, segment: str | None = None
+) -> Names:
+    """The names a tensor can have in a file: Hub layout, live layout, and a base model's without the prefix of either.
 
     Args:
         rule (`TensorRule`): The tensor.
@@ -213,7 +249,7 @@ def stored_names(rule: TensorRule, architecture: Architecture, expert: int | Non
     """
     live = disk = rule.name
     if expert is not None:
-        disk = rule.disk_name(expert)
+        disk = rule.disk_name(expert, segment)
         live = _live_prefix(disk, architecture)
     elif not rule.stacked:
         disk = rule.disk_name()
@@ -239,9 +275,9 @@ def is_base(name: str, architecture: Architecture) -> bool:
     return name.startswith(_base(architecture))
 
 
-def _is_split(sources: list[str], piece: Piece) -> bool:
+def _is_split(sources: list[Names], piece: Piece) -> bool:
     """Whether the tensor is stored as one per expert."""
-    return piece.rule.stacked and sources != [piece.rule.name]
+    return piece.rule.stacked and sources != [(piece.rule.name,)]
 
 
 def _live_prefix(disk: str, architecture: Architecture) -> str:

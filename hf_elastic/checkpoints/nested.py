@@ -23,6 +23,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -31,14 +32,14 @@ from safetensors.torch import save_file
 from transformers import PreTrainedConfig
 
 from ..architectures import Architecture
-from ..architectures.axes import Run, TensorRule, indices_of, shape_of, without
+from ..architectures.axes import Run, TensorRule, indices_of, places_of, shape_of, without
 from ..architectures.pieces import Piece, pieces
 from ..architectures.submodel import Submodel
 from ..configuration_elastic import ElasticConfig
 from ..errors import CheckpointError
 from ..storage.files import INDEX_NAME
 from ..storage.reading import Block, Joined, Places, Readable
-from .checkpoint import Checkpoint, is_base, stored_names
+from .checkpoint import Checkpoint, Names, is_base, stored_names
 
 FOLDER = "budgets"
 Region = list[list[Run]]
@@ -51,20 +52,22 @@ class Part:
 
     Args:
         level (`int`): Which budget's files hold it, 0 for the smallest.
-        names (`list[str]`): Its name there, or one per expert.
+        names (`list[tuple[str, ...]]`): Its name there, or one entry per expert, with one name or those of the segments of dimension 1.
         region (`list[list[tuple[int, int]]]`): What it holds.
-        split (`bool`, *optional*, defaults to `False`): Whether it is one tensor per expert.
+        split (`list[int]`, *optional*): If it is one or several tensors per expert, how long these are.
     """
 
     level: int
-    names: list[str]
+    names: list[Names]
     region: Region
-    split: bool = False
+    split: list[int] | None = None
 
-    @property
-    def shape(self) -> tuple[int, ...]:
+    def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Of every tensor."""
-        return shape_of(self.region[1:] if self.split else self.region)
+        whole = shape_of(self.region)
+        shapes = [whole] if self.split is None else [(size, *whole[2:]) for size in self.split]
+        for names in self.names:
+            yield from zip(names, shapes, strict=True)
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class Stored:
     """
 
     rule: TensorRule
-    sources: list[str]
+    sources: list[Names]
     parts: list[Part]
 
 
@@ -95,11 +98,11 @@ def split(name: str, first: str, regions: Sequence[Region | None]) -> Iterator[P
         if region is None:
             continue
         if old is None:
-            yield Part(level, [first if level == 0 else f"{name}.level{level}"], region)
+            yield Part(level, [(first if level == 0 else f"{name}.level{level}",)], region)
         else:
             for i, runs in enumerate(region):
                 if added := without(runs, old[i]):
-                    yield Part(level, [f"{name}.level{level}.dim{i}"], [*old[:i], added, *region[i + 1 :]])
+                    yield Part(level, [(f"{name}.level{level}.dim{i}",)], [*old[:i], added, *region[i + 1 :]])
         old = region
 
 
@@ -132,16 +135,18 @@ def layouts(rule: TensorRule, levels: Sequence[Piece | None], architecture: Arch
         sources = _expert_names(rule, architecture, full[0])
         kept = _expert_names(target, architecture, levels[0].shape[0] if levels[0] is not None else 0)
         for here, first, parts in zip(sources, kept, whole, strict=True):
-            one_by_one = [replace(part, names=first, split=True) if part.level == 0 else part for part in parts]
+            sizes = target.segment_sizes(levels[0].kept) if levels[0] is not None else None
+            one_by_one = [replace(part, names=first, split=sizes) if part.level == 0 else part for part in parts]
             yield Stored(rule, here, one_by_one)
     for name, parts in zip(names, whole, strict=True):
-        yield Stored(rule, [name], parts)
+        yield Stored(rule, [(name,)], parts)
 
 
-def _expert_names(rule: TensorRule, architecture: Architecture, count: int) -> list[list[str]]:
+def _expert_names(rule: TensorRule, architecture: Architecture, count: int) -> list[list[Names]]:
     """The names of so many experts, in each of the ways in which they can be named."""
-    experts = [stored_names(rule, architecture, expert) for expert in range(count)]
-    return [[names[way] for names in experts] for way in range(len(stored_names(rule, architecture)))]
+    experts = [[stored_names(rule, architecture, e, segment) for segment in rule.segments] for e in range(count)]
+    ways = range(len(stored_names(rule, architecture)))
+    return [[tuple(names[way] for names in segments) for segments in experts] for way in ways]
 
 
 def _tensors(
@@ -179,7 +184,7 @@ class NestedCheckpoint(Checkpoint):
         super().__init__(files)
         self._largest = levels[-1]
         self._refuse_far_off(architecture, config, self._largest)
-        tensors = _tensors(architecture, config, levels, lambda tensor: tensor.parts[0].names[0] in self._where)
+        tensors = _tensors(architecture, config, levels, lambda tensor: tensor.parts[0].names[0][0] in self._where)
         self._stored = {tensor.rule.name: tensor for tensor in tensors}
 
     def check(
@@ -187,7 +192,7 @@ class NestedCheckpoint(Checkpoint):
     ) -> None:
         super().check(architecture, config, head=head, ignored=ignored)
         for tensor in self._stored.values():
-            names = [name for part in tensor.parts for name in part.names if name in self._where]
+            names = [name for part in tensor.parts for name, _ in part.shapes() if name in self._where]
             types = {self._stored_dtype(name) for name in names}
             if len(types) > 1:
                 raise CheckpointError(f"the parts of {tensor.rule.name} are stored as {' and '.join(sorted(types))}.")
@@ -200,14 +205,14 @@ class NestedCheckpoint(Checkpoint):
     ) -> Iterator[tuple[str, tuple[int, ...], bool]]:
         for tensor in self._stored.values():
             required = head or is_base(tensor.rule.name, architecture)
-            yield from ((name, part.shape, required) for part in tensor.parts for name in part.names)
+            yield from ((name, shape, required) for part in tensor.parts for name, shape in part.shapes())
 
-    def _sources(self, piece: Piece, architecture: Architecture) -> list[str]:
-        return [piece.rule.name]
+    def _sources(self, piece: Piece, architecture: Architecture) -> list[Names]:
+        return [(piece.rule.name,)]
 
-    def block(self, sources: Sequence[str], runs: Region, places: Places | None = None) -> Block | Joined:
+    def block(self, sources: Sequence[Names], runs: Region, places: Places | None = None) -> Block | Joined:
         shape, blocks = shape_of(runs), []
-        for part in self._stored[sources[0]].parts:
+        for part in self._stored[sources[0][0]].parts:
             pairs = [list(common(region, kept)) for region, kept in zip(part.region, runs, strict=True)]
             if all(pairs):
                 kept, into = ([[pair[i] for pair in along] for along in pairs] for i in range(2))
@@ -235,7 +240,7 @@ def write_nested(
     contents: list[dict[str, Readable]] = [{} for _ in family]
 
     def is_there(tensor: Stored) -> bool:
-        return tensor.sources[0] in source
+        return tensor.sources[0][0] in source
 
     for tensor in _tensors(elastic.architecture, elastic.parent_config, list(family.values()), is_there):
         if is_there(tensor):  # a base model has no head
@@ -252,12 +257,26 @@ def write_nested(
     return files
 
 
-def _contents(source: Checkpoint, sources: list[str], part: Part) -> dict[str, Readable]:
-    if not part.split:
-        return {part.names[0]: source.block(sources, part.region)}
-    experts, *inner = part.region
-    kept = zip(indices_of(experts), part.names, strict=True)
-    return {name: source.block([sources[expert]], inner) for expert, name in kept}
+def _contents(source: Checkpoint, sources: list[Names], part: Part) -> dict[str, Readable]:
+    if part.split is None:
+        return {part.names[0][0]: source.block(sources, part.region)}
+    experts, rows, *inner = part.region
+    content, bounds = {}, [0, *accumulate(part.split)]
+    for expert, names in zip(indices_of(experts), part.names, strict=True):
+        for i, name in enumerate(names):  # of a part, the rows of one segment are those of one stored tensor
+            kept = [run for run, _ in _between(rows, bounds[i], bounds[i + 1])]
+            before = sum(source._stored_shape(other)[0] for other in sources[expert][:i])
+            shifted = [(start - before, stop - before) for start, stop in kept] if len(names) > 1 else kept
+            content[name] = source.block([(sources[expert][i],)], [shifted, *inner])
+    return content
+
+
+def _between(runs: Sequence[Run], start: int, stop: int) -> Iterator[tuple[Run, Run]]:
+    """The ranges at the positions between two, and these positions."""
+    for run, place in places_of(runs):
+        low, high = max(place.start, start), min(place.stop, stop)
+        if low < high:
+            yield (run.start + low - place.start, run.start + high - place.start), (low, high)
 
 
 def _write_shards(folder: Path, stem: str, content: dict[str, Readable], max_shard_size: int | str) -> list[str]:

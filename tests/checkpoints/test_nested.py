@@ -102,7 +102,9 @@ def test_every_element_lies_in_the_part_of_the_first_budget_that_keeps_it(case):
             for part in stored.parts:
                 index = [torch.tensor([i for run in runs for i in range(*run)]) for runs in part.region]
                 place = torch.meshgrid(*index, indexing="ij")
-                assert part.shape == place[0].shape[part.split :]
+                expected = place[0].shape[part.split is not None :]
+                assert sum(s.numel() for s in map(torch.Size, (s for _, s in part.shapes()))) == place[0].numel()
+                assert len(part.names[0]) > 1 or {s for _, s in part.shapes()} <= {expected}
                 assert len(part.names) == (len(index[0]) if part.split else 1)
                 assert (found[place] == -1).all()
                 found[place] = part.level
