@@ -9,10 +9,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    BambaConfig,
-    BambaForCausalLM,
-    FalconH1Config,
-    FalconH1ForCausalLM,
     GraniteMoeHybridConfig,
     GraniteMoeHybridForCausalLM,
     NemotronHConfig,
@@ -92,68 +88,6 @@ def granite(**fields: Any) -> GraniteMoeHybridConfig:
     return GraniteMoeHybridConfig(**{**defaults, **fields})
 
 
-def bamba(**fields: Any) -> BambaConfig:
-    defaults = {
-        "vocab_size": VOCAB,
-        "hidden_size": 48,
-        "intermediate_size": 40,
-        "num_hidden_layers": 4,
-        "attn_layer_indices": [1, 3],
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "attention_bias": True,
-        "mlp_bias": True,
-        "mamba_n_heads": 24,
-        "mamba_d_head": 8,
-        "mamba_expand": 4,
-        "mamba_n_groups": 2,
-        "mamba_d_state": 6,
-        "mamba_chunk_size": 8,
-        "mamba_proj_bias": True,
-        "rms_norm_eps": EPS,
-        "max_position_embeddings": 128,
-        "num_logits_to_keep": 0,
-        "eos_token_id": None,
-        "pad_token_id": None,
-    }
-    return BambaConfig(**{**defaults, **fields})
-
-
-def falcon(**fields: Any) -> FalconH1Config:
-    defaults = {
-        "vocab_size": VOCAB,
-        "hidden_size": 48,
-        "intermediate_size": 40,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "attention_bias": True,
-        "mlp_bias": True,
-        "mamba_n_heads": 12,
-        "mamba_d_head": 8,
-        "mamba_d_ssm": 96,
-        "mamba_n_groups": 2,
-        "mamba_d_state": 6,
-        "mamba_chunk_size": 8,
-        "mamba_proj_bias": True,
-        "mamba_rms_norm": True,
-        "rms_norm_eps": EPS,
-        "ssm_multipliers": [1.1, 0.9, 1.2, 0.8, 1.3],
-        "mlp_multipliers": [1.2, 0.7],
-        "key_multiplier": 1.3,
-        "attention_out_multiplier": 0.8,
-        "ssm_in_multiplier": 1.2,
-        "ssm_out_multiplier": 0.9,
-        "embedding_multiplier": 1.5,
-        "lm_head_multiplier": 1.4,
-        "max_position_embeddings": 128,
-        "num_logits_to_keep": 0,
-        "eos_token_id": None,
-        "pad_token_id": None,
-    }
-    return FalconH1Config(**{**defaults, **fields})
-
-
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "nano2": lambda: nemotron("M-M*-"),
     "nano3": lambda: nemotron("ME*EM-*E"),
@@ -163,20 +97,10 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "granite_tied": lambda: granite(
         tie_word_embeddings=True, position_embedding_type=None, mamba_n_groups=1, attention_bias=False
     ),
-    "bamba": lambda: bamba(),
-    "falcon": lambda: falcon(),
-    "falcon_plain": lambda: falcon(
-        mamba_rms_norm=False, projectors_bias=True, mamba_proj_bias=False, tie_word_embeddings=True
-    ),
     "granite_dense": lambda: granite(num_local_experts=0, num_experts_per_tok=0, mamba_conv_bias=False),
 }
 
-_CLASSES = {
-    "falcon_h1": FalconH1ForCausalLM,
-    "bamba": BambaForCausalLM,
-    "nemotron_h": NemotronHForCausalLM,
-    "granitemoehybrid": GraniteMoeHybridForCausalLM,
-}
+_CLASSES = {"nemotron_h": NemotronHForCausalLM, "granitemoehybrid": GraniteMoeHybridForCausalLM}
 
 
 def build_parent(name: str, seed: int = 0) -> PreTrainedModel:
@@ -262,8 +186,6 @@ MIDDLE: dict[str, dict[str, int]] = {
         "expert_ffn": 12,
         "shared_expert_ffn": 18,
     },
-    "falcon_h1": {"hidden": 36, "ffn": 32, "attention_heads": 4, "mamba_heads": 8, "mamba_head_dim": 6},
-    "bamba": {"attention_heads": 4, "ffn": 32},
     "granitemoehybrid": {"attention_heads": 4, "experts": 6, "expert_ffn": 12, "shared_expert_ffn": 18},
 }
 
@@ -324,39 +246,8 @@ _GRANITE_PER_LAYER = {
     "shared_expert_ffn": {3: 7},
 }
 
-_BAMBA_ALL = {"hidden": 24, "ffn": 24, "attention_heads": 2, "mamba_heads": 12, "mamba_head_dim": 4}
-_BAMBA_PER_LAYER = {
-    "ffn": {0: 17, 3: 30},
-    "attention_heads": {1: 2, 3: 4},
-    "mamba_heads": {0: 12, 2: 18},
-    "mamba_head_dim": {2: 4},
-}
-
-_FALCON_ALL = {"hidden": 28, "ffn": 24, "attention_heads": 2, "mamba_heads": 6, "mamba_head_dim": 4}
-_FALCON_PER_LAYER = {
-    "ffn": {0: 17, 2: 30},
-    "attention_heads": {1: 2, 2: 4},
-    "mamba_heads": {0: 10, 2: 4},
-    "mamba_head_dim": {2: 4},
-}
-
 CASES: list[Case] = [
     *(Case(parent, "full", {}) for parent in CONFIGS),
-    *_each("falcon", _FALCON_ALL),
-    *_each("falcon", _FALCON_PER_LAYER, "{}_per_layer"),
-    Case("falcon", "layers_without_first", {"layers": [1, 2]}),
-    Case("falcon", "all", _FALCON_ALL),
-    Case("falcon_plain", "all", _FALCON_ALL),
-    Case("falcon", "all_and_layers", {**_FALCON_ALL, "layers": [0, 2]}),
-    Case("falcon", "all_per_layer", {**_FALCON_PER_LAYER, "hidden": 32, "layers": [0, 2]}),
-    *_each("bamba", _BAMBA_ALL),
-    *_each("bamba", _BAMBA_PER_LAYER, "{}_per_layer"),
-    Case("bamba", "layers_without_first", {"layers": [1, 2, 3]}),
-    Case("bamba", "layers_without_first_attention", {"layers": [0, 2, 3]}),
-    Case("bamba", "layers_without_mamba", {"layers": [1, 3]}),
-    Case("bamba", "all", _BAMBA_ALL),
-    Case("bamba", "all_and_layers", {**_BAMBA_ALL, "layers": [0, 3]}),
-    Case("bamba", "all_per_layer", {**_BAMBA_PER_LAYER, "mamba_head_dim": {0: 4}, "hidden": 48, "layers": [0, 1, 2]}),
     # every axis alone, one size everywhere
     *_each("nano3", _NANO3_ALL),
     *_each("granite", _GRANITE_ALL),
@@ -398,16 +289,6 @@ IDS: Callable[[Case], str] = lambda case: case.id  # noqa: E731
 
 
 BUDGETS = {
-    "falcon": {
-        "large": {"mamba_heads": 8, "ffn": 32},
-        "medium": {"hidden": 40, "mamba_heads": {0: 6, 1: 8, 2: 8}, "ffn": 32},
-        "small": {"hidden": 24, "mamba_heads": 6, "ffn": 24, "attention_heads": 4, "layers": [0, 2]},
-    },
-    "bamba": {
-        "large": {"mamba_heads": 18, "ffn": 32},
-        "medium": {"mamba_heads": {0: 12, 2: 18}, "ffn": 32},
-        "small": {"hidden": 24, "mamba_heads": 12, "ffn": 24, "attention_heads": 4, "layers": [0, 2, 3]},
-    },
     "nano3": {
         "large": {"mamba_heads": 8, "expert_ffn": 12},
         "medium": {

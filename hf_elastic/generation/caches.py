@@ -34,7 +34,9 @@ def read_cache(cache: Cache) -> States:
         if getattr(layer, "is_initialized", False) and getattr(layer, "keys", None) is not None:
             found.update(keys=layer.keys, values=layer.values)
         if getattr(layer, "has_previous_state", {}).get(0):
-            found.update(conv=layer.conv_states[0], ssm=layer.recurrent_states[0])
+            found.update(conv=layer.conv_states[0])
+            if layer.recurrent_states[0] is not None:  # short convolutions keep nothing else
+                found.update(ssm=layer.recurrent_states[0])
         states.append(found)
     return states
 
@@ -51,6 +53,7 @@ def write_cache(states: States, config: PreTrainedConfig) -> Cache:
             cache.update(found["keys"], found["values"], i)
         if "conv" in found:
             cache.update_conv_state(found["conv"], i, conv_kernel_size=found["conv"].shape[-1])
+        if "ssm" in found:
             cache.update_recurrent_state(found["ssm"], i)
     return cache
 

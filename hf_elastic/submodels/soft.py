@@ -115,6 +115,7 @@ class SoftUnits:
         weights = mixture.weights(full, self._groups.get(layer, {}) if layer is not None else {}, layer)
         unit.follow()
         live: dict[str, torch.Tensor] = {}
+        routers = {name.rpartition(".")[0] for name, piece in unit.parts if piece.rule.routes}
         for name, piece in unit.parts:
             source = attribute(unit.module, name)
             owner, _, _ = name.rpartition(".")
@@ -128,7 +129,7 @@ class SoftUnits:
                 original = unit.module.get_submodule(owner)
                 dropped = torch.where(gates.detach() < _DROPPED, -torch.inf, 0.0)
                 self._architecture.bias_router(module, original, dropped, full["experts_per_token"])
-            if not (piece.rule.buffer and "experts" in weights):  # the router's bias is set with the choice
+            if not (piece.rule.buffer and owner in routers and "experts" in weights):  # the router's bias is set with the choice
                 live[name] = piece.rule.gate(source, full, weights)
         output = torch.func.functional_call(stencil, live, args, kwargs)
         if layer is None or mixture.layers is None:
