@@ -54,12 +54,16 @@ class Cut:
         return size // self.groups if isinstance(size, int) else size / self.groups  # expected sizes are no integers
 
 
-Factor = int | Cut
+Factor = "int | Cut | Dim"
 Segment = tuple[Factor, ...]
 
 
 def _factor_size(factor: Factor, sizes: Sizes) -> int:
     return factor if isinstance(factor, int) else factor.size(sizes)
+
+
+def _factor_runs(factor: Factor, full: Sizes, kept: Sizes) -> list[Run]:
+    return factor.runs(full, kept) if isinstance(factor, Dim) else [(0, _factor_size(factor, kept))]
 
 
 def _segment_size(segment: Segment, sizes: Sizes) -> int:
@@ -71,11 +75,12 @@ def _segment_runs(segment: Segment, full: Sizes, kept: Sizes) -> list[Run]:
     runs: list[Run] = [(0, 1)]
     inner = 1
     for factor in reversed(segment):
-        size, keep = _factor_size(factor, full), _factor_size(factor, kept)
+        size, own = _factor_size(factor, full), _factor_runs(factor, full, kept)
         if runs == [(0, inner)]:
-            runs = [(0, keep * inner)]
+            runs = [(start * inner, stop * inner) for start, stop in own]
         else:
-            runs = [(i * inner + start, i * inner + stop) for i in range(keep) for start, stop in runs]
+            each = [i for first, last in own for i in range(first, last)]
+            runs = [(i * inner + start, i * inner + stop) for i in each for start, stop in runs]
         inner *= size
     return runs
 
@@ -88,7 +93,11 @@ class Dim:
 
     @property
     def cuts(self) -> tuple[Cut, ...]:
-        return tuple(factor for _, segment in self.segments for factor in segment if isinstance(factor, Cut))
+        found: list[Cut] = []
+        for _, segment in self.segments:
+            for factor in segment:
+                found += factor.cuts if isinstance(factor, Dim) else [factor] if isinstance(factor, Cut) else []
+        return tuple(found)
 
     def size(self, sizes: Sizes) -> int:
         """Length of the dimension for these sizes."""
@@ -137,6 +146,8 @@ class Dim:
             for factor in segment:
                 own = isinstance(factor, Cut) and factor.gated and factor.axis in weights
                 along = weights[factor.axis] if own else like.new_ones(_factor_size(factor, full))  # type: ignore[union-attr]
+                if isinstance(factor, Dim) and (inner := factor.gates(full, weights)) is not None:
+                    along = inner
                 part = (part[:, None] * along).reshape(-1)
             parts.append(part)
         return torch.cat(parts)
@@ -154,25 +165,33 @@ class Dim:
         """
         if not any(cut.axis in orders and cut.within is None for cut in self.cuts):
             return None
+        return self.order_in(torch.zeros(1, dtype=torch.int64), full, orders)[0]
+
+    def order_in(self, group: torch.Tensor, full: Sizes, orders: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The index that sorts this dimension inside each of some groups, `(len(group), size)`."""
         parts, offset = [], 0
         for _, segment in self.segments:
-            parts.append(_segment_order(segment, full, orders) + offset)
+            parts.append(_segment_order(segment, group, full, orders) + offset)
             offset += _segment_size(segment, full)
-        return torch.cat(parts)
+        return torch.cat(parts, dim=1)
 
 
-def _segment_order(segment: Segment, full: Sizes, orders: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    index = torch.zeros(1, dtype=torch.int64)
-    group = torch.zeros(1, dtype=torch.int64)  # group each entry of `index` lies in: the last constant factor
+def _segment_order(
+    segment: Segment, group: torch.Tensor, full: Sizes, orders: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
+    rows, group = len(group), group[:, None]  # group each entry of `index` lies in: the last constant factor
+    index = torch.zeros_like(group)
     for factor in segment:
         size = _factor_size(factor, full)
-        if isinstance(factor, Cut) and factor.axis in orders and factor.within is None:
+        if isinstance(factor, Dim):
+            step = factor.order_in(group.reshape(-1), full, orders).view(*group.shape, size)
+        elif isinstance(factor, Cut) and factor.axis in orders and factor.within is None:
             order = orders[factor.axis]
-            step = order[group] if factor.groups > 1 else order[:1].expand(len(index), -1)
+            step = order[group] if factor.groups > 1 else order[0].expand(*group.shape, -1)
         else:
-            step = torch.arange(size).expand(len(index), -1)
-        group = step.reshape(-1) if isinstance(factor, int) else group.repeat_interleave(size)
-        index = (index[:, None] * size + step).reshape(-1)
+            step = torch.arange(size).expand(*group.shape, -1)
+        group = step.reshape(rows, -1) if isinstance(factor, int) else group.repeat_interleave(size, dim=1)
+        index = (index[..., None] * size + step).reshape(rows, -1)
     return index
 
 
@@ -188,6 +207,7 @@ class TensorRule:
             Name in the parent's Hub repository, if different. With `{expert}` in it, dimension 0 is stored as one tensor per index; with
             `{segment}` too, each of these as one tensor per segment of dimension 1.
         norm (`bool`, *optional*, defaults to `False`): The weight of an RMSNorm; masking has to correct it.
+        centre (`float`, *optional*, defaults to 0): What that norm adds to its weight before it multiplies by it.
         buffer (`bool`, *optional*, defaults to `False`): A persistent buffer: stored, but not counted as a parameter.
         fp32 (`bool`, *optional*, defaults to `False`): Kept in float32 whatever the load dtype.
         routed (`bool`, *optional*, defaults to `False`): Only `experts_per_token` of the `experts` are used for a token.
@@ -199,6 +219,7 @@ class TensorRule:
     layer: int | None = None
     disk: str | None = None
     norm: bool = False
+    centre: float = 0.0
     buffer: bool = False
     fp32: bool = False
     routed: bool = False

@@ -64,8 +64,14 @@ def masked_model(parent: PreTrainedModel, submodel: Submodel) -> PreTrainedModel
 
 def _correct_norm(norm: Any, piece: Piece) -> None:
     alive = math.prod(piece.shape) / piece.rule.count(piece.full)
-    norm.weight.mul_(math.sqrt(alive))
-    norm.variance_epsilon *= alive
+    norm.weight.add_(piece.rule.centre).mul_(math.sqrt(alive)).sub_(piece.rule.centre)
+    epsilon = epsilon_of(norm)
+    setattr(norm, epsilon, getattr(norm, epsilon) * alive)
+
+
+def epsilon_of(norm: Any) -> str:
+    """What a stock norm calls its epsilon."""
+    return "variance_epsilon" if hasattr(norm, "variance_epsilon") else "eps"
 
 
 def _identity(architecture: Architecture, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -121,9 +121,8 @@ class SoftUnits:
             owner, _, _ = name.rpartition(".")
             module = stencil.get_submodule(owner)
             if piece.rule.norm:
-                source = source * self._correct_norm(
-                    module, unit.module.get_submodule(owner), piece.rule, mixture, layer, full
-                )
+                root = self._correct_norm(module, unit.module.get_submodule(owner), piece.rule, mixture, layer, full)
+                source = (source + piece.rule.centre) * root - piece.rule.centre
             if piece.rule.routes and "experts" in weights:
                 gates = _tile(weights["experts"], full["experts"])
                 original = unit.module.get_submodule(owner)
@@ -146,7 +145,7 @@ class SoftUnits:
         for cut in rule.dims[0].cuts:
             share, square_root = mixture.shares(cut.axis, layer, full[cut.axis])
             alive, root = alive * share, root * square_root
-        norm.variance_epsilon = original.variance_epsilon * alive
+        setattr(norm, epsilon_of(norm), getattr(original, epsilon_of(norm)) * alive)
         return root
 
 
