@@ -281,6 +281,7 @@ class Architecture(ABC):
         sizes = {new: submodel.at(layer) for new, layer in enumerate(submodel.layers)}
         fields.update({axis.field: submodel.at(None)[axis.name] for axis in self.axes if axis.part is None})
         first: dict[str | None, int] = {}  # the layer whose sizes become the global fields, per part
+        wanted: list[dict[str, Any]] = []
         for new, layer in enumerate(submodel.layers):
             layer_config = config.per_layer_config[layer]
             here = {axis.field: sizes[new][axis.name] for axis in self.axes if axis.part and axis.name in sizes[new]}
@@ -295,6 +296,8 @@ class Architecture(ABC):
                 for part in self.parts(config, layer)
                 for k, v in self.tied_fields(layer_config, part, sizes[new]).items()
             }
+            wanted.append(here)
+        for new, here in enumerate(wanted):  # once all fields are known: two parts may share one
             different = {field: value for field, value in here.items() if value != fields[field]}
             if different:
                 overrides[new] = different

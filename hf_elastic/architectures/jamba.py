@@ -23,11 +23,12 @@ class Jamba(Architecture):
     base_class = JambaModel
     axes = (
         Axis("hidden", "hidden_size"),
-        Axis("ffn", "intermediate_size"),  # of dense MLPs and of experts alike
+        Axis("ffn", "intermediate_size", "mlp"),
         Axis("attention_heads", "num_attention_heads", "attention", groups="num_key_value_heads"),
         Axis("mamba_expand", "mamba_expand", "mamba"),  # channels per hidden one
         Axis("experts", "num_experts", "moe"),
         Axis("experts_per_token", "num_experts_per_tok", "moe"),
+        Axis("expert_ffn", "intermediate_size", "moe"),
     )
 
     def parts(self, config: PreTrainedConfig, layer: int) -> frozenset[str]:
@@ -120,12 +121,12 @@ def _mlp(prefix: str, layer: int) -> Iterator[TensorRule]:
 
 
 def _moe(prefix: str, layer: int) -> Iterator[TensorRule]:
-    experts, ffn, disk = dim(Cut("experts")), (Cut("ffn", within="experts"),), f"{prefix}.experts.{{expert}}"
+    experts, ffn, disk = dim(Cut("experts")), (Cut("expert_ffn", within="experts"),), f"{prefix}.experts.{{expert}}"
     dims = (experts, dim(gate_proj=ffn, up_proj=ffn), HIDDEN)
     yield TensorRule(
         f"{prefix}.experts.gate_up_proj", dims, layer, disk=f"{disk}.{{segment}}.weight", routed=True
     )
-    out = (dim(Cut("experts", gated=True)), RESIDUAL, dim(Cut("ffn", within="experts", gated=True)))
+    out = (dim(Cut("experts", gated=True)), RESIDUAL, dim(Cut("expert_ffn", within="experts", gated=True)))
     yield TensorRule(f"{prefix}.experts.down_proj", out, layer, disk=f"{disk}.down_proj.weight", routed=True)
     yield TensorRule(f"{prefix}.router.weight", (experts, HIDDEN), layer)
 
