@@ -70,7 +70,7 @@ class Qwen3Next(Architecture):
         def forward(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             logits = nn.functional.linear(hidden.reshape(-1, hidden.shape[-1]), router.weight)
             weights, index = torch.softmax(logits.float() + bias, dim=-1).topk(top_k, dim=-1)
-            if router.norm_topk_prob:
+            if getattr(router, "norm_topk_prob", True):
                 weights = weights / weights.sum(dim=-1, keepdim=True)
             return logits, weights.to(logits.dtype), index
 
