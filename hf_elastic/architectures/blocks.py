@@ -70,5 +70,86 @@ def attention_states(*, kv_heads: int, head_dim: int) -> tuple[StateRule, ...]:
     return StateRule("keys", dims, degree=0.5), StateRule("values", dims, degree=0.5)
 
 
-def rms_norm(prefix: str, layer: int | None) -> TensorRule:
-    return TensorRule(f"{prefix}.weight", (HIDDEN,), layer, norm=True)
+def rms_norm(prefix: str, layer: int | None, *, centre: float = 0.0) -> TensorRule:
+    return TensorRule(f"{prefix}.weight", (HIDDEN,), layer, norm=True, centre=centre)
+
+
+def trunk(config: PreTrainedConfig, norm: TensorRule, embeddings: str = "model.embed_tokens") -> list[TensorRule]:
+    """What belongs to no layer: embeddings, final norm, and the head, which may be tied."""
+    vocab, name = dim(config.vocab_size), f"{embeddings}.weight"
+    head = TensorRule("lm_head.weight", (vocab, HIDDEN), tied=name if config.tie_word_embeddings else None)
+    return [TensorRule(name, (vocab, RESIDUAL)), norm, head]
+
+
+def gated_mlp(
+    prefix: str, layer: int, axis: str, *, bias: bool = False, names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+) -> Iterator[TensorRule]:
+    """`down(act(gate(x)) * up(x))`, three linear layers."""
+    *ups, down = names
+    for name in ups:
+        yield from linear(f"{prefix}.{name}", layer, dim(Cut(axis)), HIDDEN, bias=bias)
+    yield from linear(f"{prefix}.{down}", layer, RESIDUAL, dim(Cut(axis, gated=True)), bias=bias)
+
+
+def experts(
+    prefix: str, layer: int, *, router: str = "gate", names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+) -> Iterator[TensorRule]:
+    """Routed experts with a fused gate and up, stored one by one on disk, and their router."""
+    ffn, rows, disk = (Cut("expert_ffn", within="experts"),), dim(Cut("experts")), f"{prefix}.experts.{{expert}}"
+    *ups, down = names
+    dims = (rows, dim(**dict.fromkeys(ups, ffn)), HIDDEN)
+    yield TensorRule(f"{prefix}.experts.gate_up_proj", dims, layer, disk=f"{disk}.{{segment}}.weight", routed=True)
+    out = (dim(Cut("experts", gated=True)), RESIDUAL, dim(Cut("expert_ffn", within="experts", gated=True)))
+    yield TensorRule(f"{prefix}.experts.down_proj", out, layer, disk=f"{disk}.{down}.weight", routed=True)
+    yield TensorRule(f"{prefix}.{router}.weight", (rows, HIDDEN), layer)
+
+
+def bias_softmax_router(router: Any, bias: torch.Tensor, top_k: int, *, normalized: bool) -> None:
+    """Let a router that takes the softmax of its logits choose with a bias."""
+
+    def forward(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logits = nn.functional.linear(hidden.reshape(-1, hidden.shape[-1]), router.weight)
+        weights, index = torch.softmax(logits.float() + bias, dim=-1).topk(top_k, dim=-1)
+        if normalized:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        return logits, weights.to(logits.dtype), index
+
+    router.forward = forward
+
+
+def head_norms(prefix: str, layer: int, head_dim: int, names: tuple[str, str] = ("q_norm", "k_norm")) -> list[TensorRule]:
+    """Norms of every query and key by itself, along what no axis cuts."""
+    return [TensorRule(f"{prefix}.{name}.weight", (dim(head_dim),), layer) for name in names]
+
+
+def gated_attention(prefix: str, layer: int, *, kv_heads: int, head_dim: int, bias: bool) -> Iterator[TensorRule]:
+    """Attention whose `q_proj` gives query and output gate, head by head."""
+    query = dim(kv_heads, Cut("attention_heads", groups=kv_heads), 2 * head_dim)
+    for rule in attention(prefix, layer, kv_heads=kv_heads, head_dim=head_dim, bias=bias):
+        yield replace(rule, dims=(query, *rule.dims[1:])) if ".q_proj." in rule.template else rule
+
+
+def delta_net(prefix: str, layer: int, *, keys: int, key_dim: int, kernel: int, joined: bool) -> Iterator[TensorRule]:
+    """Gated DeltaNet: value heads are cut inside their key head. `joined`: two input projections, key head by key head, instead of four."""
+    heads, head_dim = Cut("value_heads", groups=keys), Cut("value_head_dim")
+    v, z, qk = (heads, Cut("value_head_dim", gated=True)), (heads, head_dim), {"q": (keys, key_dim), "k": (keys, key_dim)}
+    if joined:
+        outs = {"qkvz": dim(keys, dim(q=(key_dim,), k=(key_dim,), v=v, z=z)), "ba": dim(keys, dim(b=(heads,), a=(heads,)))}
+    else:
+        outs = {"qkv": dim(**qk, v=(keys, *v)), "z": dim(keys, *z), "b": dim(keys, heads), "a": dim(keys, heads)}
+    for name, out in outs.items():
+        yield from linear(f"{prefix}.in_proj_{name}", layer, out, HIDDEN)
+    yield TensorRule(f"{prefix}.conv1d.weight", (dim(**qk, v=(keys, *z)), dim(1), dim(kernel)), layer)
+    for name in ("dt_bias", "A_log"):
+        yield TensorRule(f"{prefix}.{name}", (dim(keys, heads),), layer)
+    yield TensorRule(f"{prefix}.norm.weight", (dim(head_dim),), layer, norm=True)  # of every head by itself
+    out = dim(keys, Cut("value_heads", groups=keys, gated=True), head_dim)
+    yield from linear(f"{prefix}.out_proj", layer, RESIDUAL, out)
+
+
+def delta_net_states(*, keys: int, key_dim: int, kernel: int) -> tuple[StateRule, ...]:
+    """Convolution window over queries, keys and values, and one matrix per value head; keys are normalised, so it grows as values do."""
+    heads, head_dim = Cut("value_heads", groups=keys), Cut("value_head_dim")
+    conv = dim(q=(keys, key_dim), k=(keys, key_dim), v=(keys, heads, head_dim))
+    ssm = (dim(keys, heads), dim(key_dim), dim(head_dim))
+    return StateRule("conv", (conv, dim(kernel)), 0.5), StateRule("ssm", ssm, 0.5)

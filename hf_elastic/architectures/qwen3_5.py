@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from torch import nn
@@ -16,8 +16,6 @@ from transformers import (
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5DecoderLayer
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeDecoderLayer
 
-from ..axes import Cut, TensorRule, dim
-from .blocks import HIDDEN, linear
 from .qwen3_next import Qwen3Next
 
 
@@ -25,15 +23,13 @@ class Qwen35(Qwen3Next):
     model_type = "qwen3_5_text"
     causal_class = Qwen3_5ForCausalLM
     base_class = Qwen3_5TextModel
+    joined = False
     layer_class: ClassVar[type[nn.Module]] = Qwen3_5DecoderLayer
     axes = Qwen3Next.axes[:5]
 
     def parts(self, config: PreTrainedConfig, layer: int) -> frozenset[str]:
         mixer = "delta" if config.layer_types[layer] == "linear_attention" else "attention"
         return frozenset({mixer, "moe" if any(axis.part == "moe" for axis in self.axes) else "mlp"})
-
-    def rules(self, config: PreTrainedConfig) -> list[TensorRule]:
-        return [new for rule in super().rules(config) for new in _split(rule, config)]
 
     def layer_fields(self, config: PreTrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
         return {"layer_types": [config.layer_types[i] for i in kept], "num_hidden_layers": len(kept)}
@@ -48,20 +44,3 @@ class Qwen35Moe(Qwen35):
     base_class = Qwen3_5MoeTextModel
     layer_class = Qwen3_5MoeDecoderLayer
     axes = Qwen3Next.axes[:1] + Qwen3Next.axes[2:]
-
-
-def _split(rule: TensorRule, config: PreTrainedConfig) -> Iterator[TensorRule]:
-    """The projections that Qwen3-Next joins, key head by key head."""
-    prefix, _, name = rule.template.rpartition(".in_proj_")
-    if name not in ("qkvz.weight", "ba.weight"):
-        yield rule
-        return
-    c = config.per_layer_config[rule.layer]
-    keys, key_dim = c.linear_num_key_heads, c.linear_key_head_dim
-    heads, head_dim = Cut("value_heads", groups=keys), Cut("value_head_dim")
-    v = (keys, heads, Cut("value_head_dim", gated=True))
-    qkv = dim(q=(keys, key_dim), k=(keys, key_dim), v=v)
-    outs = {"qkv": qkv, "z": dim(keys, heads, head_dim)} if name == "qkvz.weight" else dict.fromkeys("ba", dim(keys, heads))
-    for kind, out in outs.items():
-        yield from linear(f"{prefix}.in_proj_{kind}", rule.layer, out, HIDDEN)
-

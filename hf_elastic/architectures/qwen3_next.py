@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,15 +10,16 @@ from torch import nn
 from transformers import PreTrainedConfig, Qwen3NextForCausalLM, Qwen3NextModel
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextDecoderLayer
 
-from ..axes import Cut, TensorRule, dim
+from ..axes import TensorRule, dim
+from . import blocks
 from .base import Architecture, Axis, StateRule
-from .blocks import HIDDEN, RESIDUAL, attention, attention_states, linear
 
 
 class Qwen3Next(Architecture):
     model_type = "qwen3_next"
     causal_class = Qwen3NextForCausalLM
     base_class = Qwen3NextModel
+    joined = True  # input projections of the DeltaNet
     axes = (
         Axis("hidden", "hidden_size"),
         Axis("ffn", "intermediate_size", "mlp"),
@@ -38,15 +38,25 @@ class Qwen3Next(Architecture):
         return frozenset({mixer, "moe" if sparse and config.per_layer_config[layer].num_experts else "mlp"})
 
     def rules(self, config: PreTrainedConfig) -> list[TensorRule]:
-        rules = [TensorRule("model.embed_tokens.weight", (dim(config.vocab_size), RESIDUAL))]
-        for layer in range(self.depth(config)):
-            c, prefix, parts = config.per_layer_config[layer], "model.layers.{layer}", self.parts(config, layer)
-            rules += [_norm(f"{prefix}.{name}", layer) for name in ("input_layernorm", "post_attention_layernorm")]
-            rules += (_delta if "delta" in parts else _attention)(prefix, c, layer)
-            rules += _moe(f"{prefix}.mlp", layer) if "moe" in parts else _mlp(f"{prefix}.mlp", layer, "ffn")
-        tied = "model.embed_tokens.weight" if config.tie_word_embeddings else None
-        head = TensorRule("lm_head.weight", (dim(config.vocab_size), HIDDEN), tied=tied)
-        return [*rules, _norm("model.norm", None), head]
+        layers = [rule for i in range(self.depth(config)) for rule in self._layer(config.per_layer_config[i], i)]
+        return blocks.trunk(config, blocks.rms_norm("model.norm", None, centre=1.0)) + layers
+
+    def _layer(self, c: PreTrainedConfig, layer: int) -> Iterator[TensorRule]:
+        prefix, parts = "model.layers.{layer}", self.parts(c, layer)
+        yield blocks.rms_norm(f"{prefix}.input_layernorm", layer, centre=1.0)
+        yield blocks.rms_norm(f"{prefix}.post_attention_layernorm", layer, centre=1.0)
+        if "delta" in parts:
+            yield from blocks.delta_net(f"{prefix}.linear_attn", layer, **_delta(c), joined=self.joined)
+        else:
+            heads, prefix_ = {"kv_heads": c.num_key_value_heads, "head_dim": c.head_dim}, f"{prefix}.self_attn"
+            yield from blocks.gated_attention(prefix_, layer, **heads, bias=c.attention_bias)
+            yield from blocks.head_norms(prefix_, layer, c.head_dim)
+        if "mlp" in parts:
+            yield from blocks.gated_mlp(f"{prefix}.mlp", layer, "ffn")
+        else:
+            yield from blocks.experts(f"{prefix}.mlp", layer)
+            yield from blocks.gated_mlp(f"{prefix}.mlp.shared_expert", layer, "shared_expert_ffn")
+            yield from blocks.linear(f"{prefix}.mlp.shared_expert_gate", layer, dim(1), blocks.HIDDEN)
 
     def layer_fields(self, config: PreTrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
         dense = [new for new, i in enumerate(kept) if "mlp" in self.parts(config, i)]
