@@ -28,7 +28,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.generation import GenerationMixin
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .architectures import ARCHITECTURES, get_architecture, uniform
+from .architectures import ARCHITECTURES, Architecture, get_architecture, uniform
 from .architectures.submodel import Submodel
 from .checkpoints.export import ExportMixin
 from .checkpoints.loading import (
@@ -304,12 +304,28 @@ def _make_class(facade: type[ElasticPreTrainedModel], stock: type[PreTrainedMode
 
 
 _CONCRETE: dict[tuple[type, str], type[ElasticPreTrainedModel]] = {}
-for _architecture in ARCHITECTURES.values():
-    _CONCRETE[ElasticForCausalLM, _architecture.model_type] = _make_class(
-        ElasticForCausalLM, _architecture.causal_class
-    )
-    _CONCRETE[ElasticModel, _architecture.model_type] = _make_class(ElasticModel, _architecture.base_class)
-globals().update({_class.__name__: _class for _class in _CONCRETE.values()})
+
+
+def _make_classes(architecture: Architecture) -> None:
+    """The elastic classes of a table, when it is loaded; the stock ones say what they cannot do."""
+    stocks = {ElasticForCausalLM: architecture.causal_class, ElasticModel: architecture.base_class}
+    for facade, stock in stocks.items():
+        made = _CONCRETE[facade, architecture.model_type] = _make_class(facade, stock)
+        globals()[made.__name__] = made
+        _explain_budget(stock, facade)
+    # The text-generation pipeline knows classes by name and calls others unsupported, registered or not.
+    known = (made.__name__ for (facade, _), made in _CONCRETE.items() if facade is ElasticForCausalLM)
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[ElasticConfig.model_type] = tuple(known)
+
+
+def __getattr__(name: str) -> Any:
+    """Classes of tables that are not loaded yet: whoever unpickles a model asks for its class by name."""
+    if name.startswith("Elastic"):
+        for model_type in ARCHITECTURES:
+            get_architecture(model_type)
+            if name in globals():
+                return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def concrete_class(cls: type[ElasticPreTrainedModel], stock: PreTrainedConfig) -> type[ElasticPreTrainedModel]:
@@ -394,20 +410,18 @@ def _read_configs_by_name() -> None:
                 repo.refuse_unsaved()
         elif kwargs.get("budget") is not None or kwargs.get("elastic_config") is not None:
             refuse_out_of_reach(repo, kwargs)  # sooner than upstream, which tries for most of a minute
-        return inherited(cls, repo, *args, **kwargs)
+        found = inherited(cls, repo, *args, **kwargs)
+        config = found[0] if isinstance(found, tuple) else found
+        if getattr(config, "model_type", None) in ARCHITECTURES:
+            get_architecture(config.model_type)  # from here on the stock class explains `budget=` (`_explain_budget`)
+        return found
 
     AutoConfig.from_pretrained = classmethod(from_pretrained)
 
 
-for _architecture in ARCHITECTURES.values():
-    _explain_budget(_architecture.causal_class, ElasticForCausalLM)
-    _explain_budget(_architecture.base_class, ElasticModel)
+ARCHITECTURES.when_loaded(_make_classes)
 _read_configs_by_name()
 AutoConfig.register(ElasticConfig.model_type, ElasticConfig)
 AutoModel.register(ElasticConfig, ElasticModel)
 AutoModelForCausalLM.register(ElasticConfig, ElasticForCausalLM)
-# The text-generation pipeline knows classes by name and calls others unsupported, registered or not.
-MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[ElasticConfig.model_type] = tuple(
-    made.__name__ for (facade, _), made in _CONCRETE.items() if facade is ElasticForCausalLM
-)
 add_to_transformers(ElasticForCausalLM, ElasticModel)

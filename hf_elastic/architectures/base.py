@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -84,6 +84,10 @@ class Architecture(ABC):
     layers_path: ClassVar[str] = "model.layers"
     one_share: ClassVar[tuple[str, ...]] = ()  # axes that other programs hold only if all are cut by the same share
     old_names: ClassVar[Mapping[str, str]] = {}  # how names end, and how they did in older files
+    layer_class: ClassVar[
+        Callable[[PreTrainedConfig, int], nn.Module]
+    ]  # builds a stock layer from the config of that layer
+    layer_lists: ClassVar[tuple[str, ...]] = ()  # fields with one entry per layer
     layer_outputs: ClassVar[int] = 0  # a stock layer returns a tuple of so many, the hidden state first; 0: that alone
 
     # -- to be declared ------------------------------------------------------------------------------------------------
@@ -96,19 +100,19 @@ class Architecture(ABC):
     def rules(self, config: PreTrainedConfig) -> list[TensorRule]:
         """One rule per tensor of the causal model with this config, per-layer sizes resolved by `Submodel.at`."""
 
-    @abstractmethod
     def layer_fields(self, config: PreTrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
-        """The config fields that list the layers, for the layers that are kept."""
+        """The config fields that say how many layers there are and list them, for the layers that are kept."""
+        lists = {name: getattr(config, name, None) for name in self.layer_lists}
+        return {"num_hidden_layers": len(kept)} | {n: [v[i] for i in kept] for n, v in lists.items() if v is not None}
 
-    @abstractmethod
     def build_layer(self, config: PreTrainedConfig, layer: int) -> nn.Module:
         """A stock layer from the config of that layer."""
+        return type(self).layer_class(config, layer)
 
     @abstractmethod
     def states(self, config: PreTrainedConfig, layer: int) -> tuple[StateRule, ...]:
         """What generation keeps for this layer, whose own config is given."""
 
-    @abstractmethod
     def bias_router(self, router: Any, source: Any, bias: torch.Tensor, top_k: int) -> None:
         """Let `router`, of the full size, choose `top_k` experts with `bias` added to what it chooses by, in place.
 
@@ -117,6 +121,7 @@ class Architecture(ABC):
             source: Stock router that owns the parent's tensors; may be the same.
             bias (`torch.Tensor`): `(experts,)`, `-inf` for experts that must not be chosen.
         """
+        raise NotImplementedError(f"the table of {self.model_type} has a router and does not say how it is biased")
 
     def tied_fields(self, config: PreTrainedConfig, part: str, sizes: Sizes) -> dict[str, Any]:
         """Fields that follow from the sizes of a part of a layer because the stock config computes one from another."""

@@ -6,6 +6,12 @@ Prefixes hold `{layer}`; rules come with their layer set.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
 
 from .axes import Cut, Dim, TensorRule, dim
 from .base import StateRule
@@ -82,7 +88,12 @@ def trunk(config: PreTrainedConfig, norm: TensorRule, embeddings: str = "model.e
 
 
 def gated_mlp(
-    prefix: str, layer: int, axis: str, *, bias: bool = False, names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    prefix: str,
+    layer: int,
+    axis: str,
+    *,
+    bias: bool = False,
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
 ) -> Iterator[TensorRule]:
     """`down(act(gate(x)) * up(x))`, three linear layers."""
     *ups, down = names
@@ -92,7 +103,11 @@ def gated_mlp(
 
 
 def experts(
-    prefix: str, layer: int, *, router: str = "gate", names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    prefix: str,
+    layer: int,
+    *,
+    router: str = "gate",
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
 ) -> Iterator[TensorRule]:
     """Routed experts with a fused gate and up, stored one by one on disk, and their router."""
     ffn, rows, disk = (Cut("expert_ffn", within="experts"),), dim(Cut("experts")), f"{prefix}.experts.{{expert}}"
@@ -117,7 +132,9 @@ def bias_softmax_router(router: Any, bias: torch.Tensor, top_k: int, *, normaliz
     router.forward = forward
 
 
-def head_norms(prefix: str, layer: int, head_dim: int, names: tuple[str, str] = ("q_norm", "k_norm")) -> list[TensorRule]:
+def head_norms(
+    prefix: str, layer: int, head_dim: int, names: tuple[str, str] = ("q_norm", "k_norm")
+) -> list[TensorRule]:
     """Norms of every query and key by itself, along what no axis cuts."""
     return [TensorRule(f"{prefix}.{name}.weight", (dim(head_dim),), layer) for name in names]
 
@@ -132,9 +149,16 @@ def gated_attention(prefix: str, layer: int, *, kv_heads: int, head_dim: int, bi
 def delta_net(prefix: str, layer: int, *, keys: int, key_dim: int, kernel: int, joined: bool) -> Iterator[TensorRule]:
     """Gated DeltaNet: value heads are cut inside their key head. `joined`: two input projections, key head by key head, instead of four."""
     heads, head_dim = Cut("value_heads", groups=keys), Cut("value_head_dim")
-    v, z, qk = (heads, Cut("value_head_dim", gated=True)), (heads, head_dim), {"q": (keys, key_dim), "k": (keys, key_dim)}
+    v, z, qk = (
+        (heads, Cut("value_head_dim", gated=True)),
+        (heads, head_dim),
+        {"q": (keys, key_dim), "k": (keys, key_dim)},
+    )
     if joined:
-        outs = {"qkvz": dim(keys, dim(q=(key_dim,), k=(key_dim,), v=v, z=z)), "ba": dim(keys, dim(b=(heads,), a=(heads,)))}
+        outs = {
+            "qkvz": dim(keys, dim(q=(key_dim,), k=(key_dim,), v=v, z=z)),
+            "ba": dim(keys, dim(b=(heads,), a=(heads,))),
+        }
     else:
         outs = {"qkv": dim(**qk, v=(keys, *v)), "z": dim(keys, *z), "b": dim(keys, heads), "a": dim(keys, heads)}
     for name, out in outs.items():

@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM, LlamaModel, PreTrainedConfig, Qwen3Fo
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
-from ..axes import Cut, Sizes, TensorRule, dim
+from .axes import Cut, Sizes, TensorRule, dim
 from .base import Architecture, Axis, StateRule
 from .blocks import HIDDEN, RESIDUAL, attention, attention_states, linear, rms_norm
 

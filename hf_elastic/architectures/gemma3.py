@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from transformers import Gemma3ForCausalLM, Gemma3TextModel, PreTrainedConfig
 from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer
 
-from ..axes import TensorRule
 from . import blocks
+from .axes import TensorRule
 from .dense import Llama
 
 

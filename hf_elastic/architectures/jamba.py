@@ -10,11 +10,11 @@ from torch import nn
 from transformers import JambaForCausalLM, JambaModel, PreTrainedConfig
 from transformers.models.jamba.modeling_jamba import ALL_DECODER_LAYER_TYPES
 
-from ..axes import Cut, Sizes, TensorRule, dim
 from ..errors import ElasticConfigError
-from ..submodel import Submodel
+from .axes import Cut, Sizes, TensorRule, dim
 from .base import Architecture, Axis, StateRule
 from .blocks import HIDDEN, RESIDUAL, attention, attention_states, linear, rms_norm
+from .submodel import Submodel
 
 
 class Jamba(Architecture):
@@ -123,9 +123,7 @@ def _mlp(prefix: str, layer: int) -> Iterator[TensorRule]:
 def _moe(prefix: str, layer: int) -> Iterator[TensorRule]:
     experts, ffn, disk = dim(Cut("experts")), (Cut("expert_ffn", within="experts"),), f"{prefix}.experts.{{expert}}"
     dims = (experts, dim(gate_proj=ffn, up_proj=ffn), HIDDEN)
-    yield TensorRule(
-        f"{prefix}.experts.gate_up_proj", dims, layer, disk=f"{disk}.{{segment}}.weight", routed=True
-    )
+    yield TensorRule(f"{prefix}.experts.gate_up_proj", dims, layer, disk=f"{disk}.{{segment}}.weight", routed=True)
     out = (dim(Cut("experts", gated=True)), RESIDUAL, dim(Cut("expert_ffn", within="experts", gated=True)))
     yield TensorRule(f"{prefix}.experts.down_proj", out, layer, disk=f"{disk}.down_proj.weight", routed=True)
     yield TensorRule(f"{prefix}.router.weight", (experts, HIDDEN), layer)

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import Lfm2MoeForCausalLM, Lfm2MoeModel, PreTrainedConfig
 from transformers.models.lfm2_moe.modeling_lfm2_moe import Lfm2MoeDecoderLayer
 
-from ..axes import Cut, Sizes, TensorRule, dim
+from .axes import Cut, Sizes, TensorRule, dim
 from .base import Architecture, Axis, StateRule
 from .blocks import HIDDEN, RESIDUAL, attention, attention_states, linear, rms_norm
 
@@ -84,9 +84,7 @@ def _conv(prefix: str, c: PreTrainedConfig, layer: int) -> Iterator[TensorRule]:
 
 def _attention(prefix: str, c: PreTrainedConfig, layer: int) -> Iterator[TensorRule]:
     head_dim = _head_dim(c)
-    for rule in attention(
-        f"{prefix}.self_attn", layer, kv_heads=c.num_key_value_heads, head_dim=head_dim, bias=False
-    ):
+    for rule in attention(f"{prefix}.self_attn", layer, kv_heads=c.num_key_value_heads, head_dim=head_dim, bias=False):
         yield replace(rule, template=rule.template.replace("o_proj", "out_proj"))
     for name in ("q_layernorm", "k_layernorm"):
         yield TensorRule(f"{prefix}.self_attn.{name}.weight", (dim(head_dim),), layer)

@@ -10,8 +10,8 @@ from torch import nn
 from transformers import PreTrainedConfig, Qwen3NextForCausalLM, Qwen3NextModel
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextDecoderLayer
 
-from ..axes import TensorRule, dim
 from . import blocks
+from .axes import TensorRule, dim
 from .base import Architecture, Axis, StateRule
 
 
@@ -69,68 +69,12 @@ class Qwen3Next(Architecture):
 
     def states(self, config: PreTrainedConfig, layer: int) -> tuple[StateRule, ...]:
         if "attention" in self.parts(config, layer):
-            return attention_states(kv_heads=config.num_key_value_heads, head_dim=config.head_dim)
-        keys, key_dim = config.linear_num_key_heads, config.linear_key_head_dim
-        heads, head_dim = Cut("value_heads", groups=keys), Cut("value_head_dim")
-        conv = dim(q=(keys, key_dim), k=(keys, key_dim), v=(keys, heads, head_dim))
-        ssm = (dim(keys, heads), dim(key_dim), dim(head_dim))
-        return StateRule("conv", (conv, dim(config.linear_conv_kernel_dim)), 0.5), StateRule("ssm", ssm, 0.5)
+            return blocks.attention_states(kv_heads=config.num_key_value_heads, head_dim=config.head_dim)
+        return blocks.delta_net_states(**_delta(config))
 
     def bias_router(self, router: Any, source: Any, bias: torch.Tensor, top_k: int) -> None:
-        def forward(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            logits = nn.functional.linear(hidden.reshape(-1, hidden.shape[-1]), router.weight)
-            weights, index = torch.softmax(logits.float() + bias, dim=-1).topk(top_k, dim=-1)
-            if getattr(router, "norm_topk_prob", True):
-                weights = weights / weights.sum(dim=-1, keepdim=True)
-            return logits, weights.to(logits.dtype), index
-
-        router.forward = forward
+        blocks.bias_softmax_router(router, bias, top_k, normalized=getattr(router, "norm_topk_prob", True))
 
 
-def _norm(prefix: str, layer: int | None) -> TensorRule:
-    return TensorRule(f"{prefix}.weight", (HIDDEN,), layer, norm=True, centre=1.0)
-
-
-def _delta(prefix: str, c: PreTrainedConfig, layer: int) -> Iterator[TensorRule]:
-    keys, key_dim, prefix = c.linear_num_key_heads, c.linear_key_head_dim, f"{prefix}.linear_attn"
-    heads, head_dim = Cut("value_heads", groups=keys), Cut("value_head_dim")
-    v = (heads, Cut("value_head_dim", gated=True))
-    qkvz = dim(keys, dim(q=(key_dim,), k=(key_dim,), v=v, z=(heads, head_dim)))  # key head by key head
-    yield from linear(f"{prefix}.in_proj_qkvz", layer, qkvz, HIDDEN)
-    yield from linear(f"{prefix}.in_proj_ba", layer, dim(keys, dim(b=(heads,), a=(heads,))), HIDDEN)
-    conv = dim(q=(keys, key_dim), k=(keys, key_dim), v=(keys, heads, head_dim))
-    yield TensorRule(f"{prefix}.conv1d.weight", (conv, dim(1), dim(c.linear_conv_kernel_dim)), layer)
-    for name in ("dt_bias", "A_log"):
-        yield TensorRule(f"{prefix}.{name}", (dim(keys, heads),), layer)
-    yield TensorRule(f"{prefix}.norm.weight", (dim(head_dim),), layer, norm=True)  # of every head by itself
-    out = dim(keys, Cut("value_heads", groups=keys, gated=True), head_dim)
-    yield from linear(f"{prefix}.out_proj", layer, RESIDUAL, out)
-
-
-def _attention(prefix: str, c: PreTrainedConfig, layer: int) -> Iterator[TensorRule]:
-    kv, prefix = {"kv_heads": c.num_key_value_heads, "head_dim": c.head_dim}, f"{prefix}.self_attn"
-    query = dim(c.num_key_value_heads, Cut("attention_heads", groups=c.num_key_value_heads), 2 * c.head_dim)
-    for rule in attention(prefix, layer, **kv, bias=c.attention_bias):
-        gated = ".q_proj." in rule.template  # query and gate, head by head
-        yield replace(rule, dims=(query, *rule.dims[1:])) if gated else rule
-    for name in ("q_norm", "k_norm"):
-        yield TensorRule(f"{prefix}.{name}.weight", (dim(c.head_dim),), layer)
-
-
-def _mlp(prefix: str, layer: int, axis: str) -> Iterator[TensorRule]:
-    for name in ("gate_proj", "up_proj"):
-        yield from linear(f"{prefix}.{name}", layer, dim(Cut(axis)), HIDDEN)
-    yield from linear(f"{prefix}.down_proj", layer, RESIDUAL, dim(Cut(axis, gated=True)))
-
-
-def _moe(prefix: str, layer: int) -> Iterator[TensorRule]:
-    experts, ffn = dim(Cut("experts")), (Cut("expert_ffn", within="experts"),)
-    disk = f"{prefix}.experts.{{expert}}.{{segment}}.weight"
-    dims = (experts, dim(gate_proj=ffn, up_proj=ffn), HIDDEN)
-    yield TensorRule(f"{prefix}.experts.gate_up_proj", dims, layer, disk=disk, routed=True)
-    out = (dim(Cut("experts", gated=True)), RESIDUAL, dim(Cut("expert_ffn", within="experts", gated=True)))
-    disk = f"{prefix}.experts.{{expert}}.down_proj.weight"
-    yield TensorRule(f"{prefix}.experts.down_proj", out, layer, disk=disk, routed=True)
-    yield TensorRule(f"{prefix}.gate.weight", (experts, HIDDEN), layer)
-    yield from _mlp(f"{prefix}.shared_expert", layer, "shared_expert_ffn")
-    yield from linear(f"{prefix}.shared_expert_gate", layer, dim(1), HIDDEN)
+def _delta(c: PreTrainedConfig) -> dict[str, int]:
+    return {"keys": c.linear_num_key_heads, "key_dim": c.linear_key_head_dim, "kernel": c.linear_conv_kernel_dim}

@@ -15,13 +15,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..architectures import Architecture
-from ..architectures.axes import TensorRule
+from ..architectures.axes import Cut, Sizes, TensorRule, dim
 
 MAMBA = "mamba_channels"
 """Key of the second moments of Mamba's x, of shape `(heads, head_dim)`: both Mamba axes are scored from them."""
 
 MAMBA_AXES = ("mamba_heads", "mamba_head_dim")
-_CONSUMED = ("ffn", "shared_expert_ffn", "attention_heads")
+_SCORED_OTHERWISE = ("hidden", "experts", "expert_ffn", *MAMBA_AXES)
 
 
 class Listener:
@@ -39,10 +39,9 @@ class Listener:
             module = model.get_submodule(rule.module)
             if "hidden" in wanted and rule.norm and [cut.axis for cut in rule.dims[0].cuts] == ["hidden"]:
                 self._listen(module, lambda m, i, out: self._add("hidden", -1, out.abs()))
-            elif (axis := _consumed_axis(rule, wanted)) is not None:
-                groups = rule.dims[1].segments[0][1][0] if axis == "attention_heads" else 1
-                self._listen(module, self._on_input(axis, rule.layer, sizes[axis], groups), before=True)
-            elif (
+            for cut, shape, others in _consumed(rule, wanted, sizes):
+                self._listen(module, self._on_input(cut.axis, rule.layer, shape, others), before=True)
+            if (
                 wanted & set(MAMBA_AXES)
                 and rule.dims
                 and "x" in dict(rule.dims[0].segments)
@@ -89,13 +88,13 @@ class Listener:
         real = self.mask if value.shape[:2] == self.mask.shape else self.mask.reshape(-1)
         self._accumulate(axis, layer, value[real.to(value.device)].float().sum(0))
 
-    def _on_input(self, axis: str, layer: int | None, size: int, groups: Any) -> Callable[..., None]:
+    def _on_input(
+        self, axis: str, layer: int | None, shape: tuple[int, ...], others: tuple[int, ...]
+    ) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             value = args[0].float()
-            if (
-                axis == "attention_heads"
-            ):  # (..., kv * heads * head_dim) -> the norm of each head, (..., kv, heads per kv)
-                value = value.unflatten(-1, (groups, size // groups, -1)).norm(dim=-1)
+            if others:  # (..., kv * heads * head_dim) -> the norm of each head, (..., kv, heads per kv)
+                value = value.unflatten(-1, shape).norm(dim=others)
             self._add(axis, layer, value.abs())
 
         return hook
@@ -144,8 +143,18 @@ def _expert_neurons(experts: Any, expert: int, x: torch.Tensor) -> torch.Tensor:
     return experts.act_fn(nn.functional.linear(x, experts.up_proj[expert]))
 
 
-def _consumed_axis(rule: TensorRule, wanted: set[str]) -> str | None:
-    """The axis that a linear layer leads back to `hidden` from, if it is scored at that layer's input."""
+def _consumed(
+    rule: TensorRule, wanted: set[str], sizes: Sizes
+) -> Iterator[tuple[Cut, tuple[int, ...], tuple[int, ...]]]:
+    """The axes that a linear layer leads back to `hidden` from, if they are scored at that layer's input.
+
+    Each with how the input is made up, and which of its factors belong to one entry of the axis, counted from the end.
+    """
     if len(rule.dims) != 2 or [cut.axis for cut in rule.dims[0].cuts] != ["hidden"]:
-        return None
-    return next((cut.axis for cut in rule.dims[1].cuts if cut.axis in _CONSUMED and cut.axis in wanted), None)
+        return
+    for _, segment in rule.dims[1].segments:
+        shape = tuple(dim(factor).size(sizes) for factor in segment)
+        for i, factor in enumerate(segment):
+            if isinstance(factor, Cut) and factor.axis in wanted and factor.axis not in _SCORED_OTHERWISE:
+                own = {i - 1, i} if factor.groups > 1 else {i}
+                yield factor, shape, tuple(k - len(segment) for k in range(len(segment)) if k not in own)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from ..architectures import Architecture
 from ..architectures.submodel import Submodel
+from .masking import epsilon_of
 from .slicing import build_meta
 from .stencils import StandIn, Unit, attribute, checkpointed, make_units, uninstall
 
@@ -128,7 +129,9 @@ class SoftUnits:
                 original = unit.module.get_submodule(owner)
                 dropped = torch.where(gates.detach() < _DROPPED, -torch.inf, 0.0)
                 self._architecture.bias_router(module, original, dropped, full["experts_per_token"])
-            if not (piece.rule.buffer and owner in routers and "experts" in weights):  # the router's bias is set with the choice
+            if not (
+                piece.rule.buffer and owner in routers and "experts" in weights
+            ):  # the router's bias is set with the choice
                 live[name] = piece.rule.gate(source, full, weights)
         output = torch.func.functional_call(stencil, live, args, kwargs)
         if layer is None or mixture.layers is None:

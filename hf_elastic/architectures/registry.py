@@ -1,0 +1,93 @@
+"""The tables that are known, by stock `model_type`; a table and its stock classes are imported when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
+from importlib.metadata import entry_points
+
+from ..errors import ElasticConfigError, UnsupportedArchitectureError, did_you_mean
+from .base import Architecture
+
+ENTRY_POINTS = "hf_elastic.architectures"
+"""Group of entry points by which an installed package adds tables: `model_type = "module:TheTable"`."""
+
+_OURS = {
+    "nemotron_h": "nemotron_h:NemotronH",
+    "granitemoehybrid": "granitemoehybrid:GraniteMoeHybrid",
+    "bamba": "bamba:Bamba",
+    "falcon_h1": "falcon_h1:FalconH1",
+    "lfm2_moe": "lfm2_moe:Lfm2Moe",
+    "qwen3_next": "qwen3_next:Qwen3Next",
+    "qwen3_5_text": "qwen3_5:Qwen35",
+    "qwen3_5_moe_text": "qwen3_5:Qwen35Moe",
+    "jamba": "jamba:Jamba",
+    "llama": "dense:Llama",
+    "qwen3": "dense:Qwen3",
+}
+
+
+class Registry(Mapping[str, Architecture]):
+    """Tables by `model_type`, ours and those that other packages add; see [`hf_elastic.register_architecture`]."""
+
+    def __init__(self, ours: Mapping[str, str]):
+        self._places: dict[str, Callable[[], type[Architecture]]] = {
+            model_type: lambda place=place: _found(place)  # type: ignore[misc]
+            for model_type, place in ours.items()
+        }
+        self._loaded: dict[str, Architecture] = {}
+        self._listeners: list[Callable[[Architecture], None]] = []
+        for point in entry_points(group=ENTRY_POINTS):
+            if point.name not in self._places:
+                self._places[point.name] = point.load
+
+    def __getitem__(self, model_type: str) -> Architecture:
+        if model_type not in self._loaded:
+            self._load(self._places[model_type]())
+        return self._loaded[model_type]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def register(self, table: type[Architecture]) -> None:
+        """Add a table."""
+        if table.model_type in self._places:
+            raise ElasticConfigError(f"there is a table for model_type {table.model_type!r} already.")
+        self._places[table.model_type] = lambda: table
+
+    def when_loaded(self, listener: Callable[[Architecture], None]) -> None:
+        """Call a function for every table that is loaded, now or later."""
+        self._listeners.append(listener)
+        for architecture in self._loaded.values():
+            listener(architecture)
+
+    def _load(self, table: type[Architecture]) -> None:
+        architecture = self._loaded[table.model_type] = table()
+        for listener in self._listeners:
+            listener(architecture)
+
+
+ARCHITECTURES = Registry(_OURS)
+
+
+def get_architecture(model_type: str) -> Architecture:
+    """The table of a stock `model_type`.
+
+    Raises:
+        `UnsupportedArchitectureError`: no table for it; the message lists the supported ones.
+    """
+    if model_type not in ARCHITECTURES:
+        raise UnsupportedArchitectureError(
+            f"no elastic axes are known for model_type {model_type!r}; supported: {', '.join(ARCHITECTURES)}."
+            f"{did_you_mean(model_type, ARCHITECTURES)} CONTRIBUTING.md says how to add an architecture."
+        )
+    return ARCHITECTURES[model_type]
+
+
+def _found(place: str) -> type[Architecture]:
+    module, _, name = place.partition(":")
+    table: type[Architecture] = getattr(import_module(f".{module}", __package__), name)
+    return table
