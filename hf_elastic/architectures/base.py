@@ -56,12 +56,14 @@ class StateRule:
             A submodel with k of the N hidden channels writes it about `(k / N) ** degree` times as large as the parent, because its norms
             run over fewer channels: 1/2 for what is linear in the normalised hidden state, 1 for products of two such.
         slot (`int`, *optional*, defaults to 0): Which of several `"conv"` or `"ssm"` states of the layer, upstream's `state_idx`.
+        window (`int`, *optional*): Attention sees so many tokens, the newest included; of keys and values no more than the others are kept.
     """
 
     kind: Literal["keys", "values", "conv", "ssm"]
     dims: tuple[Dim, ...]
     degree: float
     slot: int = 0
+    window: int | None = None
 
     @property
     def key(self) -> str:
@@ -71,6 +73,11 @@ class StateRule:
     def count(self, sizes: Sizes) -> int:
         """Number of elements for these sizes, per token for keys and values."""
         return math.prod(dim.size(sizes) for dim in self.dims)
+
+
+def tokens_kept(tokens: int, window: int | None) -> int:
+    """Of how many tokens a layer keeps keys and values when it has read so many, as upstream's cache does it."""
+    return tokens if window is None else min(tokens, window - 1 or tokens)
 
 
 def state_key(kind: str, slot: int) -> str:

@@ -70,10 +70,10 @@ def attention(prefix: str, layer: int, *, kv_heads: int, head_dim: int, bias: bo
     yield from linear(f"{prefix}.o_proj", layer, RESIDUAL, heads, bias=bias)
 
 
-def attention_states(*, kv_heads: int, head_dim: int) -> tuple[StateRule, ...]:
-    """Keys and values of every token."""
+def attention_states(*, kv_heads: int, head_dim: int, window: int | None = None) -> tuple[StateRule, ...]:
+    """Keys and values of every token, or of those in a sliding window."""
     dims = (dim(kv_heads), dim(head_dim))
-    return StateRule("keys", dims, degree=0.5), StateRule("values", dims, degree=0.5)
+    return StateRule("keys", dims, 0.5, window=window), StateRule("values", dims, 0.5, window=window)
 
 
 def rms_norm(prefix: str, layer: int | None, *, centre: float = 0.0) -> TensorRule:
