@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from .axes import Cut, Dim, TensorRule, dim
+from .axes import Cut, Dim, Norm, TensorRule, dim
 from .base import StateRule
 
 HIDDEN = dim(Cut("hidden"))
@@ -77,7 +77,8 @@ def attention_states(*, kv_heads: int, head_dim: int) -> tuple[StateRule, ...]:
 
 
 def rms_norm(prefix: str, layer: int | None, *, centre: float = 0.0) -> TensorRule:
-    return TensorRule(f"{prefix}.weight", (HIDDEN,), layer, norm=True, centre=centre)
+    """An RMSNorm over the residual stream."""
+    return TensorRule(f"{prefix}.weight", (HIDDEN,), layer, norm=Norm(centre))
 
 
 def trunk(config: PreTrainedConfig, norm: TensorRule, embeddings: str = "model.embed_tokens") -> list[TensorRule]:
