@@ -55,15 +55,27 @@ class StateRule:
         degree (`float`):
             A submodel with k of the N hidden channels writes it about `(k / N) ** degree` times as large as the parent, because its norms
             run over fewer channels: 1/2 for what is linear in the normalised hidden state, 1 for products of two such.
+        slot (`int`, *optional*, defaults to 0): Which of several `"conv"` or `"ssm"` states of the layer, upstream's `state_idx`.
     """
 
     kind: Literal["keys", "values", "conv", "ssm"]
     dims: tuple[Dim, ...]
     degree: float
+    slot: int = 0
+
+    @property
+    def key(self) -> str:
+        """What tells it from the other states of a layer."""
+        return state_key(self.kind, self.slot)
 
     def count(self, sizes: Sizes) -> int:
         """Number of elements for these sizes, per token for keys and values."""
         return math.prod(dim.size(sizes) for dim in self.dims)
+
+
+def state_key(kind: str, slot: int) -> str:
+    """`"conv"`, and `"conv.1"` for the next one of that kind."""
+    return f"{kind}.{slot}" if slot else kind
 
 
 _BUILDABLE = Remembered(512)
