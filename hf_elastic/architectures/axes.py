@@ -225,7 +225,7 @@ class TensorRule:
         layer (`int`, *optional*): Index of the layer it belongs to; `None` for embeddings, head and final norm.
         disk (`str`, *optional*):
             Name in the parent's Hub repository, if different. With `{expert}` in it, dimension 0 is stored as one tensor per index; with
-            `{segment}` too, each of these as one tensor per segment of dimension 1.
+            `{segment}`, what is stored is one tensor per segment of its first dimension, named as the segments are.
         norm (`bool` or `Norm`, *optional*, defaults to `False`): The weight of an RMSNorm; masking has to correct it. `True` is `Norm()`.
         scale (`Callable[[Sizes], float]`, *optional*):
             What the output of the module is multiplied by and depends on a size, other than by its tensors: a model whose embeddings are multiplied
@@ -277,15 +277,27 @@ class TensorRule:
         return len(self.dims) == 2 and any(cut.axis == "experts" for cut in self.dims[0].cuts)
 
     @property
-    def segments(self) -> tuple[str | None, ...]:
-        """Names of the segments of dimension 1 that are stored as one tensor each; `(None,)` where it is stored whole."""
-        parted = self.disk is not None and "{segment}" in self.disk
-        return tuple(name for name, _ in self.dims[1].segments) if parted else (None,)
+    def parted(self) -> bool:
+        """Whether the segments of a dimension are one tensor each on disk: of dimension 0, or of 1 where 0 is one per index already."""
+        return self.disk is not None and "{segment}" in self.disk
 
-    def segment_sizes(self, sizes: Sizes) -> list[int]:
-        """How long each of `segments` is."""
-        spans = [(0, self.dims[1].size(sizes)) if s is None else self.dims[1].span(s, sizes) for s in self.segments]
-        return [stop - start for start, stop in spans]
+    @property
+    def apart(self) -> bool:
+        """Whether one live tensor is several on disk."""
+        return self.stacked or self.parted
+
+    @property
+    def segments(self) -> tuple[str | None, ...]:
+        """Names of the segments that are stored as one tensor each; `(None,)` where the tensor, or one index of it, is stored whole."""
+        return tuple(name for name, _ in self.dims[int(self.stacked)].segments) if self.parted else (None,)
+
+    def stored_shapes(self, sizes: Sizes) -> list[tuple[int, ...]]:
+        """Shapes of the tensors on disk, one per entry of `segments`, and without dimension 0 where that is one tensor per index."""
+        shape = self.shape(sizes)[int(self.stacked) :]
+        if not self.parted:
+            return [shape]
+        spans = [self.dims[int(self.stacked)].span(name, sizes) for name in self.segments if name is not None]
+        return [(stop - start, *shape[1:]) for start, stop in spans]
 
     def disk_name(self, expert: int | None = None, segment: str | None = None) -> str:
         """Name in the parent's Hub layout."""
