@@ -119,7 +119,7 @@ class Checkpoint:
         Raises:
             `CheckpointError`: says both.
         """
-        said = sum(math.prod(piece.shape) for piece in pieces(architecture, config, submodel) if not piece.rule.tied)
+        said = sum(math.prod(piece.shape) for piece in pieces(architecture, config, submodel) if not piece.copy_of)
         held = sum(math.prod(file.shapes[key]) for key, file in self._where.items())
         if said > 2 * held + _SLACK:
             raise CheckpointError(
@@ -133,7 +133,7 @@ class Checkpoint:
         """Every tensor that may be in the files: its name, its shape, and whether it has to be there."""
         for piece in pieces(architecture, config, architecture.full(config)):
             sources = self._sources(piece, architecture)
-            required = not piece.rule.tied and (head or is_base(piece.rule.name, architecture))
+            required = not piece.copy_of and (head or is_base(piece.rule.name, architecture))
             shapes = [piece.shape]
             if _is_split(sources, piece):
                 shapes = [(size, *piece.shape[2:]) for size in piece.rule.segment_sizes(piece.full)]
@@ -170,7 +170,7 @@ class Checkpoint:
         self, architecture: Architecture, config: PreTrainedConfig, submodel: Submodel, head: bool
     ) -> Iterator[tuple[str, Block | Joined]]:
         for piece in pieces(architecture, config, submodel):
-            if piece.rule.tied or not (head or is_base(piece.rule.name, architecture)):
+            if piece.copy_of or not (head or is_base(piece.rule.name, architecture)):
                 continue
             yield piece.target.name, self.block(self._sources(piece, architecture), piece.runs)
 
@@ -217,7 +217,7 @@ class Checkpoint:
 
     def _sources(self, piece: Piece, architecture: Architecture) -> list[Names]:
         """Names under which a tensor of the parent is stored, whichever experts are kept: one entry, or one per expert."""
-        rule = piece.rule
+        rule = piece.rule.stored
         if not rule.stacked or rule.name in self:  # stacked experts were saved with save_original_format=False
             return [(self._present(stored_names(rule, architecture)),)]
         return [

@@ -160,12 +160,14 @@ def _tensors(
     Args:
         levels (`list[Submodel]`): Nested budgets, smallest first.
     """
-    kept = [{piece.rule.name: piece for piece in pieces(architecture, config, level)} for level in levels]
+    kept = [
+        {piece.rule.stored.name: piece for piece in pieces(architecture, config, level) if not piece.copy_of}
+        for level in levels
+    ]
     for name, largest in kept[-1].items():
-        if not largest.rule.tied:
-            here = [level.get(name) for level in kept]
-            found = (tensor for tensor in layouts(largest.rule, here, architecture) if fits(tensor))
-            yield next(found, None) or next(layouts(largest.rule, here, architecture))
+        here, rule = [level.get(name) for level in kept], largest.rule.stored
+        found = (tensor for tensor in layouts(rule, here, architecture) if fits(tensor))
+        yield next(found, None) or next(layouts(rule, here, architecture))
 
 
 class NestedCheckpoint(Checkpoint):
@@ -208,7 +210,7 @@ class NestedCheckpoint(Checkpoint):
             yield from ((name, shape, required) for part in tensor.parts for name, shape in part.shapes())
 
     def _sources(self, piece: Piece, architecture: Architecture) -> list[Names]:
-        return [(piece.rule.name,)]
+        return [(piece.rule.stored.name,)]
 
     def block(self, sources: Sequence[Names], runs: Region, places: Places | None = None) -> Block | Joined:
         shape, blocks = shape_of(runs), []

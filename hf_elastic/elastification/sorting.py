@@ -25,7 +25,12 @@ def ranked(
     Args:
         channels (`int`): Head channels that the smallest budget keeps; `mamba_heads` are ranked by these (eq. A 4).
     """
-    key = -1 if layer is None else layer
+    spec = architecture.axis(axis)
+    sharers = (layer,) if layer is None or not spec.shared else architecture.sharers(config, layer)
+    if len(sharers) > 1:  # one order for all, by what each of them has of an entry
+        each = (scores.values[axis][i] for i in sharers if i is not None)
+        scores = Scores({axis: {sharers[0]: torch.stack([*each]).sum(0)}})
+    key = -1 if layer is None else sharers[0]
     if axis in ("mamba_heads", "mamba_head_dim"):
         moments = scores.values[MAMBA][key]  # (heads, head_dim)
         per_channel = moments.sum(0).sqrt()
@@ -37,7 +42,6 @@ def ranked(
         values = scores.values[axis][key]
     if axis == "expert_ffn":
         return values  # one row per expert
-    spec = architecture.axis(axis)
     layer_config = config if layer is None else config.per_layer_config[layer]
     groups = int(getattr(layer_config, spec.groups)) if spec.groups else 1
     return values.reshape(groups, -1)
@@ -105,6 +109,9 @@ def sort_state_dict(
     for rule in architecture.rules(config):
         here = {**orders.get(None, {}), **orders.get(rule.layer, {})}
         tensor = state_dict.pop(rule.name) if release else state_dict[rule.name]
+        if rule.copy_of in result:  # one tensor under several names stays one
+            result[rule.name] = result[rule.copy_of]
+            continue
         moved = rule.permute(tensor, full.at(rule.layer), here)
         result[rule.name] = moved.clone() if moved is tensor else moved.contiguous()
     return result

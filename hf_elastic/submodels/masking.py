@@ -42,12 +42,13 @@ def masked_model(parent: PreTrainedModel, submodel: Submodel) -> PreTrainedModel
         )
     model = copy.deepcopy(parent)
     architecture = get_architecture(model.config.model_type)
-    parts = [piece for piece in pieces(architecture, model.config, submodel) if not piece.rule.tied]
+    parts = list(pieces(architecture, model.config, submodel))
     with torch.no_grad():
         for piece in parts:
             owner = model.get_submodule(piece.rule.module)
-            tensor = getattr(owner, piece.rule.name.rpartition(".")[2])
-            tensor.mul_(piece.rule.mask(piece.full, piece.kept).to(tensor))
+            if not piece.copy_of:
+                tensor = getattr(owner, piece.rule.name.rpartition(".")[2])
+                tensor.mul_(piece.rule.mask(piece.full, piece.kept).to(tensor))
             if piece.rule.norm:
                 _correct_norm(owner, piece)
     for piece in (part for part in parts if part.rule.routes):  # after the weights: -inf times a mask would be NaN
@@ -64,7 +65,8 @@ def masked_model(parent: PreTrainedModel, submodel: Submodel) -> PreTrainedModel
 
 def _correct_norm(norm: Any, piece: Piece) -> None:
     alive = math.prod(piece.shape) / piece.rule.count(piece.full)
-    norm.weight.add_(piece.rule.centre).mul_(math.sqrt(alive)).sub_(piece.rule.centre)
+    if not piece.copy_of:  # the weight may be shared, the epsilon is each module's own
+        norm.weight.add_(piece.rule.centre).mul_(math.sqrt(alive)).sub_(piece.rule.centre)
     epsilon = epsilon_of(norm)
     setattr(norm, epsilon, getattr(norm, epsilon) * alive)
 

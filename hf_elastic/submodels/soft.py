@@ -145,8 +145,8 @@ class SoftUnits:
         self, norm: Any, original: Any, rule: Any, mixture: Mixture, layer: int | None, full: Mapping[str, int]
     ) -> Any:
         alive, root = 1.0, 1.0
-        for cut in rule.dims[0].cuts:
-            share, square_root = mixture.shares(cut.axis, layer, full[cut.axis])
+        for axis in dict.fromkeys(cut.axis for cut in rule.dims[0].cuts):  # once, in however many segments it is
+            share, square_root = mixture.shares(axis, layer, full[axis])
             alive, root = alive * share, root * square_root
         setattr(norm, epsilon_of(norm), getattr(original, epsilon_of(norm)) * alive)
         return root
