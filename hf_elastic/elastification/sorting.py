@@ -26,11 +26,7 @@ def ranked(
         channels (`int`): Head channels that the smallest budget keeps; `mamba_heads` are ranked by these (eq. A 4).
     """
     spec = architecture.axis(axis)
-    sharers = (layer,) if layer is None or not spec.shared else architecture.sharers(config, layer)
-    if len(sharers) > 1:  # one order for all, by what each of them has of an entry
-        each = (scores.values[axis][i] for i in sharers if i is not None)
-        scores = Scores({axis: {sharers[0]: torch.stack([*each]).sum(0)}})
-    key = -1 if layer is None else sharers[0]
+    key = -1 if layer is None else layer
     if axis in ("mamba_heads", "mamba_head_dim"):
         moments = scores.values[MAMBA][key]  # (heads, head_dim)
         per_channel = moments.sum(0).sqrt()
@@ -39,7 +35,9 @@ def ranked(
         top = per_channel.topk(channels).indices
         values = moments[:, top].sum(1).sqrt()
     else:
-        values = scores.values[axis][key]
+        # Layers that share a block have one order of it, by what all of them have of an entry.
+        layers = architecture.sharers(config, layer) if spec.shared and layer is not None else (key,)
+        values = torch.stack([scores.values[axis][i] for i in layers]).sum(0)
     if axis == "expert_ffn":
         return values  # one row per expert
     layer_config = config if layer is None else config.per_layer_config[layer]
@@ -105,12 +103,12 @@ def sort_state_dict(
         release (`bool`, *optional*, defaults to `False`): Take tensors out of the state dict once they are sorted, so that their memory is free.
     """
     full = architecture.full(config)
-    result = {}
+    result: dict[str, torch.Tensor] = {}
     for rule in architecture.rules(config):
         here = {**orders.get(None, {}), **orders.get(rule.layer, {})}
         tensor = state_dict.pop(rule.name) if release else state_dict[rule.name]
-        if rule.copy_of in result:  # one tensor under several names stays one
-            result[rule.name] = result[rule.copy_of]
+        if (stored := rule.copy_of) is not None and stored in result:  # one tensor under several names stays one
+            result[rule.name] = result[stored]
             continue
         moved = rule.permute(tensor, full.at(rule.layer), here)
         result[rule.name] = moved.clone() if moved is tensor else moved.contiguous()

@@ -89,8 +89,9 @@ def make_units(
         id(layer): Unit(layer, thin[position[i]] if i in position else None, architecture.passed)
         for i, layer in enumerate(layers)
     }
-    for i in position if architecture.index_argument is not None else ():
-        units[id(layers[i])].index = (architecture.index_argument, position[i])
+    if (argument := architecture.index_argument) is not None:
+        for layer, new in position.items():
+            units[id(layers[layer])].index = (argument, new)
     available = tree.state_dict()
     for piece in pieces(architecture, config, submodel):
         target, source = local_names(piece, architecture, available)
