@@ -30,6 +30,7 @@ _OURS = {
     "gemma3_text": "gemma:Gemma3Text",
     "mixtral": "sparse:Mixtral",
     "qwen3_moe": "sparse:Qwen3Moe",
+    "zamba2": "zamba2:Zamba2",
 }
 
 

@@ -35,9 +35,7 @@ class Mixtral(Dense):
         return frozenset({"attention", "moe"})
 
     def feed_forward(self, config: PreTrainedConfig, layer: int, prefix: str) -> Iterator[TensorRule]:
-        return blocks.experts(
-            prefix, layer, names=("w1", "w3", "w2"), stored="model.layers.{layer}.block_sparse_moe"
-        )
+        return blocks.experts(prefix, layer, names=("w1", "w3", "w2"), stored="model.layers.{layer}.block_sparse_moe")
 
     def bias_router(self, router: Any, source: Any, bias: torch.Tensor, top_k: int) -> None:
         blocks.bias_softmax_router(router, bias, top_k, normalized=True)
