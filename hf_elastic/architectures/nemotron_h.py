@@ -11,10 +11,19 @@ from torch import nn
 from transformers import NemotronHForCausalLM, NemotronHModel, PreTrainedConfig
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHBlock
 
-from ..errors import ElasticConfigError
 from .axes import Cut, Sizes, TensorRule, dim
 from .base import LEGACY_LAYER_TYPES, Architecture, Axis, StateRule
-from .blocks import HIDDEN, RESIDUAL, attention, attention_states, linear, mamba2, mamba2_states, rms_norm
+from .blocks import (
+    HIDDEN,
+    RESIDUAL,
+    attention,
+    attention_states,
+    check_router_groups,
+    linear,
+    mamba2,
+    mamba2_states,
+    rms_norm,
+)
 from .obstacles import REFUSES, Obstacle
 from .submodel import Submodel
 
@@ -96,19 +105,8 @@ class NemotronH(Architecture):
         return ()
 
     def check_layer(self, config: PreTrainedConfig, sizes: Sizes, where: str) -> None:
-        if "experts" not in sizes:
-            return
-        per_group = sizes["experts"] // config.n_group
-        if per_group < 2:
-            raise ElasticConfigError(
-                f"{where}: experts={sizes['experts']} leaves {per_group} expert in each of {config.n_group} router groups; the "
-                f"router adds the two best of a group, so keep at least {2 * config.n_group}."
-            )
-        if sizes["experts_per_token"] > config.topk_group * per_group:
-            raise ElasticConfigError(
-                f"{where}: experts_per_token={sizes['experts_per_token']} is more than the {config.topk_group * per_group} experts "
-                f"in the {config.topk_group} router groups a token may use; lower it or keep more experts."
-            )
+        if "experts" in sizes:
+            check_router_groups(sizes, config.n_group, config.topk_group, where)
 
     def obstacles(self, config: PreTrainedConfig, submodel: Submodel) -> Iterator[Obstacle]:
         kinds = {part for layer in submodel.layers for part in self.parts(config, layer)}
