@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,10 +10,10 @@ import torch
 from transformers import KimiLinearForCausalLM, KimiLinearModel, PreTrainedConfig
 from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearDecoderLayer
 
-from . import blocks
+from . import blocks, other_programs
 from .axes import Cut, Sizes, TensorRule, dim
 from .base import Architecture, Axis, StateRule
-from .blocks import HIDDEN, RESIDUAL, linear, rms_norm
+from .latent_attention import latent_attention, latent_states
 
 
 class KimiLinear(Architecture):
@@ -40,14 +40,14 @@ class KimiLinear(Architecture):
     def rules(self, config: PreTrainedConfig) -> list[TensorRule]:
         layers = [rule for i in range(self.depth(config)) for rule in self._layer(config.per_layer_config[i], i)]
         # Stock ties no head, whatever the config says. On disk MLPs are called after the experts (the Hub's dense ones as in the live model).
-        rules = [replace(rule, tied=None) for rule in blocks.trunk(config, rms_norm("model.norm", None))]
+        rules = [replace(rule, tied=None) for rule in blocks.trunk(config, blocks.rms_norm("model.norm", None))]
         return rules + [_with_disk_name(rule) for rule in layers]
 
     def _layer(self, c: PreTrainedConfig, layer: int) -> Iterator[TensorRule]:
         prefix, parts = "model.layers.{layer}", self.parts(c, layer)
         for name in ("input_layernorm", "post_attention_layernorm"):
-            yield rms_norm(f"{prefix}.{name}", layer)
-        yield from (_delta if "delta" in parts else _attention)(f"{prefix}.self_attn", c, layer)
+            yield blocks.rms_norm(f"{prefix}.{name}", layer)
+        yield from (_delta if "delta" in parts else latent_attention)(f"{prefix}.self_attn", c, layer)
         if "mlp" in parts:
             yield from blocks.gated_mlp(f"{prefix}.mlp", layer, "ffn")
             return
@@ -57,17 +57,22 @@ class KimiLinear(Architecture):
         yield from blocks.gated_mlp(f"{prefix}.mlp.shared_experts", layer, "expert_ffn", times=c.n_shared_experts)
 
     def states(self, config: PreTrainedConfig, layer: int) -> tuple[StateRule, ...]:
-        if "attention" in self.parts(
-            config, layer
-        ):  # the latent, which is normalised, and the part of the keys that heads share
-            latent, shared = (dim(1), dim(config.kv_lora_rank)), (dim(1), dim(config.qk_rope_head_dim))
-            return StateRule("keys", latent, degree=0.0), StateRule("values", shared, degree=0.5)
+        if "attention" in self.parts(config, layer):
+            return latent_states(config)
         inner = (Cut("linear_heads"), config.linear_head_dim)
         conv = (dim(q=inner, k=inner, v=inner), dim(config.linear_conv_kernel_dim))
         return StateRule("conv", conv, 0.5), StateRule("ssm", (dim(inner[0]), dim(inner[1]), dim(inner[1])), 0.5)
 
     def tied_fields(self, config: PreTrainedConfig, part: str, sizes: Sizes) -> dict[str, Any]:
         return {"num_key_value_heads": sizes["attention_heads"]} if part == "attention" else {}
+
+    def layer_fields(self, config: PreTrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
+        # The Hub's config says sizes and kinds of layers in a dict of its own, which would win over the fields.
+        own = {"linear_attn_config": {}} if hasattr(config, "linear_attn_config") else {}
+        return super().layer_fields(config, kept) | own
+
+    def export_fields(self, config: PreTrainedConfig) -> dict[str, Any]:
+        return other_programs.kimi_linear_fields(config)
 
     def check_layer(self, config: PreTrainedConfig, sizes: Sizes, where: str) -> None:
         if "experts" in sizes:
@@ -78,43 +83,22 @@ class KimiLinear(Architecture):
         router.top_k = top_k
 
 
-def _attention(prefix: str, c: PreTrainedConfig, layer: int) -> Iterator[TensorRule]:
-    heads, width, bias = Cut("attention_heads"), Cut("value_head_dim"), c.attention_bias
-    query, latent = dim(heads, c.qk_nope_head_dim + c.qk_rope_head_dim), dim(c.kv_lora_rank)
-    if c.q_lora_rank is None:
-        yield from linear(f"{prefix}.q_proj", layer, query, HIDDEN)
-    else:
-        rank = dim(c.q_lora_rank)
-        yield from linear(f"{prefix}.q_a_proj", layer, rank, HIDDEN, bias=bias)
-        yield TensorRule(f"{prefix}.q_a_layernorm.weight", (rank,), layer)
-        yield from linear(f"{prefix}.q_b_proj", layer, query, rank)
-    joint = dim(latent=(c.kv_lora_rank,), shared=(c.qk_rope_head_dim,))
-    yield from linear(f"{prefix}.kv_a_proj_with_mqa", layer, joint, HIDDEN, bias=bias)
-    yield TensorRule(f"{prefix}.kv_a_layernorm.weight", (latent,), layer)
-    yield from linear(f"{prefix}.kv_b_proj", layer, dim(heads, dim(key=(c.qk_nope_head_dim,), value=(width,))), latent)
-    inner = dim(Cut("attention_heads", gated=True), Cut("value_head_dim", gated=True))
-    yield from linear(f"{prefix}.o_proj", layer, RESIDUAL, inner, bias=bias)
-
-
 def _delta(prefix: str, c: PreTrainedConfig, layer: int) -> Iterator[TensorRule]:
-    heads, width = Cut("linear_heads"), dim(c.linear_head_dim)
+    heads, width, hidden = Cut("linear_heads"), dim(c.linear_head_dim), blocks.HIDDEN
     inner, per_head = (heads, c.linear_head_dim), dim(heads)
-    for name, out, inp in (
-        *((f"{kind}_proj", dim(*inner), HIDDEN) for kind in "qkv"),
-        *(
-            pair
-            for low in ("forget_gate.f", "g")
-            for pair in ((f"{low}_a_proj", width, HIDDEN), (f"{low}_b_proj", dim(*inner), width))
-        ),
-        ("b_proj", per_head, HIDDEN),
-        ("o_proj", RESIDUAL, dim(Cut("linear_heads", gated=True), c.linear_head_dim)),
-    ):
-        yield from linear(f"{prefix}.{name}", layer, out, inp)
+    outs = {**dict.fromkeys(("q_proj", "k_proj", "v_proj"), dim(*inner)), "b_proj": per_head}
+    for name, out in outs.items():
+        yield from blocks.linear(f"{prefix}.{name}", layer, out, hidden)
+    for gate in ("forget_gate.f", "g"):  # by way of a vector as wide as one head
+        yield from blocks.linear(f"{prefix}.{gate}_a_proj", layer, width, hidden)
+        yield from blocks.linear(f"{prefix}.{gate}_b_proj", layer, dim(*inner), width)
     conv, disk = dim(q_conv1d=inner, k_conv1d=inner, v_conv1d=inner), f"{prefix}.{{segment}}.weight"
     yield TensorRule(f"{prefix}.conv1d.weight", (conv, dim(1), dim(c.linear_conv_kernel_dim)), layer, disk=disk)
     yield TensorRule(f"{prefix}.forget_gate.dt_bias", (dim(*inner),), layer)
     yield TensorRule(f"{prefix}.forget_gate.A_log", (dim(1), dim(1), per_head, dim(1)), layer)
     yield TensorRule(f"{prefix}.o_norm.weight", (width,), layer)
+    gated = dim(Cut("linear_heads", gated=True), c.linear_head_dim)
+    yield from blocks.linear(f"{prefix}.o_proj", layer, blocks.RESIDUAL, gated)
 
 
 def _with_disk_name(rule: TensorRule) -> TensorRule:

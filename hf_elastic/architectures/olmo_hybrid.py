@@ -13,9 +13,9 @@ from transformers.models.olmo_hybrid.modeling_olmo_hybrid import (
     OlmoHybridLinearAttentionDecoderLayer,
 )
 
+from . import blocks
 from .axes import Cut, Sizes, TensorRule, dim
 from .base import Architecture, Axis, StateRule
-from .blocks import HIDDEN, RESIDUAL, attention, delta_net_states, gated_mlp, linear, rms_norm, trunk
 
 _DISK = {"input_layernorm": "attention_layer_norm", "post_attention_layernorm": "feedforward_layer_norm"}
 
@@ -38,18 +38,18 @@ class OlmoHybrid(Architecture):
 
     def rules(self, config: PreTrainedConfig) -> list[TensorRule]:
         layers = [rule for i in range(self.depth(config)) for rule in self._layer(config.per_layer_config[i], i)]
-        return trunk(config, rms_norm("model.norm", None)) + layers
+        return blocks.trunk(config, blocks.rms_norm("model.norm", None)) + layers
 
     def _layer(self, c: PreTrainedConfig, layer: int) -> Iterator[TensorRule]:
         prefix, delta = "model.layers.{layer}", "delta" in self.parts(c, layer)
         for name in ("input_layernorm" if delta else "post_feedforward_layernorm", "post_attention_layernorm"):
             # The Hub has the second one of attention layers under its live name; stock classes save it as here.
             disk = f"{prefix}.{_DISK[name]}.weight" if name in _DISK else None
-            yield replace(rms_norm(f"{prefix}.{name}", layer), disk=disk)
+            yield replace(blocks.rms_norm(f"{prefix}.{name}", layer), disk=disk)
         yield from (
             _delta_net(f"{prefix}.linear_attn", c, layer) if delta else _attention(f"{prefix}.self_attn", c, layer)
         )
-        yield from gated_mlp(f"{prefix}.mlp", layer, "ffn")
+        yield from blocks.gated_mlp(f"{prefix}.mlp", layer, "ffn")
 
     def build_layer(self, config: PreTrainedConfig, layer: int) -> nn.Module:
         if "delta" in self.parts(config, layer):
@@ -58,17 +58,17 @@ class OlmoHybrid(Architecture):
 
     def states(self, config: PreTrainedConfig, layer: int) -> tuple[StateRule, ...]:
         if "delta" in self.parts(config, layer):
-            return delta_net_states(**_keys(config))
-        dims = (dim(config.num_key_value_heads), dim(_head_dim(config)))
+            return blocks.delta_net_states(**_keys(config))
+        dims = (dim(config.num_key_value_heads), dim(blocks.head_dim(config)))
         return StateRule("keys", dims, degree=0.0), StateRule("values", dims, degree=0.5)  # keys are normalised
 
     def tied_fields(self, config: PreTrainedConfig, part: str, sizes: Sizes) -> dict[str, Any]:
-        return {"head_dim": _head_dim(config)} if part == "attention" else {}
+        return {"head_dim": blocks.head_dim(config)} if part == "attention" else {}
 
 
 def _attention(prefix: str, c: PreTrainedConfig, layer: int) -> Iterator[TensorRule]:
-    kv, head_dim = c.num_key_value_heads, _head_dim(c)
-    yield from attention(prefix, layer, kv_heads=kv, head_dim=head_dim, bias=c.attention_bias)
+    kv, head_dim = c.num_key_value_heads, blocks.head_dim(c)
+    yield from blocks.attention(prefix, layer, kv_heads=kv, head_dim=head_dim, bias=c.attention_bias)
     query = dim(kv, Cut("attention_heads", groups=kv), head_dim)  # one norm over all heads
     yield TensorRule(f"{prefix}.q_norm.weight", (query,), layer, norm=True)
     yield TensorRule(f"{prefix}.k_norm.weight", (dim(kv, head_dim),), layer)
@@ -81,7 +81,7 @@ def _delta_net(prefix: str, c: PreTrainedConfig, layer: int) -> Iterator[TensorR
     value, per_head = dim(keys, heads, width), dim(keys, heads)
     outs = {"q": dim(*key), "k": dim(*key), "v": gated, "g": value, "a": per_head, "b": per_head}
     for name, out in outs.items():
-        yield from linear(f"{prefix}.{name}_proj", layer, out, HIDDEN)
+        yield from blocks.linear(f"{prefix}.{name}_proj", layer, out, blocks.HIDDEN)
     conv = dim(q_conv1d=key, k_conv1d=key, v_conv1d=(keys, heads, width))
     disk = f"{prefix}.{{segment}}.weight"
     yield TensorRule(f"{prefix}.conv1d.weight", (conv, dim(1), dim(kernel)), layer, disk=disk)
@@ -89,12 +89,8 @@ def _delta_net(prefix: str, c: PreTrainedConfig, layer: int) -> Iterator[TensorR
         yield TensorRule(f"{prefix}.{name}", (dim(keys, heads),), layer)
     yield TensorRule(f"{prefix}.o_norm.weight", (dim(width),), layer, norm=True)  # of every head by itself
     inner = dim(keys, Cut("value_heads", groups=keys, gated=True), width)
-    yield from linear(f"{prefix}.o_proj", layer, RESIDUAL, inner)
+    yield from blocks.linear(f"{prefix}.o_proj", layer, blocks.RESIDUAL, inner)
 
 
 def _keys(c: PreTrainedConfig) -> dict[str, int]:
     return {"keys": c.linear_num_key_heads, "key_dim": c.linear_key_head_dim, "kernel": c.linear_conv_kernel_dim}
-
-
-def _head_dim(config: PreTrainedConfig) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
