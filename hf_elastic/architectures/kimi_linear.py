@@ -68,7 +68,7 @@ class KimiLinear(Architecture):
 
     def layer_fields(self, config: PreTrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
         # The Hub's config says sizes and kinds of layers in a dict of its own, which would win over the fields.
-        own = {"linear_attn_config": {}} if hasattr(config, "linear_attn_config") else {}
+        own: dict[str, Any] = {"linear_attn_config": {}} if hasattr(config, "linear_attn_config") else {}
         return super().layer_fields(config, kept) | own
 
     def export_fields(self, config: PreTrainedConfig) -> dict[str, Any]:

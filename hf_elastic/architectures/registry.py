@@ -26,6 +26,7 @@ _OURS = {
     "qwen3": "dense:Qwen3",
     "olmo_hybrid": "olmo_hybrid:OlmoHybrid",
     "kimi_linear": "kimi_linear:KimiLinear",
+    "zamba2": "zamba2:Zamba2",
 }
 
 
