@@ -61,7 +61,7 @@ class KimiLinear(Architecture):
             return latent_states(config)
         inner = (Cut("linear_heads"), config.linear_head_dim)
         conv = (dim(q=inner, k=inner, v=inner), dim(config.linear_conv_kernel_dim))
-        return StateRule("conv", conv, 0.5), StateRule("ssm", (dim(inner[0]), dim(inner[1]), dim(inner[1])), 0.5)
+        return StateRule("conv", conv, 0.5), StateRule("ssm", (dim(inner[0]), dim(inner[1]), dim(inner[1])), 0.6)
 
     def tied_fields(self, config: PreTrainedConfig, part: str, sizes: Sizes) -> dict[str, Any]:
         return {"num_key_value_heads": sizes["attention_heads"]} if part == "attention" else {}
