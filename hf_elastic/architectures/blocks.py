@@ -153,12 +153,14 @@ def gated_mlp(
     *,
     bias: bool = False,
     names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    times: int = 1,
 ) -> Iterator[TensorRule]:
-    """`down(act(gate(x)) * up(x))`, three linear layers."""
+    """`down(act(gate(x)) * up(x))`, three linear layers, `times` as wide as the axis."""
     *ups, down = names
+    more = () if times == 1 else (times,)
     for name in ups:
-        yield from linear(f"{prefix}.{name}", layer, dim(Cut(axis)), HIDDEN, bias=bias)
-    yield from linear(f"{prefix}.{down}", layer, RESIDUAL, dim(Cut(axis, gated=True)), bias=bias)
+        yield from linear(f"{prefix}.{name}", layer, dim(Cut(axis), *more), HIDDEN, bias=bias)
+    yield from linear(f"{prefix}.{down}", layer, RESIDUAL, dim(Cut(axis, gated=True), *more), bias=bias)
 
 
 def gateless_mlp(prefix: str, layer: int, axis: str, *, bias: bool) -> Iterator[TensorRule]:
@@ -173,15 +175,32 @@ def experts(
     *,
     router: str = "gate",
     names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    groups: int = 1,
 ) -> Iterator[TensorRule]:
-    """Routed experts with a fused gate and up, stored one by one on disk, and their router."""
-    ffn, rows, disk = (Cut("expert_ffn", within="experts"),), dim(Cut("experts")), f"{prefix}.experts.{{expert}}"
+    """Routed experts with a fused gate and up, stored one by one on disk, and their router, which may choose among groups first."""
+    ffn, disk = (Cut("expert_ffn", within="experts"),), f"{prefix}.experts.{{expert}}"
+    rows, rows_out = (dim(groups, Cut("experts", groups=groups, gated=gated)) for gated in (False, True))
     *ups, down = names
     dims = (rows, dim(**dict.fromkeys(ups, ffn)), HIDDEN)
     yield TensorRule(f"{prefix}.experts.gate_up_proj", dims, layer, disk=f"{disk}.{{segment}}.weight", routed=True)
-    out = (dim(Cut("experts", gated=True)), RESIDUAL, dim(Cut("expert_ffn", within="experts", gated=True)))
+    out = (rows_out, RESIDUAL, dim(Cut("expert_ffn", within="experts", gated=True)))
     yield TensorRule(f"{prefix}.experts.down_proj", out, layer, disk=f"{disk}.{down}.weight", routed=True)
     yield TensorRule(f"{prefix}.{router}.weight", (rows, HIDDEN), layer)
+
+
+def check_router_groups(sizes: Sizes, groups: int, chosen: int, where: str) -> None:
+    """Raise [`ElasticConfigError`] for experts that a router which chooses `chosen` of some groups first cannot have."""
+    per_group = sizes["experts"] // groups
+    if per_group < 2:
+        raise ElasticConfigError(
+            f"{where}: experts={sizes['experts']} leaves {per_group} expert in each of {groups} router groups; the "
+            f"router adds the two best of a group, so keep at least {2 * groups}."
+        )
+    if sizes["experts_per_token"] > chosen * per_group:
+        raise ElasticConfigError(
+            f"{where}: experts_per_token={sizes['experts_per_token']} is more than the {chosen * per_group} experts "
+            f"in the {chosen} router groups a token may use; lower it or keep more experts."
+        )
 
 
 def bias_softmax_router(router: Any, bias: torch.Tensor, top_k: int, *, normalized: bool) -> None:

@@ -24,6 +24,8 @@ _OURS = {
     "jamba": "jamba:Jamba",
     "llama": "dense:Llama",
     "qwen3": "dense:Qwen3",
+    "olmo_hybrid": "olmo_hybrid:OlmoHybrid",
+    "kimi_linear": "kimi_linear:KimiLinear",
     "zamba2": "zamba2:Zamba2",
 }
 
