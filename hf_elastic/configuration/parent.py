@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from ..architectures import get_architecture
+from ..architectures import as_stock, get_architecture
 from ..errors import CheckpointError, ElasticConfigError, HFElasticError, did_you_mean, reason, shown
 from ..storage.json_files import read_json
 from .known import KNOWN
@@ -73,7 +73,7 @@ def parent_from_dict(fields: Mapping[str, Any]) -> PreTrainedConfig:
         `ElasticConfigError`: the stock class refuses them, or fails.
         `UnsupportedArchitectureError`: no table for their `model_type`.
     """
-    fields = dict(fields)
+    fields = as_stock(fields)
     model_type = fields.pop("model_type", None)
     architecture = get_architecture(str(model_type))
     fields.pop("auto_map", None)  # of the repository's own code, which is not run

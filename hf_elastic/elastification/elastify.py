@@ -22,7 +22,7 @@ from ..checkpoints.loading import checked_parent, load_stock
 from ..configuration.budgets import Limit, is_limit, parse_limit, warn_if_far
 from ..configuration.leaving_out import ignored_beside, note_left_out
 from ..configuration.section import check_name
-from ..configuration_elastic import ElasticConfig
+from ..configuration_elastic import ElasticConfig, read_fields
 from ..errors import ElasticConfigError, did_you_mean, shown
 from ..modeling_elastic import ElasticForCausalLM, concrete_class
 from ..submodels.buffers import check_buffers, share_constant_buffers
@@ -103,7 +103,7 @@ def elastify(
         raise ElasticConfigError(
             f"dtype={shown(dtype)} is for a parent that is loaded here; this one is there, cast it before."
         )
-    model = checked_parent(load_stock(parent, dtype=dtype) if loaded else parent)  # type: ignore[arg-type]
+    model = checked_parent(_load_parent(parent, dtype) if loaded else parent)
     scoring_device(model, device)
     _refuse_elastic(model)
     architecture = get_architecture(model.config.model_type)
@@ -177,8 +177,16 @@ def _keep(scores: Scores, path: str | os.PathLike[str]) -> None:
             logger.warning("%s The scores are in %s instead; scores= (--scores) uses them again.", error, other)
 
 
+def _load_parent(repo: Any, dtype: str | torch.dtype) -> PreTrainedModel:
+    """A stock model; where sizes differ from layer to layer, which stock classes do not build, one of this package."""
+    if read_fields(repo).get("per_layer_config"):
+        return ElasticForCausalLM.from_pretrained(repo, dtype=dtype)  # type: ignore[no-any-return]
+    return load_stock(repo, dtype=dtype)
+
+
 def _refuse_elastic(model: PreTrainedModel) -> None:
-    if isinstance(getattr(model, "elastic_config", None), ElasticConfig):
+    elastic = getattr(model, "elastic_config", None)
+    if isinstance(elastic, ElasticConfig) and elastic.elastic["axes"]:
         raise ElasticConfigError(
             "this model is elastic already; add budgets to its sorted weights with ElasticConfig.from_parent(), or elastify the parent."
         )
