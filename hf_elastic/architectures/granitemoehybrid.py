@@ -26,10 +26,10 @@ class GraniteMoeHybrid(Architecture):
     axes = (
         Axis("hidden", "hidden_size"),
         Axis("attention_heads", "num_attention_heads", "attention", groups="num_key_value_heads"),
-        Axis("mamba_heads", "mamba_n_heads", "mamba", groups="mamba_n_groups"),
+        Axis("mamba_heads", "mamba_n_heads", "mamba", groups="mamba_n_groups", channels="mamba_head_dim"),
         Axis("mamba_head_dim", "mamba_d_head", "mamba"),
         Axis("experts", "num_local_experts", "moe"),
-        Axis("experts_per_token", "num_experts_per_tok", "moe"),
+        Axis("experts_per_token", "num_experts_per_tok", "moe", among="experts"),
         Axis("expert_ffn", "intermediate_size", "moe"),
         Axis("shared_expert_ffn", "shared_intermediate_size", "shared"),
     )
@@ -175,7 +175,9 @@ def _moe(prefix: str, layer: int) -> Iterator[TensorRule]:
         disk=f"{prefix}.output_linear.weight",
         routed=True,
     )
-    yield TensorRule(f"{prefix}.router.weight", (experts, HIDDEN), layer, disk=f"{prefix}.router.layer.weight")
+    yield TensorRule(
+        f"{prefix}.router.weight", (experts, HIDDEN), layer, disk=f"{prefix}.router.layer.weight", routes=True
+    )
 
 
 def _attention_head_dim(config: PreTrainedConfig) -> int:

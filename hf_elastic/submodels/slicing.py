@@ -34,11 +34,12 @@ def check_table(architecture: Architecture, model: PreTrainedModel) -> None:
         if rule.name in expected:
             raise HFElasticError(f"two rules of {architecture.model_type} claim {rule.name}")
         sizes = full.at(rule.layer)
-        unknown = sorted({cut.axis for dim in rule.dims for cut in dim.cuts} - sizes.keys())
+        unknown = sorted({axis for dim in rule.dims for cut in dim.cuts for axis in cut.axes} - sizes.keys())
         if unknown:
             raise HFElasticError(f"the rule of {rule.name} is cut by {unknown}, which its layer does not have")
         expected[rule.name] = rule.shape(sizes)
     found = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    _check_experts(architecture, model.config)
     problems = [f"{name} {shape} has no rule" for name, shape in found.items() if name not in expected]
     problems += [f"{name} {shape} is not in the model" for name, shape in expected.items() if name not in found]
     problems += [
@@ -52,6 +53,21 @@ def check_table(architecture: Architecture, model: PreTrainedModel) -> None:
             + "; ".join(problems[:5])
             + (" ..." if len(problems) > 5 else "")
         )
+
+
+def _check_experts(architecture: Architecture, config: PreTrainedConfig) -> None:
+    """Raise `HFElasticError` where experts have no router to keep from dropped ones, or nothing says how many a token uses."""
+    rules = architecture.rules(config)
+    routers = {(rule.layer, rule.experts) for rule in rules if rule.routes}
+    for rule in (rule for rule in rules if rule.routed):
+        if rule.experts not in architecture.per_token:
+            raise HFElasticError(
+                f"no axis of {architecture.model_type} is among={rule.experts!r}: how many of {rule.name} does a token use?"
+            )
+        if (rule.layer, rule.experts) not in routers:
+            raise HFElasticError(
+                f"no rule of layer {rule.layer} has routes=True: which tensor chooses among {rule.name}?"
+            )
 
 
 def slice_state_dict(

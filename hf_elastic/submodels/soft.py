@@ -116,7 +116,8 @@ class SoftUnits:
         weights = mixture.weights(full, self._groups.get(layer, {}) if layer is not None else {}, layer)
         unit.follow()
         live: dict[str, torch.Tensor] = {}
-        routers = {name.rpartition(".")[0] for name, piece in unit.parts if piece.rule.routes}
+        undecided = [name for name, piece in unit.parts if piece.rule.routes and piece.rule.experts in weights]
+        routers = {name.rpartition(".")[0] for name in undecided}
         for name, piece in unit.parts:
             source = attribute(unit.module, name)
             owner, _, _ = name.rpartition(".")
@@ -124,14 +125,13 @@ class SoftUnits:
             if piece.rule.norm:
                 root = self._correct_norm(module, unit.module.get_submodule(owner), piece.rule, mixture, layer, full)
                 source = (source + piece.rule.centre) * root - piece.rule.centre
-            if piece.rule.routes and "experts" in weights:
-                gates = _tile(weights["experts"], full["experts"])
+            if piece.rule.routes and (experts := piece.rule.experts) in weights:
+                gates = _tile(weights[experts], full[experts])
                 original = unit.module.get_submodule(owner)
                 dropped = torch.where(gates.detach() < _DROPPED, -torch.inf, 0.0)
-                self._architecture.bias_router(module, original, dropped, full["experts_per_token"])
-            if not (
-                piece.rule.buffer and owner in routers and "experts" in weights
-            ):  # the router's bias is set with the choice
+                top_k = full[self._architecture.per_token[experts]]
+                self._architecture.bias_router(module, original, dropped, top_k)
+            if not (piece.rule.buffer and owner in routers):  # the router's bias is set with the choice
                 live[name] = piece.rule.gate(source, full, weights)
         output = torch.func.functional_call(stencil, live, args, kwargs)
         if layer is None or mixture.layers is None:
@@ -145,8 +145,8 @@ class SoftUnits:
         self, norm: Any, original: Any, rule: Any, mixture: Mixture, layer: int | None, full: Mapping[str, int]
     ) -> Any:
         alive, root = 1.0, 1.0
-        for cut in rule.dims[0].cuts:
-            share, square_root = mixture.shares(cut.axis, layer, full[cut.axis])
+        for axis in (axis for cut in rule.dims[0].cuts for axis in cut.axes):
+            share, square_root = mixture.shares(axis, layer, full[axis])
             alive, root = alive * share, root * square_root
         setattr(norm, epsilon_of(norm), getattr(original, epsilon_of(norm)) * alive)
         return root
