@@ -1,26 +1,30 @@
 """What generation keeps, as plain tensors: take the sequences of a batch apart, join others, and hand over to another submodel.
 
-A cache is read into `States`, one dict per layer from the kind of a state (`StateRule.kind`) to its tensor:
+A cache is read into `States`, one dict per layer from the key of a state (`StateRule.key`) to its tensor:
 
 ```
 keys, values   (batch, kv heads, tokens, head_dim)      conv   (batch, channels, kernel)      ssm   (batch, heads, head_dim, state)
 ```
+
+Where a layer has several states of one kind, the next are `conv.1`, `conv.2`, ...
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig
 
 from ..architectures import Architecture
 from ..architectures.axes import Dim, Sizes
+from ..architectures.base import state_key
 from ..architectures.submodel import Submodel
 from ..errors import HandoverError
 
 States = list[dict[str, torch.Tensor]]
-"""Per layer of a submodel the tensors it keeps, by kind."""
+"""Per layer of a submodel the tensors it keeps, by key."""
 
 PER_TOKEN = ("keys", "values")
 """Kinds that grow with every token; their tokens are dimension 2."""
@@ -33,12 +37,19 @@ def read_cache(cache: Cache) -> States:
         found: dict[str, torch.Tensor] = {}
         if getattr(layer, "is_initialized", False) and getattr(layer, "keys", None) is not None:
             found.update(keys=layer.keys, values=layer.values)
-        if getattr(layer, "has_previous_state", {}).get(0):
-            found.update(conv=layer.conv_states[0])
-            if layer.recurrent_states[0] is not None:  # short convolutions keep nothing else
-                found.update(ssm=layer.recurrent_states[0])
+        found.update(_slots(layer))
         states.append(found)
     return states
+
+
+def _slots(layer: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """The states of a recurrent layer that were written, by key. Upstream notes that with the convolution, if there is one."""
+    for slot, noted in getattr(layer, "has_previous_state", {}).items():
+        convolved = layer.is_conv_states_initialized[slot]
+        if convolved and noted:
+            yield state_key("conv", slot), layer.conv_states[slot]
+        if layer.is_recurrent_states_initialized[slot] and (noted or not convolved):
+            yield state_key("ssm", slot), layer.recurrent_states[slot]
 
 
 def write_cache(states: States, config: PreTrainedConfig) -> Cache:
@@ -51,10 +62,14 @@ def write_cache(states: States, config: PreTrainedConfig) -> Cache:
     for i, found in enumerate(states):
         if "keys" in found:
             cache.update(found["keys"], found["values"], i)
-        if "conv" in found:
-            cache.update_conv_state(found["conv"], i, conv_kernel_size=found["conv"].shape[-1])
-        if "ssm" in found:
-            cache.update_recurrent_state(found["ssm"], i)
+        for key, tensor in found.items():
+            kind, _, slot = key.partition(".")
+            at: dict[str, int] = {"layer_idx": i, "state_idx": int(slot or 0)}
+            if kind == "conv":
+                cache.update_conv_state(tensor, **at, conv_kernel_size=tensor.shape[-1])
+            elif kind == "ssm":
+                cache.update_recurrent_state(tensor, **at)
+                cache.layers[i].has_previous_state[at["state_idx"]] = True
     return cache
 
 
@@ -96,10 +111,10 @@ def _fits(states: States, architecture: Architecture, config: PreTrainedConfig, 
     states = states + [{}] * (len(submodel.layers) - len(states))
     for found, layer in zip(states, submodel.layers, strict=False):
         rules = architecture.states(config.per_layer_config[layer], layer)
-        if found.keys() != {rule.kind for rule in rules}:
+        if found.keys() != {rule.key for rule in rules}:
             return False
         for rule in rules:
-            shape = list(found[rule.kind].shape)
+            shape = list(found[rule.key].shape)
             if shape[1:2] + shape[3 if rule.kind in PER_TOKEN else 2 :] != [
                 dim.size(submodel.at(layer)) for dim in rule.dims
             ]:
@@ -115,8 +130,8 @@ def take_row(states: States, row: int, tokens: int) -> States:
     """
     return [
         {
-            kind: tensor[row : row + 1, :, tensor.shape[2] - tokens :] if kind in PER_TOKEN else tensor[row : row + 1]
-            for kind, tensor in layer.items()
+            key: tensor[row : row + 1, :, tensor.shape[2] - tokens :] if key in PER_TOKEN else tensor[row : row + 1]
+            for key, tensor in layer.items()
         }
         for layer in states
     ]
@@ -127,12 +142,12 @@ def join_rows(rows: Sequence[States]) -> States:
     joined: States = []
     for layers in zip(*rows, strict=True):
         layer = {}
-        for kind in layers[0]:
-            tensors = [found[kind] for found in layers]
-            if kind in PER_TOKEN:
+        for key in layers[0]:
+            tensors = [found[key] for found in layers]
+            if key in PER_TOKEN:
                 longest = max(tensor.shape[2] for tensor in tensors)
                 tensors = [torch.nn.functional.pad(tensor, (0, 0, longest - tensor.shape[2], 0)) for tensor in tensors]
-            layer[kind] = torch.cat(tensors)
+            layer[key] = torch.cat(tensors)
         joined.append(layer)
     return joined
 
@@ -175,12 +190,12 @@ def hand_over(
     for layer in target.layers:
         found: dict[str, torch.Tensor] = {}
         for rule in architecture.states(config.per_layer_config[layer], layer):
-            tensor = states[position[layer]][rule.kind]
+            tensor = states[position[layer]][rule.key]
             first, *rest = rule.dims
             along = {1: first, **dict(enumerate(rest, start=3 if rule.kind in PER_TOKEN else 2))}
             for i, dim in along.items():
                 tensor = _move(tensor, i, dim, full.at(layer), source.at(layer), target.at(layer))
-            found[rule.kind] = tensor * wider**rule.degree if scale and wider != 1 else tensor
+            found[rule.key] = tensor * wider**rule.degree if scale and wider != 1 else tensor
         given.append(found)
     return given
 
