@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..architectures import Architecture
-from ..architectures.cost import CostModel
+from ..architectures.cost import Cost, CostModel
 from ..architectures.portability import check_portable
 from ..architectures.submodel import LAYERS, Submodel, first_layers
 from ..configuration.budgets import Limit, format_count, unit_hint
@@ -203,10 +203,10 @@ class BudgetSearch:
         return merged
 
     def _cost(self, sizes: Mapping[str, int], within: Submodel) -> Any:
-        cost = self._count.part(None, {**within.at(None), **{a: s for a, s in sizes.items() if a in within.at(None)}})
-        for layer in self._layers(sizes, within):
+        cost = Cost()
+        for place, layer in self._count.places(self._layers(sizes, within)).items():
             here = within.at(layer)
-            cost += self._count.part(layer, {axis: min(sizes.get(axis, size), size) for axis, size in here.items()})
+            cost += self._count.part(place, {axis: min(sizes.get(axis, size), size) for axis, size in here.items()})
         return cost
 
     def _submodel(self, sizes: Mapping[str, int], within: Submodel, name: str) -> Submodel:

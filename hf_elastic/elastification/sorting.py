@@ -29,8 +29,11 @@ def ranked(
     Args:
         channels (`int`, *optional*): How many channels the smallest budget keeps: heads are ranked by these (eq. A 4).
     """
-    values = scores.values[score_key(architecture, name)][-1 if layer is None else layer]
     axis = next((axis for axis in architecture.axes if axis.name == name), None)
+    # Layers that share a block have one order of it, by what all of them have of an entry.
+    together = axis is not None and axis.shared and layer is not None
+    layers = architecture.sharers(config, layer) if together else (-1 if layer is None else layer,)
+    values = torch.stack([scores.values[score_key(architecture, name)][i] for i in layers]).sum(0)
     heads = architecture.heads_of(name) if axis else None
     if heads is not None:  # (heads, head_dim)
         per_channel = values.sum(0).sqrt()
@@ -110,10 +113,13 @@ def sort_state_dict(
         release (`bool`, *optional*, defaults to `False`): Take tensors out of the state dict once they are sorted, so that their memory is free.
     """
     full = architecture.full(config)
-    result = {}
+    result: dict[str, torch.Tensor] = {}
     for rule in architecture.rules(config):
         here = {**orders.get(None, {}), **orders.get(rule.layer, {})}
         tensor = state_dict.pop(rule.name) if release else state_dict[rule.name]
+        if (stored := rule.copy_of) is not None and stored in result:  # one tensor under several names stays one
+            result[rule.name] = result[stored]
+            continue
         moved = rule.permute(tensor, full.at(rule.layer), here)
         result[rule.name] = moved.clone() if moved is tensor else moved.contiguous()
     return result
