@@ -28,7 +28,7 @@ from ..modeling_elastic import ElasticForCausalLM, concrete_class
 from ..submodels.buffers import check_buffers, share_constant_buffers
 from ..submodels.slicing import build_meta, check_table
 from .importance import Scores, score
-from .search import BudgetSearch, default_choices, sizes_from_spec
+from .search import BudgetSearch, default_choices, round_depth, sizes_from_spec
 from .sorting import Orders, orders_from_scores, sort_state_dict
 
 logger = logging.getLogger(__name__)
@@ -138,7 +138,11 @@ def elastify(
     _check_before_scoring(architecture, model, budgets, choices, multiple_of, only)
     if scores is None and calibration is not None:
         scores = score(
-            model, calibration, axes=[a for a in wanted if a != "experts_per_token"], device=device, **score_options
+            model,
+            calibration,
+            axes=[a for a in wanted if a not in architecture.per_token.values()],
+            device=device,
+            **score_options,
         )
         if save_scores is not None:
             _keep(scores, save_scores)
@@ -153,7 +157,7 @@ def elastify(
     config = _elastic_config(model.config, submodels, choices, ranking)
     orders: Orders = {}
     if sort and scores is not None:
-        smallest = _smallest_head_dim(submodels)
+        smallest = _smallest_channels(architecture, submodels)
         orders = orders_from_scores(architecture, model.config, scores, wanted, smallest)
     elastic = _sorted_model(model, architecture, config, orders, release=loaded)
     elastic.importance_scores = scores
@@ -222,7 +226,7 @@ def _choices(
         resolved = {largest}
         for size in sizes:
             if axis == LAYERS:
-                resolved.add(max(1, round(full.depth * size)) if isinstance(size, float) else size)
+                resolved.add(round_depth(architecture, config, size) if isinstance(size, float) else size)
             else:
                 resolved |= set(sizes_from_spec(architecture, config, {axis: size}, None, multiple_of).values())
         choices[axis] = sorted(resolved, reverse=True)
@@ -363,13 +367,14 @@ def _elastic_config(
     return ElasticConfig.from_parent(stock, sizes, choices=choices, layer_ranking=ranking)
 
 
-def _smallest_head_dim(submodels: Mapping[str, Submodel]) -> dict[int, int]:
-    smallest: dict[int, int] = {}
-    for submodel in submodels.values():
-        for layer in submodel.layers:
-            size = submodel.at(layer).get("mamba_head_dim")
-            if size is not None:
-                smallest[layer] = min(size, smallest.get(layer, size))
+def _smallest_channels(architecture: Architecture, submodels: Mapping[str, Submodel]) -> dict[tuple[str, int], int]:
+    """Per axis of channels of heads, and layer, the smallest size of a budget."""
+    smallest: dict[tuple[str, int], int] = {}
+    for axis in {axis.channels for axis in architecture.axes if axis.channels}:
+        for submodel in submodels.values():
+            for layer in submodel.layers:
+                if (size := submodel.at(layer).get(axis)) is not None:
+                    smallest[axis, layer] = min(size, smallest.get((axis, layer), size))
     return smallest
 
 
