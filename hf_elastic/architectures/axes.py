@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 
@@ -54,8 +55,8 @@ class Cut:
         return size // self.groups if isinstance(size, int) else size / self.groups  # expected sizes are no integers
 
 
-Factor = "int | Cut | Dim"
-Segment = tuple[Factor, ...]
+Factor: TypeAlias = "int | Cut | Dim"
+Segment: TypeAlias = tuple[Factor, ...]
 
 
 def _factor_size(factor: Factor, sizes: Sizes) -> int:

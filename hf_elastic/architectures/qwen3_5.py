@@ -8,21 +8,39 @@ from typing import Any, ClassVar
 from torch import nn
 from transformers import (
     PreTrainedConfig,
+    PreTrainedModel,
     Qwen3_5ForCausalLM,
+    Qwen3_5ForConditionalGeneration,
     Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeForConditionalGeneration,
     Qwen3_5MoeTextModel,
     Qwen3_5TextModel,
 )
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5DecoderLayer
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeDecoderLayer
 
+from .hosts import Host
 from .qwen3_next import Qwen3Next
+
+
+def _host(model_type: str, whole_class: type[PreTrainedModel]) -> Host:
+    """The vision-language model that the text model is published in; its last projection writes into the residual stream."""
+    out = "model.visual.merger.linear_fc2"
+    return Host(
+        model_type,
+        whole_class,
+        prefix="model.language_model.",
+        passengers=("model.visual.",),
+        along={f"{out}.weight": {0: "hidden"}, f"{out}.bias": {0: "hidden"}},
+        sizes={"vision_config.out_hidden_size": "hidden"},
+    )
 
 
 class Qwen35(Qwen3Next):
     model_type = "qwen3_5_text"
     causal_class = Qwen3_5ForCausalLM
     base_class = Qwen3_5TextModel
+    hosts = (_host("qwen3_5", Qwen3_5ForConditionalGeneration),)
     joined = False
     layer_class: ClassVar[type[nn.Module]] = Qwen3_5DecoderLayer
     axes = Qwen3Next.axes[:5]
@@ -42,5 +60,6 @@ class Qwen35Moe(Qwen35):
     model_type = "qwen3_5_moe_text"
     causal_class = Qwen3_5MoeForCausalLM
     base_class = Qwen3_5MoeTextModel
+    hosts = (_host("qwen3_5_moe", Qwen3_5MoeForConditionalGeneration),)
     layer_class = Qwen3_5MoeDecoderLayer
     axes = Qwen3Next.axes[:1] + Qwen3Next.axes[2:]

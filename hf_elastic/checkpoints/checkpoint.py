@@ -50,6 +50,22 @@ class Checkpoint:
     def __contains__(self, key: str) -> bool:
         return key in self._where
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def whole(self, names: Iterable[str]) -> dict[str, Block]:
+        """Stored tensors by name, not read yet.
+
+        Raises:
+            `CheckpointError`: one is not floating point.
+        """
+        found = {}
+        for name in names:
+            if self._stored_dtype(name) not in _DTYPES:
+                raise CheckpointError(f"{name} is stored as {self._stored_dtype(name)}, not as {', '.join(_DTYPES)}.")
+            found[name] = self._stored_block(name, [[(0, size)] for size in self._stored_shape(name)], None)
+        return found
+
     def _stored_shape(self, key: str) -> tuple[int, ...]:
         return self._where[key].shapes[key]
 
@@ -241,7 +257,7 @@ def clipped(runs: Sequence[Run], places: Sequence[Run] | None, start: int, stop:
 def stored_names(
     rule: TensorRule, architecture: Architecture, expert: int | None = None, segment: str | None = None
 ) -> Names:
-    """The names a tensor can have in a file: Hub layout, live layout, and a base model's without the prefix of either.
+    """The names a tensor can have in a file: Hub layout, live layout, a base model's without the prefix of either, and inside of larger models.
 
     Args:
         rule (`TensorRule`): The tensor.
@@ -259,6 +275,8 @@ def stored_names(
         disk.removeprefix(architecture.disk_prefix),
         live.removeprefix(_base(architecture)),
     )
+    base = _base(architecture)
+    names += tuple(host.prefix + live.removeprefix(base) for host in architecture.hosts if live.startswith(base))
     for now, before in architecture.old_names.items():
         if any(name.endswith(f".{now}") for name in names):
             names += tuple(name.removesuffix(now) + before for name in names)
