@@ -417,10 +417,9 @@ def _read_configs_by_name() -> None:
         found = inherited(cls, repo, *args, **kwargs)
         config = found[0] if isinstance(found, tuple) else found
         for part in (config, getattr(config, "text_config", None)):
-            if getattr(part, "model_type", None) in ARCHITECTURES:
-                get_architecture(
-                    part.model_type
-                )  # from here on the stock class explains `budget=` (`_explain_budget`)
+            model_type: Any = getattr(part, "model_type", None)
+            if model_type in ARCHITECTURES:
+                get_architecture(model_type)  # from here on the stock class explains `budget=` (`_explain_budget`)
         return found
 
     AutoConfig.from_pretrained = classmethod(from_pretrained)

@@ -15,8 +15,8 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     PreTrainedModel,
     pipeline,
 )
@@ -224,12 +224,12 @@ def test_a_budget_needs_a_checkpoint(original):
 
 
 def test_an_unsupported_parent(tmp_path):
-    config = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8)
-    message = r"model_type 'llama'; supported: nemotron_h, granitemoehybrid"
+    config = GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=8)
+    message = r"model_type 'gpt2'; supported: nemotron_h, granitemoehybrid"
     with pytest.raises(UnsupportedArchitectureError, match=message):
         ElasticConfig.from_parent(config, {})
-    LlamaForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(ElasticConfigError, match="plain llama checkpoint"):
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    with pytest.raises(ElasticConfigError, match="plain gpt2 checkpoint"):
         ElasticForCausalLM.from_pretrained(tmp_path)
 
 
@@ -358,7 +358,7 @@ BAD_SECTIONS = {
         lambda c: c["elastic"]["budgets"].update(Full=c["elastic"]["budgets"].pop("small")),
         "stands for the whole parent",
     ),
-    "parent unsupported": (lambda c: c["parent_config"].update(model_type="llama"), "model_type 'llama'; supported"),
+    "parent unsupported": (lambda c: c["parent_config"].update(model_type="gpt2"), "model_type 'gpt2'; supported"),
     "parent without a type": (lambda c: c["parent_config"].pop("model_type"), "model_type 'None'; supported"),
     "no parent": (lambda c: c.pop("parent_config"), "parent_config=None must be the stock config"),
 }

@@ -13,6 +13,9 @@ from hf_elastic.architectures import ARCHITECTURES
 from hf_elastic.cli import COMMANDS
 
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "tools"))
+import families  # noqa: E402
+
 README = (ROOT / "README.md").read_text()
 
 
@@ -22,12 +25,24 @@ def test_results_are_those_of_the_result_files():
 
 
 def test_the_table_of_models_is_the_registry():
-    rows = re.findall(r"^\| `(\w+)` \|.*?\| (.*?) \|$", README, re.MULTILINE)
-    rows = [row for row in rows if row[0] != "model_type"]
-    assert [name for name, _ in rows] == list(ARCHITECTURES)
-    assert re.findall(r"`(\w+)`", rows[0][1]) == [axis.name for axis in ARCHITECTURES["nemotron_h"].axes] + ["layers"]
-    others = {axis.name for axis in ARCHITECTURES["granitemoehybrid"].axes} | {"ffn"}
-    assert others == {axis.name for axis in ARCHITECTURES["nemotron_h"].axes}  # "the same without ffn"
+    table = README.partition("## Supported models")[2].partition("\n\n##")[0]
+    rows = [
+        re.findall(r"`(\w+)`", cell)
+        for cell in re.findall(r"^\|.*?\|(.*)\|(.*)\|$", table, re.MULTILINE)
+        for cell in cell
+    ]
+    (_, common), *rows = zip(rows[::2], rows[1::2], strict=True)
+    found = {name: (group, axes) for group, axes in rows for name in group}
+    assert set(found) == set(ARCHITECTURES)
+    for group, axes in (row for row in rows if row[0]):
+        in_group = {axis.name for name in group for axis in ARCHITECTURES[name].axes}
+        assert {*common} <= {*in_group, "layers"}
+        assert {*axes} == in_group - {*common}, group
+
+
+def test_the_page_of_architectures_lists_every_table():
+    text = families.PAGE.read_text(encoding="utf-8")
+    assert text == families.with_table(text), "run `make map`"
 
 
 def test_every_command_in_the_readme_exists():

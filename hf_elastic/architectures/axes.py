@@ -15,7 +15,7 @@ importance). Nothing in here knows of modules, files or training.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -197,6 +197,26 @@ def _segment_order(
 
 
 @dataclass(frozen=True)
+class Norm:
+    """The weight of an RMSNorm, which divides by the root mean square of *all* entries it runs over, also of those that a mask has set to zero.
+
+    Norms along what no axis cuts (of the queries of one head) need not say so. A LayerNorm, which subtracts a mean as well, cannot be said:
+    no weight and no epsilon make up for the entries that are zero.
+
+    Args:
+        centre (`float`, *optional*, defaults to 0): What it adds to its weight before it multiplies by it; 1 where weights are stored around 0.
+        beside (`tuple[str, ...]`, *optional*):
+            Axes that count norms which lie side by side in one weight (one per head, or per group), instead of entries of a norm. Groups that
+            all axes cut alike need nothing: each keeps the same share.
+        epsilon (`str`, *optional*): What the stock module calls its epsilon, if none of the usual names.
+    """
+
+    centre: float = 0.0
+    beside: tuple[str, ...] = ()
+    epsilon: str | None = None
+
+
+@dataclass(frozen=True)
 class TensorRule:
     """What runs along the dimensions of one tensor of the parent.
 
@@ -206,9 +226,11 @@ class TensorRule:
         layer (`int`, *optional*): Index of the layer it belongs to; `None` for embeddings, head and final norm.
         disk (`str`, *optional*):
             Name in the parent's Hub repository, if different. With `{expert}` in it, dimension 0 is stored as one tensor per index; with
-            `{segment}` too, each of these as one tensor per segment of dimension 1.
-        norm (`bool`, *optional*, defaults to `False`): The weight of an RMSNorm; masking has to correct it.
-        centre (`float`, *optional*, defaults to 0): What that norm adds to its weight before it multiplies by it.
+            `{segment}`, what is stored is one tensor per segment of its first dimension, named as the segments are.
+        norm (`bool` or `Norm`, *optional*, defaults to `False`): The weight of an RMSNorm; masking has to correct it. `True` is `Norm()`.
+        scale (`Callable[[Sizes], float]`, *optional*):
+            What the output of the module is multiplied by and depends on a size, other than by its tensors: a model whose embeddings are multiplied
+            by the root of the width has `lambda sizes: sizes["hidden"] ** 0.5`. Only masks and mixtures need it; a model of a size has its own.
         buffer (`bool`, *optional*, defaults to `False`): A persistent buffer: stored, but not counted as a parameter.
         fp32 (`bool`, *optional*, defaults to `False`): Kept in float32 whatever the load dtype.
         routed (`bool`, *optional*, defaults to `False`): Only `experts_per_token` of the `experts` are used for a token.
@@ -219,12 +241,16 @@ class TensorRule:
     dims: tuple[Dim, ...]
     layer: int | None = None
     disk: str | None = None
-    norm: bool = False
-    centre: float = 0.0
+    norm: Norm | bool = False
+    scale: Callable[[Sizes], float] | None = None
     buffer: bool = False
     fp32: bool = False
     routed: bool = False
     tied: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.norm is True:
+            object.__setattr__(self, "norm", Norm())
 
     @property
     def name(self) -> str:
@@ -237,6 +263,11 @@ class TensorRule:
         return self.name.rpartition(".")[0]
 
     @property
+    def axes(self) -> tuple[str, ...]:
+        """The axes that cut it."""
+        return tuple(dict.fromkeys(cut.axis for dim in self.dims for cut in dim.cuts))
+
+    @property
     def stacked(self) -> bool:
         """Whether dimension 0 is one tensor per index on disk."""
         return self.disk is not None and "{expert}" in self.disk
@@ -247,15 +278,27 @@ class TensorRule:
         return len(self.dims) == 2 and any(cut.axis == "experts" for cut in self.dims[0].cuts)
 
     @property
-    def segments(self) -> tuple[str | None, ...]:
-        """Names of the segments of dimension 1 that are stored as one tensor each; `(None,)` where it is stored whole."""
-        parted = self.disk is not None and "{segment}" in self.disk
-        return tuple(name for name, _ in self.dims[1].segments) if parted else (None,)
+    def parted(self) -> bool:
+        """Whether the segments of a dimension are one tensor each on disk: of dimension 0, or of 1 where 0 is one per index already."""
+        return self.disk is not None and "{segment}" in self.disk
 
-    def segment_sizes(self, sizes: Sizes) -> list[int]:
-        """How long each of `segments` is."""
-        spans = [(0, self.dims[1].size(sizes)) if s is None else self.dims[1].span(s, sizes) for s in self.segments]
-        return [stop - start for start, stop in spans]
+    @property
+    def apart(self) -> bool:
+        """Whether one live tensor is several on disk."""
+        return self.stacked or self.parted
+
+    @property
+    def segments(self) -> tuple[str | None, ...]:
+        """Names of the segments that are stored as one tensor each; `(None,)` where the tensor, or one index of it, is stored whole."""
+        return tuple(name for name, _ in self.dims[int(self.stacked)].segments) if self.parted else (None,)
+
+    def stored_shapes(self, sizes: Sizes) -> list[tuple[int, ...]]:
+        """Shapes of the tensors on disk, one per entry of `segments`, and without dimension 0 where that is one tensor per index."""
+        shape = self.shape(sizes)[int(self.stacked) :]
+        if not self.parted:
+            return [shape]
+        spans = [self.dims[int(self.stacked)].span(name, sizes) for name in self.segments if name is not None]
+        return [(stop - start, *shape[1:]) for start, stop in spans]
 
     def disk_name(self, expert: int | None = None, segment: str | None = None) -> str:
         """Name in the parent's Hub layout."""
@@ -271,6 +314,11 @@ class TensorRule:
     def count(self, sizes: Sizes) -> int:
         """Number of elements for these sizes."""
         return math.prod(self.shape(sizes))
+
+    def alive(self, full: Sizes, kept: Sizes) -> float:
+        """The share of the entries a norm runs over that `kept` keeps."""
+        beside = self.norm.beside if isinstance(self.norm, Norm) else ()
+        return self.count({**kept, **{axis: full[axis] for axis in beside}}) / self.count(full)
 
     def runs(self, full: Sizes, kept: Sizes) -> list[list[Run]]:
         """Per dimension the ranges that `kept` takes out of a tensor of `full` sizes."""

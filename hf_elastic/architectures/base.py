@@ -80,9 +80,6 @@ def state_key(kind: str, slot: int) -> str:
     return f"{kind}.{slot}" if slot else kind
 
 
-LEGACY_LAYER_TYPES = {"linear_attention": "mamba", "full_attention": "attention"}
-"""What kinds of layers were called before transformers 5, which reads these names as well; many other programs read only these."""
-
 _BUILDABLE = Remembered(512)
 """Submodels whose stock config was built already."""
 
@@ -197,6 +194,10 @@ class Architecture(ABC):
         """Indices of the layers that have an axis."""
         return [i for i in range(self.depth(config)) if axis.part in self.parts(config, i)]
 
+    def parts_of(self, config: PreTrainedConfig, layers: Iterable[int]) -> frozenset[str]:
+        """What at least one of some layers has."""
+        return frozenset[str]().union(*(self.parts(config, layer) for layer in layers))
+
     def available_axes(self, config: PreTrainedConfig) -> list[Axis]:
         """The axes that at least one layer of this config has."""
         return [axis for axis in self.axes if axis.part is None or self.layers_with(config, axis)]
@@ -308,8 +309,7 @@ class Architecture(ABC):
         fields = config.to_dict()
         fields.pop("per_layer_config", None)
         fields.update(self.layer_fields(config, submodel.layers))
-        present = frozenset().union(*(self.parts(config, layer) for layer in submodel.layers))
-        fields.update(self.unused_fields(config, present, submodel.at(None)))
+        fields.update(self.unused_fields(config, self.parts_of(config, submodel.layers), submodel.at(None)))
         overrides: dict[int, dict[str, Any]] = {}
         sizes = {new: submodel.at(layer) for new, layer in enumerate(submodel.layers)}
         fields.update({axis.field: submodel.at(None)[axis.name] for axis in self.axes if axis.part is None})

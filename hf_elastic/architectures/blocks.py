@@ -5,6 +5,7 @@ Prefixes hold `{layer}`; rules come with their layer set.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from .axes import Cut, Dim, TensorRule, dim
+from ..errors import ElasticConfigError
+from .axes import Cut, Dim, Norm, Sizes, TensorRule, dim
 from .base import StateRule
 
 HIDDEN = dim(Cut("hidden"))
@@ -31,9 +33,21 @@ def linear(prefix: str, layer: int | None, out: Dim, inp: Dim, *, bias: bool = F
 
 
 def mamba2(
-    prefix: str, layer: int, *, groups: int, state: int, kernel: int, conv_bias: bool, proj_bias: bool
+    prefix: str,
+    layer: int,
+    *,
+    groups: int,
+    state: int,
+    kernel: int,
+    conv_bias: bool,
+    proj_bias: bool,
+    out_bias: bool | None = None,
+    norm: bool = True,
 ) -> Iterator[TensorRule]:
-    """Mamba-2 mixer. B, C and the gated norm are per group, so a head is kept with its group (arXiv 2504.11409)."""
+    """Mamba-2 mixer. B, C and the gated norm are per group, so a head is kept with its group (arXiv 2504.11409).
+
+    `out_bias` says whether `out_proj` has a bias where `in_proj` says nothing about it, and `norm` whether the gate has a norm.
+    """
     heads, head_dim = Cut("mamba_heads", groups=groups), Cut("mamba_head_dim")
     inner, shared, per_head = (groups, heads, head_dim), (groups, state), (groups, heads)
     # Undecided heads and channels are weighted in x, and in the bias that the convolution adds to it; the scan is linear in x.
@@ -46,8 +60,43 @@ def mamba2(
         yield TensorRule(f"{prefix}.conv1d.bias", (conv_add,), layer)
     for name in ("dt_bias", "A_log", "D"):
         yield TensorRule(f"{prefix}.{name}", (dim(*per_head),), layer)
-    yield TensorRule(f"{prefix}.norm.weight", (dim(*inner),), layer, norm=True)
-    yield from linear(f"{prefix}.out_proj", layer, RESIDUAL, dim(*inner), bias=proj_bias)
+    if norm:
+        yield TensorRule(f"{prefix}.norm.weight", (dim(*inner),), layer, norm=True)
+    yield from linear(
+        f"{prefix}.out_proj", layer, RESIDUAL, dim(*inner), bias=proj_bias if out_bias is None else out_bias
+    )
+
+
+def mamba2_sizes(config: PreTrainedConfig) -> dict[str, int]:
+    """What no axis cuts of a Mamba-2 mixer, by the names that Bamba, Granite and Falcon-H1 share."""
+    return {"groups": config.mamba_n_groups, "state": config.mamba_d_state, "kernel": config.mamba_d_conv}
+
+
+def mamba_expand(sizes: Sizes) -> int:
+    """Mamba's inner width as a multiple of `hidden`, for stock configs that say it so.
+
+    Raises:
+        `ElasticConfigError`: it is none.
+    """
+    heads, head_dim, hidden = (sizes[axis] for axis in ("mamba_heads", "mamba_head_dim", "hidden"))
+    if heads * head_dim % hidden:
+        raise ElasticConfigError(
+            f"mamba_heads={heads} * mamba_head_dim={head_dim} = {heads * head_dim} is no whole multiple of hidden={hidden}, and it says Mamba's "
+            "width as one (mamba_expand); cut them together so that hidden divides the product"
+        )
+    return heads * head_dim // hidden
+
+
+def idle_mamba(config: PreTrainedConfig, hidden: int) -> dict[str, int]:
+    """Mamba sizes that fit `hidden`, for a stock config that checks them where no layer has Mamba, too."""
+    some = config.per_layer_config[0]
+    inner = some.mamba_expand * hidden
+    heads = math.gcd(some.mamba_n_heads, inner)
+    return {
+        "mamba_n_heads": heads,
+        "mamba_d_head": inner // heads,
+        "mamba_n_groups": math.gcd(some.mamba_n_groups, heads),
+    }
 
 
 def mamba2_states(*, groups: int, state: int, kernel: int) -> tuple[StateRule, ...]:
@@ -58,6 +107,11 @@ def mamba2_states(*, groups: int, state: int, kernel: int) -> tuple[StateRule, .
         StateRule("conv", (conv, dim(kernel)), degree=0.5),
         StateRule("ssm", (dim(groups, heads), dim(head_dim), dim(state)), degree=1.0),
     )
+
+
+def head_dim(config: PreTrainedConfig) -> int:
+    """Width of an attention head, also where a stock config leaves it to be computed."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def attention(prefix: str, layer: int, *, kv_heads: int, head_dim: int, bias: bool) -> Iterator[TensorRule]:
@@ -77,7 +131,8 @@ def attention_states(*, kv_heads: int, head_dim: int) -> tuple[StateRule, ...]:
 
 
 def rms_norm(prefix: str, layer: int | None, *, centre: float = 0.0) -> TensorRule:
-    return TensorRule(f"{prefix}.weight", (HIDDEN,), layer, norm=True, centre=centre)
+    """An RMSNorm over the residual stream."""
+    return TensorRule(f"{prefix}.weight", (HIDDEN,), layer, norm=Norm(centre))
 
 
 def trunk(config: PreTrainedConfig, norm: TensorRule, embeddings: str = "model.embed_tokens") -> list[TensorRule]:
@@ -100,6 +155,12 @@ def gated_mlp(
     for name in ups:
         yield from linear(f"{prefix}.{name}", layer, dim(Cut(axis)), HIDDEN, bias=bias)
     yield from linear(f"{prefix}.{down}", layer, RESIDUAL, dim(Cut(axis, gated=True)), bias=bias)
+
+
+def gateless_mlp(prefix: str, layer: int, axis: str, *, bias: bool) -> Iterator[TensorRule]:
+    """`down(act(up(x)))`, two linear layers."""
+    yield from linear(f"{prefix}.up_proj", layer, dim(Cut(axis)), HIDDEN, bias=bias)
+    yield from linear(f"{prefix}.down_proj", layer, RESIDUAL, dim(Cut(axis, gated=True)), bias=bias)
 
 
 def experts(

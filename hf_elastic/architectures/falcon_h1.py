@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import FalconH1ForCausalLM, FalconH1Model, PreTrainedConfig
 from transformers.models.falcon_h1.modeling_falcon_h1 import FalconH1DecoderLayer, compute_mup_vector
 
-from .axes import Cut, Sizes, TensorRule, dim
+from . import blocks
+from .axes import Sizes, TensorRule
 from .base import Architecture, Axis, StateRule
-from .blocks import HIDDEN, RESIDUAL, attention, attention_states, linear, mamba2, mamba2_states, rms_norm
 
 
 class FalconH1(Architecture):
@@ -32,50 +31,31 @@ class FalconH1(Architecture):
         return frozenset({"mlp", "mamba", "attention"})
 
     def rules(self, config: PreTrainedConfig) -> list[TensorRule]:
-        rules = [TensorRule("model.embed_tokens.weight", (dim(config.vocab_size), RESIDUAL))]
-        for layer in range(self.depth(config)):
-            c, prefix = config.per_layer_config[layer], "model.layers.{layer}"
-            rules += [rms_norm(f"{prefix}.{name}", layer) for name in ("input_layernorm", "pre_ff_layernorm")]
-            rules += _mamba(f"{prefix}.mamba", c, layer)
-            heads = {"kv_heads": c.num_key_value_heads, "head_dim": _head_dim(c), "bias": c.attention_bias}
-            rules += attention(f"{prefix}.self_attn", layer, **heads)
-            for name in ("gate_proj", "up_proj"):
-                rules += linear(f"{prefix}.feed_forward.{name}", layer, dim(Cut("ffn")), HIDDEN, bias=c.mlp_bias)
-            down = dim(Cut("ffn", gated=True))
-            rules += linear(f"{prefix}.feed_forward.down_proj", layer, RESIDUAL, down, bias=c.mlp_bias)
-        tied = "model.embed_tokens.weight" if config.tie_word_embeddings else None
-        head = TensorRule("lm_head.weight", (dim(config.vocab_size), HIDDEN), tied=tied)
-        return [*rules, rms_norm("model.final_layernorm", None), head]
-
-    def layer_fields(self, config: PreTrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
-        return {"num_hidden_layers": len(kept)}
+        layers = [rule for i in range(self.depth(config)) for rule in _layer(config.per_layer_config[i], i)]
+        return blocks.trunk(config, blocks.rms_norm("model.final_layernorm", None)) + layers
 
     def build_layer(self, config: PreTrainedConfig, layer: int) -> nn.Module:
         built = FalconH1DecoderLayer(config, layer)
+        # The stock model puts the multipliers on its layers from outside.
         built.mamba.register_buffer("mup_vector", compute_mup_vector(config), persistent=False)
         return built
 
     def states(self, config: PreTrainedConfig, layer: int) -> tuple[StateRule, ...]:
-        mamba = {"groups": config.mamba_n_groups, "state": config.mamba_d_state, "kernel": config.mamba_d_conv}
-        return attention_states(kv_heads=config.num_key_value_heads, head_dim=_head_dim(config)) + mamba2_states(
-            **mamba
-        )
+        heads = {"kv_heads": config.num_key_value_heads, "head_dim": blocks.head_dim(config)}
+        return blocks.attention_states(**heads) + blocks.mamba2_states(**blocks.mamba2_sizes(config))
 
     def tied_fields(self, config: PreTrainedConfig, part: str, sizes: Sizes) -> dict[str, Any]:
-        mamba = {"mamba_d_ssm": sizes["mamba_heads"] * sizes["mamba_head_dim"]}
-        return {"mamba": mamba, "attention": {"head_dim": _head_dim(config)}}.get(part, {})
-
-    def bias_router(self, router: Any, source: Any, bias: torch.Tensor, top_k: int) -> None:
-        raise NotImplementedError
+        if part == "mamba":
+            return {"mamba_d_ssm": sizes["mamba_heads"] * sizes["mamba_head_dim"]}
+        return {"head_dim": blocks.head_dim(config)} if part == "attention" else {}
 
 
-def _mamba(prefix: str, c: PreTrainedConfig, layer: int) -> Iterator[TensorRule]:
-    there = {"norm.weight": c.mamba_rms_norm, "in_proj.bias": c.mamba_proj_bias, "out_proj.bias": c.projectors_bias}
-    sizes = {"groups": c.mamba_n_groups, "state": c.mamba_d_state, "kernel": c.mamba_d_conv}
-    for rule in mamba2(prefix, layer, **sizes, conv_bias=c.mamba_conv_bias, proj_bias=True):
-        if there.get(rule.template.removeprefix(f"{prefix}."), True):
-            yield rule
-
-
-def _head_dim(config: PreTrainedConfig) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+def _layer(c: PreTrainedConfig, layer: int) -> Iterator[TensorRule]:
+    prefix = "model.layers.{layer}"
+    yield blocks.rms_norm(f"{prefix}.input_layernorm", layer)
+    yield blocks.rms_norm(f"{prefix}.pre_ff_layernorm", layer)
+    biases = {"conv_bias": c.mamba_conv_bias, "proj_bias": c.mamba_proj_bias, "out_bias": bool(c.projectors_bias)}
+    yield from blocks.mamba2(f"{prefix}.mamba", layer, **blocks.mamba2_sizes(c), **biases, norm=c.mamba_rms_norm)
+    heads = {"kv_heads": c.num_key_value_heads, "head_dim": blocks.head_dim(c)}
+    yield from blocks.attention(f"{prefix}.self_attn", layer, **heads, bias=c.attention_bias)
+    yield from blocks.gated_mlp(f"{prefix}.feed_forward", layer, "ffn", bias=c.mlp_bias)

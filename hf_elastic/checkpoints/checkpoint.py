@@ -20,8 +20,10 @@ from ..configuration.leaving_out import ignored_names
 from ..errors import CheckpointError
 from ..storage.reading import Block, Joined, Places
 from ..storage.tensor_file import TensorFile
+from .names import Names, is_base, stored_names
 
-Names = tuple[str, ...]
+Shapes = list[tuple[str, tuple[int, ...]]]
+"""Tensors that one of the parent is stored as: their names and shapes."""
 
 ROTARY = r"rotary_emb\.inv_freq$"  # computed, but saved by old versions
 _SLACK = 100_000  # numbers; of so few every tensor is compared, and named
@@ -63,7 +65,8 @@ class Checkpoint:
         for name in names:
             if self._stored_dtype(name) not in _DTYPES:
                 raise CheckpointError(f"{name} is stored as {self._stored_dtype(name)}, not as {', '.join(_DTYPES)}.")
-            found[name] = self._stored_block(name, [[(0, size)] for size in self._stored_shape(name)], None)
+            shape = self._stored_shape(name)
+            found[name] = self._stored_block(name, [[(0, size)] for size in shape], [None for _ in shape])
         return found
 
     def _stored_shape(self, key: str) -> tuple[int, ...]:
@@ -102,16 +105,10 @@ class Checkpoint:
         self._refuse_far_off(architecture, config, self._held(architecture, config))
         problems: list[str] = []
         known: set[str] = set()
-        for key, shape, required in self._expected(architecture, config, head):
-            known.add(key)
-            if not required:
-                continue
-            if key not in self._where:
-                problems.append(f"{key} is missing")
-            elif self._stored_shape(key) != shape:
-                problems.append(f"{key} is {self._stored_shape(key)} in the file, the config says {shape}")
-            elif self._stored_dtype(key) not in _DTYPES:
-                problems.append(f"{key} is stored as {self._stored_dtype(key)}, not as {', '.join(_DTYPES)}")
+        for rule, stored, required in self._expected(architecture, config, head):
+            known.update(key for key, _ in stored)
+            if required:
+                problems += self._problems(rule, stored)
         strange = self._where.keys() - known
         self.ignored = ignored_names(strange, ignored)
         unknown = sorted(strange - set(self.ignored) - set(ignored_names(strange, (ROTARY,))))
@@ -122,6 +119,18 @@ class Checkpoint:
                 + (" ..." if len(problems) > 5 else "")
                 + ". Nothing was loaded; the checkpoint is incomplete or its config.json belongs to other weights."
             )
+
+    def _problems(self, rule: TensorRule, stored: Shapes) -> Iterator[str]:
+        for key, shape in stored:
+            if key not in self._where:
+                yield f"{key} is missing"
+            elif self._stored_shape(key) != shape:
+                yield f"{key} is {self._stored_shape(key)} in the file, the config says {shape}"
+            elif self._stored_dtype(key) not in _DTYPES:
+                yield f"{key} is stored as {self._stored_dtype(key)}, not as {', '.join(_DTYPES)}"
+        types = {self._stored_dtype(key) for key, _ in stored if key in self._where}
+        if len(types) > 1:
+            yield f"the parts of {rule.name} are stored as {' and '.join(sorted(types))}"
 
     def _held(self, architecture: Architecture, config: PreTrainedConfig) -> Submodel:
         """The submodel that the files should hold."""
@@ -145,16 +154,22 @@ class Checkpoint:
 
     def _expected(
         self, architecture: Architecture, config: PreTrainedConfig, head: bool
-    ) -> Iterator[tuple[str, tuple[int, ...], bool]]:
-        """Every tensor that may be in the files: its name, its shape, and whether it has to be there."""
+    ) -> Iterator[tuple[TensorRule, Shapes, bool]]:
+        """Every tensor that may be in the files: what it is stored as, and whether it has to be there."""
         for piece in pieces(architecture, config, architecture.full(config)):
-            sources = self._sources(piece, architecture)
             required = not piece.rule.tied and (head or is_base(piece.rule.name, architecture))
-            shapes = [piece.shape]
-            if _is_split(sources, piece):
-                shapes = [(size, *piece.shape[2:]) for size in piece.rule.segment_sizes(piece.full)]
-            for names in sources:
-                yield from ((name, shape, required) for name, shape in zip(names, shapes, strict=True))
+            sources = self._sources(piece, architecture)
+            whole = len(sources) == len(sources[0]) == 1 and sources[0][0] in stored_names(piece.rule, architecture)
+            shapes = [piece.shape] if whole else piece.rule.stored_shapes(piece.full)
+            yield piece.rule, [pair for names in sources for pair in self._shaped(names, shapes)], required
+
+    def _shaped(self, names: Names, shapes: list[tuple[int, ...]]) -> Shapes:
+        """Names with their shapes: segments may be cut into equal parts, which stock classes save, whatever they were loaded as."""
+        if len(names) > 1:
+            even = _even([shape[0] for shape in shapes])
+            if [self._stored_shape(name)[:1] for name in names if name in self] == [(length,) for length in even]:
+                shapes = [(length, *shape[1:]) for length, shape in zip(even, shapes, strict=True)]
+        return list(zip(names, shapes, strict=True))
 
     def lazy_slice(
         self, architecture: Architecture, config: PreTrainedConfig, submodel: Submodel, *, head: bool = True
@@ -199,12 +214,14 @@ class Checkpoint:
             runs (`list[list[tuple[int, int]]]`): What to keep along each dimension.
             places (`list[list[tuple[int, int]]]`, *optional*): Where that belongs, as [`Block`] takes it.
         """
+        shape, into = shape_of(runs), places or [None for _ in runs]
         if len(runs) == len(self._stored_shape(sources[0][0])):
-            return self._stored_block(sources[0][0], runs, places)
-        shape, (experts, *inner), (into, *others) = shape_of(runs), runs, places or [None for _ in runs]
+            blocks = [self._stored_block(*part) for part in self._segments(sources[0], runs, into)]
+            return blocks[0] if len(sources[0]) == 1 else Joined(shape, blocks)
+        (experts, *inner), (rows, *others) = runs, into
         blocks = [
             self._stored_block(name, [[(0, 1)], *here], [[(new, new + 1)], *there])
-            for expert, new in zip(indices_of(experts), indices_of(into or [(0, shape[0])]), strict=True)
+            for expert, new in zip(indices_of(experts), indices_of(rows or [(0, shape[0])]), strict=True)
             for name, here, there in self._segments(sources[expert], inner, others)
         ]
         return Joined(shape, blocks)
@@ -224,7 +241,7 @@ class Checkpoint:
                 yield name, [here, *runs[1:]], [there, *places[1:]]
             start = stop
 
-    def _stored_block(self, key: str, runs: list[list[Run]], places: Places | None) -> Block:
+    def _stored_block(self, key: str, runs: list[list[Run]], places: Places) -> Block:
         """Part of one stored tensor, which may lack the first of the dimensions: one expert of a stack."""
         file = self._where[key]
         shape = file.shapes[key]
@@ -232,16 +249,17 @@ class Checkpoint:
         return Block(file, key, full, _DTYPES[file.dtypes[key]], runs, places)
 
     def _sources(self, piece: Piece, architecture: Architecture) -> list[Names]:
-        """Names under which a tensor of the parent is stored, whichever experts are kept: one entry, or one per expert."""
+        """Names under which a tensor of the parent is stored, whatever is kept of it: one entry, or one per expert, each with a name per segment."""
         rule = piece.rule
-        if not rule.stacked or rule.name in self:  # stacked experts were saved with save_original_format=False
-            return [(self._present(stored_names(rule, architecture)),)]
+        whole = self._present(stored_names(rule, architecture))
+        if whole in self or not rule.apart:  # all are stored as in the live model after save_original_format=False
+            return [(whole,)]
         return [
             tuple(self._present(stored_names(rule, architecture, expert, segment)) for segment in rule.segments)
-            for expert in range(rule.shape(piece.full)[0])
+            for expert in (range(rule.shape(piece.full)[0]) if rule.stacked else (None,))
         ]
 
-    def _present(self, names: tuple[str, ...]) -> str:
+    def _present(self, names: Names) -> str:
         return next((name for name in names if name in self), names[0])
 
 
@@ -254,54 +272,10 @@ def clipped(runs: Sequence[Run], places: Sequence[Run] | None, start: int, stop:
             yield (low - start, high - start), (target + low - first, target + high - first)
 
 
-def stored_names(
-    rule: TensorRule, architecture: Architecture, expert: int | None = None, segment: str | None = None
-) -> Names:
-    """The names a tensor can have in a file: Hub layout, live layout, a base model's without the prefix of either, and inside of larger models.
-
-    Args:
-        rule (`TensorRule`): The tensor.
-        expert (`int`, *optional*): Which expert's, where they are stored one by one.
-    """
-    live = disk = rule.name
-    if expert is not None:
-        disk = rule.disk_name(expert, segment)
-        live = _live_prefix(disk, architecture)
-    elif not rule.stacked:
-        disk = rule.disk_name()
-    names: tuple[str, ...] = (
-        disk,
-        live,
-        disk.removeprefix(architecture.disk_prefix),
-        live.removeprefix(_base(architecture)),
-    )
-    base = _base(architecture)
-    names += tuple(host.prefix + live.removeprefix(base) for host in architecture.hosts if live.startswith(base))
-    for now, before in architecture.old_names.items():
-        if any(name.endswith(f".{now}") for name in names):
-            names += tuple(name.removesuffix(now) + before for name in names)
-    return names
-
-
-def _base(architecture: Architecture) -> str:
-    """Prefix of the base model's tensors in the live causal model."""
-    return architecture.layers_path.partition(".")[0] + "."
-
-
-def is_base(name: str, architecture: Architecture) -> bool:
-    """Whether a tensor of the live causal model belongs to its base model."""
-    return name.startswith(_base(architecture))
-
-
-def _is_split(sources: list[Names], piece: Piece) -> bool:
-    """Whether the tensor is stored as one per expert."""
-    return piece.rule.stacked and sources != [(piece.rule.name,)]
-
-
-def _live_prefix(disk: str, architecture: Architecture) -> str:
-    """A name of the Hub layout under the live model's prefix."""
-    prefix = architecture.disk_prefix
-    return _base(architecture) + disk.removeprefix(prefix) if disk.startswith(prefix) else disk
+def _even(lengths: Sequence[int]) -> list[int]:
+    """As many lengths with the same sum, as `torch.chunk` makes them."""
+    part = -(-sum(lengths) // len(lengths))
+    return [max(0, min(part, sum(lengths) - i * part)) for i in range(len(lengths))]
 
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

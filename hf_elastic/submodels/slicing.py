@@ -11,12 +11,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from ..architectures import Architecture
+from ..architectures.axes import TensorRule
 from ..architectures.pieces import Piece, pieces
 from ..architectures.portability import misaligned_experts
 from ..architectures.submodel import Submodel
 from ..errors import ElasticConfigError, HFElasticError
 from .bound import Bound, view_parameter
 from .buffers import share_constant_buffers
+from .masking import is_layer_norm
 from .offloading import Offloaded, follow_hooks, is_fetched
 
 logger = logging.getLogger(__name__)
@@ -30,16 +32,18 @@ def check_table(architecture: Architecture, model: PreTrainedModel) -> None:
     """
     full = architecture.full(model.config)
     expected: dict[str, tuple[int, ...]] = {}
+    problems: list[str] = []
     for rule in architecture.rules(model.config):
         if rule.name in expected:
             raise HFElasticError(f"two rules of {architecture.model_type} claim {rule.name}")
         sizes = full.at(rule.layer)
-        unknown = sorted({cut.axis for dim in rule.dims for cut in dim.cuts} - sizes.keys())
+        unknown = sorted(set(rule.axes) - sizes.keys())
         if unknown:
             raise HFElasticError(f"the rule of {rule.name} is cut by {unknown}, which its layer does not have")
         expected[rule.name] = rule.shape(sizes)
+        problems += _norm_problems(rule, model)
     found = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    problems = [f"{name} {shape} has no rule" for name, shape in found.items() if name not in expected]
+    problems += [f"{name} {shape} has no rule" for name, shape in found.items() if name not in expected]
     problems += [f"{name} {shape} is not in the model" for name, shape in expected.items() if name not in found]
     problems += [
         f"{name} is {shape} in the model and {expected[name]} in the table"
@@ -52,6 +56,17 @@ def check_table(architecture: Architecture, model: PreTrainedModel) -> None:
             + "; ".join(problems[:5])
             + (" ..." if len(problems) > 5 else "")
         )
+
+
+def _norm_problems(rule: TensorRule, model: PreTrainedModel) -> Iterator[str]:
+    """What a table does not say, or says wrongly, of the weight of a norm: a masked model and a router would compute something else."""
+    module = dict(model.named_modules()).get(rule.module)
+    if module is None or not rule.axes or len(rule.dims) != 1 or "norm" not in type(module).__name__.lower():
+        return
+    if is_layer_norm(module):
+        yield f"{rule.name} is cut, and a {type(module).__name__} subtracts a mean, which no mask corrects"
+    elif not rule.norm and rule.name.endswith("weight"):
+        yield f"{rule.name} of a {type(module).__name__} is cut, and its rule does not say norm="
 
 
 def slice_state_dict(

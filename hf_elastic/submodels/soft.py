@@ -8,15 +8,18 @@ layer is kept with weight `g_l`: `h + g_l (f(h) - h)`. Where every pi is one-hot
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from ..architectures import Architecture
+from ..architectures.axes import Norm, Sizes
 from ..architectures.submodel import Submodel
 from .masking import epsilon_of
 from .slicing import build_meta
@@ -68,13 +71,16 @@ class Mixture:
                 result[axis] = (pi[:, None] * (torch.arange(size // group, device=pi.device) < kept[:, None])).sum(0)
         return result
 
-    def shares(self, axis: str, layer: int | None, size: int) -> tuple[Any, Any]:
-        """`(sum pi k/N, sum pi sqrt(k/N))` of an axis; `(1, 1)` if it is decided."""
-        pi = self.of(axis, layer)
-        if pi is None:
-            return 1.0, 1.0
-        share = pi.new_tensor(self.choices[axis]) / size
-        return (pi * share).sum(), (pi * share.sqrt()).sum()
+    def mean(self, axes: Iterable[str], full: Sizes, layer: int | None, of: Callable[[Sizes], float]) -> Any:
+        """The expected value of what follows from the sizes of some axes; differentiable in the probabilities."""
+        known = {axis: pi for axis in dict.fromkeys(axes) if (pi := self.of(axis, layer)) is not None}
+        total: Any = 0.0
+        for chosen in product(*(range(len(self.choices[axis])) for axis in known)):
+            value: Any = of({**full, **{axis: self.choices[axis][i] for axis, i in zip(known, chosen, strict=True)}})
+            for pi, i in zip(known.values(), chosen, strict=True):
+                value = pi[i] * value
+            total = total + value
+        return total
 
 
 class SoftUnits:
@@ -121,9 +127,15 @@ class SoftUnits:
             source = attribute(unit.module, name)
             owner, _, _ = name.rpartition(".")
             module = stencil.get_submodule(owner)
-            if piece.rule.norm:
-                root = self._correct_norm(module, unit.module.get_submodule(owner), piece.rule, mixture, layer, full)
-                source = (source + piece.rule.centre) * root - piece.rule.centre
+            mean = partial(mixture.mean, piece.rule.axes, full, layer)
+            if isinstance(norm := piece.rule.norm, Norm):
+                alive, epsilon = partial(piece.rule.alive, full), epsilon_of(module, norm)
+                setattr(module, epsilon, getattr(unit.module.get_submodule(owner), epsilon) * mean(alive))
+                source = (source + norm.centre) * mean(
+                    lambda sizes, alive=alive: math.sqrt(alive(sizes))
+                ) - norm.centre
+            if (scale := piece.rule.scale) is not None:
+                source = source * (mean(scale) / scale(full))
             if piece.rule.routes and "experts" in weights:
                 gates = _tile(weights["experts"], full["experts"])
                 original = unit.module.get_submodule(owner)
@@ -140,16 +152,6 @@ class SoftUnits:
         after, *rest = output if self._architecture.layer_outputs else (output,)
         mixed = hidden + mixture.layers[layer].to(hidden.dtype) * (after - hidden)
         return (mixed, *rest) if self._architecture.layer_outputs else mixed
-
-    def _correct_norm(
-        self, norm: Any, original: Any, rule: Any, mixture: Mixture, layer: int | None, full: Mapping[str, int]
-    ) -> Any:
-        alive, root = 1.0, 1.0
-        for cut in rule.dims[0].cuts:
-            share, square_root = mixture.shares(cut.axis, layer, full[cut.axis])
-            alive, root = alive * share, root * square_root
-        setattr(norm, epsilon_of(norm), getattr(original, epsilon_of(norm)) * alive)
-        return root
 
 
 def _tile(weights: torch.Tensor, size: int) -> torch.Tensor:

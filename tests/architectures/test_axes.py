@@ -1,6 +1,5 @@
 """The algebra against a reference written from the definition: loops over groups, heads and channels."""
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -439,20 +438,21 @@ def test_swapped_segments_are_another_function(name, segments, original, ids):
     assert (logits(wrong, ids) - logits(masked, ids)).abs().max() > WRONG
 
 
-def _only_epsilon(norm, piece):
-    norm.variance_epsilon *= math.prod(piece.shape) / piece.rule.count(piece.full)
+def _no_factor(piece, weight):
+    return weight * piece.rule.mask(piece.full, piece.kept)
 
 
-def _only_scale(norm, piece):
-    norm.weight.mul_(math.sqrt(math.prod(piece.shape) / piece.rule.count(piece.full)))
+WITHOUT = {"factor": {"masked_weight": _no_factor}, "epsilon": {"correct_epsilon": lambda *_: None}}
+WITHOUT["both"] = WITHOUT["factor"] | WITHOUT["epsilon"]
 
 
 @pytest.mark.parametrize("sizes", [{"hidden": 24}, {"mamba_heads": 12}], ids=["hidden", "mamba_heads"])
-@pytest.mark.parametrize("correction", [_only_epsilon, _only_scale, lambda *_: None], ids=["epsilon", "scale", "none"])
-def test_masks_need_both_norm_corrections(sizes, correction, original, ids, monkeypatch):
+@pytest.mark.parametrize("changed", WITHOUT.values(), ids=WITHOUT)
+def test_masks_need_both_norm_corrections(sizes, changed, original, ids, monkeypatch):
     stock = original("granite")
     sliced, right = sliced_by(get_architecture("granitemoehybrid"), stock, sizes)
     assert_same_logits(logits(right, ids), logits(sliced, ids))
-    monkeypatch.setattr(hf_elastic.submodels.masking, "_correct_norm", correction)
+    for name, function in changed.items():
+        monkeypatch.setattr(hf_elastic.submodels.masking, name, function)
     wrong = masked_model(stock, get_architecture("granitemoehybrid").submodel(stock.config, sizes))
     assert (logits(wrong, ids) - logits(sliced, ids)).abs().max() > WRONG

@@ -12,6 +12,7 @@ from cases import VOCAB, granite, nemotron, randomize
 from compare import assert_same_logits, assert_same_weights, logits
 from transformers import (
     AutoModelForCausalLM,
+    BambaConfig,
     GraniteMoeHybridForCausalLM,
     NemotronHForCausalLM,
     PreTrainedConfig,
@@ -19,12 +20,27 @@ from transformers import (
 )
 
 from hf_elastic import ElasticConfig, ElasticConfigError, elastify
-from hf_elastic.architectures import get_architecture
+from hf_elastic.architectures import blocks, get_architecture
+from hf_elastic.architectures.cost import CostModel
 from hf_elastic.architectures.granitemoehybrid import GraniteMoeHybrid
 from hf_elastic.commands.plan import plan
 from hf_elastic.submodels.masking import masked_model
 
 KINDS = ["full_attention"] * 3
+IBM_SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 40,
+    "num_hidden_layers": 4,
+    "attn_layer_indices": [1, 3],
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "mamba_n_heads": 24,
+    "mamba_d_head": 8,
+    "mamba_expand": 4,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 6,
+}
 DENSE = {"num_local_experts": 0, "num_experts_per_tok": 0}
 _CLASSES = {"nemotron_h": NemotronHForCausalLM, "granitemoehybrid": GraniteMoeHybridForCausalLM}
 
@@ -130,7 +146,7 @@ def test_every_size_is_planned_loaded_and_exported(name, ids, tmp_path):
 
 def test_what_no_config_can_say_is_refused_by_upstreams_own_rules(monkeypatch):
     """No table repeats the stock class's rules: whatever it refuses is refused when the sizes are given, and named."""
-    monkeypatch.setattr(GraniteMoeHybrid, "check_layer", lambda *args: None)
+    monkeypatch.setattr(blocks, "mamba_expand", lambda s: s["mamba_heads"] * s["mamba_head_dim"] // s["hidden"])
     monkeypatch.setattr(GraniteMoeHybrid, "unused_fields", lambda *args: {})
     for config, sizes in (
         (granite(), {"hidden": 40}),
@@ -141,6 +157,25 @@ def test_what_no_config_can_say_is_refused_by_upstreams_own_rules(monkeypatch):
             get_architecture("granitemoehybrid").submodel(config, sizes)
         with pytest.raises(ElasticConfigError, match=r"budget 'half': .*cannot hold"):
             ElasticConfig.from_parent(config, {"half": sizes})
+
+
+@pytest.mark.parametrize("config", [granite(), BambaConfig(**IBM_SIZES)], ids=("granite", "bamba"))
+def test_mamba_as_wide_as_no_multiple_of_hidden_is_refused_in_the_users_words(config):
+    message = (
+        r"'hidden': 40.*mamba_heads=24 \* mamba_head_dim=8 = 192 is no whole multiple of hidden=40.*cut them together"
+    )
+    with pytest.raises(ElasticConfigError, match=message):
+        get_architecture(config.model_type).submodel(config, {"hidden": 40})
+
+
+@pytest.mark.parametrize("config", [granite(), BambaConfig(**IBM_SIZES)], ids=("granite", "bamba"))
+def test_hidden_is_free_where_no_mamba_layer_is_kept(config):
+    """The stock configs check Mamba's width where no layer has Mamba, too."""
+    table = get_architecture(config.model_type)
+    submodel = table.submodel(config, {"hidden": 40, "layers": [1, 3]})
+    stock = table.config_for(config, submodel)
+    with torch.device("meta"):
+        assert table.causal_class(stock).num_parameters() == CostModel(config)(submodel).total_params
 
 
 def test_layers_of_other_sizes_are_checked_one_by_one(monkeypatch):

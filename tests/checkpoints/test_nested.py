@@ -17,6 +17,7 @@ from hf_elastic import CheckpointError, ElasticConfig, ElasticConfigError, Elast
 from hf_elastic.architectures import get_architecture
 from hf_elastic.architectures.cost import CostModel
 from hf_elastic.architectures.pieces import pieces
+from hf_elastic.checkpoints.parts import common, layouts
 from hf_elastic.cli import main
 from hf_elastic.submodels.slicing import slice_state_dict
 
@@ -94,7 +95,7 @@ def test_every_element_lies_in_the_part_of_the_first_budget_that_keeps_it(case):
     for name, whole in kept[-1].items():
         here = [level.get(name) for level in kept]
         first = sum(1 - p.rule.mask(p.full, p.kept) if p else torch.ones(whole.shape) for p in here)
-        for stored in nested.layouts(whole.rule, here, architecture):
+        for stored in layouts(whole.rule, here, architecture):
             found = torch.full(whole.rule.shape(whole.full), -1.0)
             names = [name for part in stored.parts for name in part.names]
             assert len(set(names)) == len(names)
@@ -102,10 +103,11 @@ def test_every_element_lies_in_the_part_of_the_first_budget_that_keeps_it(case):
             for part in stored.parts:
                 index = [torch.tensor([i for run in runs for i in range(*run)]) for runs in part.region]
                 place = torch.meshgrid(*index, indexing="ij")
-                expected = place[0].shape[part.split is not None :]
+                one_by_one = part.apart is not None and whole.rule.stacked
+                expected = place[0].shape[one_by_one:]
                 assert sum(s.numel() for s in map(torch.Size, (s for _, s in part.shapes()))) == place[0].numel()
                 assert len(part.names[0]) > 1 or {s for _, s in part.shapes()} <= {expected}
-                assert len(part.names) == (len(index[0]) if part.split else 1)
+                assert len(part.names) == (len(index[0]) if one_by_one else 1)
                 assert (found[place] == -1).all()
                 found[place] = part.level
             assert torch.equal(found, first)
@@ -113,7 +115,7 @@ def test_every_element_lies_in_the_part_of_the_first_budget_that_keeps_it(case):
 
 def test_common_ranges_of_regions():
     runs, others = [(0, 4), (6, 9), (12, 13)], [(2, 7), (8, 20)]
-    assert list(nested.common(runs, others)) == [
+    assert list(common(runs, others)) == [
         ((2, 4), (0, 2)),
         ((4, 5), (4, 5)),
         ((6, 7), (5, 6)),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cases import granite, nemotron, randomize
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight"]
 WORDS = ["<pad>", "<eos>", "<user>", "<assistant>", *NUMBERS, "what", "is", "plus", "?", "."]
@@ -18,6 +18,20 @@ TEMPLATE = (
 )
 
 
+MODELS = {
+    "granitemoehybrid": lambda fields: granite(**fields),
+    "nemotron_h": lambda fields: nemotron("ME*E", **fields),
+    "llama": lambda fields: LlamaConfig(
+        hidden_size=48,
+        intermediate_size=40,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        **fields,
+    ),
+}
+
+
 def save_parent(folder: Path, model_type: str = "granitemoehybrid", words: list[str] = WORDS) -> None:
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -25,7 +39,7 @@ def save_parent(folder: Path, model_type: str = "granitemoehybrid", words: list[
     fast.chat_template = TEMPLATE
     fast.save_pretrained(folder)
     fields = {"vocab_size": len(words), "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
-    config = granite(**fields) if model_type == "granitemoehybrid" else nemotron("ME*E", **fields)
+    config = MODELS[model_type](fields)
     model = AutoModelForCausalLM.from_config(config)
     randomize(model)
     model.save_pretrained(folder)

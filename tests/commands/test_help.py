@@ -1,4 +1,4 @@
-"""The examples in `--help` work: they parse, and on a small model of every family they run, in the order in which they are read."""
+"""The examples in `--help` work: they parse, and on small models, with experts and without, they run, in the order in which they are read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from chats import WORDS, save_parent, write_chats
 
-from hf_elastic.architectures import ARCHITECTURES
 from hf_elastic.cli import COMMANDS, build_parser, main
 
 RUN = ("elastify", "plan", "slice", "export", "generate", "evaluate", "push")
@@ -51,8 +50,8 @@ def test_no_line_is_too_long_for_a_terminal(capsys):
             assert len(line) <= 140, f"{command}: {line}"
 
 
-@pytest.mark.parametrize("family", sorted(ARCHITECTURES))
-def test_examples_run_on_every_family(family, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("family", ["granitemoehybrid", "llama", "nemotron_h"])
+def test_examples_run_on_every_kind_of_model(family, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     save_parent(Path("model"), family, [*WORDS, "Why", "the", "sky", "blue?"])

@@ -292,13 +292,11 @@ def test_a_number_of_layers_beside_a_list_of_them_waits_for_the_ranking(original
 
 
 def test_other_models_are_refused(original, calibration):
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import GPT2Config, GPT2LMHeadModel
 
-    llama = LlamaForCausalLM(
-        LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8)
-    )
-    with pytest.raises(UnsupportedArchitectureError, match="'llama'; supported: nemotron_h, granitemoehybrid"):
-        elastify(llama, calibration, budgets={"a": {"hidden": 4}})
+    other = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=8))
+    with pytest.raises(UnsupportedArchitectureError, match="'gpt2'; supported: nemotron_h, granitemoehybrid"):
+        elastify(other, calibration, budgets={"a": {"hidden": 4}})
     elastic = elastify(original("nano2"), calibration, budgets={"a": {"ffn": 8}}, progress=False)
     with pytest.raises(ElasticConfigError, match="elastic already"):
         elastify(elastic, calibration, budgets={"a": {"ffn": 8}})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from routed import CHOICES, PARENTS, RANKING, config_of
 from torch.nn import functional as F
 
 from hf_elastic import ElasticConfig, ElasticConfigError, elastify
+from hf_elastic.architectures.axes import Cut, TensorRule, dim
 from hf_elastic.architectures.cost import CostModel
 from hf_elastic.configuration.budgets import Limit
 from hf_elastic.routing.router import DEAD_ZONE, BudgetRouter, Schedule
@@ -86,10 +88,15 @@ def test_soft_weights_are_the_mixture_of_the_masks():
 def test_soft_norms_are_the_mixture_of_the_corrections():
     """`sum_i pi_i sqrt(k_i/N)` and `sum_i pi_i eps k_i/N`."""
     pi = torch.tensor([0.25, 0.75])
-    share, root = Mixture({"hidden": (48, 12)}, {("hidden", None): pi}).shares("hidden", None, 48)
+    rule = TensorRule("norm.weight", (dim(Cut("hidden")),), norm=True)
+    alive = partial(rule.alive, {"hidden": 48})
+    mixture = Mixture({"hidden": (48, 12)}, {("hidden", None): pi})
+    share, root = (
+        mixture.mean(rule.axes, {"hidden": 48}, None, of) for of in (alive, lambda sizes: math.sqrt(alive(sizes)))
+    )
     assert share.item() == pytest.approx(0.25 + 0.75 * 0.25)
     assert root.item() == pytest.approx(0.25 + 0.75 * 0.5)
-    assert Mixture({}, {}).shares("hidden", None, 48) == (1.0, 1.0)
+    assert Mixture({}, {}).mean(rule.axes, {"hidden": 48}, None, alive) == 1.0
 
 
 def test_layers_are_kept_by_the_cumulative_probability():

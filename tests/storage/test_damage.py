@@ -218,7 +218,7 @@ def test_fields_of_the_parent(field, value, said, own):
         ("cut_from", {"repo": 5}),
         *(("left_out", value) for value in (3, [1], {"a": 1}, "mtp")),
         *(("auto_map", value) for value in (3, None, [], {"AutoConfig": 3})),
-        *(("parent_config", value) for value in (3, None, [], "x", {"model_type": []}, {"model_type": "llama"})),
+        *(("parent_config", value) for value in (3, None, [], "x", {"model_type": []}, {"model_type": "gpt2"})),
         *(("elastic", value) for value in (3, None, [], "x", {"axes": 3}, {"version": "3"})),
         ("id2label", {"x": "y"}),
     ],
