@@ -128,10 +128,10 @@ def attention(prefix: str, layer: int, *, kv_heads: int, head_dim: int, bias: bo
     yield from linear(f"{prefix}.o_proj", layer, RESIDUAL, heads, bias=bias)
 
 
-def attention_states(*, kv_heads: int | Cut, head_dim: int) -> tuple[StateRule, ...]:
-    """Keys and values of every token."""
+def attention_states(*, kv_heads: int | Cut, head_dim: int, normed: bool = False) -> tuple[StateRule, ...]:
+    """Keys and values of every token. `normed`: keys go through a norm of their own, and so are of one size at every width."""
     dims = (dim(kv_heads), dim(head_dim))
-    return StateRule("keys", dims, degree=0.5), StateRule("values", dims, degree=0.5)
+    return StateRule("keys", dims, degree=0.0 if normed else 0.5), StateRule("values", dims, degree=0.5)
 
 
 def rms_norm(prefix: str, layer: int | None, *, centre: float = 0.0) -> TensorRule:
