@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import ElasticConfigError, did_you_mean, shown
 from .axes import Cut, Dim, Sizes, TensorRule
+from .hosts import Host
 from .obstacles import Obstacle
 from .remembered import Remembered
 from .submodel import LAYERS, Submodel
@@ -114,6 +116,7 @@ class Architecture(ABC):
     layers_path: ClassVar[str] = "model.layers"
     one_share: ClassVar[tuple[str, ...]] = ()  # axes that other programs hold only if all are cut by the same share
     old_names: ClassVar[Mapping[str, str]] = {}  # how names end, and how they did in older files
+    hosts: ClassVar[tuple[Host, ...]] = ()  # larger models whose repositories hold a parent
     layer_class: ClassVar[
         Callable[[PreTrainedConfig, int], nn.Module]
     ]  # builds a stock layer from the config of that layer
@@ -194,6 +197,19 @@ class Architecture(ABC):
         """Raise [`ElasticConfigError`] if the stock model could not be built with these sizes."""
 
     # -- what follows --------------------------------------------------------------------------------------------------
+
+    def host(self, model_type: Any) -> Host | None:
+        """The larger model of this `model_type`, if parents are part of it."""
+        return next((host for host in self.hosts if host.model_type == model_type), None)
+
+    def ignored(self, stock: type[PreTrainedModel] | None = None) -> list[str]:
+        """Patterns of names that may be in a parent's files beside its own: what the stock class ignores, and passengers of larger models.
+
+        Args:
+            stock (`type[PreTrainedModel]`, *optional*): The class that is loaded; defaults to the causal one.
+        """
+        patterns = list((stock or self.causal_class)._keys_to_ignore_on_load_unexpected or ())
+        return patterns + [f"^{re.escape(prefix)}" for host in self.hosts for prefix in host.passengers]
 
     def axis(self, name: str) -> Axis:
         for axis in self.axes:

@@ -138,10 +138,17 @@ def attention(
     yield from linear(f"{prefix}.o_proj", layer, RESIDUAL, heads, bias=bias if out_bias is None else out_bias)
 
 
-def attention_states(*, kv_heads: int | Cut, head_dim: int, window: int | None = None) -> tuple[StateRule, ...]:
-    """Keys and values of every token, or of those in a sliding window."""
+def attention_states(
+    *, kv_heads: int | Cut, head_dim: int, window: int | None = None, normed: bool = False
+) -> tuple[StateRule, ...]:
+    """Keys and values of every token, or of those in a sliding window.
+
+    `normed`: keys go through a norm of their own, and so are of one size at every width.
+    """
     dims = (dim(kv_heads), dim(head_dim))
-    return StateRule("keys", dims, 0.5, window=window), StateRule("values", dims, 0.5, window=window)
+    return StateRule("keys", dims, 0.0 if normed else 0.5, window=window), StateRule(
+        "values", dims, 0.5, window=window
+    )
 
 
 def sliding_window(config: PreTrainedConfig, layer: int) -> int | None:
