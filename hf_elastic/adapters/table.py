@@ -18,7 +18,15 @@ from ..architectures.axes import TensorRule, dim
 from ..architectures.submodel import Submodel
 from ..configuration_elastic import ElasticConfig
 from ..errors import ElasticConfigError
-from ..submodels.adapters import FactorRule, factor_rules, is_tuner, passed_by, rules_by_name
+from ..submodels.adapters import (
+    FactorRule,
+    factor_rules,
+    is_shared,
+    is_tuner,
+    passed_by,
+    rules_by_name,
+    shared_problem,
+)
 from ..submodels.slicing import build_meta
 
 if TYPE_CHECKING:
@@ -99,6 +107,8 @@ def _problem(name: str, layer: Any, rule: TensorRule | None) -> str | None:
         return f"{', '.join(sorted(variants))} has no slice"
     if rule is None:
         return "no tensor of the axis tables is adapted by it"
+    if is_shared(rule):
+        return shared_problem(rule)
     return passed_by(name)
 
 

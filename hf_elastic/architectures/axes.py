@@ -220,7 +220,7 @@ class TensorRule:
     """What runs along the dimensions of one tensor of the parent.
 
     Args:
-        template (`str`): Name in the live model, with `{layer}` where the tensor belongs to a layer.
+        template (`str`): Name in the live model, with `{layer}` where the tensor belongs to a layer, and `{use}` where it is an entry of a list.
         dims (`tuple[Dim, ...]`): One entry per dimension.
         layer (`int`, *optional*): Index of the layer it belongs to; `None` for embeddings, head and final norm.
         disk (`str`, *optional*):
@@ -234,6 +234,12 @@ class TensorRule:
         fp32 (`bool`, *optional*, defaults to `False`): Kept in float32 whatever the load dtype.
         routed (`bool`, *optional*, defaults to `False`): Only `experts_per_token` of the `experts` are used for a token.
         tied (`str`, *optional*): Name of the tensor it shares its storage with; it is neither stored nor counted.
+        shared_by (`tuple[int, ...]`, *optional*):
+            Layers that have one tensor for all of them, each under a name of its own. It is stored and counted once, under that of the first of
+            them, in a submodel the first that is kept.
+        user (`int`, *optional*):
+            In a list with one entry for every use of a block that layers share, the layer whose use it serves; it goes when that layer goes.
+        use (`int`, *optional*): Which entry of that list it is: uses are counted through the layers, in a submodel through those that are kept.
     """
 
     template: str
@@ -246,6 +252,9 @@ class TensorRule:
     fp32: bool = False
     routed: bool = False
     tied: str | None = None
+    shared_by: tuple[int, ...] = ()
+    user: int | None = None
+    use: int | None = None
 
     def __post_init__(self) -> None:
         if self.norm is True:
@@ -254,7 +263,17 @@ class TensorRule:
     @property
     def name(self) -> str:
         """Name in the live model."""
-        return self.template.format(layer=self.layer)
+        return self.template.format(layer=self.layer, use=self.use)
+
+    @property
+    def stored(self) -> TensorRule:
+        """The rule of the same tensor under the name that is stored, if layers share it; else this one."""
+        return replace(self, layer=self.shared_by[0]) if self.shared_by else self
+
+    @property
+    def copy_of(self) -> str | None:
+        """Name of the tensor that is stored in place of this one, which then is neither stored nor counted; `None` if it is stored itself."""
+        return self.tied or (self.stored.name if self.shared_by and self.layer != self.shared_by[0] else None)
 
     @property
     def module(self) -> str:
@@ -301,11 +320,23 @@ class TensorRule:
 
     def disk_name(self, expert: int | None = None, segment: str | None = None) -> str:
         """Name in the parent's Hub layout."""
-        return (self.disk or self.template).format(layer=self.layer, expert=expert, segment=segment)
+        return (self.disk or self.template).format(layer=self.layer, use=self.use, expert=expert, segment=segment)
 
-    def at_layer(self, layer: int | None) -> TensorRule:
-        """The same rule for the layer's position in a submodel with fewer layers."""
-        return replace(self, layer=layer)
+    def within(self, layers: Mapping[int, int], uses: Mapping[int, int]) -> TensorRule | None:
+        """The same rule in a submodel with fewer layers; `None` if it has none.
+
+        Args:
+            layers (`dict[int, int]`): The kept layers, and where each of them is in the submodel.
+            uses (`dict[int, int]`): Of these the ones that use a shared block, and how many do before each.
+        """
+        if self.layer is None:
+            return self
+        if self.layer not in layers or (self.user is not None and self.user not in layers):
+            return None
+        here = replace(
+            self, layer=layers[self.layer], shared_by=tuple(layers[i] for i in self.shared_by if i in layers)
+        )
+        return here if self.user is None else replace(here, user=layers[self.user], use=uses[self.user])
 
     def shape(self, sizes: Sizes) -> tuple[int, ...]:
         return tuple(dim.size(sizes) for dim in self.dims)

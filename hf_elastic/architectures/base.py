@@ -32,12 +32,15 @@ class Axis:
         part (`str`, *optional*): Part of a layer it belongs to (`Architecture.parts`); `None` if it is global.
         groups (`str`, *optional*):
             Field with the number of groups its size counts over; every group keeps the same share, and a prefix of its own.
+        shared (`bool`, *optional*, defaults to `False`):
+            It is of a block that several layers share (`Architecture.sharers`): one size, and one order, in all of them.
     """
 
     name: str
     field: str
     part: str | None = None
     groups: str | None = None
+    shared: bool = False
 
     @property
     def policy(self) -> str:
@@ -97,6 +100,9 @@ class Architecture(ABC):
         Callable[[PreTrainedConfig, int], nn.Module]
     ]  # builds a stock layer from the config of that layer
     layer_lists: ClassVar[tuple[str, ...]] = ()  # fields with one entry per layer
+    index_argument: ClassVar[int | None] = (
+        None  # which argument of a layer's call, from 0, is its own index (`layer_idx`)
+    )
     layer_outputs: ClassVar[int] = 0  # a stock layer returns a tuple of so many, the hidden state first; 0: that alone
 
     # -- to be declared ------------------------------------------------------------------------------------------------
@@ -121,6 +127,10 @@ class Architecture(ABC):
     @abstractmethod
     def states(self, config: PreTrainedConfig, layer: int) -> tuple[StateRule, ...]:
         """What generation keeps for this layer, whose own config is given."""
+
+    def sharers(self, config: PreTrainedConfig, layer: int) -> tuple[int, ...]:
+        """The layers that have a block in common with this one, itself included, in order; see `TensorRule.shared_by`."""
+        return (layer,)
 
     def bias_router(self, router: Any, source: Any, bias: torch.Tensor, top_k: int) -> None:
         """Let `router`, of the full size, choose `top_k` experts with `bias` added to what it chooses by, in place.
@@ -266,8 +276,19 @@ class Architecture(ABC):
                     f"{where}: experts_per_token={sizes['experts_per_token']} is more than the {sizes['experts']} experts kept; "
                     "lower experts_per_token or keep more experts."
                 )
+            self._check_shared(config, submodel, layer, name)
             self.check_layer(layer_config, sizes, where)
         self._check_config(config, submodel, name)
+
+    def _check_shared(self, config: PreTrainedConfig, submodel: Submodel, layer: int, name: str) -> None:
+        """Raise [`ElasticConfigError`] if layers that share a block would have it in several sizes."""
+        together = [i for i in self.sharers(config, layer) if i in submodel.layers]
+        for axis in (axis.name for axis in self.axes if axis.shared and axis.name in submodel.at(layer)):
+            found = [submodel.at(i)[axis] for i in together]
+            if len(set(found)) > 1:
+                raise ElasticConfigError(
+                    f"{name}: {axis}={found} in layers {together}, which share one block and so have one size of it; give all of them the same."
+                )
 
     def _check_config(self, config: PreTrainedConfig, submodel: Submodel, name: str) -> None:
         """Raise [`ElasticConfigError`] if the stock config has a rule of its own against these sizes; it is built once to ask."""

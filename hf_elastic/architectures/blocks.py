@@ -6,7 +6,7 @@ Prefixes hold `{layer}`; rules come with their layer set.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +23,10 @@ HIDDEN = dim(Cut("hidden"))
 
 RESIDUAL = dim(Cut("hidden", gated=True))
 """The residual stream where it is written: by embeddings and by every matrix that leads back to it."""
+
+
+BESIDE_EMBEDDINGS = dim(h=(Cut("hidden"),), e=(Cut("hidden"),))
+"""The residual stream and the embeddings beside it, where a block reads both."""
 
 
 def linear(prefix: str, layer: int | None, out: Dim, inp: Dim, *, bias: bool = False) -> Iterator[TensorRule]:
@@ -124,7 +128,7 @@ def attention(prefix: str, layer: int, *, kv_heads: int, head_dim: int, bias: bo
     yield from linear(f"{prefix}.o_proj", layer, RESIDUAL, heads, bias=bias)
 
 
-def attention_states(*, kv_heads: int, head_dim: int) -> tuple[StateRule, ...]:
+def attention_states(*, kv_heads: int | Cut, head_dim: int) -> tuple[StateRule, ...]:
     """Keys and values of every token."""
     dims = (dim(kv_heads), dim(head_dim))
     return StateRule("keys", dims, degree=0.5), StateRule("values", dims, degree=0.5)
@@ -238,3 +242,46 @@ def delta_net_states(*, keys: int, key_dim: int, kernel: int) -> tuple[StateRule
     conv = dim(q=(keys, key_dim), k=(keys, key_dim), v=(keys, heads, head_dim))
     ssm = (dim(keys, heads), dim(key_dim), dim(head_dim))
     return StateRule("conv", (conv, dim(kernel)), 0.5), StateRule("ssm", ssm, 0.5)
+
+
+def shared(
+    rules: Iterable[TensorRule], layers: tuple[int, ...], user: int | None = None, use: int | None = None
+) -> Iterator[TensorRule]:
+    """Rules of one layer, of tensors that these layers share; `user` and `use` if they are entries of lists, see [`TensorRule`]."""
+    return (replace(rule, shared_by=layers, user=user, use=use) for rule in rules)
+
+
+def in_turn(blocks: Sequence[int]) -> bool:
+    """Whether layers use their blocks in turn: all blocks once, in some order, and then in that order again."""
+    return all(block == blocks[i % len(set(blocks))] for i, block in enumerate(blocks))
+
+
+def check_turns(layers: Sequence[int], blocks: Sequence[int], name: str) -> None:
+    """Raise [`ElasticConfigError`] for kept layers whose blocks a stock class would mix up, which counts the layers to know the block of each.
+
+    Args:
+        layers (`list[int]`): The kept layers that use a shared block.
+        blocks (`list[int]`): Which block each of them uses.
+        name (`str`): What to call the submodel.
+    """
+    if not in_turn(blocks):
+        raise ElasticConfigError(
+            f"{name}: of the layers that share blocks, layers={list(layers)} are kept, which use the blocks {list(blocks)} (each by its first layer). The "
+            "stock class takes the blocks in turn, so another order would give layers the wrong one. Keep such layers from the first to the last "
+            "without a gap, all layers of one block alone, or drop as many in a row as there are blocks."
+        )
+
+
+def ranking_in_turn(ranking: Sequence[int], blocks: Mapping[int, int]) -> list[int]:
+    """A ranking of layers of which every prefix uses its blocks in turn: the layers that share blocks go from the two ends, the less important one first.
+
+    Args:
+        blocks (`dict[int, int]`): In order, the layers that share blocks, and which block each of them uses.
+    """
+    if len(set(blocks.values())) < 2:
+        return list(ranking)
+    importance = {layer: -i for i, layer in enumerate(ranking)}
+    left, kept = [layer for layer in blocks if layer in importance], []
+    while left:
+        kept.append(left.pop(0 if importance[left[0]] < importance[left[-1]] else -1))
+    return [kept.pop() if layer in blocks else layer for layer in ranking]

@@ -5,7 +5,7 @@ Everything is read off the table of the architecture, so it needs a config and n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -78,6 +78,10 @@ class Cost:
         }
 
 
+Place = int | None | tuple[int, ...]
+"""Where tensors are counted: in a layer, outside of all (`None`), or in a block that some layers share, which is there if one of them is."""
+
+
 class CostModel:
     """Counts submodels of one parent; layers that are alike are counted once, so that a search can ask thousands of times.
 
@@ -89,21 +93,25 @@ class CostModel:
     def __init__(self, config: PreTrainedConfig, architecture: Architecture | None = None):
         self.config = config
         self.architecture = architecture or get_architecture(config.model_type)
-        self._rules: dict[int | None, list[TensorRule]] = {}
+        self._rules: dict[Place, list[TensorRule]] = {
+            None: [],
+            **{i: [] for i in range(self.architecture.depth(config))},
+        }
         for rule in self.architecture.rules(config):
-            self._rules.setdefault(rule.layer, []).append(rule)
-        self._states: dict[int | None, tuple[StateRule, ...]] = {
-            layer: () if layer is None else self.architecture.states(config.per_layer_config[layer], layer)
-            for layer in self._rules
+            if not rule.copy_of:
+                self._rules.setdefault(_place(rule), []).append(rule)
+        self._states: dict[Place, tuple[StateRule, ...]] = {
+            place: self.architecture.states(config.per_layer_config[place], place) if isinstance(place, int) else ()
+            for place in self._rules
         }
         kinds: dict[
             Any, int
         ] = {}  # numbered, as hashing the rules again for every question would take most of the time
         self._kinds = {
-            layer: kinds.setdefault(
-                (tuple((rule.template, rule.dims) for rule in rules), self._states[layer]), len(kinds)
+            place: kinds.setdefault(
+                (tuple((rule.template, rule.dims) for rule in rules), self._states[place]), len(kinds)
             )
-            for layer, rules in self._rules.items()
+            for place, rules in self._rules.items()
         }
         self._known: dict[Any, Cost] = {}
 
@@ -114,24 +122,28 @@ class CostModel:
 
     def __call__(self, submodel: Submodel) -> Cost:
         """Cost of a submodel."""
-        total = self.part(None, submodel.at(None))
-        for layer in submodel.layers:
-            total += self.part(layer, submodel.at(layer))
-        return total
+        return sum(
+            (self.part(place, submodel.at(layer)) for place, layer in self.places(submodel.layers).items()), Cost()
+        )
 
-    def part(self, layer: int | None, sizes: dict[str, int]) -> Cost:
-        """Cost of one layer at these sizes, or of what belongs to no layer (`None`)."""
-        key = (self._kinds[layer], tuple(sizes.items()))
+    def places(self, layers: Iterable[int]) -> dict[Place, int | None]:
+        """What is counted for these layers, each with the layer whose sizes it has."""
+        kept = set(layers)
+        found: dict[Place, int | None] = {None: None, **{layer: layer for layer in layers}}
+        shared = (place for place in self._rules if isinstance(place, tuple))
+        return found | {place: next(i for i in place if i in kept) for place in shared if kept & set(place)}
+
+    def part(self, place: Place, sizes: dict[str, int]) -> Cost:
+        """Cost of one layer, of what belongs to no layer (`None`), or of a block that layers share, at these sizes."""
+        key = (self._kinds[place], tuple(sizes.items()))
         if key not in self._known:
-            self._known[key] = self.count(layer, sizes)
+            self._known[key] = self.count(place, sizes)
         return self._known[key]
 
-    def count(self, layer: int | None, sizes: Mapping[str, Any]) -> Cost:
+    def count(self, place: Place, sizes: Mapping[str, Any]) -> Cost:
         """As `part`, for sizes that may be expected values (scalar tensors) too; then so are the counts, differentiable in them."""
         total = active = fp32 = other = 0
-        for rule in self._rules[layer]:
-            if rule.tied:
-                continue
+        for rule in self._rules[place]:
             count = rule.count(sizes)
             fp32 += count if rule.fp32 else 0
             other += 0 if rule.fp32 else count
@@ -142,6 +154,12 @@ class CostModel:
                     used = used // sizes["experts"] if isinstance(used, int) else used / sizes["experts"]
                 active += used
         kept = dict.fromkeys(("keys", "values", "conv", "ssm"), 0)
-        for state in self._states[layer]:
+        for state in self._states[place]:
             kept[state.kind] += state.count(sizes)
         return Cost(total, active, fp32, other, kept["keys"] + kept["values"], kept["conv"], kept["ssm"])
+
+
+def _place(rule: TensorRule) -> Place:
+    if rule.user is not None:
+        return rule.user
+    return rule.shared_by if len(rule.shared_by) > 1 else rule.layer

@@ -19,7 +19,14 @@ from .submodel import Submodel
 
 @dataclass(frozen=True)
 class Piece:
-    """One tensor of a submodel: where it comes from in the parent, and what is kept of it."""
+    """One tensor of a submodel: where it comes from in the parent, and what is kept of it.
+
+    Args:
+        rule (`TensorRule`): Of the parent's tensor.
+        target (`TensorRule`): The same in the submodel.
+        full (`Sizes`): The parent's sizes there.
+        kept (`Sizes`): The submodel's.
+    """
 
     rule: TensorRule
     target: TensorRule
@@ -29,6 +36,11 @@ class Piece:
     @property
     def shape(self) -> tuple[int, ...]:
         return self.rule.shape(self.kept)
+
+    @property
+    def copy_of(self) -> str | None:
+        """Name of the submodel's tensor that this one is the same as; `None` if it is stored itself (`TensorRule.copy_of`)."""
+        return self.target.copy_of
 
     @cached_property
     def runs(self) -> list[list[Run]]:
@@ -52,9 +64,10 @@ def pieces(architecture: Architecture, config: PreTrainedConfig, submodel: Submo
     """
     full = architecture.full(config)
     position = {layer: new for new, layer in enumerate(submodel.layers)}
-    for rule in architecture.rules(config):
-        if rule.layer is None:
-            yield Piece(rule, rule, full.at(None), submodel.at(None))
-        elif rule.layer in position:
-            target = rule.at_layer(position[rule.layer])
+    rules = architecture.rules(config)
+    users = sorted({rule.user for rule in rules if rule.user in position})
+    uses = {layer: use for use, layer in enumerate(users)}
+    for rule in rules:
+        target = rule.within(position, uses)
+        if target is not None:
             yield Piece(rule, target, full.at(rule.layer), submodel.at(rule.layer))

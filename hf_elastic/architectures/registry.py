@@ -24,6 +24,7 @@ _OURS = {
     "jamba": "jamba:Jamba",
     "llama": "dense:Llama",
     "qwen3": "dense:Qwen3",
+    "zamba2": "zamba2:Zamba2",
 }
 
 

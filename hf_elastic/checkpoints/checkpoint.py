@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -127,7 +128,7 @@ class Checkpoint:
         Raises:
             `CheckpointError`: says both.
         """
-        said = sum(math.prod(piece.shape) for piece in pieces(architecture, config, submodel) if not piece.rule.tied)
+        said = sum(math.prod(piece.shape) for piece in pieces(architecture, config, submodel) if not piece.copy_of)
         held = sum(math.prod(file.shapes[key]) for key, file in self._where.items())
         if said > 2 * held + _SLACK:
             raise CheckpointError(
@@ -140,10 +141,12 @@ class Checkpoint:
     ) -> Iterator[tuple[TensorRule, Shapes, bool]]:
         """Every tensor that may be in the files: what it is stored as, and whether it has to be there."""
         for piece in pieces(architecture, config, architecture.full(config)):
-            required = not piece.rule.tied and (head or is_base(piece.rule.name, architecture))
-            sources = self._sources(piece, architecture)
-            whole = len(sources) == len(sources[0]) == 1 and sources[0][0] in stored_names(piece.rule, architecture)
+            required = not piece.copy_of and (head or is_base(piece.rule.name, architecture))
+            sources, rule = self._sources(piece, architecture), self._under(piece.rule, architecture)
+            whole = len(sources) == len(sources[0]) == 1 and sources[0][0] in stored_names(rule, architecture)
             shapes = [piece.shape] if whole else piece.rule.stored_shapes(piece.full)
+            if piece.copy_of:  # some files have a tensor that layers share under the name of each
+                yield piece.rule, [(name, piece.shape) for name in stored_names(piece.rule, architecture)], False
             yield piece.rule, [pair for names in sources for pair in self._shaped(names, shapes)], required
 
     def _shaped(self, names: Names, shapes: list[tuple[int, ...]]) -> Shapes:
@@ -184,7 +187,7 @@ class Checkpoint:
         self, architecture: Architecture, config: PreTrainedConfig, submodel: Submodel, head: bool
     ) -> Iterator[tuple[str, Block | Joined]]:
         for piece in pieces(architecture, config, submodel):
-            if piece.rule.tied or not (head or is_base(piece.rule.name, architecture)):
+            if piece.copy_of or not (head or is_base(piece.rule.name, architecture)):
                 continue
             yield piece.target.name, self.block(self._sources(piece, architecture), piece.runs)
 
@@ -233,7 +236,7 @@ class Checkpoint:
 
     def _sources(self, piece: Piece, architecture: Architecture) -> list[Names]:
         """Names under which a tensor of the parent is stored, whatever is kept of it: one entry, or one per expert, each with a name per segment."""
-        rule = piece.rule
+        rule = self._under(piece.rule, architecture)
         whole = self._present(stored_names(rule, architecture))
         if whole in self or not rule.apart:  # all are stored as in the live model after save_original_format=False
             return [(whole,)]
@@ -241,6 +244,11 @@ class Checkpoint:
             tuple(self._present(stored_names(rule, architecture, expert, segment)) for segment in rule.segments)
             for expert in (range(rule.shape(piece.full)[0]) if rule.stacked else (None,))
         ]
+
+    def _under(self, rule: TensorRule, architecture: Architecture) -> TensorRule:
+        """Of a tensor that layers share, the rule whose name the files have; stock classes write the first."""
+        each = (replace(rule, layer=layer) for layer in rule.shared_by)
+        return next((one for one in each if self._present(stored_names(one, architecture)) in self), rule.stored)
 
     def _present(self, names: Names) -> str:
         return next((name for name in names if name in self), names[0])

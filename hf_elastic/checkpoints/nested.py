@@ -67,7 +67,7 @@ class NestedCheckpoint(Checkpoint):
             yield tensor.rule, [pair for part in tensor.parts for pair in part.shapes()], required
 
     def _sources(self, piece: Piece, architecture: Architecture) -> list[Names]:
-        return [(piece.rule.name,)]
+        return [(piece.rule.stored.name,)]
 
     def block(self, sources: Sequence[Names], runs: Region, places: Places | None = None) -> Block | Joined:
         shape, blocks = shape_of(runs), []

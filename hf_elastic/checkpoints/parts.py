@@ -133,9 +133,11 @@ def tensors(
     Args:
         levels (`list[Submodel]`): Nested budgets, smallest first.
     """
-    kept = [{piece.rule.name: piece for piece in pieces(architecture, config, level)} for level in levels]
+    kept = [
+        {piece.rule.stored.name: piece for piece in pieces(architecture, config, level) if not piece.copy_of}
+        for level in levels
+    ]
     for name, largest in kept[-1].items():
-        if not largest.rule.tied:
-            here = [level.get(name) for level in kept]
-            found = (tensor for tensor in layouts(largest.rule, here, architecture) if fits(tensor))
-            yield next(found, None) or next(layouts(largest.rule, here, architecture))
+        here, rule = [level.get(name) for level in kept], largest.rule.stored
+        found = (tensor for tensor in layouts(rule, here, architecture) if fits(tensor))
+        yield next(found, None) or next(layouts(rule, here, architecture))

@@ -179,8 +179,7 @@ class SavingMixin:
         return {name: tensor for name, tensor in self.state_dict().items() if name not in tied}  # type: ignore[attr-defined]
 
     def _tied_names(self) -> set[str]:
-        rules = self.elastic_config.architecture.rules(self.elastic_config.parent_config)
-        return {rule.name for rule in rules if rule.tied}
+        return {rule.name for rule in self.elastic_config.architecture.rules(self.config) if rule.copy_of}  # type: ignore[attr-defined]
 
     def _written_config(self, elastic: ElasticConfig, files: dict[str, dict[str, int]] | None = None) -> ElasticConfig:
         elastic.dtype = self.dtype  # type: ignore[attr-defined]

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..architectures import Architecture
-from ..architectures.cost import CostModel
+from ..architectures.cost import Cost, CostModel
 from ..architectures.portability import check_portable
 from ..architectures.submodel import LAYERS, Submodel, first_layers
 from ..configuration.budgets import Limit, format_count, unit_hint
@@ -21,7 +21,7 @@ from .sorting import ranked
 
 MAX_COMBINATIONS = 500_000
 DEFAULT_RATIOS = (1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
-_HEAD_COUNTS = ("attention_heads", "mamba_heads", "experts", "experts_per_token")
+_HEAD_COUNTS = ("attention_heads", "kv_heads", "mamba_heads", "experts", "experts_per_token")
 
 
 def round_size(architecture: Architecture, config: PreTrainedConfig, axis: str, ratio: float, multiple_of: int) -> int:
@@ -196,10 +196,10 @@ class BudgetSearch:
         return merged
 
     def _cost(self, sizes: Mapping[str, int], within: Submodel) -> Any:
-        cost = self._count.part(None, {**within.at(None), **{a: s for a, s in sizes.items() if a in within.at(None)}})
-        for layer in self._layers(sizes, within):
+        cost = Cost()
+        for place, layer in self._count.places(self._layers(sizes, within)).items():
             here = within.at(layer)
-            cost += self._count.part(layer, {axis: min(sizes.get(axis, size), size) for axis, size in here.items()})
+            cost += self._count.part(place, {axis: min(sizes.get(axis, size), size) for axis, size in here.items()})
         return cost
 
     def _submodel(self, sizes: Mapping[str, int], within: Submodel, name: str) -> Submodel:

@@ -25,6 +25,7 @@ def ranked(
     Args:
         channels (`int`): Head channels that the smallest budget keeps; `mamba_heads` are ranked by these (eq. A 4).
     """
+    spec = architecture.axis(axis)
     key = -1 if layer is None else layer
     if axis in ("mamba_heads", "mamba_head_dim"):
         moments = scores.values[MAMBA][key]  # (heads, head_dim)
@@ -34,10 +35,11 @@ def ranked(
         top = per_channel.topk(channels).indices
         values = moments[:, top].sum(1).sqrt()
     else:
-        values = scores.values[axis][key]
+        # Layers that share a block have one order of it, by what all of them have of an entry.
+        layers = architecture.sharers(config, layer) if spec.shared and layer is not None else (key,)
+        values = torch.stack([scores.values[axis][i] for i in layers]).sum(0)
     if axis == "expert_ffn":
         return values  # one row per expert
-    spec = architecture.axis(axis)
     layer_config = config if layer is None else config.per_layer_config[layer]
     groups = int(getattr(layer_config, spec.groups)) if spec.groups else 1
     return values.reshape(groups, -1)
@@ -101,10 +103,13 @@ def sort_state_dict(
         release (`bool`, *optional*, defaults to `False`): Take tensors out of the state dict once they are sorted, so that their memory is free.
     """
     full = architecture.full(config)
-    result = {}
+    result: dict[str, torch.Tensor] = {}
     for rule in architecture.rules(config):
         here = {**orders.get(None, {}), **orders.get(rule.layer, {})}
         tensor = state_dict.pop(rule.name) if release else state_dict[rule.name]
+        if (stored := rule.copy_of) is not None and stored in result:  # one tensor under several names stays one
+            result[rule.name] = result[stored]
+            continue
         moved = rule.permute(tensor, full.at(rule.layer), here)
         result[rule.name] = moved.clone() if moved is tensor else moved.contiguous()
     return result

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..architectures.cost import Cost, CostModel
+from ..architectures.cost import Cost, CostModel, Place
 from ..architectures.submodel import LAYERS, Submodel
 from ..configuration.budgets import Limit
 from ..configuration_elastic import ElasticConfig
@@ -66,13 +66,15 @@ class Search:
     def __init__(self, router: Chooser, name: str, larger: Submodel, within: float):
         self._router, self._name, self._larger, self._within = router, name, larger, within
         self._limit: Limit = router.limits[name]
-        self._bounds = {layer: larger.at(layer) for layer in (None, *larger.layers)}
+        self._bounds: dict[Place, dict[str, int]] = {
+            place: larger.at(layer) for place, layer in router.count.places(larger.layers).items()
+        }
         self._options = {
             key: self._options_of(key, (router.final_logit_scale * logits.cpu().double()).log_softmax(-1).tolist())
             for key, logits in router.logits(name).items()
             if key[1] is None or key[1] in larger.layers
         }
-        self._chosen = {layer: self._chosen_in(layer) for layer in self._bounds}
+        self._chosen = {place: self._chosen_in(place) for place in self._bounds}
         self._measured: dict[Any, int] = {}
         self._nearest: Found | None = None
 
@@ -183,21 +185,21 @@ class Search:
         self._nearest = found
         return None
 
-    def _kept(self, sizes: Mapping[Key, int]) -> list[int | None]:
-        return [None, *_layers(self._router, sizes, self._larger)]
+    def _kept(self, sizes: Mapping[Key, int]) -> list[Place]:
+        return list(self._router.count.places(_layers(self._router, sizes, self._larger)))
 
-    def _chosen_in(self, layer: int | None) -> list[Key]:
-        """The choices that the cost of a layer depends on."""
-        keys = (((axis, layer), (axis, None)) for axis in self._bounds[layer])
+    def _chosen_in(self, place: Place) -> list[Key]:
+        """The choices that the cost of a layer, or of a block that layers share, depends on."""
+        keys: Iterator[tuple[Any, Key]] = (((axis, place), (axis, None)) for axis in self._bounds[place])
         return [
             own if own in self._options else shared for own, shared in keys if {own, shared} & self._options.keys()
         ]
 
-    def _measure_layer(self, layer: int | None, sizes: Mapping[Key, int]) -> int:
-        known = (layer, *[sizes[key] for key in self._chosen[layer]])  # thousands of combinations have the same layers
+    def _measure_layer(self, place: Place, sizes: Mapping[Key, int]) -> int:
+        known = (place, *[sizes[key] for key in self._chosen[place]])  # thousands of combinations have the same layers
         if known not in self._measured:
-            here = {axis: _size(sizes, axis, layer, bound) for axis, bound in self._bounds[layer].items()}
-            self._measured[known] = self._router.measure(self._router.count.part(layer, here), self._limit)
+            here = {axis: _size(sizes, axis, place, bound) for axis, bound in self._bounds[place].items()}
+            self._measured[known] = self._router.measure(self._router.count.part(place, here), self._limit)
         return self._measured[known]
 
     def _measure(self, sizes: Mapping[Key, int]) -> int:
@@ -207,8 +209,8 @@ class Search:
         return self._measure(sizes) / self._limit.value - 1
 
 
-def _size(sizes: Mapping[Key, int], axis: str, layer: int | None, bound: int) -> int:
-    return min(bound, sizes.get((axis, layer), sizes.get((axis, None), bound)))
+def _size(sizes: Mapping[Any, int], axis: str, place: Place, bound: int) -> int:
+    return min(bound, sizes.get((axis, place), sizes.get((axis, None), bound)))
 
 
 def _layers(router: Chooser, sizes: Mapping[Key, int], larger: Submodel) -> tuple[int, ...]:

@@ -103,6 +103,10 @@ class BudgetRouter(nn.Module):
                 raise ElasticConfigError(
                     f"per_layer={axis!r} must be an elastic axis that belongs to layers, one of {sorted(self.choices)}."
                 )
+            if config.architecture.axis(axis).shared:
+                raise ElasticConfigError(
+                    f"per_layer={axis!r}: layers share the block that has it, so it has one size in all of them; leave it out."
+                )
         if isinstance(width, bool) or not isinstance(width, int) or not 1 <= width <= _WIDEST:
             raise ElasticConfigError(f"width={shown(width)} of the router must be a whole number in 1..{_WIDEST}.")
         self.keys: list[Key] = []
@@ -178,10 +182,13 @@ class BudgetRouter(nn.Module):
 
     def expected(self, mixture: Mixture, limit: Limit) -> torch.Tensor:
         """The exact counter at the expected sizes: total or active parameters, or bytes of weights and caches."""
-        total = self._expected(None, mixture, limit)
-        for layer in self.full.layers:
-            part = self._expected(layer, mixture, limit)
-            total = total + (part if mixture.layers is None else mixture.layers[layer] * part)
+        total: Any = 0.0
+        for place, layer in self.count.places(self.full.layers).items():
+            part = self.measure(self.count.count(place, mixture.expected(self.full, layer)), limit)
+            if place is not None and mixture.layers is not None:
+                # Which layers stay is nested, so of those that share a block one stays as often as the most important does.
+                part = part * mixture.layers[[*place] if isinstance(place, tuple) else [place]].max()
+            total = total + part
         return torch.as_tensor(total, dtype=torch.float32)
 
     def resource_loss(self, budget: str, probabilities: Mapping[Key, torch.Tensor]) -> torch.Tensor:
@@ -268,9 +275,6 @@ class BudgetRouter(nn.Module):
     def _share(self, name: str) -> float:
         limit = self.limits[name]
         return limit.value / self.measure(self.count.full, limit)
-
-    def _expected(self, layer: int | None, mixture: Mixture, limit: Limit) -> Any:
-        return self.measure(self.count.count(layer, mixture.expected(self.full, layer)), limit)
 
 
 def read_router(

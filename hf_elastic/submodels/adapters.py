@@ -192,10 +192,19 @@ def passed_by(name: str) -> str | None:
     return None
 
 
+def shared_problem(rule: TensorRule) -> str:
+    return f"layers {list(rule.shared_by)} share this tensor, and merging the adapter of one would change it for all"
+
+
 def adaptable(rule: TensorRule) -> bool:
     """Whether adapters belong on this tensor of a parent: on every matrix of the layers, experts too, but for routers and what kernels pass by."""
     matrix = rule.layer is not None and not rule.buffer and len(rule.dims) >= 2
-    return matrix and not rule.routes and passed_by(rule.module) is None
+    return matrix and not rule.routes and not is_shared(rule) and passed_by(rule.module) is None
+
+
+def is_shared(rule: TensorRule) -> bool:
+    """Whether several layers have this tensor. peft gives each of them an adapter of its own, and merging one would change the tensor of all."""
+    return len(rule.shared_by) > 1
 
 
 def refuse_unsupported(model: nn.Module, architecture: Architecture, config: PreTrainedConfig) -> None:
@@ -221,6 +230,8 @@ def refuse_unsupported(model: nn.Module, architecture: Architecture, config: Pre
             problem = passed_by(name)
         elif rule is None or rule.layer is None:
             problem = "only tensors of layers can be adapted, no embeddings and no head"
+        elif is_shared(rule):
+            problem = shared_problem(rule)
         if problem:
             raise ElasticConfigError(
                 f"the adapter of {name or 'the model'} is not supported: {problem}. Use a peft.LoraConfig without variants, target_modules "

@@ -45,12 +45,13 @@ def masked_model(parent: PreTrainedModel, submodel: Submodel) -> PreTrainedModel
         )
     model = copy.deepcopy(parent)
     architecture = get_architecture(model.config.model_type)
-    parts = [piece for piece in pieces(architecture, model.config, submodel) if not piece.rule.tied]
+    parts = list(pieces(architecture, model.config, submodel))
     with torch.no_grad():
         for piece in parts:
             owner = model.get_submodule(piece.rule.module)
-            tensor = getattr(owner, piece.rule.name.rpartition(".")[2])
-            tensor.copy_(masked_weight(piece, tensor))
+            if not piece.copy_of:  # the weight may be shared, the epsilon is each module's own
+                tensor = getattr(owner, piece.rule.name.rpartition(".")[2])
+                tensor.copy_(masked_weight(piece, tensor))
             correct_epsilon(owner, piece)
             if piece.rule.scale is not None:
                 ratio = piece.rule.scale(piece.kept) / piece.rule.scale(piece.full)

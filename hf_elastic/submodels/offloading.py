@@ -83,7 +83,12 @@ def is_fetched(module: nn.Module) -> bool:
 
 
 def follow_hooks(
-    tree: nn.Module, parent: nn.Module, architecture: Architecture, submodel: Submodel, pieces: Mapping[str, Piece]
+    tree: nn.Module,
+    parent: nn.Module,
+    architecture: Architecture,
+    submodel: Submodel,
+    pieces: Mapping[str, Piece],
+    homes: Mapping[str, str],
 ) -> None:
     """Put hooks around the modules of a budget where the parent's have them.
 
@@ -91,13 +96,16 @@ def follow_hooks(
         tree (`nn.Module`): Model of the budget.
         parent (`nn.Module`): The whole parent (causal or base model, as `tree`).
         pieces (`dict[str, Piece]`): The budget's tensors by name.
+        homes (`dict[str, str]`): The parent's module for every module of the budget that has tensors.
     """
     theirs = dict(parent.named_modules())
     layer = re.compile(
         rf"((?:{re.escape(architecture.layers_path)}|{architecture.layers_path.rpartition('.')[2]})\.)(\d+)"
     )
     for name, module in tree.named_modules():
-        source = layer.sub(lambda found: f"{found[1]}{submodel.layers[int(found[2])]}", name, count=1)
+        source = homes.get(name) or layer.sub(
+            lambda found: f"{found[1]}{submodel.layers[int(found[2])]}", name, count=1
+        )
         for hook in _hooks(theirs[source]):
             weights = None if hook.weights_map is None else CutWeights(hook.weights_map, pieces, name)
             made = BudgetHook(

@@ -32,6 +32,7 @@ def check_table(architecture: Architecture, model: PreTrainedModel) -> None:
     """
     full = architecture.full(model.config)
     expected: dict[str, tuple[int, ...]] = {}
+    copies: dict[str, str] = {}
     problems: list[str] = []
     for rule in architecture.rules(model.config):
         if rule.name in expected:
@@ -41,8 +42,11 @@ def check_table(architecture: Architecture, model: PreTrainedModel) -> None:
         if unknown:
             raise HFElasticError(f"the rule of {rule.name} is cut by {unknown}, which its layer does not have")
         expected[rule.name] = rule.shape(sizes)
+        if rule.copy_of:
+            copies[rule.name] = rule.copy_of
         problems += _norm_problems(rule, model)
-    found = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    state = model.state_dict()
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     problems += [f"{name} {shape} has no rule" for name, shape in found.items() if name not in expected]
     problems += [f"{name} {shape} is not in the model" for name, shape in expected.items() if name not in found]
     problems += [
@@ -50,6 +54,9 @@ def check_table(architecture: Architecture, model: PreTrainedModel) -> None:
         for name, shape in found.items()
         if expected.get(name, shape) != shape
     ]
+    for name, source in copies.items():
+        if not problems and state[name].data_ptr() != state[source].data_ptr():
+            problems.append(f"{name} and {source} are two tensors in the model and one in the table")
     if problems:
         raise HFElasticError(
             f"the {architecture.model_type} table does not fit this model ({len(problems)} differences): "
@@ -78,7 +85,7 @@ def slice_state_dict(
     """Cut a submodel out of the parent's live state dict; contiguous tensors that share nothing with the parent."""
     sliced: dict[str, torch.Tensor] = {}
     for piece in pieces(architecture, config, submodel):
-        source = piece.rule.tied or piece.rule.name
+        source = piece.rule.copy_of or piece.rule.name
         sliced[piece.target.name] = piece.narrow(state_dict[source]).clone(memory_format=torch.contiguous_format)
     return sliced
 
@@ -124,11 +131,13 @@ def bind_views(
     bound: list[Bound | Offloaded] = []
     fetched: set[int] = set()
     named: dict[str, Piece] = {}
+    homes: dict[str, str] = {}
     available = dict(tree.named_parameters()) | dict(tree.named_buffers())
     for piece in pieces(architecture, config, submodel):
         name, source = local_names(piece, architecture, available)
         named[name or piece.target.name] = piece
-        if name is None or piece.rule.tied:
+        homes[(name or piece.target.name).rpartition(".")[0]] = source.rpartition(".")[0]
+        if name is None or piece.copy_of:
             continue
         owner, _, leaf = source.rpartition(".")
         holder = parent.get_submodule(owner)
@@ -155,7 +164,7 @@ def bind_views(
             bound.append(Offloaded(holder, leaf))
         else:
             bound.append(Bound(source, piece.runs, holder, leaf, tensor, module, placed, not piece.is_view))
-    follow_hooks(tree, parent, architecture, submodel, named)
+    follow_hooks(tree, parent, architecture, submodel, named, homes)
     share_constant_buffers(tree, parent)
     tree.tie_weights()
     left = [

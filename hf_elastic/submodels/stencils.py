@@ -37,7 +37,9 @@ class Unit:
     Args:
         module (`nn.Module`): Of the parent; owns the parameters.
         stencil (`nn.Module`, *optional*): Stock module without storage; `None` if the layer is dropped.
-        parts (`list[tuple[str, Piece]]`): Tensors, by their name inside the unit (the same in both modules).
+        parts (`list[tuple[str, Piece]]`): Tensors, by their name inside the parent's module.
+        names (`dict[str, str]`): What the stencil calls them, where that is another name.
+        index (`tuple[int, int]`, *optional*): The argument that tells a layer its own index, and what it is in the submodel.
         tuners (`list[tuple[nn.Module, nn.Module]]`): Adapter layers of the module, and those that the stencil carries for them.
     """
 
@@ -45,6 +47,8 @@ class Unit:
     stencil: nn.Module | None
     passed: Callable[[torch.Tensor], Any] = staticmethod(lambda hidden: hidden)
     parts: list[tuple[str, Piece]] = field(default_factory=list)
+    names: dict[str, str] = field(default_factory=dict)
+    index: tuple[int, int] | None = None
     tuners: list[tuple[nn.Module, nn.Module]] = field(default_factory=list)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -52,7 +56,9 @@ class Unit:
         if self.stencil is None:
             return self.passed(args[0] if args else kwargs["hidden_states"])
         self.follow()
-        live = {name: cut(attribute(self.module, name), piece) for name, piece in self.parts}
+        live = {self.names.get(name, name): cut(attribute(self.module, name), piece) for name, piece in self.parts}
+        if self.index is not None:
+            args, kwargs = _with_index(*self.index, args, kwargs)
         return torch.func.functional_call(self.stencil, live, args, kwargs)
 
     def follow(self) -> None:
@@ -83,6 +89,9 @@ def make_units(
         id(layer): Unit(layer, thin[position[i]] if i in position else None, architecture.passed)
         for i, layer in enumerate(layers)
     }
+    if (argument := architecture.index_argument) is not None:
+        for layer, new in position.items():
+            units[id(layers[layer])].index = (argument, new)
     available = tree.state_dict()
     for piece in pieces(architecture, config, submodel):
         target, source = local_names(piece, architecture, available)
@@ -90,7 +99,10 @@ def make_units(
             continue
         if piece.rule.layer is not None:
             inside = source.partition(f"layers.{piece.rule.layer}.")[2]
-            units[id(layers[piece.rule.layer])].parts.append((inside, piece))
+            unit = units[id(layers[piece.rule.layer])]
+            unit.parts.append((inside, piece))
+            if piece.rule.use != piece.target.use:
+                unit.names[inside] = target.partition(f"layers.{piece.target.layer}.")[2]
         else:
             owner, _, leaf = source.rpartition(".")
             module = model.get_submodule(owner)
@@ -100,6 +112,15 @@ def make_units(
     for unit in units.values():
         carry(unit)
     return list(units.values())
+
+
+def _with_index(
+    place: int, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a layer's call with another index for the layer."""
+    if place < len(args):
+        return (*args[:place], index, *args[place + 1 :]), kwargs
+    return args, {**kwargs, "layer_idx": index} if "layer_idx" in kwargs else kwargs
 
 
 def carry(unit: Unit) -> None:

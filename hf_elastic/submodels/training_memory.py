@@ -155,7 +155,7 @@ def _step(
     yield Part("logits", _LOGIT_COPIES * chunk * vocabulary * 4, False, how)
     largest = max(_elements(layer, full) for layer in layers)
     if gpus > 1:
-        outside = sum(rule.count(full.at(None)) for rule in rules if rule.layer is None and not rule.tied)
+        outside = sum(rule.count(full.at(None)) for rule in rules if rule.layer is None and not rule.copy_of)
         gathered = 3 * largest * _ARITHMETIC.itemsize + outside * _ARITHMETIC.itemsize
         yield Part(
             "gathered", gathered, False, "FSDP: two layers and gradients of one; embeddings and head of the teacher"
@@ -166,14 +166,14 @@ def _step(
 
 
 def _elements(rules: Sequence[TensorRule], full: Any) -> int:
-    return sum(rule.count(full.at(rule.layer)) for rule in rules if not rule.tied)
+    return sum(rule.count(full.at(rule.layer)) for rule in rules if not rule.copy_of)
 
 
 def _recomputed(layer: Sequence[TensorRule], sizes: dict[str, int], config: PreTrainedConfig, tokens: int) -> int:
     """What a layer holds while it is computed again, twice for its gradients; Mamba as the stock code computes it without kernels."""
     widths = 0
     for rule in layer:
-        if _is_matrix(rule):
+        if _is_matrix(rule) and rule.user in (None, rule.layer):
             used = sizes["experts_per_token"] if rule.routed else 1
             widths += used * sum(rule.shape(sizes)[-2:])
     chunk = getattr(config, "chunk_size", None) or getattr(config, "mamba_chunk_size", None) or 0
