@@ -391,9 +391,16 @@ class Architecture(ABC):
                 built.per_layer_config[layer].validate()
         except (StrictDataclassError, ValueError, TypeError, ArithmeticError) as error:
             sizes = submodel.differs(self.full(config)) or "the parent's own sizes"
+            why = str(error.__cause__ or error).rstrip(".")
             raise ElasticConfigError(
-                f"{name}: a stock {self.model_type} config cannot hold {sizes}: {error.__cause__ or error}. Choose others."
+                f"{name}: a stock {self.model_type} config cannot hold {sizes}: {why}. Choose others."
             ) from error
+        wanted, read = submodel.within(submodel.layers), self.full(built)
+        if read.to_dict() != wanted.to_dict():  # what it takes for other sizes, or for other kinds of layers
+            raise ElasticConfigError(
+                f"{name}: a stock {self.model_type} config cannot say {dict(wanted.differs(read))}; it is read as "
+                f"{dict(read.differs(wanted))} then. Choose others."
+            )
 
     def config_for(self, config: PreTrainedConfig, submodel: Submodel) -> PreTrainedConfig:
         """The stock config of a submodel. Global fields hold the sizes of the first layer of each kind, `per_layer_config` the rest.
