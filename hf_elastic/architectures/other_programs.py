@@ -100,3 +100,20 @@ def granite_obstacles(config: PreTrainedConfig, submodel: Submodel, head_dim: in
         if not rope:
             yield Obstacle("llama.cpp", SILENT, "it adds rotary positions where no layer has Mamba")
         yield Obstacle("mistral.rs", REFUSES, "no layer has Mamba")
+
+
+def zamba2_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """Whoever reads these takes them for what follows from other sizes, unless they are said."""
+    said = ("attention_head_dim", "attention_hidden_size", "mamba_headdim", "hybrid_layer_ids")
+    kinds = {"layers_block_type": legacy_kinds(config.layers_block_type)}
+    return kinds | {name: getattr(config, name) for name in said}
+
+
+def zamba2_obstacles(config: PreTrainedConfig, submodel: Submodel) -> Iterator[Obstacle]:
+    """vLLM checks that the heads are together as wide as their input; its code was only read."""
+    hidden, heads = submodel.size("hidden"), submodel.size("kv_heads")
+    if hidden is not None and heads is not None and heads * config.attention_head_dim != 2 * hidden:
+        wide = (
+            f"{heads} heads of {config.attention_head_dim} are not as wide as their input, 2 * hidden = {2 * hidden}"
+        )
+        yield Obstacle("vLLM", REFUSES, wide)

@@ -30,6 +30,8 @@ from .blocks import (
     shared,
     trunk,
 )
+from .obstacles import Obstacle
+from .other_programs import zamba2_fields, zamba2_obstacles
 from .submodel import Submodel
 
 
@@ -39,6 +41,7 @@ class Zamba2(Architecture):
     base_class = Zamba2Model
     layer_lists = ("layers_block_type",)
     index_argument = 2
+    one_share = ("hidden", "kv_heads")
     axes = (
         Axis("hidden", "hidden_size"),
         Axis("ffn", "intermediate_size", "attention", shared=True),
@@ -105,9 +108,10 @@ class Zamba2(Architecture):
         return width | {"num_attention_heads": heads}
 
     def export_fields(self, config: PreTrainedConfig) -> dict[str, Any]:
-        # The stock class computes these from other sizes, unless they are said.
-        said = ("attention_head_dim", "attention_hidden_size", "mamba_headdim", "hybrid_layer_ids")
-        return {name: getattr(config, name) for name in said}
+        return zamba2_fields(config)
+
+    def obstacles(self, config: PreTrainedConfig, submodel: Submodel) -> Iterator[Obstacle]:
+        return zamba2_obstacles(config, submodel)
 
     def check(self, config: PreTrainedConfig, submodel: Submodel, name: str = "the submodel") -> None:
         hybrid = [i for i in submodel.layers if i in config.hybrid_layer_ids]
