@@ -125,10 +125,11 @@ def zamba2_fields(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def zamba2_obstacles(config: PreTrainedConfig, submodel: Submodel) -> Iterator[Obstacle]:
-    """vLLM checks that the heads are together as wide as their input; its code was only read."""
-    hidden, heads = submodel.size("hidden"), submodel.size("kv_heads")
-    if hidden is not None and heads is not None and heads * config.attention_head_dim != 2 * hidden:
-        wide = (
-            f"{heads} heads of {config.attention_head_dim} are not as wide as their input, 2 * hidden = {2 * hidden}"
+    """vLLM has as many keys as queries, and checks that these are together as wide as their input; its code was only read."""
+    hidden, heads, width = submodel.size("hidden"), submodel.size("kv_heads"), config.attention_head_dim
+    if config.num_key_value_heads != config.num_attention_heads:
+        yield Obstacle("vLLM", REFUSES, "it has as many keys as queries")
+    elif hidden is not None and heads is not None and heads * width != 2 * hidden:
+        yield Obstacle(
+            "vLLM", REFUSES, f"{heads} heads of {width} are not as wide as their input, 2 * hidden = {2 * hidden}"
         )
-        yield Obstacle("vLLM", REFUSES, wide)

@@ -258,8 +258,8 @@ def _masked_gradients(subject: Subject, case: Case) -> tuple[torch.Tensor, dict[
     masked = dict(model.named_parameters())
     with torch.enable_grad():
         for piece in pieces(subject.architecture, parent.config, case.submodel):
-            name = piece.rule.name
-            if name not in free or piece.rule.tied:
+            name = piece.rule.stored.name
+            if name not in free or piece.copy_of:
                 continue
             # The masked weight is linear in the parent's: `w * factor + rest`, wherever norms add something to their weight.
             factor = piece.rule.mask(piece.full, piece.kept)
@@ -274,7 +274,7 @@ def _masked_gradients(subject: Subject, case: Case) -> tuple[torch.Tensor, dict[
 
 
 def _kept_only(subject: Subject, case: Case, expected: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    kept = {p.rule.name for p in pieces(subject.architecture, subject.parent.config, case.submodel)}
+    kept = {p.rule.stored.name for p in pieces(subject.architecture, subject.parent.config, case.submodel)}
     return {name: gradient for name, gradient in expected.items() if name in kept}
 
 

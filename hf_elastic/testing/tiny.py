@@ -172,6 +172,26 @@ TINY: dict[str, tuple[dict[str, Any], ...]] = {
             "rms_norm_eps": EPS,
         },
     ),
+    "zamba2": (
+        _COMMON
+        | {
+            "num_hidden_layers": 5,
+            "layers_block_type": ["hybrid", "linear_attention", "hybrid", "hybrid", "hybrid"],
+            "num_mem_blocks": 2,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 6,
+            "use_mem_rope": True,
+            "adapter_rank": 5,
+            "n_mamba_heads": 24,
+            "mamba_expand": 4,
+            "mamba_ngroups": 2,
+            "mamba_d_state": 6,
+            "chunk_size": 8,
+            "rms_norm_eps": EPS,
+        },
+        {"num_mem_blocks": 1, "use_shared_attention_adapter": True, "add_bias_linear": True, "use_mem_rope": False},
+        {"num_mem_blocks": 3, "num_key_value_heads": 3, "mamba_ngroups": 1},
+    ),
     "llama": (_DENSE | {"mlp_bias": True},),
     "qwen3": (_DENSE | {"tie_word_embeddings": True},),
 }

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, Zamba2Config, Zamba2ForCausalLM
 
 from hf_elastic import ElasticConfig, ElasticForCausalLM, elastify
 from hf_elastic.architectures import get_architecture
-from hf_elastic.architectures.blocks import in_turn, ranking_in_turn
 from hf_elastic.architectures.cost import CostModel
 from hf_elastic.architectures.pieces import pieces
+from hf_elastic.architectures.sharing import in_turn, ranking_in_turn
 from hf_elastic.errors import ElasticConfigError, HFElasticError
 from hf_elastic.routing.router import BudgetRouter
 from hf_elastic.submodels.masking import masked_model
@@ -97,7 +97,7 @@ def test_layers_are_dropped_where_a_stock_model_gives_the_others_their_own_block
 
 
 def test_dropping_layers_that_would_give_others_the_wrong_block_is_an_error():
-    with pytest.raises(ElasticConfigError, match=r"layers=\[1, 3, 6\] are kept, which use the blocks \[1, 3, 3\]"):
+    with pytest.raises(ElasticConfigError, match=r"layers=\[1, 3, 6\] are kept, which have the blocks \[1, 3, 3\]"):
         TABLE.submodel(config(), {"layers": [0, 1, 2, 3, 5, 6]})
 
 
@@ -238,5 +238,5 @@ def test_a_model_whose_layers_do_not_share_what_the_table_says_is_refused(parent
     torn.model.layers[4].shared_transformer.feed_forward.down_proj.weight = torch.nn.Parameter(torch.zeros(48, 20))
     with pytest.raises(HFElasticError, match=r"layers\.4\..*down_proj.weight and .*layers\.1\..* are two tensors"):
         check_table(TABLE, torn)
-    with pytest.raises(ElasticConfigError, match="shares no block between layers"):
+    with pytest.raises(ElasticConfigError, match="then shares no blocks"):
         TABLE.rules(config(tie_word_embeddings=False))
