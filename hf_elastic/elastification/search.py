@@ -87,7 +87,7 @@ def sizes_from_spec(
         elif len(set((full := architecture.full(config)).values(axis))) == 1:
             sizes[axis] = round_size(architecture, config, axis, value, multiple_of)
         else:  # a share of what each layer has
-            own = ((layer, full.at(layer).get(axis)) for layer in range(depth))
+            own = ((layer, full.at(layer).get(axis)) for layer in range(full.depth))
             sizes[axis] = {
                 i: round_size(architecture, config, axis, value, multiple_of, size) for i, size in own if size
             }
