@@ -258,8 +258,8 @@ def _masked_gradients(subject: Subject, case: Case) -> tuple[torch.Tensor, dict[
     model = subject.masked(case).train()
     with torch.enable_grad():
         for piece in pieces(subject.architecture, parent.config, case.submodel):
-            name = piece.rule.name
-            if name not in free or piece.rule.tied:
+            name = piece.rule.stored.name
+            if name not in free or piece.copy_of:
                 continue
             used[name] = masked_weight(piece, free[name])
         loss = functional_call(
@@ -270,7 +270,7 @@ def _masked_gradients(subject: Subject, case: Case) -> tuple[torch.Tensor, dict[
 
 
 def _kept_only(subject: Subject, case: Case, expected: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    kept = {p.rule.name for p in pieces(subject.architecture, subject.parent.config, case.submodel)}
+    kept = {p.rule.stored.name for p in pieces(subject.architecture, subject.parent.config, case.submodel)}
     return {name: gradient for name, gradient in expected.items() if name in kept}
 
 
