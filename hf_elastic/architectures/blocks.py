@@ -79,7 +79,7 @@ def mamba2(
     yield from linear(f"{prefix}.out_proj", layer, RESIDUAL, dim(*inner), **out)
 
 
-def mamba2_sizes(config: PreTrainedConfig) -> dict[str, int]:
+def mamba2_sizes(config: PreTrainedConfig) -> dict[str, Any]:
     """What no axis cuts of a Mamba-2 mixer, by the names that Bamba, Granite and Falcon-H1 share."""
     return {"groups": config.mamba_n_groups, "state": config.mamba_d_state, "kernel": config.mamba_d_conv}
 

@@ -76,7 +76,7 @@ class NemotronH(Architecture):
         router.top_k = top_k
 
 
-def _mamba_sizes(c: PreTrainedConfig) -> dict[str, int]:
+def _mamba_sizes(c: PreTrainedConfig) -> dict[str, Any]:
     return {"groups": c.n_groups, "state": c.ssm_state_size, "kernel": c.conv_kernel}
 
 
