@@ -126,14 +126,31 @@ def head_dim(config: PreTrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def attention(prefix: str, layer: int, *, kv_heads: int, head_dim: int, bias: bool) -> Iterator[TensorRule]:
+def attention(
+    prefix: str, layer: int, *, kv_heads: int, head_dim: int, bias: bool, out: str = "o_proj"
+) -> Iterator[TensorRule]:
     """Grouped-query attention: query heads are cut inside their KV group, KV heads stay."""
     query = dim(kv_heads, Cut("attention_heads", groups=kv_heads), head_dim)
     key = dim(kv_heads, head_dim)
-    for name, out in (("q_proj", query), ("k_proj", key), ("v_proj", key)):
-        yield from linear(f"{prefix}.{name}", layer, out, HIDDEN, bias=bias)
+    for name, along in (("q_proj", query), ("k_proj", key), ("v_proj", key)):
+        yield from linear(f"{prefix}.{name}", layer, along, HIDDEN, bias=bias)
     heads = dim(kv_heads, Cut("attention_heads", groups=kv_heads, gated=True), head_dim)
-    yield from linear(f"{prefix}.o_proj", layer, RESIDUAL, heads, bias=bias)
+    yield from linear(f"{prefix}.{out}", layer, RESIDUAL, heads, bias=bias)
+
+
+def short_convolution(prefix: str, layer: int, *, kernel: int, bias: bool) -> Iterator[TensorRule]:
+    """`out(C * conv(B * x))`. Its channels are as many as those of the residual stream, and nothing but their number ties them to it."""
+    inner, x = Cut("hidden", order="conv_channels"), Cut("hidden", order="conv_channels", gated=True)
+    yield from linear(f"{prefix}.in_proj", layer, dim(B=(inner,), C=(inner,), x=(x,)), HIDDEN, bias=bias)
+    yield convolution(f"{prefix}.conv", layer, dim(inner), kernel)
+    if bias:
+        yield TensorRule(f"{prefix}.conv.bias", (dim(x),), layer)
+    yield from linear(f"{prefix}.out_proj", layer, RESIDUAL, dim(inner), bias=bias)
+
+
+def short_convolution_states(*, kernel: int) -> tuple[StateRule, ...]:
+    """The window over B * x, a product of two that are linear in the normalised hidden state."""
+    return (StateRule("conv", (dim(Cut("hidden", order="conv_channels")), dim(kernel)), degree=1.0),)
 
 
 def attention_states(*, kv_heads: int | Cut, head_dim: int) -> tuple[StateRule, ...]:
