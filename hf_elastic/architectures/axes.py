@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 
@@ -90,8 +91,8 @@ class Cut:
         return along.repeat_interleave(self.times) if self.times > 1 else along
 
 
-Factor = "int | Cut | Dim"
-Segment = tuple[Factor, ...]
+Factor: TypeAlias = "int | Cut | Dim"
+Segment: TypeAlias = tuple[Factor, ...]
 
 
 def _factor_size(factor: Factor, sizes: Sizes) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import ElasticConfigError, did_you_mean, shown
 from .axes import Cut, Dim, Sizes, TensorRule
+from .hosts import Host
 from .obstacles import Obstacle
 from .remembered import Remembered
 from .submodel import LAYERS, Submodel
@@ -70,12 +72,14 @@ class StateRule:
             A submodel with k of the N hidden channels writes it about `(k / N) ** degree` times as large as the parent, because its norms
             run over fewer channels: 1/2 for what is linear in the normalised hidden state, 1 for products of two such.
         slot (`int`, *optional*, defaults to 0): Which of several `"conv"` or `"ssm"` states of the layer, upstream's `state_idx`.
+        window (`int`, *optional*): Attention sees so many tokens, the newest included; of keys and values no more than the others are kept.
     """
 
     kind: Literal["keys", "values", "conv", "ssm"]
     dims: tuple[Dim, ...]
     degree: float
     slot: int = 0
+    window: int | None = None
 
     @property
     def key(self) -> str:
@@ -85,6 +89,11 @@ class StateRule:
     def count(self, sizes: Sizes) -> int:
         """Number of elements for these sizes, per token for keys and values."""
         return math.prod(dim.size(sizes) for dim in self.dims)
+
+
+def tokens_kept(tokens: int, window: int | None) -> int:
+    """Of how many tokens a layer keeps keys and values when it has read so many, as upstream's cache does it."""
+    return tokens if window is None else min(tokens, window - 1 or tokens)
 
 
 def state_key(kind: str, slot: int) -> str:
@@ -107,6 +116,7 @@ class Architecture(ABC):
     layers_path: ClassVar[str] = "model.layers"
     one_share: ClassVar[tuple[str, ...]] = ()  # axes that other programs hold only if all are cut by the same share
     old_names: ClassVar[Mapping[str, str]] = {}  # how names end, and how they did in older files
+    hosts: ClassVar[tuple[Host, ...]] = ()  # larger models whose repositories hold a parent
     layer_class: ClassVar[
         Callable[[PreTrainedConfig, int], nn.Module]
     ]  # builds a stock layer from the config of that layer
@@ -187,6 +197,19 @@ class Architecture(ABC):
         """Raise [`ElasticConfigError`] if the stock model could not be built with these sizes."""
 
     # -- what follows --------------------------------------------------------------------------------------------------
+
+    def host(self, model_type: Any) -> Host | None:
+        """The larger model of this `model_type`, if parents are part of it."""
+        return next((host for host in self.hosts if host.model_type == model_type), None)
+
+    def ignored(self, stock: type[PreTrainedModel] | None = None) -> list[str]:
+        """Patterns of names that may be in a parent's files beside its own: what the stock class ignores, and passengers of larger models.
+
+        Args:
+            stock (`type[PreTrainedModel]`, *optional*): The class that is loaded; defaults to the causal one.
+        """
+        patterns = list((stock or self.causal_class)._keys_to_ignore_on_load_unexpected or ())
+        return patterns + [f"^{re.escape(prefix)}" for host in self.hosts for prefix in host.passengers]
 
     def axis(self, name: str) -> Axis:
         for axis in self.axes:
@@ -368,9 +391,16 @@ class Architecture(ABC):
                 built.per_layer_config[layer].validate()
         except (StrictDataclassError, ValueError, TypeError, ArithmeticError) as error:
             sizes = submodel.differs(self.full(config)) or "the parent's own sizes"
+            why = str(error.__cause__ or error).rstrip(".")
             raise ElasticConfigError(
-                f"{name}: a stock {self.model_type} config cannot hold {sizes}: {error.__cause__ or error}. Choose others."
+                f"{name}: a stock {self.model_type} config cannot hold {sizes}: {why}. Choose others."
             ) from error
+        wanted, read = submodel.within(submodel.layers), self.full(built)
+        if read.to_dict() != wanted.to_dict():  # what it takes for other sizes, or for other kinds of layers
+            raise ElasticConfigError(
+                f"{name}: a stock {self.model_type} config cannot say {dict(wanted.differs(read))}; it is read as "
+                f"{dict(read.differs(wanted))} then. Choose others."
+            )
 
     def config_for(self, config: PreTrainedConfig, submodel: Submodel) -> PreTrainedConfig:
         """The stock config of a submodel. Global fields hold the sizes of the first layer of each kind, `per_layer_config` the rest.
@@ -405,9 +435,9 @@ class Architecture(ABC):
             different = {field: value for field, value in here.items() if value != fields[field]}
             if different:
                 overrides[new] = different
-        result = type(config)(**fields)
+        result = type(config)(**_stored(fields, config))
         if overrides:
-            result.per_layer_config = overrides
+            result.per_layer_config = {layer: _stored(different, config) for layer, different in overrides.items()}
         result._attn_implementation = config._attn_implementation
         result._experts_implementation = config._experts_implementation
         result.dtype = config.dtype
@@ -452,6 +482,14 @@ def _field(config: PreTrainedConfig, name: str) -> int:
             f"the parent's {name}={shown(value)} must be at least 1, and a whole number; its config was edited or damaged."
         )
     return value
+
+
+def _stored(fields: Mapping[str, Any], config: PreTrainedConfig) -> dict[str, Any]:
+    """Fields under the names that `to_dict` has them under; both names of one field given, what stands under the other one counts."""
+    other = config.attribute_map
+    return {name: v for name, v in fields.items() if name not in other} | {
+        other[name]: value for name, value in fields.items() if name in other
+    }
 
 
 def _kept_layers(value: Any, depth: int, name: str) -> tuple[int, ...]:

@@ -35,7 +35,8 @@ class Jamba(Architecture):
     )
 
     def parts(self, config: PreTrainedConfig, layer: int) -> frozenset[str]:
-        sparse = config.num_experts > 1 and layer % config.expert_layer_period == config.expert_layer_offset
+        sparse = layer % config.expert_layer_period == config.expert_layer_offset
+        sparse = sparse and config.per_layer_config[layer].num_experts > 1
         return frozenset({config.layers_block_type[layer], "moe" if sparse else "mlp"})
 
     def rules(self, config: PreTrainedConfig) -> list[TensorRule]:
@@ -57,7 +58,7 @@ class Jamba(Architecture):
             yield from blocks.gated_mlp(f"{prefix}.feed_forward", layer, "ffn")
 
     def layer_units(self, config: PreTrainedConfig) -> list[list[int]]:
-        sparse = config.num_experts > 1
+        sparse = config.per_layer_config[0].num_experts > 1
         period = math.lcm(config.attn_layer_period, config.expert_layer_period if sparse else 1)
         return [list(range(self.depth(config)))[i : i + period] for i in range(0, self.depth(config), period)]
 

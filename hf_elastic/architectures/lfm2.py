@@ -56,7 +56,8 @@ class Lfm2(Architecture):
     def states(self, config: PreTrainedConfig, layer: int) -> tuple[StateRule, ...]:
         if "conv" in self.parts(config, layer):
             return blocks.short_convolution_states(kernel=config.conv_L_cache)
-        return blocks.attention_states(kv_heads=config.num_key_value_heads, head_dim=blocks.head_dim(config))
+        heads = {"kv_heads": config.num_key_value_heads, "head_dim": blocks.head_dim(config)}
+        return blocks.attention_states(**heads, normed=True)
 
     def size(self, config: PreTrainedConfig, axis: Axis) -> int:
         size = super().size(config, axis)

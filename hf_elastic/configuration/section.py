@@ -54,7 +54,8 @@ def describe_axes(
         used = {size for submodel in submodels for size in submodel.values(axis.name)} | set(
             choices.get(axis.name, [])
         )
-        if used - set(full.values(axis.name)) or axis.name in choices:
+        cut = any(axis.name in submodel.cuts(full) for submodel in submodels)
+        if cut or used - set(full.values(axis.name)) or axis.name in choices:
             within = used | set(full.values(axis.name))
             axes[axis.name] = {"choices": sorted(within, reverse=True), "policy": axis.policy}
     depths = {len(submodel.layers) for submodel in submodels} | set(choices.get(LAYERS, []))

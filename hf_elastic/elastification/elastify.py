@@ -19,10 +19,11 @@ from ..architectures.portability import check_portable, portable_choices
 from ..architectures.submodel import LAYERS, Submodel
 from ..checkpoints.devices import scoring_device
 from ..checkpoints.loading import checked_parent, load_stock
+from ..checkpoints.passengers import not_passengers, parent_inside, passengers_beside
 from ..configuration.budgets import Limit, is_limit, parse_limit, warn_if_far
 from ..configuration.leaving_out import ignored_beside, note_left_out
 from ..configuration.section import check_name
-from ..configuration_elastic import ElasticConfig
+from ..configuration_elastic import ElasticConfig, read_fields
 from ..errors import ElasticConfigError, did_you_mean, shown
 from ..modeling_elastic import ElasticForCausalLM, concrete_class
 from ..submodels.buffers import check_buffers, share_constant_buffers
@@ -56,7 +57,9 @@ def elastify(
     most important entries.
 
     Args:
-        parent (`PreTrainedModel` or `str`): Stock causal model, or where to load it from, which has to hold every tensor of it. It is not changed.
+        parent (`PreTrainedModel` or `str`):
+            Stock causal model, or where to load it from, which has to hold every tensor of it. It is not changed. Of a larger model around one, such
+            as a vision-language model, the text model becomes elastic, and the rest is kept.
         calibration (`datasets.Dataset` or iterable of dicts, *optional*):
             Text to score on, see [`hf_elastic.elastification.importance.score`]. Not needed with `scores`, or with `sort=False`.
         axes (`list[str]` or `dict[str, list]`, *optional*):
@@ -103,7 +106,9 @@ def elastify(
         raise ElasticConfigError(
             f"dtype={shown(dtype)} is for a parent that is loaded here; this one is there, cast it before."
         )
-    model = checked_parent(load_stock(parent, dtype=dtype) if loaded else parent)  # type: ignore[arg-type]
+    model = checked_parent(_load_parent(parent, dtype) if loaded else parent)  # type: ignore[arg-type]
+    inside = parent_inside(model)
+    model = model if inside is None else inside[0]
     scoring_device(model, device)
     _refuse_elastic(model)
     architecture = get_architecture(model.config.model_type)
@@ -161,7 +166,11 @@ def elastify(
         orders = orders_from_scores(architecture, model.config, scores, wanted, smallest)
     elastic = _sorted_model(model, architecture, config, orders, release=loaded)
     elastic.importance_scores = scores
-    note_left_out(elastic.elastic_config, ignored_beside(model), model.name_or_path)
+    if (found := passengers_beside(model) if inside is None else inside[1:]) is not None:
+        elastic.elastic_config.host_config, passengers = found
+        elastic._passengers = passengers.sorted_by(orders.get(None, {}))
+    left = not_passengers(elastic.elastic_config.host, ignored_beside(model))
+    note_left_out(elastic.elastic_config, left, model.name_or_path)
     return elastic
 
 
@@ -181,8 +190,16 @@ def _keep(scores: Scores, path: str | os.PathLike[str]) -> None:
             logger.warning("%s The scores are in %s instead; scores= (--scores) uses them again.", error, other)
 
 
+def _load_parent(repo: Any, dtype: str | torch.dtype) -> PreTrainedModel:
+    """A stock model; where sizes differ from layer to layer, which stock classes do not build, one of this package."""
+    if read_fields(repo).get("per_layer_config"):
+        return ElasticForCausalLM.from_pretrained(repo, dtype=dtype)  # type: ignore[no-any-return]
+    return load_stock(repo, dtype=dtype)
+
+
 def _refuse_elastic(model: PreTrainedModel) -> None:
-    if isinstance(getattr(model, "elastic_config", None), ElasticConfig):
+    elastic = getattr(model, "elastic_config", None)
+    if isinstance(elastic, ElasticConfig) and elastic.elastic["axes"]:
         raise ElasticConfigError(
             "this model is elastic already; add budgets to its sorted weights with ElasticConfig.from_parent(), or elastify the parent."
         )

@@ -23,15 +23,25 @@ MAX_COMBINATIONS = 500_000
 DEFAULT_RATIOS = (1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
 
 
-def round_size(architecture: Architecture, config: PreTrainedConfig, axis: str, ratio: float, multiple_of: int) -> int:
+def round_size(
+    architecture: Architecture,
+    config: PreTrainedConfig,
+    axis: str,
+    ratio: float,
+    multiple_of: int,
+    full: int | None = None,
+) -> int:
     """The allowed size nearest to a share of the parent's: a multiple of the axis's groups, and of `multiple_of` for widths.
 
     Widths of a multiple of 8 keep expert kernels and 16-bit loads aligned; a parent whose own width is not one is cut freely.
+
+    Args:
+        full (`int`, *optional*): The size that it is a share of; defaults to the parent's largest.
     """
     if isinstance(ratio, bool) or not 0 < ratio <= 1:
         raise ElasticConfigError(f"{axis}={ratio!r}: a ratio must be in (0, 1]; give a whole number for a size.")
     spec = architecture.axis(axis)
-    full = max(architecture.full(config).values(axis))
+    full = full or max(architecture.full(config).values(axis))
     step = (
         max(int(getattr(config.per_layer_config[i], spec.groups)) for i in architecture.layers_with(config, spec))
         if spec.groups
@@ -72,10 +82,15 @@ def sizes_from_spec(
                     )
                 count = first_layers(ranking, count, f"layers={value!r}")
             sizes[axis] = count
-        else:
-            sizes[axis] = (
-                round_size(architecture, config, axis, value, multiple_of) if isinstance(value, float) else value
-            )
+        elif not isinstance(value, float):
+            sizes[axis] = value
+        elif len(set((full := architecture.full(config)).values(axis))) == 1:
+            sizes[axis] = round_size(architecture, config, axis, value, multiple_of)
+        else:  # a share of what each layer has
+            own = ((layer, full.at(layer).get(axis)) for layer in range(full.depth))
+            sizes[axis] = {
+                i: round_size(architecture, config, axis, value, multiple_of, size) for i, size in own if size
+            }
     return sizes
 
 

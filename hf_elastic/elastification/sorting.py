@@ -31,8 +31,9 @@ def ranked(
     """
     axis = next((axis for axis in architecture.axes if axis.name == name), None)
     # Layers that share a block have one order of it, by what all of them have of an entry.
-    together = axis is not None and axis.shared and layer is not None
-    layers = architecture.sharers(config, layer) if together else (-1 if layer is None else layer,)
+    layers: tuple[int, ...] = (-1 if layer is None else layer,)
+    if axis is not None and axis.shared and layer is not None:
+        layers = architecture.sharers(config, layer)
     values = torch.stack([scores.values[score_key(architecture, name)][i] for i in layers]).sum(0)
     heads = architecture.heads_of(name) if axis else None
     if heads is not None:  # (heads, head_dim)

@@ -35,6 +35,7 @@ def sizes_table(elastic: ElasticConfig, costs: Mapping[str, Cost], plain: bool) 
     kinds: dict[tuple[int, ...], list[str]] = {}
     for name, dtype in WEIGHT_DTYPES.items():
         kinds.setdefault(tuple(cost.weight_bytes(dtype) for cost in costs.values()), []).append(name)
+    slides = any(cost.windowed for cost in costs.values())
     head = [
         "size",
         "parameters",
@@ -42,6 +43,7 @@ def sizes_table(elastic: ElasticConfig, costs: Mapping[str, Cost], plain: bool) 
         *map(", ".join, kinds.values()),
         "download",
         "KV per token",
+        *["KV of full windows"][:slides],
         "states",
         "sizes",
     ]
@@ -57,6 +59,7 @@ def sizes_table(elastic: ElasticConfig, costs: Mapping[str, Cost], plain: bool) 
                 *(format_bytes(sizes[i]) for sizes in kinds),
                 download_words(elastic, name),
                 format_bytes(cost.kv_bytes_per_token()),
+                *[format_bytes(cost.window_bytes())][:slides],
                 format_bytes(cost.state_bytes()),
                 _cuts(family[name], whole),
             ]
@@ -191,6 +194,12 @@ def limits(source: Any, elastic: ElasticConfig, read: Sequence[Results], plain: 
     if groups := left_out(source) or left_out(elastic):
         listed = ", ".join(f"`{group}`" for group in groups)
         lines.append(f"- Left out, because the stock class of transformers does not load them: {listed}.")
+    if elastic.host is not None:
+        kept = ", ".join(f"`{name}`" for name in elastic.host.passengers)
+        lines.append(
+            f"- Sizes here are the text model alone. What else the {elastic.host.model_type} has ({kept}) is kept beside it, and `model.export(folder, size)` "
+            "writes both."
+        )
     if not plain:
         lines.append("- Loading a size needs hf_elastic; `model.export(folder)` writes one that does not.")
     if isinstance(base_model, str):

@@ -132,9 +132,7 @@ class SoftUnits:
             if isinstance(norm := piece.rule.norm, Norm):
                 alive, epsilon = partial(piece.rule.alive, full), epsilon_of(module, norm)
                 setattr(module, epsilon, getattr(unit.module.get_submodule(owner), epsilon) * mean(alive))
-                source = (source + norm.centre) * mean(
-                    lambda sizes, alive=alive: math.sqrt(alive(sizes))
-                ) - norm.centre
+                source = (source + norm.centre) * mean(partial(_root_of, alive)) - norm.centre
             if (scale := piece.rule.scale) is not None:
                 source = source * (mean(scale) / scale(full))
             if piece.rule.routes and (experts := piece.rule.experts) in weights:
@@ -165,3 +163,7 @@ def keep_weights(probabilities: torch.Tensor, counts: tuple[int, ...], ranking: 
     position[torch.tensor(ranking)] = torch.arange(len(ranking))
     kept = position[None] < torch.tensor(counts)[:, None]
     return (probabilities[:, None] * kept.to(probabilities.device)).sum(0)
+
+
+def _root_of(share: Callable[[Sizes], float], sizes: Sizes) -> float:
+    return math.sqrt(share(sizes))
