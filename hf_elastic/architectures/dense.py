@@ -51,9 +51,8 @@ class Dense(Architecture):
         attention, head_dim = "model.layers.{layer}.self_attn", blocks.head_dim(config)
         for name in self.norms:
             yield blocks.rms_norm(f"model.layers.{{layer}}.{name}", layer, centre=self.centre)
-        yield from blocks.attention(
-            attention, layer, kv_heads=config.num_key_value_heads, head_dim=head_dim, **self.attention_biases(config)
-        )
+        facts: dict[str, Any] = {"kv_heads": config.num_key_value_heads, **self.attention_biases(config)}
+        yield from blocks.attention(attention, layer, head_dim=head_dim, **facts)
         if self.head_norms:
             yield from blocks.head_norms(attention, layer, head_dim)
         yield from self.feed_forward(config, layer, "model.layers.{layer}.mlp")

@@ -87,11 +87,8 @@ class Jamba(Architecture):
     def states(self, config: PreTrainedConfig, layer: int) -> tuple[StateRule, ...]:
         if "attention" in self.parts(config, layer):
             return blocks.attention_states(kv_heads=config.num_key_value_heads, head_dim=blocks.head_dim(config))
-        sizes = {
-            "conv": config.mamba_d_conv,
-            "ssm": config.mamba_d_state,
-        }  # B is normalised: both grow as their input does
-        return tuple(StateRule(kind, (dim(_INNER), dim(size)), degree=0.5) for kind, size in sizes.items())
+        inner, kernel, state = dim(_INNER), dim(config.mamba_d_conv), dim(config.mamba_d_state)
+        return StateRule("conv", (inner, kernel), 0.5), StateRule("ssm", (inner, state), 0.5)  # B is normalised
 
     def tied_fields(self, config: PreTrainedConfig, part: str, sizes: Sizes) -> dict[str, Any]:
         return {"head_dim": blocks.head_dim(config)} if part == "attention" else {}

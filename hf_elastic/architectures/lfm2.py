@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import Lfm2ForCausalLM, Lfm2Model, PreTrainedConfig
 from transformers.models.lfm2.modeling_lfm2 import Lfm2DecoderLayer
@@ -19,7 +19,7 @@ class Lfm2(Architecture):
     base_class = Lfm2Model
     layer_class = Lfm2DecoderLayer
     layer_lists = ("layer_types",)
-    axes = (
+    axes: ClassVar[tuple[Axis, ...]] = (
         Axis("hidden", "hidden_size"),
         Axis("ffn", "intermediate_size", "mlp"),
         Axis("attention_heads", "num_attention_heads", "attention", groups="num_key_value_heads"),
