@@ -210,11 +210,9 @@ def soft(subject: Subject) -> Iterator[Deviation]:
     family = subject.family().train()
     units = SoftUnits(family, subject.architecture)
     for case in subject.cases.named("all axes"):
-        if (
-            "experts_per_token" in case.sizes
-            and case.submodel["experts_per_token"] != subject.live.submodel["experts_per_token"]
-        ):
-            sizes = {axis: size for axis, size in case.sizes.items() if axis != "experts_per_token"}
+        counted = subject.architecture.per_token.values()
+        if any(axis in case.sizes and case.submodel[axis] != subject.live.submodel[axis] for axis in counted):
+            sizes = {axis: size for axis, size in case.sizes.items() if axis not in counted}
             try:
                 case = Case(case.name, sizes, subject.architecture.submodel(subject.parent.config, sizes))
             except Exception:
@@ -237,7 +235,7 @@ def _decided(subject: Subject, case: Case) -> Mixture:
     full = subject.architecture.full(subject.parent.config)
     choices, probabilities = {}, {}
     for axis in case.submodel:
-        if axis == "experts_per_token":
+        if axis in subject.architecture.per_token.values():
             continue
         sizes = tuple(sorted({*case.submodel.values(axis), *full.values(axis)}, reverse=True))
         choices[axis], mine, whole = sizes, case.submodel[axis], full[axis]

@@ -147,6 +147,22 @@ TINY: dict[str, tuple[dict[str, Any], ...]] = {
         },
         {"mamba_rms_norm": False, "projectors_bias": True, "mamba_proj_bias": False, "tie_word_embeddings": True},
     ),
+    "lfm2": (
+        _COMMON
+        | {
+            "num_hidden_layers": 4,
+            "layer_types": ["conv", "full_attention", "conv", "full_attention"],
+            "block_auto_adjust_ff_dim": False,
+            "conv_bias": True,
+            "norm_eps": EPS,
+        },
+        {
+            "intermediate_size": 50,
+            "block_auto_adjust_ff_dim": True,
+            "block_multiple_of": 8,
+            "tie_word_embeddings": False,
+        },
+    ),
     "lfm2_moe": (
         _COMMON
         | {
@@ -186,6 +202,14 @@ TINY: dict[str, tuple[dict[str, Any], ...]] = {
             "use_mamba_kernels": False,
             "rms_norm_eps": EPS,
         },
+        {
+            "num_experts": 1,
+            "mamba_expand": 2,
+            "mamba_proj_bias": False,
+            "mamba_conv_bias": False,
+            "tie_word_embeddings": True,
+        },
+        {"num_hidden_layers": 8, "attn_layer_period": 4, "mamba_expand": 2},
     ),
     "llama": (
         _DENSE | {"mlp_bias": True},
