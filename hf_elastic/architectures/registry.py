@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from ..errors import ElasticConfigError, UnsupportedArchitectureError, did_you_mean
+from ..errors import UnsupportedArchitectureError, did_you_mean, reason
 from .base import Architecture
 
 ENTRY_POINTS = "hf_elastic.architectures"
@@ -53,12 +54,15 @@ class Registry(Mapping[str, Architecture]):
         self._listeners: list[Callable[[Architecture], None]] = []
         for point in entry_points(group=ENTRY_POINTS):
             if point.name not in self._places:
-                self._places[point.name] = point.load
+                self._places[point.name] = partial(_loaded_from, point)
 
     def __getitem__(self, model_type: str) -> Architecture:
         if model_type not in self._loaded:
             self._load(self._places[model_type]())
         return self._loaded[model_type]
+
+    def __contains__(self, model_type: object) -> bool:
+        return model_type in self._places  # without importing anything
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
@@ -67,10 +71,9 @@ class Registry(Mapping[str, Architecture]):
         return len(self._places)
 
     def register(self, table: type[Architecture]) -> None:
-        """Add a table."""
-        if table.model_type in self._places:
-            raise ElasticConfigError(f"there is a table for model_type {table.model_type!r} already.")
+        """Add a table, or put it in the place of another one; `register_architecture` checks it before."""
         self._places[table.model_type] = lambda: table
+        self._loaded.pop(table.model_type, None)
 
     def when_loaded(self, listener: Callable[[Architecture], None]) -> None:
         """Call a function for every table that is loaded, now or later."""
@@ -109,6 +112,25 @@ def as_stock(fields: Mapping[str, Any]) -> dict[str, Any]:
     """
     form = _FORMS.get(str(fields.get("model_type")))
     return dict(fields) if form is None else _found(form)(fields)
+
+
+def _loaded_from(point: EntryPoint) -> type[Architecture]:
+    """The table that another package brings.
+
+    Raises:
+        `UnsupportedArchitectureError`: it cannot be imported, or is no table of the name that it is announced by.
+    """
+    package = point.dist.name if point.dist is not None else "a package"
+    said = f"{package} brings a table for model_type {point.name!r} ({point.value})"
+    try:
+        table = point.load()
+    except Exception as error:  # whatever the other package does when it is imported
+        raise UnsupportedArchitectureError(f"{said}, which cannot be imported: {reason(error)}.") from error
+    if not (isinstance(table, type) and issubclass(table, Architecture)) or table.model_type != point.name:
+        raise UnsupportedArchitectureError(
+            f"{said}, which is no subclass of hf_elastic.architectures.Architecture of that model_type."
+        )
+    return table
 
 
 def _found(place: str) -> Any:
