@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, entry_points, requires, version
 from typing import Any
 
 from ..errors import UnsupportedArchitectureError, did_you_mean, reason
@@ -58,7 +59,7 @@ class Registry(Mapping[str, Architecture]):
 
     def __getitem__(self, model_type: str) -> Architecture:
         if model_type not in self._loaded:
-            self._load(self._places[model_type]())
+            self._load(_table(model_type, self._places[model_type]))
         return self._loaded[model_type]
 
     def __contains__(self, model_type: object) -> bool:
@@ -99,7 +100,8 @@ def get_architecture(model_type: str) -> Architecture:
     if model_type not in ARCHITECTURES:
         raise UnsupportedArchitectureError(
             f"no elastic axes are known for model_type {model_type!r}; supported: {', '.join(ARCHITECTURES)}."
-            f"{did_you_mean(model_type, ARCHITECTURES)} CONTRIBUTING.md says how to add an architecture."
+            f"{did_you_mean(model_type, ARCHITECTURES)} CONTRIBUTING.md says how to add an architecture. If a package of its own has the table, "
+            "install that package, or import it if it calls hf_elastic.register_architecture()."
         )
     return ARCHITECTURES[model_type]
 
@@ -114,23 +116,47 @@ def as_stock(fields: Mapping[str, Any]) -> dict[str, Any]:
     return dict(fields) if form is None else _found(form)(fields)
 
 
-def _loaded_from(point: EntryPoint) -> type[Architecture]:
-    """The table that another package brings.
+def _table(model_type: str, place: Callable[[], type[Architecture]]) -> type[Architecture]:
+    """The class of a table, imported now.
 
     Raises:
-        `UnsupportedArchitectureError`: it cannot be imported, or is no table of the name that it is announced by.
+        `UnsupportedArchitectureError`: the installed transformers does not have the stock classes, or the place has no such table.
     """
-    package = point.dist.name if point.dist is not None else "a package"
-    said = f"{package} brings a table for model_type {point.name!r} ({point.value})"
     try:
-        table = point.load()
-    except Exception as error:  # whatever the other package does when it is imported
-        raise UnsupportedArchitectureError(f"{said}, which cannot be imported: {reason(error)}.") from error
-    if not (isinstance(table, type) and issubclass(table, Architecture)) or table.model_type != point.name:
+        table = place()
+    except (ImportError, AttributeError) as error:
         raise UnsupportedArchitectureError(
-            f"{said}, which is no subclass of hf_elastic.architectures.Architecture of that model_type."
+            f"the table of model_type {model_type!r} cannot be imported: {error}. transformers {version('transformers')} is installed, which may be "
+            f"too old for it; hf-elastic needs {_needed()}."
+        ) from error
+    if not (isinstance(table, type) and issubclass(table, Architecture) and table.model_type == model_type):
+        raise UnsupportedArchitectureError(
+            f"what is registered for model_type {model_type!r} is {table!r}, which is no table of it: it has to be a subclass of "
+            f"hf_elastic.architectures.Architecture with model_type = {model_type!r}."
         )
     return table
+
+
+def _loaded_from(point: EntryPoint) -> type[Architecture]:
+    """What another package announces as a table.
+
+    Raises:
+        `UnsupportedArchitectureError`: it cannot be imported.
+    """
+    package = point.dist.name if point.dist is not None else "a package"
+    try:
+        table: type[Architecture] = point.load()
+    except Exception as error:  # whatever the other package does when it is imported
+        raise UnsupportedArchitectureError(
+            f"{package} brings a table for model_type {point.name!r} ({point.value}), which cannot be imported: {reason(error)}."
+        ) from error
+    return table
+
+
+def _needed() -> str:
+    """What this package says of transformers where it is installed: `transformers>=5.23`."""
+    found = [line for line in requires("hf-elastic") or () if re.match(r"transformers\b", line)]
+    return found[0].partition(";")[0].strip() if found else "a newer transformers"
 
 
 def _found(place: str) -> Any:
