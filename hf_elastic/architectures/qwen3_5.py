@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import (
     PreTrainedConfig,
@@ -18,7 +18,7 @@ from transformers import (
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5DecoderLayer
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeDecoderLayer
 
-from .base import Architecture
+from .base import Architecture, Axis
 from .hosts import Host
 from .qwen3_next import DENSE, SHARED, SPARSE, Qwen3Next
 
@@ -42,7 +42,7 @@ class Qwen35(Qwen3Next):
     base_class = Qwen3_5TextModel
     layer_class = Qwen3_5DecoderLayer
     hosts = (_host("qwen3_5", Qwen3_5ForConditionalGeneration),)
-    axes = SHARED[:1] + DENSE + SHARED[1:]
+    axes: ClassVar[tuple[Axis, ...]] = SHARED[:1] + DENSE + SHARED[1:]
     joined = False
 
     def is_sparse(self, config: PreTrainedConfig, layer: int) -> bool:
