@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from .architectures import Architecture, get_architecture
+from .architectures import Architecture, as_stock, get_architecture
 from .architectures.cost import Cost, CostModel
 from .architectures.hosts import Host
 from .architectures.submodel import LAYERS, Submodel, first_layers
@@ -469,7 +469,7 @@ def _around(elastic: ElasticConfig, fields: Mapping[str, Any]) -> ElasticConfig:
 
 
 def read_fields(repo: Any, **hub: Any) -> dict[str, Any]:
-    """What `config.json` of a folder or Hub repository holds, whatever model it is of.
+    """What `config.json` of a folder or Hub repository holds, whatever model it is of, in the form that stock classes read.
 
     Raises:
         `CheckpointError`: there is none, it is damaged, or a save into the folder was interrupted.
@@ -482,4 +482,4 @@ def read_fields(repo: Any, **hub: Any) -> dict[str, Any]:
     fields, _ = ElasticConfig.get_config_dict(repo, **hub)
     if not isinstance(fields.get("model_type"), str):
         raise CheckpointError(f"{repo} has no config.json with a model_type.")
-    return fields
+    return as_stock(fields)

@@ -1,5 +1,7 @@
 """Sizes of published models that recipes are for."""
 
+from typing import Any
+
 from transformers import GraniteMoeHybridConfig, NemotronHConfig
 
 
@@ -27,19 +29,41 @@ def granite4_tiny() -> GraniteMoeHybridConfig:
     )
 
 
-def nano2_9b() -> NemotronHConfig:
+def nano2_9b(**fields: Any) -> NemotronHConfig:
     """NVIDIA Nemotron Nano 9B v2."""
     return NemotronHConfig(
-        hybrid_override_pattern="M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-",
-        vocab_size=131072,
-        hidden_size=4480,
-        intermediate_size=15680,
-        num_attention_heads=40,
-        num_key_value_heads=8,
-        head_dim=128,
-        mamba_num_heads=128,
-        mamba_head_dim=80,
-        n_groups=8,
-        ssm_state_size=128,
-        max_position_embeddings=131072,
+        **{
+            "hybrid_override_pattern": "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-",
+            "vocab_size": 131072,
+            "hidden_size": 4480,
+            "intermediate_size": 15680,
+            "num_attention_heads": 40,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "mamba_num_heads": 128,
+            "mamba_head_dim": 80,
+            "n_groups": 8,
+            "ssm_state_size": 128,
+            "max_position_embeddings": 131072,
+        }
+        | fields
     )
+
+
+def nano2_12b() -> NemotronHConfig:
+    """NVIDIA Nemotron Nano 12B v2, the parent of the 9B and of the Nemotron Elastic family."""
+    pattern = "M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M-"
+    return nano2_9b(hybrid_override_pattern=pattern, hidden_size=5120, intermediate_size=20480)
+
+
+NANO3_4B = "M-M-M-MM-M-M*-M-M*-M-M-M*-M-M-MM*-MMM-M-M-"
+"""Kinds of the layers of NVIDIA Nemotron 3 Nano 4B. Which layers of the 9B they are is not published: many choices give this list."""
+
+
+def first_layers_of(pattern: str, kinds: str) -> list[int]:
+    """The earliest layers that are of these kinds, in order."""
+    layers, start = [], 0
+    for kind in kinds:
+        layers.append(pattern.index(kind, start))
+        start = layers[-1] + 1
+    return layers

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from .base import Architecture, Axis, StateRule, uniform
-from .registry import ARCHITECTURES, get_architecture
+from .registry import ARCHITECTURES, as_stock, get_architecture
 
-__all__ = ["ARCHITECTURES", "Architecture", "Axis", "StateRule", "get_architecture", "uniform"]
+__all__ = ["ARCHITECTURES", "Architecture", "Axis", "StateRule", "as_stock", "get_architecture", "uniform"]

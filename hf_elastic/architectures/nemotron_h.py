@@ -10,7 +10,6 @@ import torch
 from transformers import NemotronHForCausalLM, NemotronHModel, PreTrainedConfig
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHBlock
 
-from ..errors import ElasticConfigError
 from . import blocks, other_programs
 from .axes import Cut, Sizes, TensorRule, dim
 from .base import Architecture, Axis, StateRule
@@ -31,10 +30,10 @@ class NemotronH(Architecture):
         Axis("hidden", "hidden_size"),
         Axis("ffn", "intermediate_size", "mlp"),
         Axis("attention_heads", "num_attention_heads", "attention", groups="num_key_value_heads"),
-        Axis("mamba_heads", "mamba_num_heads", "mamba", groups="n_groups"),
+        Axis("mamba_heads", "mamba_num_heads", "mamba", groups="n_groups", channels="mamba_head_dim"),
         Axis("mamba_head_dim", "mamba_head_dim", "mamba"),
         Axis("experts", "n_routed_experts", "moe", groups="n_group"),
-        Axis("experts_per_token", "num_experts_per_tok", "moe"),
+        Axis("experts_per_token", "num_experts_per_tok", "moe", among="experts"),
         Axis("expert_ffn", "moe_intermediate_size", "moe"),
         Axis("shared_expert_ffn", "moe_shared_expert_intermediate_size", "moe"),
     )
@@ -63,19 +62,8 @@ class NemotronH(Architecture):
 
     def check_layer(self, config: PreTrainedConfig, sizes: Sizes, where: str) -> None:
         # The stock config takes these, and its router fails at the first token.
-        if "experts" not in sizes:
-            return
-        per_group = sizes["experts"] // config.n_group
-        if per_group < 2:
-            raise ElasticConfigError(
-                f"{where}: experts={sizes['experts']} leaves {per_group} expert in each of {config.n_group} router groups; the "
-                f"router adds the two best of a group, so keep at least {2 * config.n_group}."
-            )
-        if sizes["experts_per_token"] > config.topk_group * per_group:
-            raise ElasticConfigError(
-                f"{where}: experts_per_token={sizes['experts_per_token']} is more than the {config.topk_group * per_group} experts "
-                f"in the {config.topk_group} router groups a token may use; lower it or keep more experts."
-            )
+        if "experts" in sizes:
+            blocks.check_router_groups(sizes, config.n_group, config.topk_group, where)
 
     def export_fields(self, config: PreTrainedConfig) -> dict[str, Any]:
         return other_programs.nemotron_h_fields(config)
@@ -88,7 +76,7 @@ class NemotronH(Architecture):
         router.top_k = top_k
 
 
-def _mamba_sizes(c: PreTrainedConfig) -> dict[str, int]:
+def _mamba_sizes(c: PreTrainedConfig) -> dict[str, Any]:
     return {"groups": c.n_groups, "state": c.ssm_state_size, "kernel": c.conv_kernel}
 
 
@@ -113,7 +101,7 @@ def _moe(prefix: str, c: PreTrainedConfig, layer: int) -> Iterator[TensorRule]:
     for name, dims in (("up_proj", (experts, ffn, token)), ("down_proj", (experts_out, token_out, ffn_out))):
         disk = f"{prefix}.experts.{{expert}}.{name}.weight"
         yield TensorRule(f"{prefix}.experts.{name}", dims, layer, disk=disk, routed=True)
-    yield TensorRule(f"{prefix}.gate.weight", (experts, blocks.HIDDEN), layer)
+    yield TensorRule(f"{prefix}.gate.weight", (experts, blocks.HIDDEN), layer, routes=True)
     yield TensorRule(f"{prefix}.gate.e_score_correction_bias", (experts,), layer, buffer=True, fp32=True)
     yield from _mlp(f"{prefix}.shared_experts", c, layer, "shared_expert_ffn")
     if latent is not None:

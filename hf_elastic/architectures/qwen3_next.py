@@ -18,13 +18,13 @@ from .submodel import Submodel
 SHARED = (
     Axis("hidden", "hidden_size"),
     Axis("attention_heads", "num_attention_heads", "attention", groups="num_key_value_heads"),
-    Axis("value_heads", "linear_num_value_heads", "delta", groups="linear_num_key_heads"),
+    Axis("value_heads", "linear_num_value_heads", "delta", groups="linear_num_key_heads", channels="value_head_dim"),
     Axis("value_head_dim", "linear_value_head_dim", "delta"),
 )
 DENSE = (Axis("ffn", "intermediate_size", "mlp"),)
 SPARSE = (
     Axis("experts", "num_experts", "moe"),
-    Axis("experts_per_token", "num_experts_per_tok", "moe"),
+    Axis("experts_per_token", "num_experts_per_tok", "moe", among="experts"),
     Axis("expert_ffn", "moe_intermediate_size", "moe"),
     Axis("shared_expert_ffn", "shared_expert_intermediate_size", "moe"),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from importlib.metadata import entry_points
+from typing import Any
 
 from ..errors import ElasticConfigError, UnsupportedArchitectureError, did_you_mean
 from .base import Architecture
@@ -23,9 +24,21 @@ _OURS = {
     "qwen3_5_moe_text": "qwen3_5:Qwen35Moe",
     "jamba": "jamba:Jamba",
     "llama": "dense:Llama",
+    "mistral": "dense:Mistral",
+    "qwen2": "dense:Qwen2",
     "qwen3": "dense:Qwen3",
+    "olmo_hybrid": "olmo_hybrid:OlmoHybrid",
+    "kimi_linear": "kimi_linear:KimiLinear",
+    "gemma2": "gemma:Gemma2",
+    "gemma3_text": "gemma:Gemma3Text",
+    "mixtral": "sparse:Mixtral",
+    "qwen3_moe": "sparse:Qwen3Moe",
     "zamba2": "zamba2:Zamba2",
 }
+
+
+_FORMS = {"nemotron_h_puzzle": "block_configs:stock_fields"}
+"""Forms of a `config.json` that no stock class reads, and what makes one that a stock class does read of them."""
 
 
 class Registry(Mapping[str, Architecture]):
@@ -88,7 +101,16 @@ def get_architecture(model_type: str) -> Architecture:
     return ARCHITECTURES[model_type]
 
 
-def _found(place: str) -> type[Architecture]:
+def as_stock(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What a `config.json` says, as a stock class reads it.
+
+    Raises:
+        `ElasticConfigError`: no stock model computes what it says.
+    """
+    form = _FORMS.get(str(fields.get("model_type")))
+    return dict(fields) if form is None else _found(form)(fields)
+
+
+def _found(place: str) -> Any:
     module, _, name = place.partition(":")
-    table: type[Architecture] = getattr(import_module(f".{module}", __package__), name)
-    return table
+    return getattr(import_module(f".{module}", __package__), name)

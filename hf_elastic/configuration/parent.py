@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from ..architectures import get_architecture
+from ..architectures import as_stock, get_architecture
 from ..errors import CheckpointError, ElasticConfigError, HFElasticError, did_you_mean, reason, shown
 from ..storage.json_files import read_json
 from .hosting import parted
@@ -75,14 +75,13 @@ def parent_from_dict(fields: Mapping[str, Any]) -> PreTrainedConfig:
         `UnsupportedArchitectureError`: no table for their `model_type`.
     """
     refuse_huge(fields)
-    fields, _ = parted(fields)
+    fields, _ = parted(as_stock(fields))
     model_type = fields.pop("model_type", None)
     architecture = get_architecture(str(model_type))
     fields.pop("auto_map", None)  # of the repository's own code, which is not run
     differences = fields.pop("per_layer_config", None)
     check_origin(fields.get(CUT_FROM))
     check_left_out(fields.get(LEFT_OUT))
-    refuse_huge(fields)
     quantized = fields.get("quantization_config")
     if quantized is not None and not (isinstance(quantized, Mapping) and "quant_method" in quantized):
         raise ElasticConfigError(f"quantization_config={shown(quantized)} must be a dict with a `quant_method`.")
@@ -108,11 +107,15 @@ def refuse_huge(fields: Mapping[str, Any]) -> None:
 
 
 def _refuse_contradictions(fields: Mapping[str, Any], config: PreTrainedConfig) -> None:
-    """Refuse a size that the stock class takes from another field: exports give some twice, under names that other programs read."""
+    """Refuse a size that the stock class takes from another field: exports give some twice, under names that other programs read.
+
+    What a class computes from what was said, and writes again as it was said, is none.
+    """
+    written = config.to_dict()
     for field, said in fields.items():
         if type(said) not in (int, float) or field == "num_hidden_layers":  # which follows from the list of layers
             continue
-        if type(taken := getattr(config, field, said)) in (int, float) and taken != said:
+        if type(taken := getattr(config, field, said)) in (int, float) and said not in (taken, written.get(field)):
             raise ElasticConfigError(
                 f"{field}={said}, but another field says {taken}, which the stock class takes; config.json was edited or damaged. Give both the same "
                 "value."

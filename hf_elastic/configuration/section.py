@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -54,19 +54,33 @@ def describe_axes(
         used = {size for submodel in submodels for size in submodel.values(axis.name)} | set(
             choices.get(axis.name, [])
         )
-        if used - set(full.values(axis.name)) or axis.name in choices:
+        cut = any(axis.name in submodel.cuts(full) for submodel in submodels)
+        if cut or used - set(full.values(axis.name)) or axis.name in choices:
             within = used | set(full.values(axis.name))
             axes[axis.name] = {"choices": sorted(within, reverse=True), "policy": axis.policy}
     depths = {len(submodel.layers) for submodel in submodels} | set(choices.get(LAYERS, []))
     if depths - {full.depth}:
         kept = [set(submodel.layers) for submodel in submodels]
         ranking = ranking or sorted(range(full.depth), key=lambda i: (-sum(i in layers for layers in kept), i))
+        _check_depths(architecture, config, choices.get(LAYERS, []), ranking)
         axes[LAYERS] = {
             "choices": sorted(depths | {full.depth}, reverse=True),
             "policy": "ranking",
             "ranking": ranking,
         }
     return axes
+
+
+def _check_depths(
+    architecture: Architecture, config: PreTrainedConfig, choices: Iterable[int], ranking: list[int]
+) -> None:
+    """Raise [`ElasticConfigError`] for numbers of layers that the first layers of a ranking cannot be a model of."""
+    possible = architecture.depths(config, ranking)
+    if odd := [count for count in choices if count not in possible]:
+        raise ElasticConfigError(
+            f"choices of layers={odd}: a stock {architecture.model_type} config cannot say that any layers are left out; of this parent {possible} "
+            "can be kept."
+        )
 
 
 def checked_section(parent: PreTrainedConfig, section: Any) -> dict[str, Any]:

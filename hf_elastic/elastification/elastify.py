@@ -23,13 +23,13 @@ from ..checkpoints.passengers import not_passengers, parent_inside, passengers_b
 from ..configuration.budgets import Limit, is_limit, parse_limit, warn_if_far
 from ..configuration.leaving_out import ignored_beside, note_left_out
 from ..configuration.section import check_name
-from ..configuration_elastic import ElasticConfig
+from ..configuration_elastic import ElasticConfig, read_fields
 from ..errors import ElasticConfigError, did_you_mean, shown
 from ..modeling_elastic import ElasticForCausalLM, concrete_class
 from ..submodels.buffers import check_buffers, share_constant_buffers
 from ..submodels.slicing import build_meta, check_table
 from .importance import Scores, score
-from .search import BudgetSearch, default_choices, sizes_from_spec
+from .search import BudgetSearch, default_choices, round_depth, sizes_from_spec
 from .sorting import Orders, orders_from_scores, sort_state_dict
 
 logger = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ def elastify(
         raise ElasticConfigError(
             f"dtype={shown(dtype)} is for a parent that is loaded here; this one is there, cast it before."
         )
-    model = checked_parent(load_stock(parent, dtype=dtype) if loaded else parent)  # type: ignore[arg-type]
+    model = checked_parent(_load_parent(parent, dtype) if loaded else parent)  # type: ignore[arg-type]
     inside = parent_inside(model)
     model = model if inside is None else inside[0]
     scoring_device(model, device)
@@ -143,7 +143,11 @@ def elastify(
     _check_before_scoring(architecture, model, budgets, choices, multiple_of, only)
     if scores is None and calibration is not None:
         scores = score(
-            model, calibration, axes=[a for a in wanted if a != "experts_per_token"], device=device, **score_options
+            model,
+            calibration,
+            axes=[a for a in wanted if a not in architecture.per_token.values()],
+            device=device,
+            **score_options,
         )
         if save_scores is not None:
             _keep(scores, save_scores)
@@ -158,7 +162,7 @@ def elastify(
     config = _elastic_config(model.config, submodels, choices, ranking)
     orders: Orders = {}
     if sort and scores is not None:
-        smallest = _smallest_head_dim(submodels)
+        smallest = _smallest_channels(architecture, submodels)
         orders = orders_from_scores(architecture, model.config, scores, wanted, smallest)
     elastic = _sorted_model(model, architecture, config, orders, release=loaded)
     elastic.importance_scores = scores
@@ -186,8 +190,16 @@ def _keep(scores: Scores, path: str | os.PathLike[str]) -> None:
             logger.warning("%s The scores are in %s instead; scores= (--scores) uses them again.", error, other)
 
 
+def _load_parent(repo: Any, dtype: str | torch.dtype) -> PreTrainedModel:
+    """A stock model; where sizes differ from layer to layer, which stock classes do not build, one of this package."""
+    if read_fields(repo).get("per_layer_config"):
+        return ElasticForCausalLM.from_pretrained(repo, dtype=dtype)  # type: ignore[no-any-return]
+    return load_stock(repo, dtype=dtype)
+
+
 def _refuse_elastic(model: PreTrainedModel) -> None:
-    if isinstance(getattr(model, "elastic_config", None), ElasticConfig):
+    elastic = getattr(model, "elastic_config", None)
+    if isinstance(elastic, ElasticConfig) and elastic.elastic["axes"]:
         raise ElasticConfigError(
             "this model is elastic already; add budgets to its sorted weights with ElasticConfig.from_parent(), or elastify the parent."
         )
@@ -223,7 +235,7 @@ def _choices(
         resolved = {largest}
         for size in sizes:
             if axis == LAYERS:
-                resolved.add(max(1, round(full.depth * size)) if isinstance(size, float) else size)
+                resolved.add(round_depth(architecture, config, size) if isinstance(size, float) else size)
             else:
                 resolved |= set(sizes_from_spec(architecture, config, {axis: size}, None, multiple_of).values())
         choices[axis] = sorted(resolved, reverse=True)
@@ -364,13 +376,14 @@ def _elastic_config(
     return ElasticConfig.from_parent(stock, sizes, choices=choices, layer_ranking=ranking)
 
 
-def _smallest_head_dim(submodels: Mapping[str, Submodel]) -> dict[int, int]:
-    smallest: dict[int, int] = {}
-    for submodel in submodels.values():
-        for layer in submodel.layers:
-            size = submodel.at(layer).get("mamba_head_dim")
-            if size is not None:
-                smallest[layer] = min(size, smallest.get(layer, size))
+def _smallest_channels(architecture: Architecture, submodels: Mapping[str, Submodel]) -> dict[tuple[str, int], int]:
+    """Per axis of channels of heads, and layer, the smallest size of a budget."""
+    smallest: dict[tuple[str, int], int] = {}
+    for axis in {axis.channels for axis in architecture.axes if axis.channels}:
+        for submodel in submodels.values():
+            for layer in submodel.layers:
+                if (size := submodel.at(layer).get(axis)) is not None:
+                    smallest[axis, layer] = min(size, smallest.get((axis, layer), size))
     return smallest
 
 

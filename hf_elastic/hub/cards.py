@@ -190,8 +190,8 @@ def _license(given: str | None, name: str | None, link: str | None, before: Any)
 
 
 def _tags(elastic: ElasticConfig, plain: bool) -> list[str]:
-    full = elastic.architecture.full(elastic.parent_config)
+    architecture, config = elastic.architecture, elastic.parent_config
+    parts = {part for layer in range(architecture.depth(config)) for part in architecture.parts(config, layer)}
     tags = ["hf_elastic"] if plain else ["elastic", "matryoshka", "hf_elastic"]
     tags += [elastic.parent_config.model_type]
-    tags += ["mamba"] * ("mamba_heads" in full) + ["moe"] * ("experts" in full)
-    return tags
+    return tags + [tag for tag in architecture.hub_tags if tag in parts]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from cases import BUDGETS
 from compare import assert_same_weights
 from nano_v3 import nano_v3
+from published import NANO3_4B, first_layers_of, nano2_9b, nano2_12b
 from transformers import AutoModelForCausalLM
 
 from hf_elastic import ElasticConfig, ElasticConfigError, ElasticForCausalLM
+from hf_elastic.architectures.cost import CostModel
 from hf_elastic.checkpoints.described import described_config
 from hf_elastic.cli import main
 from hf_elastic.configuration.known import KNOWN
@@ -37,6 +41,24 @@ def test_the_sizes_of_the_released_family_have_the_published_counts(tmp_path, ca
     assert f"the sizes of {STAR} are reconstructed, not published" in caplog.text
     assert all(family.source and (family.reconstructed or "http" in family.source) for family in KNOWN.values())
     assert config.name_of(config.resolve("24.9GB", torch.bfloat16)) == "12b"
+
+
+def test_the_sizes_of_published_models_have_the_published_counts(tmp_path, capsys):
+    """NVIDIA cut the 9B out of the 12B (56 of 62 layers), and the 4B out of the 9B (42 of 56); counts are those of the released files."""
+    nine, four = nano2_9b(), {"hidden": 3136, "ffn": 12544, "mamba_heads": 96}
+    assert CostModel(nano2_12b()).full.total_params == 12_310_001_152
+    layers = first_layers_of(nano2_12b().hybrid_override_pattern, nine.hybrid_override_pattern)
+    sizes = {"9b": {"hidden": 4480, "ffn": 15680, "layers": layers}}
+    assert ElasticConfig.from_parent(nano2_12b(), sizes).costs()["9b"].total_params == 8_888_227_328
+    layers = first_layers_of(nine.hybrid_override_pattern, NANO3_4B)
+    config = ElasticConfig.from_parent(nine, {"4b": {**four, "layers": layers}})
+    stock = config.stock_config(config.submodel("4b"))
+    assert (len(layers), stock.hybrid_override_pattern) == (42, NANO3_4B)
+    nine.save_pretrained(tmp_path)
+    options = [f"--size={axis}={size}" for axis, size in {**four, "layers": ",".join(map(str, layers))}.items()]
+    assert main(["plan", str(tmp_path), "--json", *options]) == 0
+    found = json.loads(capsys.readouterr().out)["budgets"]
+    assert [member["total_params"] for member in found] == [8_888_227_328, 3_973_556_832]
 
 
 @pytest.mark.parametrize("how", ["budgets", "section", "config"])

@@ -46,6 +46,7 @@ TINY = {
     "granite4_tiny_lora": "granite",
     "nano2_9b_lora": "nano2",
     "nano3_30b_lora": "nano3",
+    "nano2_9b_4b": "nano2",
     **dict.fromkeys(PUBLISHED, "nano3"),
 }
 # Sizes with the names that any of them draws; multiples of 8, because experts in bfloat16 need rows of 16 bytes.
@@ -246,6 +247,21 @@ def test_the_sizes_in_the_published_recipes_are_those_of_the_published_family():
     assert billions == {"full": 31.58, "23b": 23.68, "12b": 12.43}
     gigabytes = 16 * count(config.submodel("full")).total_params / 1e9
     assert f"{gigabytes:.1f} GB" in (RECIPES / "nano3_30b_stage1.yaml").read_text(encoding="utf-8")
+
+
+def test_the_recipe_for_the_published_4b_says_its_steps_and_its_memory(monkeypatch):
+    monkeypatch.setattr(ElasticDistillationConfig, "world_size", property(lambda self: GPUS))
+    args = recipe("nano2_9b_4b", "--fsdp", "")[2]
+    text = " ".join((RECIPES / "nano2_9b_4b.yaml").read_text(encoding="utf-8").split())
+    a_step = args.rows_per_step * args.max_length
+    assert (args.rows_per_step, args.max_length, args.max_steps) == (1536, 8192, math.ceil(63e9 / a_step))
+    assert f"= {a_step:,} tokens a step) = {63e9 / a_step:,.1f} -> {args.max_steps:,} steps on 64 GPUs" in text
+    params = CostModel(nano2_9b()).full.total_params / 1e9
+    assert f"for {params:.2f}e9 parameters: student 16 bytes a parameter, {16 * params:.1f} GB" in text
+    assert (
+        f"teacher 2 bytes, {2 * params:.1f} GB; sharded by FSDP2 over 64 GPUs {18 * params / 64:.1f} GB each" in text
+    )
+    assert f"8 GPUs need {18 * params / 8:.1f} GB each" in text.replace("# ", "")
 
 
 @pytest.mark.parametrize("name", LORA)
