@@ -66,7 +66,7 @@ class Dense(Architecture):
 
     def states(self, config: PreTrainedConfig, layer: int) -> tuple[StateRule, ...]:
         heads = {"kv_heads": config.num_key_value_heads, "head_dim": blocks.head_dim(config)}
-        return blocks.attention_states(**heads, window=blocks.sliding_window(config, layer))
+        return blocks.attention_states(**heads, normed=self.head_norms, window=blocks.sliding_window(config, layer))
 
     def tied_fields(self, config: PreTrainedConfig, part: str, sizes: Sizes) -> dict[str, Any]:
         # Several take hidden_size / num_attention_heads for it where the config does not say it.

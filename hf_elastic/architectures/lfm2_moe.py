@@ -55,7 +55,7 @@ class Lfm2Moe(Architecture):
     def states(self, config: PreTrainedConfig, layer: int) -> tuple[StateRule, ...]:
         if "conv" in self.parts(config, layer):
             return (StateRule("conv", (HIDDEN, dim(config.conv_L_cache)), degree=1.0),)
-        return attention_states(kv_heads=config.num_key_value_heads, head_dim=_head_dim(config))
+        return attention_states(kv_heads=config.num_key_value_heads, head_dim=_head_dim(config), normed=True)
 
     def tied_fields(self, config: PreTrainedConfig, part: str, sizes: Sizes) -> dict[str, Any]:
         return {"head_dim": _head_dim(config)} if part == "attention" else {}
