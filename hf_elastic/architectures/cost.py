@@ -56,8 +56,8 @@ class Cost:
         windows = dict(self.windowed)
         for window, elements in other.windowed:
             windows[window] = windows.get(window, 0) + elements
-        sums = (getattr(self, name) + getattr(other, name) for name in counts)
-        return Cost(*sums, windowed=tuple(sorted(windows.items())))
+        sums = {name: getattr(self, name) + getattr(other, name) for name in counts}
+        return Cost(**sums, windowed=tuple(sorted(windows.items())))
 
     def weight_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of all stored tensors at a load dtype."""
