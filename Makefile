@@ -24,9 +24,10 @@ quality: $(VENV)/installed  ## What CI checks besides the tests
 docs: $(VENV)/installed  ## The site, in build/docs; fails on links and anchors that lead nowhere
 	$(BIN)/zensical build --strict --clean
 
-map: $(VENV)/installed  ## CONTRIBUTING's map of the modules, from their docstrings, and the docs' table of architectures
+map: $(VENV)/installed  ## CONTRIBUTING's map of the modules, from their docstrings, the docs' table of architectures, and what tables cost
 	$(BIN)/python tools/house.py
 	$(BIN)/python tools/families.py
+	$(BIN)/python tools/tables.py
 
 notebooks: $(VENV)/installed  ## Runs the notebooks in examples/ and stores what they print
 	$(BIN)/python tools/notebooks.py

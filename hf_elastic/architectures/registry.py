@@ -15,7 +15,7 @@ from .base import Architecture
 ENTRY_POINTS = "hf_elastic.architectures"
 """Group of entry points by which an installed package adds tables: `model_type = "module:TheTable"`."""
 
-_OURS = {
+TABLES = {
     "nemotron_h": "nemotron_h:NemotronH",
     "granitemoehybrid": "granitemoehybrid:GraniteMoeHybrid",
     "bamba": "bamba:Bamba",
@@ -89,7 +89,7 @@ class Registry(Mapping[str, Architecture]):
             listener(architecture)
 
 
-ARCHITECTURES = Registry(_OURS)
+ARCHITECTURES = Registry(TABLES)
 
 
 def get_architecture(model_type: str) -> Architecture:

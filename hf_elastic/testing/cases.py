@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 
 from ..architectures import Architecture
 from ..architectures.submodel import LAYERS, Submodel
-from ..errors import ElasticConfigError, HFElasticError
+from ..errors import ElasticConfigError
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def cases_of(architecture: Architecture, config: PreTrainedConfig, each_axis: bo
     _add(found, architecture, config, "whole", [{}])
     if each_axis:
         for axis, _ in full.items:
-            smaller = list(_smaller(architecture, config, full, axis))
+            smaller = list(smaller_sizes(architecture, config, full, axis))
             if not _add(found, architecture, config, axis, ({axis: size} for size in smaller)):
                 _add_with_others(found, architecture, config, full, axis, smaller)
     _add_per_layer(found, architecture, config, full)
@@ -72,7 +72,9 @@ def _add_per_layer(found: Cases, architecture: Architecture, config: PreTrainedC
     for axis, whole in full.items:
         if isinstance(whole, int):
             continue
-        tries = list(_per_layer(architecture, config, full, axis, list(_smaller(architecture, config, full, axis))))
+        tries = list(
+            _per_layer(architecture, config, full, axis, list(smaller_sizes(architecture, config, full, axis)))
+        )
         for sizes in tries:
             try:
                 architecture.submodel(config, joined | sizes)
@@ -84,35 +86,6 @@ def _add_per_layer(found: Cases, architecture: Architecture, config: PreTrainedC
             _add(found, architecture, config, f"{axis} per layer", tries)
     if joined:
         _add(found, architecture, config, "sizes per layer", [joined])
-
-
-def random_cases(architecture: Architecture, config: PreTrainedConfig, count: int, seed: int = 0) -> Iterator[Case]:
-    """Random submodels, every axis and every layer by itself; what the stock config cannot say is drawn again."""
-    draw, full = random.Random(seed), architecture.full(config)
-    made = 0
-    for attempt in range(200 * count):
-        sizes: dict[str, Any] = {}
-        uniform = draw.random() < 0.5
-        for axis, whole in full.items:
-            if draw.random() < 0.35:
-                continue
-            choices = [_largest(whole), *_smaller(architecture, config, full, axis)]
-            if isinstance(whole, int) or uniform:
-                sizes[axis] = draw.choice(choices)
-            else:
-                sizes[axis] = [None if size is None else min(size, draw.choice(choices)) for size in whole]
-        if draw.random() < 0.4:
-            sizes[LAYERS] = sorted(draw.sample(range(full.depth), draw.randint(1, full.depth)))
-            sizes = _without_dropped(sizes, full.depth)
-        try:
-            submodel = architecture.submodel(config, sizes)
-        except ElasticConfigError:
-            continue
-        yield Case(f"random {attempt}", sizes, submodel)
-        made += 1
-        if made == count:
-            return
-    raise HFElasticError(f"only {made} of {count} random submodels of {architecture.model_type} can be said.")
 
 
 def _add(found: Cases, architecture: Architecture, config: PreTrainedConfig, name: str, tries: Any) -> bool:
@@ -139,7 +112,7 @@ def _add_with_others(
         for other, _ in full.items
         if other != axis
         for size in smaller
-        for also in _smaller(architecture, config, full, other)
+        for also in smaller_sizes(architecture, config, full, other)
     )
     if not _add(found, architecture, config, f"{axis} with another", tries):
         raise ElasticConfigError(
@@ -148,9 +121,9 @@ def _add_with_others(
         )
 
 
-def _smaller(architecture: Architecture, config: PreTrainedConfig, full: Submodel, axis: str) -> Iterator[int]:
+def smaller_sizes(architecture: Architecture, config: PreTrainedConfig, full: Submodel, axis: str) -> Iterator[int]:
     """Smaller sizes of an axis, from around half to near the whole and to small ones; multiples of its groups."""
-    declared, whole = architecture.axis(axis), _largest(full[axis])
+    declared, whole = architecture.axis(axis), largest(full[axis])
     layer = 0 if declared.part is None else architecture.layers_with(config, declared)[0]
     groups = int(getattr(config.per_layer_config[layer], declared.groups)) if declared.groups else 1
     count = whole // groups
@@ -168,14 +141,14 @@ def _per_layer(
     shared = architecture.axis(axis).shared
     blocks = dict.fromkeys(architecture.sharers(config, i) if shared else (i,) for i in having)
     for start in range(min(3, len(smaller))):
-        choices = [_largest(full[axis]), *smaller[start:], *smaller[:start]]
+        choices = [largest(full[axis]), *smaller[start:], *smaller[:start]]
         picked = {block: choices[(k + (len(blocks) == 1)) % len(choices)] for k, block in enumerate(blocks)}
         yield {axis: {layer: size for block, size in picked.items() for layer in block}}
 
 
 def _together(architecture: Architecture, config: PreTrainedConfig, full: Submodel) -> Iterator[dict[str, int]]:
     """All axes smaller at once: the first choices that go together, axis by axis."""
-    choices = {axis: list(_smaller(architecture, config, full, axis)) for axis, _ in full.items}
+    choices = {axis: list(smaller_sizes(architecture, config, full, axis)) for axis, _ in full.items}
     draw = random.Random(0)
     for attempt in range(300):
         width = 1 + attempt // 20
@@ -192,15 +165,5 @@ def _depths(architecture: Architecture, config: PreTrainedConfig, depth: int) ->
                 yield list(range(start, stop))
 
 
-def _without_dropped(sizes: dict[str, Any], depth: int) -> dict[str, Any]:
-    kept = sizes[LAYERS]
-    return {
-        axis: [size if i in kept else None for i, size in enumerate(value)]
-        if axis != LAYERS and isinstance(value, list)
-        else value
-        for axis, value in sizes.items()
-    }
-
-
-def _largest(size: int | tuple[int | None, ...]) -> int:
+def largest(size: int | tuple[int | None, ...]) -> int:
     return size if isinstance(size, int) else max(s for s in size if s is not None)

@@ -61,10 +61,15 @@ def check_architecture(
 
 
 @contextmanager
-def a_subject(config: PreTrainedConfig, seed: int = 0, *more: Any) -> Iterator[Subject]:
+def a_subject(
+    config: PreTrainedConfig,
+    seed: int = 0,
+    each_axis: bool = True,
+    budgets: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Iterator[Subject]:
     """What is checked, with a folder of its own; random numbers of the caller stay what they were."""
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
-        yield Subject(config, seed, Path(folder), *more)
+        yield Subject(config, seed, Path(folder), each_axis, budgets)
 
 
 def run_checks(subject: Subject, checks: Iterable[str] | None = None) -> Iterator[CheckResult]:

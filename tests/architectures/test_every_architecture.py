@@ -1,20 +1,72 @@
-"""The conformance kit, over every table and every variant of its tiny model."""
+"""The conformance kit, over every table and every variant of its tiny model, and over random sizes."""
 
 from __future__ import annotations
 
+import os
+import sys
+from pathlib import Path
+
 import pytest
 
-from hf_elastic.architectures import ARCHITECTURES
+from hf_elastic.architectures.registry import TABLES
 from hf_elastic.testing import check_architecture
+from hf_elastic.testing.conformance import a_subject
+from hf_elastic.testing.deviations import LOGITS
+from hf_elastic.testing.models import tiny_config
+from hf_elastic.testing.random_sizes import deviation_of, random_cases
 from hf_elastic.testing.tiny import TINY
 
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "tools"))
+import tables  # noqa: E402
+
 VARIANTS = [(model_type, variant) for model_type in TINY for variant in range(len(TINY[model_type]))]
+RANDOM = 200 if os.environ.get("HF_ELASTIC_LONG") else 5  # 200 of every table take some minutes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model_type", "variant"), VARIANTS, ids=[f"{name}-{variant}" for name, variant in VARIANTS])
 def test_whatever_way_a_size_is_reached_it_is_the_same_model(model_type, variant):
     check_architecture(model_type, variant=variant, each_axis=variant == 0)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", TINY)
+def test_random_sizes(model_type):
+    """Any sizes in any layers: the masked parent, the slice of it from memory, and the live budget."""
+    with a_subject(tiny_config(model_type), each_axis=False) as subject:
+        seen = [
+            (case, deviation_of(subject, case))
+            for case in random_cases(subject.architecture, subject.parent.config, RANDOM)
+        ]
+    assert len({case.submodel for case, _ in seen}) > 0.8 * RANDOM
+    assert [(case.sizes, off) for case, off in seen if not off <= LOGITS] == []
+
+
 def test_no_table_is_untested():
-    assert set(ARCHITECTURES) == set(TINY), "give every table a tiny model in hf_elastic/testing/tiny.py"
+    assert set(TABLES) == set(TINY), "give every table a tiny model in hf_elastic/testing/tiny.py"
+
+
+def test_a_table_without_a_tiny_model_says_so():
+    with pytest.raises(KeyError, match="no tiny model of 'gpt2' is known"):
+        check_architecture("gpt2")
+
+
+@pytest.mark.parametrize("file", tables.files())
+def test_a_file_of_tables_is_short(file):
+    assert tables.lines_of((ROOT / file).read_text(encoding="utf-8")) <= tables.MOST
+
+
+def test_contributing_says_what_tables_cost():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert tables.with_tables(text) == text, "run `make map`"
+
+
+def test_budgets_of_ones_own_are_checked():
+    report = check_architecture(
+        "llama", budgets={"mine": {"hidden": 36, "ffn": {1: 8}}}, checks=["masked = sliced"], each_axis=False
+    )
+    (result,) = report.results
+    assert result.cases == 6
+    assert report.passed
+    assert "masked = sliced" in str(report)
