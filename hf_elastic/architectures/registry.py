@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from importlib import import_module
-from importlib.metadata import entry_points, requires, version
+from importlib.metadata import EntryPoint, entry_points, requires, version
 from typing import Any
 
-from ..errors import ElasticConfigError, UnsupportedArchitectureError, did_you_mean
+from ..errors import UnsupportedArchitectureError, did_you_mean, reason
 from .base import Architecture
 
 ENTRY_POINTS = "hf_elastic.architectures"
@@ -19,6 +20,7 @@ _OURS = {
     "granitemoehybrid": "granitemoehybrid:GraniteMoeHybrid",
     "bamba": "bamba:Bamba",
     "falcon_h1": "falcon_h1:FalconH1",
+    "lfm2": "lfm2:Lfm2",
     "lfm2_moe": "lfm2_moe:Lfm2Moe",
     "qwen3_next": "qwen3_next:Qwen3Next",
     "qwen3_5_text": "qwen3_5:Qwen35",
@@ -54,7 +56,7 @@ class Registry(Mapping[str, Architecture]):
         self._listeners: list[Callable[[Architecture], None]] = []
         for point in entry_points(group=ENTRY_POINTS):
             if point.name not in self._places:
-                self._places[point.name] = point.load
+                self._places[point.name] = partial(_loaded_from, point)
 
     def __getitem__(self, model_type: str) -> Architecture:
         if model_type not in self._loaded:
@@ -71,10 +73,9 @@ class Registry(Mapping[str, Architecture]):
         return len(self._places)
 
     def register(self, table: type[Architecture]) -> None:
-        """Add a table."""
-        if table.model_type in self._places:
-            raise ElasticConfigError(f"there is a table for model_type {table.model_type!r} already.")
+        """Add a table, or put it in the place of another one; `register_architecture` checks it before."""
         self._places[table.model_type] = lambda: table
+        self._loaded.pop(table.model_type, None)
 
     def when_loaded(self, listener: Callable[[Architecture], None]) -> None:
         """Call a function for every table that is loaded, now or later."""
@@ -134,6 +135,22 @@ def _table(model_type: str, place: Callable[[], type[Architecture]]) -> type[Arc
             f"what is registered for model_type {model_type!r} is {table!r}, which is no table of it: it has to be a subclass of "
             f"hf_elastic.architectures.Architecture with model_type = {model_type!r}."
         )
+    return table
+
+
+def _loaded_from(point: EntryPoint) -> type[Architecture]:
+    """What another package announces as a table.
+
+    Raises:
+        `UnsupportedArchitectureError`: it cannot be imported.
+    """
+    package = point.dist.name if point.dist is not None else "a package"
+    try:
+        table: type[Architecture] = point.load()
+    except Exception as error:  # whatever the other package does when it is imported
+        raise UnsupportedArchitectureError(
+            f"{package} brings a table for model_type {point.name!r} ({point.value}), which cannot be imported: {reason(error)}."
+        ) from error
     return table
 
 
