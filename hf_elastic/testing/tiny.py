@@ -182,7 +182,7 @@ TINY: dict[str, tuple[dict[str, Any], ...]] = {
         _QWEN_MOE | {"mlp_only_layers": [1]},
         {"tie_word_embeddings": True, "mlp_only_layers": None, "decoder_sparse_step": 2, "norm_topk_prob": False},
     ),
-    "qwen3_5_text": (_QWEN,),
+    "qwen3_5_text": (_QWEN, {"tie_word_embeddings": True, "attention_bias": False}),
     "qwen3_5_moe_text": (_QWEN_MOE | {"tie_word_embeddings": True},),
     "jamba": (
         _COMMON
