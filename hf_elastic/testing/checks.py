@@ -303,6 +303,7 @@ def _off(left: torch.Tensor, right: torch.Tensor) -> float:
     """Largest difference, relative to the largest value or 1."""
     if left.shape != right.shape or not (left.isfinite().all() and right.isfinite().all()):
         return math.inf
+    left, right = left.detach(), right.detach()
     return float((left - right).abs().max()) / max(float(right.abs().max()), 1.0)
 
 
