@@ -55,8 +55,8 @@ class Dense(Architecture):
     def layer(self, config: PreTrainedConfig, layer: int) -> Iterator[TensorRule]:
         """The rules of one layer, whose own config is given."""
         attention = "model.layers.{layer}.self_attn"
-        heads = {"kv_heads": config.num_key_value_heads, "head_dim": blocks.head_dim(config)}
-        biases = {"bias": _said(config, self.qkv_bias), "out_bias": _said(config, self.out_bias)}
+        heads: dict[str, Any] = {"kv_heads": config.num_key_value_heads, "head_dim": blocks.head_dim(config)}
+        biases: dict[str, Any] = {"bias": _said(config, self.qkv_bias), "out_bias": _said(config, self.out_bias)}
         for name in self.norms:
             yield blocks.rms_norm(f"model.layers.{{layer}}.{name}", layer, centre=self.centre)
         yield from blocks.attention(attention, layer, **heads, **biases)

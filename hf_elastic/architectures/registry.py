@@ -20,6 +20,7 @@ _OURS = {
     "granitemoehybrid": "granitemoehybrid:GraniteMoeHybrid",
     "bamba": "bamba:Bamba",
     "falcon_h1": "falcon_h1:FalconH1",
+    "lfm2": "lfm2:Lfm2",
     "lfm2_moe": "lfm2_moe:Lfm2Moe",
     "qwen3_next": "qwen3_next:Qwen3Next",
     "qwen3_5_text": "qwen3_5:Qwen35",

@@ -210,11 +210,9 @@ def soft(subject: Subject) -> Iterator[Deviation]:
     family = subject.family().train()
     units = SoftUnits(family, subject.architecture)
     for case in subject.cases.named("all axes"):
-        if (
-            "experts_per_token" in case.sizes
-            and case.submodel["experts_per_token"] != subject.live.submodel["experts_per_token"]
-        ):
-            sizes = {axis: size for axis, size in case.sizes.items() if axis != "experts_per_token"}
+        counted = subject.architecture.per_token.values()
+        if any(axis in case.sizes and case.submodel[axis] != subject.live.submodel[axis] for axis in counted):
+            sizes = {axis: size for axis, size in case.sizes.items() if axis not in counted}
             try:
                 case = Case(case.name, sizes, subject.architecture.submodel(subject.parent.config, sizes))
             except Exception:
@@ -237,7 +235,7 @@ def _decided(subject: Subject, case: Case) -> Mixture:
     full = subject.architecture.full(subject.parent.config)
     choices, probabilities = {}, {}
     for axis in case.submodel:
-        if axis == "experts_per_token":
+        if axis in subject.architecture.per_token.values():
             continue
         sizes = tuple(sorted({*case.submodel.values(axis), *full.values(axis)}, reverse=True))
         choices[axis], mine, whole = sizes, case.submodel[axis], full[axis]
@@ -258,8 +256,8 @@ def _masked_gradients(subject: Subject, case: Case) -> tuple[torch.Tensor, dict[
     model = subject.masked(case).train()
     with torch.enable_grad():
         for piece in pieces(subject.architecture, parent.config, case.submodel):
-            name = piece.rule.name
-            if name not in free or piece.rule.tied:
+            name = piece.rule.stored.name
+            if name not in free or piece.copy_of:
                 continue
             used[name] = masked_weight(piece, free[name])
         loss = functional_call(
@@ -270,7 +268,7 @@ def _masked_gradients(subject: Subject, case: Case) -> tuple[torch.Tensor, dict[
 
 
 def _kept_only(subject: Subject, case: Case, expected: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    kept = {p.rule.name for p in pieces(subject.architecture, subject.parent.config, case.submodel)}
+    kept = {p.rule.stored.name for p in pieces(subject.architecture, subject.parent.config, case.submodel)}
     return {name: gradient for name, gradient in expected.items() if name in kept}
 
 
