@@ -96,14 +96,36 @@ def bamba_obstacles(submodel: Submodel, head_dim: int) -> Iterator[Obstacle]:
         yield obstacle._replace(why=f"{obstacle.why} (its code was read)")
 
 
+def computed_head_width(hidden: int, heads: int, head_dim: int) -> Iterator[Obstacle]:
+    """vLLM takes the first rows of query, key and value heads that are wider than it thinks."""
+    if heads * head_dim != hidden:
+        why = f"it takes hidden / attention_heads = {hidden} / {heads} for the width of a head, which is {head_dim}"
+        yield Obstacle("vLLM", SILENT if heads * head_dim > hidden else REFUSES, why)
+
+
+def kimi_linear_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """The Hub's own words for kinds of layers, counted from 1, for KDA's sizes, and for how many dense layers come first."""
+    kinds, dense = config.layer_types, [kind == "dense" for kind in config.mlp_layer_types]
+    said = {"full_attn_layers": "full_attention", "kda_layers": "linear_attention"}
+    return {
+        "linear_attn_config": {
+            "head_dim": config.linear_head_dim,
+            "num_heads": config.linear_num_heads,
+            "short_conv_kernel_size": config.linear_conv_kernel_dim,
+            **{name: [i for i, kind in enumerate(kinds, start=1) if kind == wanted] for name, wanted in said.items()},
+        },
+        "first_k_dense_replace": sum(dense) if dense == sorted(dense, reverse=True) else None,
+    }
+
+
 def _computed_widths(submodel: Submodel, head_dim: int, refusing: Sequence[str]) -> Iterator[Obstacle]:
     """Widths that others compute from `hidden`: vLLM and `refusing` that of an attention head, llama.cpp Mamba's inner width."""
     sizes = {axis: size for axis in submodel if (size := submodel.size(axis)) is not None}
     hidden = sizes["hidden"]
-    if (heads := sizes.get("attention_heads")) is not None and heads * head_dim != hidden:
-        why = f"it takes hidden / attention_heads = {hidden} / {heads} for the width of a head, which is {head_dim}"
-        yield Obstacle("vLLM", SILENT if heads * head_dim > hidden else REFUSES, why)
-        yield from (Obstacle(program, REFUSES, why) for program in refusing)
+    if (heads := sizes.get("attention_heads")) is not None:
+        for obstacle in computed_head_width(hidden, heads, head_dim):
+            yield obstacle
+            yield from (obstacle._replace(program=program, does=REFUSES) for program in refusing)
     if "mamba_heads" in sizes and (inner := sizes["mamba_heads"] * sizes["mamba_head_dim"]) != 2 * hidden:
         why = f"mamba_heads * mamba_head_dim = {inner} is not 2 * hidden = {2 * hidden}"
         yield Obstacle("llama.cpp", REFUSES, why)
