@@ -71,8 +71,10 @@ class OlmoHybrid(Architecture):
 
 def _attention(prefix: str, c: PreTrainedConfig, layer: int) -> Iterator[TensorRule]:
     kv, head_dim = c.num_key_value_heads, blocks.head_dim(c)
-    yield from blocks.attention(prefix, layer, kv_heads=kv, head_dim=head_dim, bias=c.attention_bias)
-    query = dim(kv, Cut("attention_heads", groups=kv), head_dim)  # one norm over all heads
+    # One norm runs over all queries, so undecided heads are weighted before it, and once more where they are read: a query of 0 reads as well.
+    query, weighted = (dim(kv, Cut("attention_heads", groups=kv, gated=gated), head_dim) for gated in (False, True))
+    for rule in blocks.attention(prefix, layer, kv_heads=kv, head_dim=head_dim, bias=c.attention_bias):
+        yield replace(rule, dims=(weighted, *rule.dims[1:])) if ".q_proj." in rule.template else rule
     yield TensorRule(f"{prefix}.q_norm.weight", (query,), layer, norm=True)
     yield TensorRule(f"{prefix}.k_norm.weight", (dim(kv, head_dim),), layer)
 
