@@ -41,7 +41,7 @@ def _adapted(subject: Subject) -> Any:
     """A family with adapters on all that can have one; peft starts B at zero, where one that is passed by changes nothing."""
     from peft import LoraConfig, get_peft_model
 
-    targets = targets_of(subject.architecture, subject.parent.config)
+    targets: dict[str, Any] = dict(targets_of(subject.architecture, subject.parent.config))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what peft saves, and nothing is saved
         wrapped = get_peft_model(subject.family(), LoraConfig(r=3, lora_alpha=2, task_type="CAUSAL_LM", **targets))
