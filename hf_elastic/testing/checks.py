@@ -68,7 +68,7 @@ def masked_is_sliced(subject: Subject) -> Iterator[Deviation]:
     whole = subject.logits(subject.parent)
     for case in subject.cases.said:
         sliced = subject.logits(subject.slice(case))
-        yield from _same_logits(case, sliced, subject.logits(subject.masked(case)))
+        yield from same_logits(case, sliced, subject.logits(subject.masked(case)))
         if case.sizes and float((sliced - whole).abs().max()) < 1e-3:
             yield Deviation(case.name, wrong="the case changes nothing, so nothing is checked by it")
 
@@ -87,7 +87,7 @@ def live_is_sliced(subject: Subject) -> Iterator[Deviation]:
         sliced = subject.slice(case)
         with subject.live.at(case.submodel) as view:
             yield _same_weights(case, view.state_dict(), sliced.state_dict())
-            yield from _same_logits(case, subject.logits(view), subject.logits(sliced))
+            yield from same_logits(case, subject.logits(view), subject.logits(sliced))
             yield from _buffers(case, view)
 
 
@@ -105,12 +105,12 @@ def reloaded(subject: Subject) -> Iterator[Deviation]:
         sliced.save_pretrained(folder)
         again = AutoModelForCausalLM.from_pretrained(folder)
         yield _same_weights(case, again.state_dict(), sliced.state_dict())
-        yield from _same_logits(case, subject.logits(again), subject.logits(sliced))
+        yield from same_logits(case, subject.logits(again), subject.logits(sliced))
         shutil.rmtree(folder)
         if case.submodel.is_homogeneous:
             sliced.export(folder)
             exported = subject.architecture.causal_class.from_pretrained(folder)
-            yield from _same_logits(case, subject.logits(exported), subject.logits(sliced))
+            yield from same_logits(case, subject.logits(exported), subject.logits(sliced))
             yield from _buffers(case, exported)
             shutil.rmtree(folder)
 
@@ -122,7 +122,7 @@ def nested(subject: Subject) -> Iterator[Deviation]:
     for case, budget in ((subject.small, "small"), (subject.cases.said[0], None)):
         loaded = ElasticForCausalLM.from_pretrained(folder, budget=budget)
         yield _same_weights(case, loaded.state_dict(), subject.slice(case).state_dict())
-        yield from _same_logits(case, subject.logits(loaded), subject.logits(subject.slice(case)))
+        yield from same_logits(case, subject.logits(loaded), subject.logits(subject.slice(case)))
 
 
 def sorted_is_parent(subject: Subject) -> Iterator[Deviation]:
@@ -130,12 +130,12 @@ def sorted_is_parent(subject: Subject) -> Iterator[Deviation]:
     rows = [{"input_ids": row.tolist()} for row in subject.ids]
     family = elastify(copy.deepcopy(subject.parent), rows, budgets=subject.budgets, progress=False)
     case = Case("sorted", {}, subject.cases.said[0].submodel)
-    yield from _same_logits(case, subject.logits(family), subject.logits(subject.parent), 5 * LOGITS)
+    yield from same_logits(case, subject.logits(family), subject.logits(subject.parent), 5 * LOGITS)
     before, after = subject.parent.state_dict(), family.state_dict()
     if all(torch.equal(before[name], after[name]) for name in before):
         yield Deviation("sorted", wrong="nothing was sorted")
     family.set_budget("small")
-    yield from _same_logits(subject.small, subject.logits(family), subject.logits(family))
+    yield from same_logits(subject.small, subject.logits(family), subject.logits(family))
 
 
 def decoding(subject: Subject) -> Iterator[Deviation]:
@@ -155,7 +155,7 @@ def decoding(subject: Subject) -> Iterator[Deviation]:
                     "use_cache": True,
                 }
                 steps.append(model(subject.ids[:, start:stop], **inputs).logits)
-        yield from _same_logits(case, torch.cat(steps, dim=1), subject.logits(model))
+        yield from same_logits(case, torch.cat(steps, dim=1), subject.logits(model))
 
 
 def handed_over(subject: Subject) -> Iterator[Deviation]:
@@ -177,7 +177,7 @@ def handed_over(subject: Subject) -> Iterator[Deviation]:
             positions = torch.full((rows, 1), text.shape[1])
             mask = torch.ones(rows, text.shape[1] + 1, dtype=torch.long)
             step = view(last, past_key_values=cache, attention_mask=mask, position_ids=positions).logits[:, -1]
-            yield from _same_logits(case, step, view(subject.ids, use_cache=False).logits[:, -1])
+            yield from same_logits(case, step, view(subject.ids, use_cache=False).logits[:, -1])
     for case in subject.cases.named("all axes"):
         for source, target in ((whole, case), (case, whole)):
             if not set(target.submodel.layers) <= set(source.submodel.layers):
@@ -293,7 +293,7 @@ def _same_weights(case: Case, left: dict[str, torch.Tensor], right: dict[str, to
     return Deviation(case.name, wrong=f"other weights in {other[:3]}" if other else "")
 
 
-def _same_logits(case: Case, left: torch.Tensor, right: torch.Tensor, limit: float = LOGITS) -> Iterator[Deviation]:
+def same_logits(case: Case, left: torch.Tensor, right: torch.Tensor, limit: float = LOGITS) -> Iterator[Deviation]:
     yield Deviation(case.name, _off(left, right), limit)
 
 

@@ -10,10 +10,15 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig
 
-from .checks import CHECKS, Check, NotApplicable
+from .adapters import adapters
+from .checks import CHECKS as MODEL_CHECKS
+from .checks import Check, NotApplicable
 from .models import tiny_config
 from .report import CheckResult, ConformanceError, ConformanceReport
 from .subject import Subject
+
+CHECKS: dict[str, Check] = {**MODEL_CHECKS, "slice of the adapter = adapter of the slice": adapters}
+"""Every check by the name that it has in reports."""
 
 
 def check_architecture(
@@ -31,7 +36,7 @@ def check_architecture(
 
     Args:
         model (`str` or `PreTrainedConfig`): A `model_type` of this library, or the stock config of a tiny model (some ten thousand parameters).
-        checks (`list[str]`, *optional*): Names of the checks to run; all of [`hf_elastic.testing.checks.CHECKS`] by default.
+        checks (`list[str]`, *optional*): Names of the checks to run; all of [`hf_elastic.testing.conformance.CHECKS`] by default.
         variant (`int`, *optional*, defaults to 0): Which of the tiny models of a `model_type`.
         seed (`int`, *optional*, defaults to 0): Of the random weights and tokens.
         raise_on_failure (`bool`, *optional*, defaults to `True`): `False` returns the report of a table that fails.
