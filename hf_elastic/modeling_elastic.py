@@ -24,12 +24,13 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.generation import GenerationMixin
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .architectures import ARCHITECTURES, Architecture, get_architecture, uniform
 from .architectures.submodel import Submodel
+from .checkpoints.conversions import conversions
 from .checkpoints.export import ExportMixin
 from .checkpoints.loading import (
     as_loaded,
@@ -297,9 +298,9 @@ def _make_class(facade: type[ElasticPreTrainedModel], stock: type[PreTrainedMode
     }
     made = type(f"Elastic{stock.__name__}", (facade, stock), namespace)
     # Upstream ignores the key conversions of a model_type for classes that are not its own; claim them by name.
-    conversions = get_checkpoint_conversion_mapping(stock.config_class.model_type)
-    if conversions is not None:
-        register_checkpoint_conversion_mapping(made.__name__, conversions, overwrite=True)
+    claimed = conversions(stock.config_class.model_type)
+    if claimed is not None:
+        register_checkpoint_conversion_mapping(made.__name__, claimed, overwrite=True)
     return made
 
 

@@ -27,6 +27,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("hub",),
     ("modeling_elastic",),
     ("elastification", "evaluation", "adapters"),
+    ("testing",),
     ("hf_elastic",),
     ("trainers",),
     ("lab",),

@@ -202,7 +202,7 @@ def handed_over(model: ElasticForCausalLM, source: str, tokens: Tokens) -> Dynam
     for i, found in zip(given.layers, kept, strict=True):
         _gather_in_backward(layers[i], found)
     states = hand_over(kept, model.architecture, config.parent_config, given, target)
-    made: Any = write_cache(states, config.stock_config(target))
+    made: Any = write_cache(states, config.stock_config(target), tokens["input_ids"].shape[1])
     # Nobody reads where the rest ends, and upstream would write it over a state that backward may need.
     made.update_recurrent_state = lambda recurrent_states, *args, **kwargs: recurrent_states
     return made

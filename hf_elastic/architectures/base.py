@@ -59,12 +59,14 @@ class StateRule:
             A submodel with k of the N hidden channels writes it about `(k / N) ** degree` times as large as the parent, because its norms
             run over fewer channels: 1/2 for what is linear in the normalised hidden state, 1 for products of two such.
         slot (`int`, *optional*, defaults to 0): Which of several `"conv"` or `"ssm"` states of the layer, upstream's `state_idx`.
+        window (`int`, *optional*): Attention sees so many tokens, the newest included; of keys and values no more than the others are kept.
     """
 
     kind: Literal["keys", "values", "conv", "ssm"]
     dims: tuple[Dim, ...]
     degree: float
     slot: int = 0
+    window: int | None = None
 
     @property
     def key(self) -> str:
@@ -74,6 +76,11 @@ class StateRule:
     def count(self, sizes: Sizes) -> int:
         """Number of elements for these sizes, per token for keys and values."""
         return math.prod(dim.size(sizes) for dim in self.dims)
+
+
+def tokens_kept(tokens: int, window: int | None) -> int:
+    """Of how many tokens a layer keeps keys and values when it has read so many, as upstream's cache does it."""
+    return tokens if window is None else min(tokens, window - 1 or tokens)
 
 
 def state_key(kind: str, slot: int) -> str:
@@ -339,9 +346,9 @@ class Architecture(ABC):
             different = {field: value for field, value in here.items() if value != fields[field]}
             if different:
                 overrides[new] = different
-        result = type(config)(**fields)
+        result = type(config)(**_stored(fields, config))
         if overrides:
-            result.per_layer_config = overrides
+            result.per_layer_config = {layer: _stored(different, config) for layer, different in overrides.items()}
         result._attn_implementation = config._attn_implementation
         result._experts_implementation = config._experts_implementation
         result.dtype = config.dtype
@@ -379,6 +386,14 @@ def _field(config: PreTrainedConfig, name: str) -> int:
             f"the parent's {name}={shown(value)} must be at least 1, and a whole number; its config was edited or damaged."
         )
     return value
+
+
+def _stored(fields: Mapping[str, Any], config: PreTrainedConfig) -> dict[str, Any]:
+    """Fields under the names that `to_dict` has them under; both names of one field given, what stands under the other one counts."""
+    other = config.attribute_map
+    return {name: v for name, v in fields.items() if name not in other} | {
+        other[name]: value for name, value in fields.items() if name in other
+    }
 
 
 def _kept_layers(value: Any, depth: int, name: str) -> tuple[int, ...]:

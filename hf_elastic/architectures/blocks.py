@@ -118,20 +118,30 @@ def head_dim(config: PreTrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def attention(prefix: str, layer: int, *, kv_heads: int, head_dim: int, bias: bool) -> Iterator[TensorRule]:
-    """Grouped-query attention: query heads are cut inside their KV group, KV heads stay."""
+def attention(
+    prefix: str, layer: int, *, kv_heads: int, head_dim: int, bias: bool, out_bias: bool | None = None
+) -> Iterator[TensorRule]:
+    """Grouped-query attention: query heads are cut inside their KV group, KV heads stay. `out_bias`, if it is not `bias`: of the output."""
     query = dim(kv_heads, Cut("attention_heads", groups=kv_heads), head_dim)
     key = dim(kv_heads, head_dim)
     for name, out in (("q_proj", query), ("k_proj", key), ("v_proj", key)):
         yield from linear(f"{prefix}.{name}", layer, out, HIDDEN, bias=bias)
     heads = dim(kv_heads, Cut("attention_heads", groups=kv_heads, gated=True), head_dim)
-    yield from linear(f"{prefix}.o_proj", layer, RESIDUAL, heads, bias=bias)
+    yield from linear(f"{prefix}.o_proj", layer, RESIDUAL, heads, bias=bias if out_bias is None else out_bias)
 
 
-def attention_states(*, kv_heads: int | Cut, head_dim: int) -> tuple[StateRule, ...]:
-    """Keys and values of every token."""
+def attention_states(*, kv_heads: int | Cut, head_dim: int, window: int | None = None) -> tuple[StateRule, ...]:
+    """Keys and values of every token, or of those in a sliding window."""
     dims = (dim(kv_heads), dim(head_dim))
-    return StateRule("keys", dims, degree=0.5), StateRule("values", dims, degree=0.5)
+    return StateRule("keys", dims, 0.5, window=window), StateRule("values", dims, 0.5, window=window)
+
+
+def sliding_window(config: PreTrainedConfig, layer: int) -> int | None:
+    """The window of a layer's attention, told as upstream's cache tells it: all layers have it where their kinds are not listed."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and kinds[layer] != "sliding_attention":
+        return None
+    return getattr(config.per_layer_config[layer], "sliding_window", None)
 
 
 def rms_norm(prefix: str, layer: int | None, *, centre: float = 0.0) -> TensorRule:
@@ -153,12 +163,14 @@ def gated_mlp(
     *,
     bias: bool = False,
     names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    times: int = 1,
 ) -> Iterator[TensorRule]:
-    """`down(act(gate(x)) * up(x))`, three linear layers."""
+    """`down(act(gate(x)) * up(x))`, three linear layers, `times` as wide as the axis."""
     *ups, down = names
+    more = () if times == 1 else (times,)
     for name in ups:
-        yield from linear(f"{prefix}.{name}", layer, dim(Cut(axis)), HIDDEN, bias=bias)
-    yield from linear(f"{prefix}.{down}", layer, RESIDUAL, dim(Cut(axis, gated=True)), bias=bias)
+        yield from linear(f"{prefix}.{name}", layer, dim(Cut(axis), *more), HIDDEN, bias=bias)
+    yield from linear(f"{prefix}.{down}", layer, RESIDUAL, dim(Cut(axis, gated=True), *more), bias=bias)
 
 
 def gateless_mlp(prefix: str, layer: int, axis: str, *, bias: bool) -> Iterator[TensorRule]:
@@ -173,15 +185,37 @@ def experts(
     *,
     router: str = "gate",
     names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    groups: int = 1,
+    stored: str | None = None,
 ) -> Iterator[TensorRule]:
-    """Routed experts with a fused gate and up, stored one by one on disk, and their router."""
-    ffn, rows, disk = (Cut("expert_ffn", within="experts"),), dim(Cut("experts")), f"{prefix}.experts.{{expert}}"
+    """Routed experts with a fused gate and up, stored one by one on disk (below `stored`, if it is not `prefix`), and their router.
+
+    The router may choose among `groups` of experts first.
+    """
+    ffn, stored = (Cut("expert_ffn", within="experts"),), stored or prefix
+    disk = f"{stored}.experts.{{expert}}"
+    rows, rows_out = (dim(groups, Cut("experts", groups=groups, gated=gated)) for gated in (False, True))
     *ups, down = names
     dims = (rows, dim(**dict.fromkeys(ups, ffn)), HIDDEN)
     yield TensorRule(f"{prefix}.experts.gate_up_proj", dims, layer, disk=f"{disk}.{{segment}}.weight", routed=True)
-    out = (dim(Cut("experts", gated=True)), RESIDUAL, dim(Cut("expert_ffn", within="experts", gated=True)))
+    out = (rows_out, RESIDUAL, dim(Cut("expert_ffn", within="experts", gated=True)))
     yield TensorRule(f"{prefix}.experts.down_proj", out, layer, disk=f"{disk}.{down}.weight", routed=True)
-    yield TensorRule(f"{prefix}.{router}.weight", (rows, HIDDEN), layer)
+    yield TensorRule(f"{prefix}.{router}.weight", (rows, HIDDEN), layer, disk=f"{stored}.{router}.weight")
+
+
+def check_router_groups(sizes: Sizes, groups: int, chosen: int, where: str) -> None:
+    """Raise [`ElasticConfigError`] for experts that a router which chooses `chosen` of some groups first cannot have."""
+    per_group = sizes["experts"] // groups
+    if per_group < 2:
+        raise ElasticConfigError(
+            f"{where}: experts={sizes['experts']} leaves {per_group} expert in each of {groups} router groups; the "
+            f"router adds the two best of a group, so keep at least {2 * groups}."
+        )
+    if sizes["experts_per_token"] > chosen * per_group:
+        raise ElasticConfigError(
+            f"{where}: experts_per_token={sizes['experts_per_token']} is more than the {chosen * per_group} experts "
+            f"in the {chosen} router groups a token may use; lower it or keep more experts."
+        )
 
 
 def bias_softmax_router(router: Any, bias: torch.Tensor, top_k: int, *, normalized: bool) -> None:

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 
 from . import Architecture, StateRule, get_architecture
 from .axes import TensorRule
+from .base import tokens_kept
 from .submodel import Submodel
 
 WEIGHT_DTYPES: Mapping[str, torch.dtype] = {
@@ -35,9 +36,10 @@ class Cost:
             included.
         fp32_elements (`int`): Stored elements that stay in float32 at every load dtype.
         other_elements (`int`): Stored elements in the load dtype.
-        kv_elements (`int`): Elements of the KV cache per token and sequence.
+        kv_elements (`int`): Elements of the KV cache per token and sequence, in layers that keep all tokens.
         conv_elements (`int`): Elements of the convolution states per sequence.
         ssm_elements (`int`): Elements of the SSM states per sequence; they are kept in float32.
+        windowed (`tuple[tuple[int, int], ...]`): Per sliding window the elements of the KV cache per token in layers that have it.
     """
 
     total_params: int = 0
@@ -47,17 +49,27 @@ class Cost:
     kv_elements: int = 0
     conv_elements: int = 0
     ssm_elements: int = 0
+    windowed: tuple[tuple[int, int], ...] = ()
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+        *counts, _ = self.__dataclass_fields__
+        windows = dict(self.windowed)
+        for window, elements in other.windowed:
+            windows[window] = windows.get(window, 0) + elements
+        sums = (getattr(self, name) + getattr(other, name) for name in counts)
+        return Cost(*sums, windowed=tuple(sorted(windows.items())))
 
     def weight_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of all stored tensors at a load dtype."""
         return 4 * self.fp32_elements + dtype.itemsize * self.other_elements
 
     def kv_bytes_per_token(self, dtype: torch.dtype = torch.bfloat16) -> int:
-        """Bytes that every token of a sequence adds to the KV cache."""
+        """Bytes that every token of a sequence adds to the KV cache; in layers with a sliding window none once that is full."""
         return dtype.itemsize * self.kv_elements
+
+    def window_bytes(self, dtype: torch.dtype = torch.bfloat16) -> int:
+        """Bytes of the KV cache of one sequence in layers with sliding windows, when these are full."""
+        return dtype.itemsize * sum(tokens_kept(window, window) * elements for window, elements in self.windowed)
 
     def state_bytes(self, dtype: torch.dtype = torch.bfloat16) -> int:
         """Bytes of convolution states (in `dtype`) and SSM states (float32) of one sequence, however long it is."""
@@ -65,7 +77,9 @@ class Cost:
 
     def cache_bytes(self, context_length: int, batch_size: int = 1, dtype: torch.dtype = torch.bfloat16) -> int:
         """Bytes that `batch_size` sequences of `context_length` tokens keep: KV cache, convolution states and SSM states."""
-        return batch_size * (context_length * self.kv_bytes_per_token(dtype) + self.state_bytes(dtype))
+        kv = context_length * self.kv_elements
+        kv += sum(tokens_kept(context_length, window) * elements for window, elements in self.windowed)
+        return batch_size * (dtype.itemsize * kv + self.state_bytes(dtype))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form, as `hf-elastic plan --json` prints it; caches for bfloat16 activations."""
@@ -74,6 +88,7 @@ class Cost:
             "active_params": self.active_params,
             "weight_bytes": {name: self.weight_bytes(dtype) for name, dtype in WEIGHT_DTYPES.items()},
             "kv_bytes_per_token": self.kv_bytes_per_token(),
+            "window_bytes": self.window_bytes(),
             "state_bytes": self.state_bytes(),
         }
 
@@ -153,10 +168,12 @@ class CostModel:
                 if rule.routed:  # exact for integers: the count is a multiple of the experts
                     used = used // sizes["experts"] if isinstance(used, int) else used / sizes["experts"]
                 active += used
-        kept = dict.fromkeys(("keys", "values", "conv", "ssm"), 0)
+        kept: dict[Any, Any] = dict.fromkeys(("kv", "conv", "ssm"), 0)
         for state in self._states[place]:
-            kept[state.kind] += state.count(sizes)
-        return Cost(total, active, fp32, other, kept["keys"] + kept["values"], kept["conv"], kept["ssm"])
+            kind = state.window or "kv" if state.kind in ("keys", "values") else state.kind
+            kept[kind] = kept.get(kind, 0) + state.count(sizes)
+        kv, conv, ssm = (kept.pop(kind) for kind in ("kv", "conv", "ssm"))
+        return Cost(total, active, fp32, other, kv, conv, ssm, tuple(kept.items()))
 
 
 def _place(rule: TensorRule) -> Place:

@@ -1,74 +1,105 @@
-"""Dense transformers: attention and a gated MLP in every layer. Llama and Qwen3."""
+"""Dense transformers: attention and a gated MLP in every layer. Llama, Mistral, Qwen2 and Qwen3."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
-import torch
-from torch import nn
-from transformers import LlamaForCausalLM, LlamaModel, PreTrainedConfig, Qwen3ForCausalLM, Qwen3Model
+from transformers import (
+    LlamaForCausalLM,
+    LlamaModel,
+    MistralForCausalLM,
+    MistralModel,
+    PreTrainedConfig,
+    Qwen2ForCausalLM,
+    Qwen2Model,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+)
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
-from .axes import Cut, Sizes, TensorRule, dim
+from . import blocks
+from .axes import Sizes, TensorRule
 from .base import Architecture, Axis, StateRule
-from .blocks import HIDDEN, RESIDUAL, attention, attention_states, linear, rms_norm
 
 
-class Llama(Architecture):
-    model_type = "llama"
-    causal_class = LlamaForCausalLM
-    base_class = LlamaModel
-    layer_class: ClassVar[type[nn.Module]] = LlamaDecoderLayer
-    head_norms: ClassVar[tuple[str, ...]] = ()
+class Dense(Architecture):
+    """What these have in common. Subclasses say what their layers have besides."""
+
     axes = (
         Axis("hidden", "hidden_size"),
         Axis("ffn", "intermediate_size", "mlp"),
         Axis("attention_heads", "num_attention_heads", "attention", groups="num_key_value_heads"),
     )
+    layer_lists = ("layer_types",)
+    norms: ClassVar[tuple[str, ...]] = ("input_layernorm", "post_attention_layernorm")
+    centre: ClassVar[float] = 0.0  # of these norms and the last one
+    head_norms: ClassVar[bool] = False  # of queries and keys
 
     def parts(self, config: PreTrainedConfig, layer: int) -> frozenset[str]:
         return frozenset({"attention", "mlp"})
 
     def rules(self, config: PreTrainedConfig) -> list[TensorRule]:
-        rules = [TensorRule("model.embed_tokens.weight", (dim(config.vocab_size), RESIDUAL))]
-        for layer in range(self.depth(config)):
-            c, prefix = config.per_layer_config[layer], "model.layers.{layer}"
-            rules += [rms_norm(f"{prefix}.{name}", layer) for name in ("input_layernorm", "post_attention_layernorm")]
-            heads = {"kv_heads": c.num_key_value_heads, "head_dim": c.head_dim, "bias": c.attention_bias}
-            rules += attention(f"{prefix}.self_attn", layer, **heads)
-            names = [f"{prefix}.self_attn.{name}.weight" for name in self.head_norms]
-            rules += [TensorRule(name, (dim(c.head_dim),), layer) for name in names]
-            bias = getattr(c, "mlp_bias", False)
-            for name in ("gate_proj", "up_proj"):
-                rules += linear(f"{prefix}.mlp.{name}", layer, dim(Cut("ffn")), HIDDEN, bias=bias)
-            rules += linear(f"{prefix}.mlp.down_proj", layer, RESIDUAL, dim(Cut("ffn", gated=True)), bias=bias)
-        tied = "model.embed_tokens.weight" if config.tie_word_embeddings else None
-        head = TensorRule("lm_head.weight", (dim(config.vocab_size), HIDDEN), tied=tied)
-        return [*rules, rms_norm("model.norm", None), head]
+        layers = [rule for i in range(self.depth(config)) for rule in self.layer(config.per_layer_config[i], i)]
+        return blocks.trunk(config, blocks.rms_norm("model.norm", None, centre=self.centre)) + layers
 
-    def layer_fields(self, config: PreTrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
-        types = getattr(config, "layer_types", None)
-        listed = {"layer_types": [types[i] for i in kept]} if types else {}
-        return {"num_hidden_layers": len(kept), **listed}
+    def layer(self, config: PreTrainedConfig, layer: int) -> Iterator[TensorRule]:
+        """The rules of one layer, whose own config is given."""
+        attention, head_dim = "model.layers.{layer}.self_attn", blocks.head_dim(config)
+        for name in self.norms:
+            yield blocks.rms_norm(f"model.layers.{{layer}}.{name}", layer, centre=self.centre)
+        yield from blocks.attention(
+            attention, layer, kv_heads=config.num_key_value_heads, head_dim=head_dim, **self.attention_biases(config)
+        )
+        if self.head_norms:
+            yield from blocks.head_norms(attention, layer, head_dim)
+        yield from self.feed_forward(config, layer, "model.layers.{layer}.mlp")
 
-    def build_layer(self, config: PreTrainedConfig, layer: int) -> nn.Module:
-        return self.layer_class(config, layer)
+    def attention_biases(self, config: PreTrainedConfig) -> dict[str, bool]:
+        return {"bias": bool(getattr(config, "attention_bias", False))}
+
+    def feed_forward(self, config: PreTrainedConfig, layer: int, prefix: str) -> Iterator[TensorRule]:
+        return blocks.gated_mlp(prefix, layer, "ffn", bias=bool(getattr(config, "mlp_bias", False)))
 
     def states(self, config: PreTrainedConfig, layer: int) -> tuple[StateRule, ...]:
-        return attention_states(kv_heads=config.num_key_value_heads, head_dim=config.head_dim)
+        heads = {"kv_heads": config.num_key_value_heads, "head_dim": blocks.head_dim(config)}
+        return blocks.attention_states(**heads, window=blocks.sliding_window(config, layer))
 
     def tied_fields(self, config: PreTrainedConfig, part: str, sizes: Sizes) -> dict[str, Any]:
-        return {"head_dim": config.head_dim} if part == "attention" else {}
-
-    def bias_router(self, router: Any, source: Any, bias: torch.Tensor, top_k: int) -> None:
-        raise NotImplementedError
+        # Several take hidden_size / num_attention_heads for it where the config does not say it.
+        return {"head_dim": blocks.head_dim(config)} if part == "attention" else {}
 
 
-class Qwen3(Llama):
+class Llama(Dense):
+    model_type = "llama"
+    causal_class = LlamaForCausalLM
+    base_class = LlamaModel
+    layer_class = LlamaDecoderLayer
+
+
+class Mistral(Dense):
+    model_type = "mistral"
+    causal_class = MistralForCausalLM
+    base_class = MistralModel
+    layer_class = MistralDecoderLayer
+
+
+class Qwen2(Dense):
+    model_type = "qwen2"
+    causal_class = Qwen2ForCausalLM
+    base_class = Qwen2Model
+    layer_class = Qwen2DecoderLayer
+
+    def attention_biases(self, config: PreTrainedConfig) -> dict[str, bool]:
+        return {"bias": True, "out_bias": False}
+
+
+class Qwen3(Dense):
     model_type = "qwen3"
     causal_class = Qwen3ForCausalLM
     base_class = Qwen3Model
     layer_class = Qwen3DecoderLayer
-    head_norms = ("q_norm", "k_norm")
+    head_norms = True

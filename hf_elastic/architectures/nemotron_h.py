@@ -10,7 +10,6 @@ import torch
 from transformers import NemotronHForCausalLM, NemotronHModel, PreTrainedConfig
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHBlock
 
-from ..errors import ElasticConfigError
 from . import blocks, other_programs
 from .axes import Cut, Sizes, TensorRule, dim
 from .base import Architecture, Axis, StateRule
@@ -63,19 +62,8 @@ class NemotronH(Architecture):
 
     def check_layer(self, config: PreTrainedConfig, sizes: Sizes, where: str) -> None:
         # The stock config takes these, and its router fails at the first token.
-        if "experts" not in sizes:
-            return
-        per_group = sizes["experts"] // config.n_group
-        if per_group < 2:
-            raise ElasticConfigError(
-                f"{where}: experts={sizes['experts']} leaves {per_group} expert in each of {config.n_group} router groups; the "
-                f"router adds the two best of a group, so keep at least {2 * config.n_group}."
-            )
-        if sizes["experts_per_token"] > config.topk_group * per_group:
-            raise ElasticConfigError(
-                f"{where}: experts_per_token={sizes['experts_per_token']} is more than the {config.topk_group * per_group} experts "
-                f"in the {config.topk_group} router groups a token may use; lower it or keep more experts."
-            )
+        if "experts" in sizes:
+            blocks.check_router_groups(sizes, config.n_group, config.topk_group, where)
 
     def export_fields(self, config: PreTrainedConfig) -> dict[str, Any]:
         return other_programs.nemotron_h_fields(config)

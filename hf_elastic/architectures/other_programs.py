@@ -100,3 +100,18 @@ def granite_obstacles(config: PreTrainedConfig, submodel: Submodel, head_dim: in
         if not rope:
             yield Obstacle("llama.cpp", SILENT, "it adds rotary positions where no layer has Mamba")
         yield Obstacle("mistral.rs", REFUSES, "no layer has Mamba")
+
+
+def kimi_linear_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """The Hub's own words for kinds of layers, counted from 1, for KDA's sizes, and for how many dense layers come first."""
+    kinds, dense = config.layer_types, [kind == "dense" for kind in config.mlp_layer_types]
+    said = {"full_attn_layers": "full_attention", "kda_layers": "linear_attention"}
+    return {
+        "linear_attn_config": {
+            "head_dim": config.linear_head_dim,
+            "num_heads": config.linear_num_heads,
+            "short_conv_kernel_size": config.linear_conv_kernel_dim,
+            **{name: [i for i, kind in enumerate(kinds, start=1) if kind == wanted] for name, wanted in said.items()},
+        },
+        "first_k_dense_replace": sum(dense) if dense == sorted(dense, reverse=True) else None,
+    }

@@ -24,7 +24,15 @@ _OURS = {
     "qwen3_5_moe_text": "qwen3_5:Qwen35Moe",
     "jamba": "jamba:Jamba",
     "llama": "dense:Llama",
+    "mistral": "dense:Mistral",
+    "qwen2": "dense:Qwen2",
     "qwen3": "dense:Qwen3",
+    "olmo_hybrid": "olmo_hybrid:OlmoHybrid",
+    "kimi_linear": "kimi_linear:KimiLinear",
+    "gemma2": "gemma:Gemma2",
+    "gemma3_text": "gemma:Gemma3Text",
+    "mixtral": "sparse:Mixtral",
+    "qwen3_moe": "sparse:Qwen3Moe",
     "zamba2": "zamba2:Zamba2",
 }
 

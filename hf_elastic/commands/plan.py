@@ -134,8 +134,8 @@ def plan(
 
     Returns:
         `list[dict]`: `name` (`None` for sizes between budgets), `total_params`, `active_params`, `weight_bytes` per dtype,
-        `kv_bytes_per_token`, `state_bytes`, `sizes`, and `obstacles`: the `program`s that do not run an export of it, what each `does` and `why`; the whole
-        parent first. What a budget selects has its text as name.
+        `kv_bytes_per_token`, `window_bytes`, `state_bytes`, `sizes`, and `obstacles`: the `program`s that do not run an export of it, what each `does`
+        and `why`; the whole parent first. What a budget selects has its text as name.
     """
     from ..architectures.cost import CostModel
     from ..architectures.portability import portability
@@ -265,7 +265,9 @@ def render(budgets: list[dict[str, Any]]) -> str:
     from ..configuration.budgets import format_bytes, format_count
 
     whole = budgets[0]["sizes"]
-    rows = [["budget", "params", "active", "bf16", "fp32", "KV/token", "state", "sizes"]]
+    slides = any(entry["window_bytes"] for entry in budgets)
+    head = ["budget", "params", "active", "bf16", "fp32", "KV/token", *["KV window"][:slides], "state", "sizes"]
+    rows = [head]
     for entry in budgets:
         sizes = (
             entry["sizes"] if entry is budgets[0] else {k: v for k, v in entry["sizes"].items() if whole.get(k) != v}
@@ -278,12 +280,13 @@ def render(budgets: list[dict[str, Any]]) -> str:
                 format_bytes(entry["weight_bytes"]["bfloat16"]),
                 format_bytes(entry["weight_bytes"]["float32"]),
                 format_bytes(entry["kv_bytes_per_token"]),
+                *[format_bytes(entry["window_bytes"])][:slides],
                 format_bytes(entry["state_bytes"]),
                 " ".join(f"{axis}={_short(value)}" for axis, value in sizes.items()),
             ]
         )
     notes = obstacle_notes(budgets)
-    return "\n".join([table(rows, right=frozenset(range(1, 7))), *([""] if notes else []), *notes])
+    return "\n".join([table(rows, right=frozenset(range(1, len(head) - 1))), *([""] if notes else []), *notes])
 
 
 def obstacle_notes(budgets: list[dict[str, Any]]) -> list[str]:

@@ -106,11 +106,15 @@ def refuse_huge(fields: Mapping[str, Any]) -> None:
 
 
 def _refuse_contradictions(fields: Mapping[str, Any], config: PreTrainedConfig) -> None:
-    """Refuse a size that the stock class takes from another field: exports give some twice, under names that other programs read."""
+    """Refuse a size that the stock class takes from another field: exports give some twice, under names that other programs read.
+
+    What a class computes from what was said, and writes again as it was said, is none.
+    """
+    written = config.to_dict()
     for field, said in fields.items():
         if type(said) not in (int, float) or field == "num_hidden_layers":  # which follows from the list of layers
             continue
-        if type(taken := getattr(config, field, said)) in (int, float) and taken != said:
+        if type(taken := getattr(config, field, said)) in (int, float) and said not in (taken, written.get(field)):
             raise ElasticConfigError(
                 f"{field}={said}, but another field says {taken}, which the stock class takes; config.json was edited or damaged. Give both the same "
                 "value."

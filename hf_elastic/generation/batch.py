@@ -118,8 +118,9 @@ class Batch:
                 states = read_cache(cache)
                 read.update((i, take_row(states, k, len(self.rows[i].ids))) for k, i in enumerate(members))
         if len(groups) > 1:
-            cache = write_cache(join_rows([read[i] for i in range(len(self.rows))]), self.model._running_config)
             self.ids, self.mask = self._pad(self.rows)
+            joined = join_rows([read[i] for i in range(len(self.rows))])
+            cache = write_cache(joined, self.model._running_config, self.ids.shape[1])
         self.cache, self.logits = cache, torch.stack([logits[i] for i in range(len(self.rows))])
 
     def _kept(self, source: Submodel | None, rows: Sequence[Row]) -> Cache:
@@ -129,7 +130,7 @@ class Batch:
             return DynamicCache(config=model._running_config)
         joined = join_rows([row.states for row in rows if row.states is not None])
         given = hand_over(joined, model.architecture, model.elastic_config.parent_config, source, model.submodel)
-        return write_cache(given, model._running_config)
+        return write_cache(given, model._running_config, max(row.cached for row in rows))
 
     def _pad(self, rows: Sequence[Row]) -> tuple[torch.Tensor, torch.Tensor | None]:
         texts = [row.ids for row in rows]

@@ -6,7 +6,8 @@ A cache is read into `States`, one dict per layer from the key of a state (`Stat
 keys, values   (batch, kv heads, tokens, head_dim)      conv   (batch, channels, kernel)      ssm   (batch, heads, head_dim, state)
 ```
 
-Where a layer has several states of one kind, the next are `conv.1`, `conv.2`, ...
+Where a layer has several states of one kind, the next are `conv.1`, `conv.2`, ... A layer with a sliding window has the keys and values of the
+newest tokens alone.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ States = list[dict[str, torch.Tensor]]
 """Per layer of a submodel the tensors it keeps, by key."""
 
 PER_TOKEN = ("keys", "values")
-"""Kinds that grow with every token; their tokens are dimension 2."""
+"""Kinds that grow with every token, or until a window is full; their tokens are dimension 2."""
 
 
 def read_cache(cache: Cache) -> States:
@@ -52,16 +53,23 @@ def _slots(layer: Any) -> Iterator[tuple[str, torch.Tensor]]:
             yield state_key("ssm", slot), layer.recurrent_states[slot]
 
 
-def write_cache(states: States, config: PreTrainedConfig) -> Cache:
+def write_cache(states: States, config: PreTrainedConfig, tokens: int | None = None) -> Cache:
     """A cache that holds these tensors.
 
     Args:
         config (`PreTrainedConfig`): Stock config of the submodel they belong to.
+        tokens (`int`, *optional*): How many tokens they are of; found out where a layer keeps all of them.
+
+    Raises:
+        `HandoverError`: every layer has a sliding window, and `tokens` is missing.
     """
     cache = DynamicCache(config=config)
+    tokens = _tokens(states, cache) if tokens is None else tokens
     for i, found in enumerate(states):
         if "keys" in found:
             cache.update(found["keys"], found["values"], i)
+            if slides(cache.layers[i]):
+                cache.layers[i].cumulative_length = tokens
         for key, tensor in found.items():
             kind, _, slot = key.partition(".")
             at: dict[str, int] = {"layer_idx": i, "state_idx": int(slot or 0)}
@@ -71,6 +79,22 @@ def write_cache(states: States, config: PreTrainedConfig) -> Cache:
                 cache.update_recurrent_state(tensor, **at)
                 cache.layers[i].has_previous_state[at["state_idx"]] = True
     return cache
+
+
+def slides(layer: Any) -> bool:
+    """Whether a layer of a cache keeps the newest tokens alone."""
+    return bool(getattr(layer, "is_sliding", False))
+
+
+def _tokens(states: States, cache: Cache) -> int:
+    held = [
+        (found["keys"].shape[2], layer) for found, layer in zip(states, cache.layers, strict=False) if "keys" in found
+    ]
+    if held and all(slides(layer) and length >= layer.sliding_window - 1 for length, layer in held):
+        raise HandoverError(
+            "the windows of all layers are full, so nothing says how many tokens they have read; give tokens=, their number."
+        )
+    return max((length for length, _ in held), default=0)
 
 
 def claim(
@@ -130,7 +154,9 @@ def take_row(states: States, row: int, tokens: int) -> States:
     """
     return [
         {
-            key: tensor[row : row + 1, :, tensor.shape[2] - tokens :] if key in PER_TOKEN else tensor[row : row + 1]
+            key: tensor[row : row + 1, :, max(0, tensor.shape[2] - tokens) :]
+            if key in PER_TOKEN
+            else tensor[row : row + 1]
             for key, tensor in layer.items()
         }
         for layer in states

@@ -1,4 +1,4 @@
-"""Take back what a submodel has read: keys and values can be cut off, convolution and SSM states only be put back from a copy."""
+"""Take back what a submodel has read: keys and values can be cut off, or put back where a window slides, convolution and SSM states only be put back from a copy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache
 
-from .caches import PER_TOKEN, States, read_cache
+from .caches import PER_TOKEN, States, read_cache, slides
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,8 @@ class Snapshot:
 
     Args:
         tokens (`int`): Tokens in it, padding of the prompt included.
-        states (`States`): Per layer copies of what the next token overwrites. Keys and values are not copied: they only grow.
+        states (`States`): Per layer copies of what the next token overwrites. Keys and values are not copied: they only grow, or, in a layer with a
+            sliding window, are made anew with every pass.
     """
 
     tokens: int
@@ -29,15 +30,21 @@ class Snapshot:
     @classmethod
     def take(cls, cache: Cache, tokens: int) -> Snapshot:
         """Of a cache that holds so many tokens."""
-        kept = [{k: t.clone() for k, t in layer.items() if k not in PER_TOKEN} for layer in read_cache(cache)]
+        kept = [
+            {k: t if k in PER_TOKEN else t.clone() for k, t in found.items() if k not in PER_TOKEN or slides(layer)}
+            for found, layer in zip(read_cache(cache), cache.layers, strict=True)
+        ]
         return cls(tokens, kept)
 
     def restore(self, cache: Cache) -> None:
         """Put the same cache back, in place."""
         for layer, found, kept in zip(cache.layers, read_cache(cache), self.states, strict=True):
             for kind, tensor in kept.items():
-                found[kind].copy_(tensor)
-            if "keys" in found:
+                if kind not in PER_TOKEN:
+                    found[kind].copy_(tensor)
+            if slides(layer):
+                layer.keys, layer.values, layer.cumulative_length = kept["keys"], kept["values"], self.tokens
+            elif "keys" in found:
                 layer.keys, layer.values = (found[kind][:, :, : self.tokens] for kind in PER_TOKEN)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import DynamicCache, GenerationConfig, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteriaList
 from transformers.generation import (
     GenerateDecoderOnlyOutput,
     GenerationMode,
@@ -291,10 +291,6 @@ def _drafter(model: Any, budget: Any) -> tuple[Any, Any]:
         raise SpeculationError("draft_budget= needs evaluation mode; call model.eval() first.")
     with model._in_use():  # refused now, if it is not known what is active here
         verifies, drafts = model._shadow(active), model._shadow(drafter)
-    if any(getattr(layer, "is_sliding", False) for layer in DynamicCache(config=drafts.config).layers):
-        raise SpeculationError(
-            "draft_budget= is not supported for sliding-window attention: its cache drops old tokens, so a rejected draft could not be taken back."
-        )
     return verifies, drafts
 
 

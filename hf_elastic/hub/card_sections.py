@@ -35,6 +35,7 @@ def sizes_table(elastic: ElasticConfig, costs: Mapping[str, Cost], plain: bool) 
     kinds: dict[tuple[int, ...], list[str]] = {}
     for name, dtype in WEIGHT_DTYPES.items():
         kinds.setdefault(tuple(cost.weight_bytes(dtype) for cost in costs.values()), []).append(name)
+    slides = any(cost.windowed for cost in costs.values())
     head = [
         "size",
         "parameters",
@@ -42,6 +43,7 @@ def sizes_table(elastic: ElasticConfig, costs: Mapping[str, Cost], plain: bool) 
         *map(", ".join, kinds.values()),
         "download",
         "KV per token",
+        *["KV of full windows"][:slides],
         "states",
         "sizes",
     ]
@@ -57,6 +59,7 @@ def sizes_table(elastic: ElasticConfig, costs: Mapping[str, Cost], plain: bool) 
                 *(format_bytes(sizes[i]) for sizes in kinds),
                 download_words(elastic, name),
                 format_bytes(cost.kv_bytes_per_token()),
+                *[format_bytes(cost.window_bytes())][:slides],
                 format_bytes(cost.state_bytes()),
                 _cuts(family[name], whole),
             ]

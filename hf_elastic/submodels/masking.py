@@ -94,7 +94,7 @@ def epsilon_of(module: Any, norm: Norm) -> str:
         `HFElasticError`: the module has none, or subtracts a mean, which no correction of weight and epsilon makes up for.
     """
     known = (norm.epsilon,) if norm.epsilon else _EPSILONS
-    names = [name for name in known if isinstance(getattr(module, name, None), (int, float))]
+    names = [name for name in known if isinstance(getattr(module, name, None), (int, float, torch.Tensor))]
     if not names or is_layer_norm(module):
         raise HFElasticError(
             f"the table calls a {type(module).__name__} an RMSNorm, but it "

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from hf_elastic import HFElasticError, PhasePlan
-from hf_elastic.architectures.cost import Cost
+from hf_elastic.architectures.cost import Cost, tokens_kept
 from hf_elastic.generation import PhaseEvent
 
 MAX_CHARACTERS = 100_000
@@ -106,6 +106,7 @@ class Size:
     Args:
         name (`str`): Of the budget.
         total_params, active_params, weight_bytes, kv_bytes_per_token, state_bytes (`int`): As in [`hf_elastic.architectures.cost.Cost`].
+        windows (`tuple[tuple[int, int], ...]`): Per sliding window the bytes of the KV cache per token in layers that have it.
     """
 
     name: str
@@ -114,16 +115,19 @@ class Size:
     weight_bytes: int
     kv_bytes_per_token: int
     state_bytes: int
+    windows: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def of(cls, name: str, cost: Cost, dtype: torch.dtype) -> Size:
         """The size with this cost."""
-        kept = (cost.kv_bytes_per_token(dtype), cost.state_bytes(dtype))
+        windows = tuple((window, dtype.itemsize * elements) for window, elements in cost.windowed)
+        kept = (cost.kv_bytes_per_token(dtype), cost.state_bytes(dtype), windows)
         return cls(name, cost.total_params, cost.active_params, cost.weight_bytes(dtype), *kept)
 
     def cache_bytes(self, tokens: int) -> int:
         """KV cache and states of one sequence of that many tokens."""
-        return tokens * self.kv_bytes_per_token + self.state_bytes
+        windows = sum(tokens_kept(tokens, window) * each for window, each in self.windows)
+        return tokens * self.kv_bytes_per_token + windows + self.state_bytes
 
 
 def _is_number(value: object, kind: type) -> bool:

@@ -1,0 +1,178 @@
+"""The submodels that the kit cuts out of a model: made from its table alone, as far as the stock config can say them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from ..architectures import Architecture
+from ..architectures.submodel import LAYERS, Submodel
+from ..errors import ElasticConfigError, HFElasticError
+
+
+@dataclass(frozen=True)
+class Case:
+    """A submodel of the model that is checked."""
+
+    name: str
+    sizes: dict[str, Any]
+    submodel: Submodel
+
+
+@dataclass
+class Cases:
+    """What can be cut, and what the stock config cannot say.
+
+    Args:
+        said (`list[Case]`): The whole, every axis alone, per layer, all together, fewer layers, both.
+        unsaid (`list[str]`): What was tried without success, with the reason.
+        per_axis (`dict[str, int]`): The smallest number of steps (`step_of`) that could be taken off an axis alone.
+    """
+
+    said: list[Case] = field(default_factory=list)
+    unsaid: list[str] = field(default_factory=list)
+
+    def named(self, *beginnings: str) -> list[Case]:
+        return [case for case in self.said if case.name.startswith(beginnings)]
+
+
+def cases_of(architecture: Architecture, config: PreTrainedConfig) -> Cases:
+    """The cases of a config.
+
+    Raises:
+        `ElasticConfigError`: an axis that nothing can be cut from, so that nobody could check it.
+    """
+    found, full = Cases(), architecture.full(config)
+    _add(found, architecture, config, "whole", [{}])
+    for axis, _ in full.items:
+        smaller = list(_smaller(architecture, config, full, axis))
+        if not _add(found, architecture, config, axis, ({axis: size} for size in smaller)):
+            _add_with_others(found, architecture, config, full, axis, smaller)
+        if not isinstance(full[axis], int):
+            _add(found, architecture, config, f"{axis} per layer", _per_layer(full, axis, smaller))
+    together = [dict(sizes) for sizes in _together(architecture, config, full)]
+    _add(found, architecture, config, "all axes", together)
+    depths = list(_depths(architecture, config, full.depth))
+    _add(found, architecture, config, "fewer layers", ({LAYERS: kept} for kept in depths))
+    both = ({**sizes, LAYERS: kept} for sizes in together for kept in depths[:6])
+    _add(found, architecture, config, "all axes and fewer layers", both)
+    return found
+
+
+def random_cases(architecture: Architecture, config: PreTrainedConfig, count: int, seed: int = 0) -> Iterator[Case]:
+    """Random submodels, every axis and every layer by itself; what the stock config cannot say is drawn again."""
+    draw, full = random.Random(seed), architecture.full(config)
+    made = 0
+    for attempt in range(200 * count):
+        sizes: dict[str, Any] = {}
+        uniform = draw.random() < 0.5
+        for axis, whole in full.items:
+            if draw.random() < 0.35:
+                continue
+            choices = [_largest(whole), *_smaller(architecture, config, full, axis)]
+            if isinstance(whole, int) or uniform:
+                sizes[axis] = draw.choice(choices)
+            else:
+                sizes[axis] = [None if size is None else min(size, draw.choice(choices)) for size in whole]
+        if draw.random() < 0.4:
+            sizes[LAYERS] = sorted(draw.sample(range(full.depth), draw.randint(1, full.depth)))
+            sizes = _without_dropped(sizes, full.depth)
+        try:
+            submodel = architecture.submodel(config, sizes)
+        except ElasticConfigError:
+            continue
+        yield Case(f"random {attempt}", sizes, submodel)
+        made += 1
+        if made == count:
+            return
+    raise HFElasticError(f"only {made} of {count} random submodels of {architecture.model_type} can be said.")
+
+
+def _add(found: Cases, architecture: Architecture, config: PreTrainedConfig, name: str, tries: Any) -> bool:
+    """Add the first of these that the stock config can say."""
+    reason = "nothing to try"
+    for sizes in tries:
+        try:
+            submodel = architecture.submodel(config, sizes, name)
+        except ElasticConfigError as error:
+            reason = str(error)
+        else:
+            found.said.append(Case(name, sizes, submodel))
+            return True
+    found.unsaid.append(f"{name}: {reason}")
+    return False
+
+
+def _add_with_others(
+    found: Cases, architecture: Architecture, config: PreTrainedConfig, full: Submodel, axis: str, smaller: list[int]
+) -> None:
+    """An axis that the stock config ties to another one: cut both."""
+    tries = (
+        {axis: size, other: also}
+        for other, _ in full.items
+        if other != axis
+        for size in smaller
+        for also in _smaller(architecture, config, full, other)
+    )
+    if not _add(found, architecture, config, f"{axis} with another", tries):
+        raise ElasticConfigError(
+            f"{architecture.model_type}: nothing can be cut from axis {axis!r} in this config, so it cannot be checked; give a config that leaves "
+            "room, or leave the axis out."
+        )
+
+
+def _smaller(architecture: Architecture, config: PreTrainedConfig, full: Submodel, axis: str) -> Iterator[int]:
+    """Smaller sizes of an axis, from around half to near the whole and to small ones; multiples of its groups."""
+    declared, whole = architecture.axis(axis), _largest(full[axis])
+    layer = 0 if declared.part is None else architecture.layers_with(config, declared)[0]
+    groups = int(getattr(config.per_layer_config[layer], declared.groups)) if declared.groups else 1
+    count = whole // groups
+    order = sorted(range(1, count), key=lambda k: (k * 4 % 4 != 0, abs(k - 0.6 * count)))
+    aligned = [k for k in order if k * groups % 4 == 0]
+    for k in [*aligned, *(k for k in order if k not in aligned)]:
+        yield k * groups
+
+
+def _per_layer(full: Submodel, axis: str, smaller: list[int]) -> Iterator[dict[str, Any]]:
+    """Other sizes in other layers: the first that has it the whole, the next ones different smaller ones."""
+    having = [i for i, size in enumerate(full[axis]) if size is not None]  # type: ignore[arg-type]
+    for start in range(min(3, len(smaller))):
+        choices = [_largest(full[axis]), *smaller[start:], *smaller[:start]]
+        yield {axis: {layer: choices[(k + (len(having) == 1)) % len(choices)] for k, layer in enumerate(having)}}
+
+
+def _together(architecture: Architecture, config: PreTrainedConfig, full: Submodel) -> Iterator[dict[str, int]]:
+    """All axes smaller at once: the first choices that go together, axis by axis."""
+    choices = {axis: list(_smaller(architecture, config, full, axis)) for axis, _ in full.items}
+    draw = random.Random(0)
+    for attempt in range(300):
+        width = 1 + attempt // 20
+        yield {axis: draw.choice(sizes[:width]) for axis, sizes in choices.items() if sizes}
+
+
+def _depths(architecture: Architecture, config: PreTrainedConfig, depth: int) -> Iterator[list[int]]:
+    """Fewer layers: without the first, without one in the middle, without the last, and smaller ones."""
+    for gone in (0, *range(1, depth)):
+        yield [layer for layer in range(depth) if layer != gone]
+    for start in range(depth):
+        for stop in range(depth, start, -1):
+            if (start, stop) != (0, depth):
+                yield list(range(start, stop))
+
+
+def _without_dropped(sizes: dict[str, Any], depth: int) -> dict[str, Any]:
+    kept = sizes[LAYERS]
+    return {
+        axis: [size if i in kept else None for i, size in enumerate(value)]
+        if axis != LAYERS and isinstance(value, list)
+        else value
+        for axis, value in sizes.items()
+    }
+
+
+def _largest(size: int | tuple[int | None, ...]) -> int:
+    return size if isinstance(size, int) else max(s for s in size if s is not None)

@@ -1,0 +1,178 @@
+"""Tiny models of every table: fields of their stock configs. The first entry is the default, the others change some of its fields.
+
+Epsilons are far larger than usual, so that a norm whose epsilon is not corrected gives visibly different logits. Widths of experts are multiples
+of 4, because `grouped_mm` needs rows of 16 bytes in float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+EPS = 0.1
+_COMMON: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 48,
+    "intermediate_size": 40,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+_DENSE = _COMMON | {"num_hidden_layers": 3, "rms_norm_eps": EPS, "head_dim": 8, "attention_bias": True}
+_KINDS = ["linear_attention", "full_attention", "linear_attention", "full_attention"]
+_QWEN = _COMMON | {
+    "num_hidden_layers": 4,
+    "layer_types": _KINDS,
+    "head_dim": 8,
+    "attention_bias": True,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 8,
+    "rms_norm_eps": EPS,
+}
+_QWEN_MOE = _QWEN | {
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 24,
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+}
+
+TINY: dict[str, tuple[dict[str, Any], ...]] = {
+    "nemotron_h": (
+        _COMMON
+        | {
+            "head_dim": 8,
+            "mamba_num_heads": 12,
+            "mamba_head_dim": 8,
+            "n_groups": 2,
+            "ssm_state_size": 6,
+            "chunk_size": 8,
+            "layer_norm_epsilon": EPS,
+            "n_routed_experts": 12,
+            "n_group": 2,
+            "topk_group": 1,
+            "num_experts_per_tok": 3,
+            "routed_scaling_factor": 1.5,
+            "moe_intermediate_size": 16,
+            "moe_shared_expert_intermediate_size": 24,
+            "hybrid_override_pattern": "ME*E-M",
+        },
+        {"hybrid_override_pattern": "M-M*-"},
+        {"moe_latent_size": 20, "topk_group": 2, "use_conv_bias": False, "mlp_bias": True, "use_bias": True},
+    ),
+    "granitemoehybrid": (
+        _COMMON
+        | {
+            "intermediate_size": 16,
+            "shared_intermediate_size": 24,
+            "layer_types": _KINDS,
+            "num_hidden_layers": 4,
+            "attention_bias": True,
+            "mamba_n_heads": 24,
+            "mamba_d_head": 8,
+            "mamba_expand": 4,
+            "mamba_n_groups": 2,
+            "mamba_d_state": 6,
+            "mamba_chunk_size": 8,
+            "mamba_proj_bias": True,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 3,
+            "position_embedding_type": "rope",
+            "embedding_multiplier": 1.5,
+            "logits_scaling": 0.5,
+            "residual_multiplier": 0.7,
+            "attention_multiplier": 0.4,
+            "rms_norm_eps": EPS,
+        },
+        {"tie_word_embeddings": True, "mamba_n_groups": 1, "num_local_experts": 0, "num_experts_per_tok": 0},
+    ),
+    "bamba": (
+        _COMMON
+        | {
+            "num_hidden_layers": 4,
+            "attn_layer_indices": [1, 3],
+            "attention_bias": True,
+            "mlp_bias": True,
+            "mamba_n_heads": 24,
+            "mamba_d_head": 8,
+            "mamba_expand": 4,
+            "mamba_n_groups": 2,
+            "mamba_d_state": 6,
+            "mamba_chunk_size": 8,
+            "mamba_proj_bias": True,
+            "rms_norm_eps": EPS,
+        },
+    ),
+    "falcon_h1": (
+        _COMMON
+        | {
+            "num_hidden_layers": 3,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "mamba_n_heads": 12,
+            "mamba_d_head": 8,
+            "mamba_d_ssm": 96,
+            "mamba_n_groups": 2,
+            "mamba_d_state": 6,
+            "mamba_chunk_size": 8,
+            "mamba_proj_bias": True,
+            "mamba_rms_norm": True,
+            "rms_norm_eps": EPS,
+            "ssm_multipliers": [1.1, 0.9, 1.2, 0.8, 1.3],
+            "mlp_multipliers": [1.2, 0.7],
+            "key_multiplier": 1.3,
+            "attention_out_multiplier": 0.8,
+            "ssm_in_multiplier": 1.2,
+            "ssm_out_multiplier": 0.9,
+            "embedding_multiplier": 1.5,
+            "lm_head_multiplier": 1.4,
+        },
+        {"mamba_rms_norm": False, "projectors_bias": True, "mamba_proj_bias": False, "tie_word_embeddings": True},
+    ),
+    "lfm2_moe": (
+        _COMMON
+        | {
+            "moe_intermediate_size": 16,
+            "num_hidden_layers": 4,
+            "layer_types": ["conv", "full_attention", "conv", "full_attention"],
+            "num_dense_layers": 2,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "routed_scaling_factor": 1.5,
+            "conv_bias": True,
+            "norm_eps": EPS,
+        },
+        {"conv_bias": False, "use_expert_bias": False, "tie_word_embeddings": False, "norm_topk_prob": False},
+    ),
+    "qwen3_next": (
+        _QWEN_MOE | {"mlp_only_layers": [1]},
+        {"tie_word_embeddings": True, "mlp_only_layers": None, "decoder_sparse_step": 2, "norm_topk_prob": False},
+    ),
+    "qwen3_5_text": (_QWEN,),
+    "qwen3_5_moe_text": (_QWEN_MOE | {"tie_word_embeddings": True},),
+    "jamba": (
+        _COMMON
+        | {
+            "intermediate_size": 16,
+            "num_hidden_layers": 4,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "mamba_expand": 3,
+            "mamba_dt_rank": 5,
+            "mamba_d_state": 6,
+            "mamba_proj_bias": True,
+            "use_mamba_kernels": False,
+            "rms_norm_eps": EPS,
+        },
+    ),
+    "llama": (_DENSE | {"mlp_bias": True},),
+    "qwen3": (_DENSE | {"tie_word_embeddings": True},),
+}
+"""Per `model_type` the fields of a tiny model, and of its variants."""
