@@ -8,11 +8,14 @@ from transformers import (
     BambaConfig,
     GraniteMoeHybridConfig,
     JambaConfig,
+    KimiLinearConfig,
     Lfm2MoeConfig,
     LlamaConfig,
     NemotronHConfig,
+    OlmoHybridConfig,
     PreTrainedConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
     Qwen3NextConfig,
 )
 
@@ -102,6 +105,19 @@ def qwen3_8b() -> Qwen3Config:
     return Qwen3Config(intermediate_size=12288, num_hidden_layers=36, num_key_value_heads=8)
 
 
+def qwen3_30b() -> Qwen3MoeConfig:
+    """Qwen3-30B-A3B."""
+    return Qwen3MoeConfig(
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        num_experts=128,
+        num_experts_per_tok=8,
+        moe_intermediate_size=768,
+    )
+
+
 PARENTS: dict[str, Callable[[], PreTrainedConfig]] = {
     "Nemotron 3 Nano 30B-A3B": nano_v3,
     "Nemotron Nano 9B v2": nano2_9b,
@@ -109,8 +125,11 @@ PARENTS: dict[str, Callable[[], PreTrainedConfig]] = {
     "Bamba-9B": bamba_9b,
     "Jamba-v0.1": JambaConfig,
     "Qwen3-Next-80B-A3B": Qwen3NextConfig,
+    "Kimi-Linear-48B-A3B": KimiLinearConfig,
+    "Olmo-Hybrid-7B": OlmoHybridConfig,
     "LFM2-8B-A1B": lfm2_8b,
     "Llama-3.1-8B": llama31_8b,
     "Qwen3-8B": qwen3_8b,
+    "Qwen3-30B-A3B": qwen3_30b,
 }
 """Those that docs/architectures.md has sizes for; where it is the class alone, its defaults are that model."""
