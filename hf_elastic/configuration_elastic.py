@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 
 from .architectures import Architecture, as_stock, get_architecture
 from .architectures.cost import Cost, CostModel
+from .architectures.hosts import Host
 from .architectures.submodel import LAYERS, Submodel, first_layers
 from .configuration.budgets import (
     FULL,
@@ -27,6 +28,7 @@ from .configuration.budgets import (
     unit_hint,
     warn_if_far,
 )
+from .configuration.hosting import HOST, find_host, host_fields, parted, stock_host
 from .configuration.leaving_out import LEFT_OUT
 from .configuration.parent import (
     explained,
@@ -80,6 +82,7 @@ class ElasticConfig(InstalledCode, PreTrainedConfig):
             - `handover` (`dict`, *optional*): `trained` (`bool`), whether submodels were trained to go on from each other's caches.
         cut_from (`dict`, *optional*): In a slice, what it was cut from: `family` and `commit` if it was on the Hub, and the `budget`.
         left_out (`list[str]`, *optional*): Tensors of the parent that its stock class does not load, by layer: `["mtp.layers.0.*"]`.
+        host_config (`dict`, *optional*): Of a parent that is part of a larger model, such as a vision-language model, the rest of that one's config.
 
     Raises:
         `ElasticConfigError`: says which axis or budget is wrong, what is allowed, and what to do.
@@ -115,6 +118,9 @@ class ElasticConfig(InstalledCode, PreTrainedConfig):
         self.parent_config = parent
         check_origin(kwargs.get(CUT_FROM))
         check_left_out(kwargs.get(LEFT_OUT))
+        if (around := kwargs.get(HOST)) is not None:
+            with explained(self.model_type):
+                stock_host(find_host(parent, around), around, parent)
         code = kwargs.get("auto_map", {})
         if not isinstance(code, Mapping) or not all(isinstance(name, str) for name in code.values()):
             raise ElasticConfigError(f"auto_map={shown(code)} must be a dict from class to the name of one.")
@@ -209,6 +215,12 @@ class ElasticConfig(InstalledCode, PreTrainedConfig):
     def architecture(self) -> Architecture:
         """Table of the parent."""
         return get_architecture(self.parent_config.model_type)
+
+    @property
+    def host(self) -> Host | None:
+        """The larger model that the parent is a part of, if the checkpoint keeps the rest of it."""
+        fields = getattr(self, HOST, None)
+        return None if fields is None else self.architecture.host(fields["model_type"])
 
     @property
     def axes(self) -> dict[str, dict[str, Any]]:
@@ -358,6 +370,8 @@ class ElasticConfig(InstalledCode, PreTrainedConfig):
         made = type(self)(parent_config=stock, elastic=section)
         if hasattr(self, LEFT_OUT):
             setattr(made, LEFT_OUT, getattr(self, LEFT_OUT))
+        if self.host is not None:
+            made.host_config = self.host.fields_at(self.host_config, submodel.at(None))
         return made
 
     def to_dict(self) -> dict[str, Any]:
@@ -437,9 +451,21 @@ def read_config(repo: Any, plain: bool = False, **hub: Any) -> ElasticConfig:
     model_type = fields["model_type"]
     if model_type == ElasticConfig.model_type:
         return ElasticConfig.from_dict(fields)  # type: ignore[no-any-return]
-    if plain or fields.get("per_layer_config"):  # the latter is a heterogeneous export, which only this package loads
-        return ElasticConfig.from_parent(parent_from_dict(fields), {})
+    if plain or parted(fields)[0].get(
+        "per_layer_config"
+    ):  # the latter is a heterogeneous export, which only this package loads
+        return _around(ElasticConfig.from_parent(parent_from_dict(fields), {}), fields)
     raise plain_parent_error(repo, model_type)
+
+
+def _around(elastic: ElasticConfig, fields: Mapping[str, Any]) -> ElasticConfig:
+    """A family with what the larger model of its `config.json` says, if there is one."""
+    with explained(elastic.parent_config.model_type):
+        around = host_fields(fields, elastic.parent_config)
+    if around is not None:
+        find_host(elastic.parent_config, around)
+        elastic.host_config = around
+    return elastic
 
 
 def read_fields(repo: Any, **hub: Any) -> dict[str, Any]:

@@ -46,8 +46,10 @@ from .checkpoints.loading import (
 from .checkpoints.memory import resolve_for_loading
 from .checkpoints.opening import open_checkpoint
 from .checkpoints.origin import cut_from, loaded_from
+from .checkpoints.passengers import not_passengers, open_passengers
 from .checkpoints.saving import SavingMixin
 from .configuration.budgets import Budget
+from .configuration.hosting import HOST
 from .configuration.leaving_out import LEFT_OUT, note_left_out
 from .configuration.parent import plain_parent_error
 from .configuration.remote_code import InstalledCode, add_to_transformers
@@ -202,7 +204,7 @@ class ElasticPreTrainedModel(
         variant = kwargs.pop("variant", None)
         concrete = concrete_class(cls, elastic.parent_config)
         head = concrete._stock_class is elastic.architecture.causal_class
-        ignored = concrete._keys_to_ignore_on_load_unexpected or ()
+        ignored = elastic.architecture.ignored(concrete)
         checkpoint = open_checkpoint(
             pretrained_model_name_or_path, elastic, submodel, variant, head=head, ignored=ignored, verify=verify, **hub
         )
@@ -212,7 +214,8 @@ class ElasticPreTrainedModel(
         whole = submodel == elastic.architecture.full(elastic.parent_config)
         if not whole or hasattr(elastic, CUT_FROM):
             sliced.cut_from = cut_from(elastic, submodel, pretrained_model_name_or_path, hub)
-        note_left_out(sliced, checkpoint.ignored, pretrained_model_name_or_path)
+        note_left_out(sliced, not_passengers(elastic.host, checkpoint.ignored), pretrained_model_name_or_path)
+        passengers = open_passengers(pretrained_model_name_or_path, elastic, hub)
         router = read_router(sliced, pretrained_model_name_or_path, verify=verify, **hub)
         stock = configured(sliced.parent_config, elastic, stock_kwargs, concrete)
         stock_kwargs["dtype"] = dtype
@@ -235,6 +238,7 @@ class ElasticPreTrainedModel(
         )
         sliced._name_or_path = model.name_or_path = model.config._name_or_path = name
         model._adopt(sliced, router)
+        model._passengers = passengers
         model._loaded_from = loaded_from(pretrained_model_name_or_path, hub)
         return (model, info) if want_info else model
 
@@ -256,7 +260,7 @@ class ElasticPreTrainedModel(
         if "handover" in old.elastic:
             section["handover"] = old.elastic["handover"]
         self.elastic_config = ElasticConfig(parent_config=self.config, elastic=section)
-        for key in (CUT_FROM, LEFT_OUT):
+        for key in (CUT_FROM, LEFT_OUT, HOST):
             if hasattr(old, key):
                 setattr(self.elastic_config, key, getattr(old, key))
         try:
@@ -413,8 +417,10 @@ def _read_configs_by_name() -> None:
             refuse_out_of_reach(repo, kwargs)  # sooner than upstream, which tries for most of a minute
         found = inherited(cls, repo, *args, **kwargs)
         config = found[0] if isinstance(found, tuple) else found
-        if getattr(config, "model_type", None) in ARCHITECTURES:
-            get_architecture(config.model_type)  # from here on the stock class explains `budget=` (`_explain_budget`)
+        for part in (config, getattr(config, "text_config", None)):
+            model_type: Any = getattr(part, "model_type", None)
+            if model_type in ARCHITECTURES:
+                get_architecture(model_type)  # from here on the stock class explains `budget=` (`_explain_budget`)
         return found
 
     AutoConfig.from_pretrained = classmethod(from_pretrained)

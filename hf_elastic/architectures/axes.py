@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 
@@ -42,20 +43,56 @@ class Cut:
         gated (`bool`, *optional*, defaults to `False`):
             While the size of the axis is not decided, its entries are weighted here. Each axis is weighted once on every path through the
             model; where it is not, a hard choice still gives exactly the submodel, because what is weighted with 0 stays 0 from there on.
+        times (`int`, *optional*, defaults to 1): There are this many entries per entry of the axis (a shared expert as wide as several).
+        by (`str`, *optional*): Another axis that the size is multiplied with (channels per hidden one); the one with fewer entries.
+        order (`str`, *optional*):
+            Where only the size follows the axis, and which entries are kept is free: the name under which they are scored and sorted by themselves.
     """
 
     axis: str
     groups: int = 1
     within: str | None = None
     gated: bool = False
+    times: int = 1
+    by: str | None = None
+    order: str | None = None
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The axes that its size follows."""
+        return (self.axis,) if self.by is None else (self.axis, self.by)
+
+    @property
+    def sorted_by(self) -> str:
+        """What its entries are sorted by: the axis, or an order of their own."""
+        return self.order or self.axis
 
     def size(self, sizes: Sizes) -> int:
-        size = sizes[self.axis]
+        size = math.prod(sizes[axis] for axis in self.axes) * self.times
         return size // self.groups if isinstance(size, int) else size / self.groups  # expected sizes are no integers
 
+    def weights(self, full: Sizes, weights: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+        """How much of every entry is kept while its axes are undecided, `(size,)`; `None` if they are decided.
 
-Factor = "int | Cut | Dim"
-Segment = tuple[Factor, ...]
+        Entry `j` is among the first `h * e` where `j // e` is among the first `h`, so with `by` it counts `sum_e P(e) w_(j // e)`.
+        """
+        undecided = [axis for axis in self.axes if axis in weights]
+        if not undecided:
+            return None
+        like = weights[undecided[0]]
+        along = weights.get(self.axis, like.new_ones(full[self.axis] // self.groups))
+        if self.by is not None:
+            most = full[self.by]
+            kept = weights.get(self.by, like.new_ones(most))
+            odds = kept - torch.cat([kept[1:], kept.new_zeros(1)])  # that exactly so many are kept
+            count = torch.arange(1, most + 1, device=like.device)
+            entry = torch.arange(len(along) * most, device=like.device) // count[:, None]
+            along = odds @ torch.cat([along, along.new_zeros(1)])[entry.clamp(max=len(along))]
+        return along.repeat_interleave(self.times) if self.times > 1 else along
+
+
+Factor: TypeAlias = "int | Cut | Dim"
+Segment: TypeAlias = tuple[Factor, ...]
 
 
 def _factor_size(factor: Factor, sizes: Sizes) -> int:
@@ -136,18 +173,18 @@ class Dim:
         Returns:
             `torch.Tensor`: Of shape `(size,)`, differentiable in the weights.
         """
-        gated = [cut for cut in self.cuts if cut.gated and cut.axis in weights]
+        gated = [axis for cut in self.cuts if cut.gated for axis in cut.axes if axis in weights]
         if not gated:
             return None
-        like = weights[gated[0].axis]
+        like = weights[gated[0]]
         parts = []
         for _, segment in self.segments:
             part = like.new_ones(1)
             for factor in segment:
-                own = isinstance(factor, Cut) and factor.gated and factor.axis in weights
-                along = weights[factor.axis] if own else like.new_ones(_factor_size(factor, full))  # type: ignore[union-attr]
-                if isinstance(factor, Dim) and (inner := factor.gates(full, weights)) is not None:
-                    along = inner
+                own = factor.weights(full, weights) if isinstance(factor, Cut) and factor.gated else None
+                if isinstance(factor, Dim):
+                    own = factor.gates(full, weights)
+                along = like.new_ones(_factor_size(factor, full)) if own is None else own
                 part = (part[:, None] * along).reshape(-1)
             parts.append(part)
         return torch.cat(parts)
@@ -158,12 +195,12 @@ class Dim:
         Args:
             full (`Sizes`): Sizes of the tensor.
             orders (`dict[str, torch.Tensor]`):
-                Per axis the old index of every new position, of shape `(groups, size per group)`.
+                Per axis or order (`Cut.sorted_by`) the old index of every new position, of shape `(groups, size per group)`.
 
         Returns:
             `torch.Tensor`: int64 of shape `(size,)`, the old index of every new position.
         """
-        if not any(cut.axis in orders and cut.within is None for cut in self.cuts):
+        if not any(cut.sorted_by in orders and cut.within is None for cut in self.cuts):
             return None
         return self.order_in(torch.zeros(1, dtype=torch.int64), full, orders)[0]
 
@@ -185,8 +222,8 @@ def _segment_order(
         size = _factor_size(factor, full)
         if isinstance(factor, Dim):
             step = factor.order_in(group.reshape(-1), full, orders).view(*group.shape, size)
-        elif isinstance(factor, Cut) and factor.axis in orders and factor.within is None:
-            order = orders[factor.axis]
+        elif isinstance(factor, Cut) and factor.sorted_by in orders and factor.within is None:
+            order = orders[factor.sorted_by]
             step = order[group] if factor.groups > 1 else order[0].expand(*group.shape, -1)
         else:
             step = torch.arange(size).expand(*group.shape, -1)
@@ -232,7 +269,13 @@ class TensorRule:
             by the root of the width has `lambda sizes: sizes["hidden"] ** 0.5`. Only masks and mixtures need it; a model of a size has its own.
         buffer (`bool`, *optional*, defaults to `False`): A persistent buffer: stored, but not counted as a parameter.
         fp32 (`bool`, *optional*, defaults to `False`): Kept in float32 whatever the load dtype.
-        routed (`bool`, *optional*, defaults to `False`): Only `experts_per_token` of the `experts` are used for a token.
+        routed (`bool`, *optional*, defaults to `False`): Experts along dimension 0, of which a token uses only some (`Axis.among`).
+        routes (`bool`, *optional*, defaults to `False`): The weight of the router that chooses among them, `[experts, hidden]`.
+        measured (`str`, *optional*):
+            Segment of dimension 0 by whose values the axes along it are scored, instead of by the input of the matrix that leads back to
+            the residual stream.
+        passed_by_kernels (`bool`, *optional*, defaults to `False`):
+            Some stock code reads it beside its module and never calls that, so an adapter of the module would have no effect.
         tied (`str`, *optional*): Name of the tensor it shares its storage with; it is neither stored nor counted.
         shared_by (`tuple[int, ...]`, *optional*):
             Layers that have one tensor for all of them, each under a name of its own. It is stored and counted once, under that of the first of
@@ -251,6 +294,9 @@ class TensorRule:
     buffer: bool = False
     fp32: bool = False
     routed: bool = False
+    routes: bool = False
+    measured: str | None = None
+    passed_by_kernels: bool = False
     tied: str | None = None
     shared_by: tuple[int, ...] = ()
     user: int | None = None
@@ -283,7 +329,7 @@ class TensorRule:
     @property
     def axes(self) -> tuple[str, ...]:
         """The axes that cut it."""
-        return tuple(dict.fromkeys(cut.axis for dim in self.dims for cut in dim.cuts))
+        return tuple(dict.fromkeys(axis for dim in self.dims for cut in dim.cuts for axis in cut.axes))
 
     @property
     def stacked(self) -> bool:
@@ -291,9 +337,10 @@ class TensorRule:
         return self.disk is not None and "{expert}" in self.disk
 
     @property
-    def routes(self) -> bool:
-        """Whether it is the weight of a router, `[experts, hidden]`."""
-        return len(self.dims) == 2 and any(cut.axis == "experts" for cut in self.dims[0].cuts)
+    def experts(self) -> str:
+        """Name of the axis along dimension 0, of experts or of the router that chooses among them."""
+        (cut,) = self.dims[0].cuts
+        return cut.axis
 
     @property
     def parted(self) -> bool:

@@ -23,7 +23,7 @@ class Bamba(Architecture):
         Axis("hidden", "hidden_size"),
         Axis("ffn", "intermediate_size", "mlp"),
         Axis("attention_heads", "num_attention_heads", "attention", groups="num_key_value_heads"),
-        Axis("mamba_heads", "mamba_n_heads", "mamba", groups="mamba_n_groups"),
+        Axis("mamba_heads", "mamba_n_heads", "mamba", groups="mamba_n_groups", channels="mamba_head_dim"),
         Axis("mamba_head_dim", "mamba_d_head", "mamba"),
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import ElasticConfigError, did_you_mean, shown
-from .axes import Dim, Sizes, TensorRule
+from .axes import Cut, Dim, Sizes, TensorRule
+from .hosts import Host
 from .obstacles import Obstacle
 from .remembered import Remembered
 from .submodel import LAYERS, Submodel
@@ -32,6 +34,14 @@ class Axis:
         part (`str`, *optional*): Part of a layer it belongs to (`Architecture.parts`); `None` if it is global.
         groups (`str`, *optional*):
             Field with the number of groups its size counts over; every group keeps the same share, and a prefix of its own.
+        channels (`str`, *optional*):
+            Axis of the channels inside every one of its entries. Both are scored by the second moments of the channels: a channel by its sum over
+            the entries, an entry by the channels that the smallest budget keeps (arXiv 2511.16664, eq. A 3 and A 4).
+        among (`str`, *optional*):
+            Axis of experts of which so many are used for a token. Nothing is cut along it and nothing is scored: the router ranks them itself.
+        counts (`bool`, *optional*, defaults to `False`):
+            It counts whole things such as heads, of which any number will do; other sizes are rounded to multiples that are fast. Axes with `groups`
+            or `among`, and those of experts, count.
         shared (`bool`, *optional*, defaults to `False`):
             It is of a block that several layers share (`Architecture.sharers`): one size, and one order, in all of them.
     """
@@ -40,6 +50,9 @@ class Axis:
     field: str
     part: str | None = None
     groups: str | None = None
+    channels: str | None = None
+    among: str | None = None
+    counts: bool = False
     shared: bool = False
 
     @property
@@ -103,10 +116,12 @@ class Architecture(ABC):
     layers_path: ClassVar[str] = "model.layers"
     one_share: ClassVar[tuple[str, ...]] = ()  # axes that other programs hold only if all are cut by the same share
     old_names: ClassVar[Mapping[str, str]] = {}  # how names end, and how they did in older files
+    hosts: ClassVar[tuple[Host, ...]] = ()  # larger models whose repositories hold a parent
     layer_class: ClassVar[
         Callable[[PreTrainedConfig, int], nn.Module]
     ]  # builds a stock layer from the config of that layer
     layer_lists: ClassVar[tuple[str, ...]] = ()  # fields with one entry per layer
+    hub_tags: ClassVar[tuple[str, ...]] = ("mamba", "moe")  # parts whose name is a tag of the model card
     index_argument: ClassVar[int | None] = (
         None  # which argument of a layer's call, from 0, is its own index (`layer_idx`)
     )
@@ -149,6 +164,10 @@ class Architecture(ABC):
         """
         raise NotImplementedError(f"the table of {self.model_type} has a router and does not say how it is biased")
 
+    def size(self, config: PreTrainedConfig, axis: Axis) -> int:
+        """Size of an axis in the config of a model, or of one of its layers, where the stock class does not compute it from the field."""
+        return _field(config, axis.field)
+
     def tied_fields(self, config: PreTrainedConfig, part: str, sizes: Sizes) -> dict[str, Any]:
         """Fields that follow from the sizes of a part of a layer because the stock config computes one from another."""
         return {}
@@ -179,6 +198,19 @@ class Architecture(ABC):
 
     # -- what follows --------------------------------------------------------------------------------------------------
 
+    def host(self, model_type: Any) -> Host | None:
+        """The larger model of this `model_type`, if parents are part of it."""
+        return next((host for host in self.hosts if host.model_type == model_type), None)
+
+    def ignored(self, stock: type[PreTrainedModel] | None = None) -> list[str]:
+        """Patterns of names that may be in a parent's files beside its own: what the stock class ignores, and passengers of larger models.
+
+        Args:
+            stock (`type[PreTrainedModel]`, *optional*): The class that is loaded; defaults to the causal one.
+        """
+        patterns = list((stock or self.causal_class)._keys_to_ignore_on_load_unexpected or ())
+        return patterns + [f"^{re.escape(prefix)}" for host in self.hosts for prefix in host.passengers]
+
     def axis(self, name: str) -> Axis:
         for axis in self.axes:
             if axis.name == name:
@@ -188,8 +220,40 @@ class Architecture(ABC):
             f"unknown axis {name!r} for {self.model_type}: it has {', '.join(known)}.{did_you_mean(name, known)}"
         )
 
+    @property
+    def stream(self) -> str:
+        """The axis of the residual stream, which belongs to no part."""
+        return next(axis.name for axis in self.axes if axis.part is None)
+
+    @property
+    def per_token(self) -> dict[str, str]:
+        """Per axis of experts the axis that says how many of them a token uses."""
+        return {axis.among: axis.name for axis in self.axes if axis.among}
+
+    def counts(self, name: str) -> bool:
+        """Whether an axis counts whole things, of which any number will do (`Axis.counts`)."""
+        axis = self.axis(name)
+        return bool(axis.counts or axis.groups or axis.among or name in self.per_token)
+
+    def heads_of(self, name: str) -> Axis | None:
+        """The axis whose entries consist of the channels of an axis, or are them; `None` if an axis is scored alone."""
+        return next((axis for axis in self.axes if axis.channels and name in (axis.name, axis.channels)), None)
+
+    def orders(self, config: PreTrainedConfig) -> dict[tuple[str, int | None], Cut]:
+        """What is sorted by itself though its size follows an axis (`Cut.order`), by name and layer."""
+        cuts = ((cut, rule.layer) for rule in self.rules(config) for dim in rule.dims for cut in dim.cuts)
+        return {(cut.order, layer): cut for cut, layer in cuts if cut.order}
+
     def depth(self, config: PreTrainedConfig) -> int:
         return int(config.num_hidden_layers)
+
+    def layer_units(self, config: PreTrainedConfig) -> list[list[int]]:
+        """Layers that can only be kept or dropped together, as the stock config says where kinds of layers are by a period; mostly each by itself."""
+        return [[layer] for layer in range(self.depth(config))]
+
+    def with_positions(self, config: PreTrainedConfig, layers: Iterable[int]) -> list[int]:
+        """Those of the layers that keep keys and values of every token: attention."""
+        return [i for i in layers if any(s.kind == "keys" for s in self.states(config.per_layer_config[i], i))]
 
     def layers_with(self, config: PreTrainedConfig, axis: Axis) -> list[int]:
         """Indices of the layers that have an axis."""
@@ -214,9 +278,9 @@ class Architecture(ABC):
         items: list[tuple[str, int | tuple[int | None, ...]]] = []
         for axis in self.axes:
             if axis.part is None:
-                items.append((axis.name, _field(config, axis.field)))
+                items.append((axis.name, self.size(config, axis)))
             elif any(axis.part in parts for _, parts in layers):
-                sizes = (_field(c, axis.field) if axis.part in parts else None for c, parts in layers)
+                sizes = (self.size(c, axis) if axis.part in parts else None for c, parts in layers)
                 items.append((axis.name, tuple(sizes)))
         return Submodel(tuple(items), tuple(range(depth)), depth)
 
@@ -255,18 +319,36 @@ class Architecture(ABC):
         return result
 
     def keepable_ranking(self, config: PreTrainedConfig, ranking: Sequence[int]) -> list[int]:
-        """A ranking of layers of which every prefix can be built: the best attention layer comes first, see `check`."""
-        first = [layer for layer in ranking if "attention" in self.parts(config, layer)][:1]
-        return first + [layer for layer in ranking if layer not in first]
+        """A ranking of layers whose first `depths` can be built: units stay together, and the best one with attention comes first, see `check`."""
+        place = {layer: i for i, layer in enumerate(ranking)}
+        units = sorted(self.layer_units(config), key=lambda unit: sum(place[layer] for layer in unit) / len(unit))
+        first = next(([unit] for unit in units if self.with_positions(config, unit)), [])
+        return [layer for unit in first + [unit for unit in units if unit not in first] for layer in unit]
+
+    def depths(self, config: PreTrainedConfig, ranking: Sequence[int]) -> list[int]:
+        """How many layers of such a ranking can be kept, smallest first."""
+        unit_of = {layer: unit for unit in self.layer_units(config) for layer in unit}
+        kept: set[int] = set()
+        depths = []
+        for layer in ranking:
+            kept.add(layer)
+            if all(kept.issuperset(unit_of[other]) for other in kept):
+                depths.append(len(kept))
+        return depths
 
     def check(self, config: PreTrainedConfig, submodel: Submodel, name: str = "the submodel") -> None:
         """Raise [`ElasticConfigError`] for sizes that groups do not divide or the stock model cannot have."""
-        attention = [i for i in range(submodel.depth) if "attention" in self.parts(config, i)]
-        if attention and not set(attention) & set(submodel.layers):
-            raise ElasticConfigError(
-                f"{name}: layers={list(submodel.layers)} drops every attention layer; the stock cache counts positions in one of them, "
-                f"so keep at least one of {attention}."
-            )
+        if len(submodel.layers) < submodel.depth and not self.with_positions(config, submodel.layers):
+            attention = self.with_positions(config, range(submodel.depth))
+            if attention:
+                raise ElasticConfigError(
+                    f"{name}: layers={list(submodel.layers)} drops every attention layer; the stock cache counts positions in one of them, "
+                    f"so keep at least one of {attention}."
+                )
+        try:
+            self.layer_fields(config, submodel.layers)
+        except ElasticConfigError as error:
+            raise ElasticConfigError(f"{name}: {error}") from error
         for layer in submodel.layers:
             sizes = submodel.at(layer)
             where = f"{name}, layer {layer}"
@@ -278,11 +360,11 @@ class Architecture(ABC):
                         f"{where}: {axis.name}={sizes[axis.name]} does not divide into the {groups} {axis.groups} of the parent; "
                         f"every group keeps the same share, so give a multiple of {groups}."
                     )
-            if "experts" in sizes and sizes["experts_per_token"] > sizes["experts"]:
-                raise ElasticConfigError(
-                    f"{where}: experts_per_token={sizes['experts_per_token']} is more than the {sizes['experts']} experts kept; "
-                    "lower experts_per_token or keep more experts."
-                )
+            for experts, used in self.per_token.items():
+                if experts in sizes and sizes[used] > sizes[experts]:
+                    raise ElasticConfigError(
+                        f"{where}: {used}={sizes[used]} is more than the {sizes[experts]} {experts} kept; lower {used} or keep more {experts}."
+                    )
             self._check_shared(config, submodel, layer, name)
             self.check_layer(layer_config, sizes, where)
         self._check_config(config, submodel, name)
@@ -309,9 +391,16 @@ class Architecture(ABC):
                 built.per_layer_config[layer].validate()
         except (StrictDataclassError, ValueError, TypeError, ArithmeticError) as error:
             sizes = submodel.differs(self.full(config)) or "the parent's own sizes"
+            why = str(error.__cause__ or error).rstrip(".")
             raise ElasticConfigError(
-                f"{name}: a stock {self.model_type} config cannot hold {sizes}: {error.__cause__ or error}. Choose others."
+                f"{name}: a stock {self.model_type} config cannot hold {sizes}: {why}. Choose others."
             ) from error
+        wanted, read = submodel.within(submodel.layers), self.full(built)
+        if read.to_dict() != wanted.to_dict():  # what it takes for other sizes, or for other kinds of layers
+            raise ElasticConfigError(
+                f"{name}: a stock {self.model_type} config cannot say {dict(wanted.differs(read))}; it is read as "
+                f"{dict(read.differs(wanted))} then. Choose others."
+            )
 
     def config_for(self, config: PreTrainedConfig, submodel: Submodel) -> PreTrainedConfig:
         """The stock config of a submodel. Global fields hold the sizes of the first layer of each kind, `per_layer_config` the rest.
@@ -354,6 +443,13 @@ class Architecture(ABC):
         result.dtype = config.dtype
         result.architectures = copy.copy(config.architectures)
         return result
+
+    def differing(self, submodel: Submodel) -> list[str]:
+        """The axes whose field says something else in some layers than in others; two axes may share one."""
+        sizes: dict[str, set[int]] = {}
+        for name in submodel:
+            sizes.setdefault(self.axis(name).field, set()).update(submodel.values(name))
+        return [name for name in submodel if len(sizes[self.axis(name).field]) > 1]
 
     def passed(self, hidden: torch.Tensor) -> Any:
         """What a stock layer would return that changes nothing."""

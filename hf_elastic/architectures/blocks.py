@@ -29,11 +29,19 @@ BESIDE_EMBEDDINGS = dim(h=(Cut("hidden"),), e=(Cut("hidden"),))
 """The residual stream and the embeddings beside it, where a block reads both."""
 
 
-def linear(prefix: str, layer: int | None, out: Dim, inp: Dim, *, bias: bool = False) -> Iterator[TensorRule]:
-    """`nn.Linear`: weight `[out, in]` and, if there is one, bias `[out]`."""
-    yield TensorRule(f"{prefix}.weight", (out, inp), layer)
+def linear(
+    prefix: str, layer: int | None, out: Dim, inp: Dim, *, bias: bool = False, **facts: Any
+) -> Iterator[TensorRule]:
+    """`nn.Linear`: weight `[out, in]`, of which further facts may be known (`TensorRule`), and, if there is one, bias `[out]`."""
+    yield TensorRule(f"{prefix}.weight", (out, inp), layer, **facts)
     if bias:
         yield TensorRule(f"{prefix}.bias", (out,), layer)
+
+
+def convolution(prefix: str, layer: int, channels: Dim, kernel: int) -> TensorRule:
+    """Weight of a causal convolution of every channel by itself, which stock code hands to a kernel."""
+    dims = (channels, dim(1), dim(kernel))
+    return TensorRule(f"{prefix}.weight", dims, layer, passed_by_kernels=True)
 
 
 def mamba2(
@@ -58,20 +66,20 @@ def mamba2(
     x = (groups, Cut("mamba_heads", groups=groups, gated=True), Cut("mamba_head_dim", gated=True))
     conv, conv_add = dim(x=inner, B=shared, C=shared), dim(x=x, B=shared, C=shared)
     in_proj = dim(z=inner, x=x, B=shared, C=shared, dt=per_head)
-    yield from linear(f"{prefix}.in_proj", layer, in_proj, HIDDEN, bias=proj_bias)
-    yield TensorRule(f"{prefix}.conv1d.weight", (conv, dim(1), dim(kernel)), layer)
+    yield from linear(f"{prefix}.in_proj", layer, in_proj, HIDDEN, bias=proj_bias, measured="x")
+    yield convolution(f"{prefix}.conv1d", layer, conv, kernel)
     if conv_bias:
         yield TensorRule(f"{prefix}.conv1d.bias", (conv_add,), layer)
     for name in ("dt_bias", "A_log", "D"):
         yield TensorRule(f"{prefix}.{name}", (dim(*per_head),), layer)
     if norm:
         yield TensorRule(f"{prefix}.norm.weight", (dim(*inner),), layer, norm=True)
-    yield from linear(
-        f"{prefix}.out_proj", layer, RESIDUAL, dim(*inner), bias=proj_bias if out_bias is None else out_bias
-    )
+    # One kernel takes the scan, the norm and this matrix together.
+    out = {"bias": proj_bias if out_bias is None else out_bias, "passed_by_kernels": True}
+    yield from linear(f"{prefix}.out_proj", layer, RESIDUAL, dim(*inner), **out)
 
 
-def mamba2_sizes(config: PreTrainedConfig) -> dict[str, int]:
+def mamba2_sizes(config: PreTrainedConfig) -> dict[str, Any]:
     """What no axis cuts of a Mamba-2 mixer, by the names that Bamba, Granite and Falcon-H1 share."""
     return {"groups": config.mamba_n_groups, "state": config.mamba_d_state, "kernel": config.mamba_d_conv}
 
@@ -130,10 +138,17 @@ def attention(
     yield from linear(f"{prefix}.o_proj", layer, RESIDUAL, heads, bias=bias if out_bias is None else out_bias)
 
 
-def attention_states(*, kv_heads: int | Cut, head_dim: int, window: int | None = None) -> tuple[StateRule, ...]:
-    """Keys and values of every token, or of those in a sliding window."""
+def attention_states(
+    *, kv_heads: int | Cut, head_dim: int, window: int | None = None, normed: bool = False
+) -> tuple[StateRule, ...]:
+    """Keys and values of every token, or of those in a sliding window.
+
+    `normed`: keys go through a norm of their own, and so are of one size at every width.
+    """
     dims = (dim(kv_heads), dim(head_dim))
-    return StateRule("keys", dims, 0.5, window=window), StateRule("values", dims, 0.5, window=window)
+    return StateRule("keys", dims, 0.0 if normed else 0.5, window=window), StateRule(
+        "values", dims, 0.5, window=window
+    )
 
 
 def sliding_window(config: PreTrainedConfig, layer: int) -> int | None:
@@ -200,7 +215,7 @@ def experts(
     yield TensorRule(f"{prefix}.experts.gate_up_proj", dims, layer, disk=f"{disk}.{{segment}}.weight", routed=True)
     out = (rows_out, RESIDUAL, dim(Cut("expert_ffn", within="experts", gated=True)))
     yield TensorRule(f"{prefix}.experts.down_proj", out, layer, disk=f"{disk}.{down}.weight", routed=True)
-    yield TensorRule(f"{prefix}.{router}.weight", (rows, HIDDEN), layer, disk=f"{stored}.{router}.weight")
+    yield TensorRule(f"{prefix}.{router}.weight", (rows, HIDDEN), layer, disk=f"{stored}.{router}.weight", routes=True)
 
 
 def check_router_groups(sizes: Sizes, groups: int, chosen: int, where: str) -> None:
@@ -262,7 +277,7 @@ def delta_net(prefix: str, layer: int, *, keys: int, key_dim: int, kernel: int, 
         outs = {"qkv": dim(**qk, v=(keys, *v)), "z": dim(keys, *z), "b": dim(keys, heads), "a": dim(keys, heads)}
     for name, out in outs.items():
         yield from linear(f"{prefix}.in_proj_{name}", layer, out, HIDDEN)
-    yield TensorRule(f"{prefix}.conv1d.weight", (dim(**qk, v=(keys, *z)), dim(1), dim(kernel)), layer)
+    yield convolution(f"{prefix}.conv1d", layer, dim(**qk, v=(keys, *z)), kernel)
     for name in ("dt_bias", "A_log"):
         yield TensorRule(f"{prefix}.{name}", (dim(keys, heads),), layer)
     yield TensorRule(f"{prefix}.norm.weight", (dim(head_dim),), layer, norm=True)  # of every head by itself

@@ -56,8 +56,8 @@ class Cost:
         windows = dict(self.windowed)
         for window, elements in other.windowed:
             windows[window] = windows.get(window, 0) + elements
-        sums = (getattr(self, name) + getattr(other, name) for name in counts)
-        return Cost(*sums, windowed=tuple(sorted(windows.items())))
+        sums = {name: getattr(self, name) + getattr(other, name) for name in counts}
+        return Cost(**sums, windowed=tuple(sorted(windows.items())))
 
     def weight_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of all stored tensors at a load dtype."""
@@ -129,6 +129,7 @@ class CostModel:
             for place, rules in self._rules.items()
         }
         self._known: dict[Any, Cost] = {}
+        self._per_token = self.architecture.per_token
 
     @cached_property
     def full(self) -> Cost:
@@ -164,9 +165,10 @@ class CostModel:
             other += 0 if rule.fp32 else count
             if not rule.buffer:
                 total += count
-                used = count * sizes["experts_per_token"] if rule.routed else count
+                used = count
                 if rule.routed:  # exact for integers: the count is a multiple of the experts
-                    used = used // sizes["experts"] if isinstance(used, int) else used / sizes["experts"]
+                    used, experts = count * sizes[self._per_token[rule.experts]], sizes[rule.experts]
+                    used = used // experts if isinstance(used, int) else used / experts
                 active += used
         kept: dict[Any, Any] = dict.fromkeys(("kv", "conv", "ssm"), 0)
         for state in self._states[place]:

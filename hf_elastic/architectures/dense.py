@@ -29,7 +29,7 @@ from .base import Architecture, Axis, StateRule
 class Dense(Architecture):
     """What these have in common. Subclasses say what their layers have besides."""
 
-    axes = (
+    axes: ClassVar[tuple[Axis, ...]] = (
         Axis("hidden", "hidden_size"),
         Axis("ffn", "intermediate_size", "mlp"),
         Axis("attention_heads", "num_attention_heads", "attention", groups="num_key_value_heads"),

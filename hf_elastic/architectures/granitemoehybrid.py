@@ -27,10 +27,10 @@ class GraniteMoeHybrid(Architecture):
     axes = (
         Axis("hidden", "hidden_size"),
         Axis("attention_heads", "num_attention_heads", "attention", groups="num_key_value_heads"),
-        Axis("mamba_heads", "mamba_n_heads", "mamba", groups="mamba_n_groups"),
+        Axis("mamba_heads", "mamba_n_heads", "mamba", groups="mamba_n_groups", channels="mamba_head_dim"),
         Axis("mamba_head_dim", "mamba_d_head", "mamba"),
         Axis("experts", "num_local_experts", "moe"),
-        Axis("experts_per_token", "num_experts_per_tok", "moe"),
+        Axis("experts_per_token", "num_experts_per_tok", "moe", among="experts"),
         Axis("expert_ffn", "intermediate_size", "moe"),
         Axis("shared_expert_ffn", "shared_intermediate_size", "shared"),
     )
@@ -102,4 +102,4 @@ def _moe(prefix: str, layer: int) -> Iterator[TensorRule]:
     disk = f"{prefix}.output_linear.weight"
     yield TensorRule(f"{prefix}.experts.down_proj", out, layer, disk=disk, routed=True)
     disk = f"{prefix}.router.layer.weight"
-    yield TensorRule(f"{prefix}.router.weight", (experts, blocks.HIDDEN), layer, disk=disk)
+    yield TensorRule(f"{prefix}.router.weight", (experts, blocks.HIDDEN), layer, disk=disk, routes=True)

@@ -27,7 +27,7 @@ class Jamba(Architecture):
         Axis("attention_heads", "num_attention_heads", "attention", groups="num_key_value_heads"),
         Axis("mamba_expand", "mamba_expand", "mamba"),  # channels per hidden one
         Axis("experts", "num_experts", "moe"),
-        Axis("experts_per_token", "num_experts_per_tok", "moe"),
+        Axis("experts_per_token", "num_experts_per_tok", "moe", among="experts"),
         Axis("expert_ffn", "intermediate_size", "moe"),
     )
 
@@ -126,7 +126,7 @@ def _moe(prefix: str, layer: int) -> Iterator[TensorRule]:
     yield TensorRule(f"{prefix}.experts.gate_up_proj", dims, layer, disk=f"{disk}.{{segment}}.weight", routed=True)
     out = (dim(Cut("experts", gated=True)), RESIDUAL, dim(Cut("expert_ffn", within="experts", gated=True)))
     yield TensorRule(f"{prefix}.experts.down_proj", out, layer, disk=f"{disk}.down_proj.weight", routed=True)
-    yield TensorRule(f"{prefix}.router.weight", (experts, HIDDEN), layer)
+    yield TensorRule(f"{prefix}.router.weight", (experts, HIDDEN), layer, routes=True)
 
 
 def _head_dim(config: PreTrainedConfig) -> int:

@@ -25,7 +25,7 @@ class Lfm2Moe(Architecture):
         Axis("ffn", "intermediate_size", "mlp"),
         Axis("attention_heads", "num_attention_heads", "attention", groups="num_key_value_heads"),
         Axis("experts", "num_experts", "moe"),
-        Axis("experts_per_token", "num_experts_per_tok", "moe"),
+        Axis("experts_per_token", "num_experts_per_tok", "moe", among="experts"),
         Axis("expert_ffn", "moe_intermediate_size", "moe"),
     )
 
@@ -104,7 +104,7 @@ def _moe(prefix: str, c: PreTrainedConfig, layer: int) -> Iterator[TensorRule]:
     out = (dim(Cut("experts", gated=True)), RESIDUAL, dim(Cut("expert_ffn", within="experts", gated=True)))
     disk = f"{prefix}.experts.{{expert}}.w2.weight"
     yield TensorRule(f"{prefix}.experts.down_proj", out, layer, disk=disk, routed=True)
-    yield TensorRule(f"{prefix}.gate.weight", (experts, HIDDEN), layer)
+    yield TensorRule(f"{prefix}.gate.weight", (experts, HIDDEN), layer, routes=True)
     if c.use_expert_bias:
         yield TensorRule(f"{prefix}.expert_bias", (experts,), layer, buffer=True, fp32=True)
 

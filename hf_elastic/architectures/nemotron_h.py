@@ -30,10 +30,10 @@ class NemotronH(Architecture):
         Axis("hidden", "hidden_size"),
         Axis("ffn", "intermediate_size", "mlp"),
         Axis("attention_heads", "num_attention_heads", "attention", groups="num_key_value_heads"),
-        Axis("mamba_heads", "mamba_num_heads", "mamba", groups="n_groups"),
+        Axis("mamba_heads", "mamba_num_heads", "mamba", groups="n_groups", channels="mamba_head_dim"),
         Axis("mamba_head_dim", "mamba_head_dim", "mamba"),
         Axis("experts", "n_routed_experts", "moe", groups="n_group"),
-        Axis("experts_per_token", "num_experts_per_tok", "moe"),
+        Axis("experts_per_token", "num_experts_per_tok", "moe", among="experts"),
         Axis("expert_ffn", "moe_intermediate_size", "moe"),
         Axis("shared_expert_ffn", "moe_shared_expert_intermediate_size", "moe"),
     )
@@ -76,7 +76,7 @@ class NemotronH(Architecture):
         router.top_k = top_k
 
 
-def _mamba_sizes(c: PreTrainedConfig) -> dict[str, int]:
+def _mamba_sizes(c: PreTrainedConfig) -> dict[str, Any]:
     return {"groups": c.n_groups, "state": c.ssm_state_size, "kernel": c.conv_kernel}
 
 
@@ -101,7 +101,7 @@ def _moe(prefix: str, c: PreTrainedConfig, layer: int) -> Iterator[TensorRule]:
     for name, dims in (("up_proj", (experts, ffn, token)), ("down_proj", (experts_out, token_out, ffn_out))):
         disk = f"{prefix}.experts.{{expert}}.{name}.weight"
         yield TensorRule(f"{prefix}.experts.{name}", dims, layer, disk=disk, routed=True)
-    yield TensorRule(f"{prefix}.gate.weight", (experts, blocks.HIDDEN), layer)
+    yield TensorRule(f"{prefix}.gate.weight", (experts, blocks.HIDDEN), layer, routes=True)
     yield TensorRule(f"{prefix}.gate.e_score_correction_bias", (experts,), layer, buffer=True, fp32=True)
     yield from _mlp(f"{prefix}.shared_experts", c, layer, "shared_expert_ffn")
     if latent is not None:

@@ -31,7 +31,7 @@ def portability(
         submodel (`Submodel`): Checked sizes.
         dtype (`torch.dtype`, *optional*): Of the export's weights; defaults to the config's.
     """
-    layered = [axis for axis in submodel if len(set(submodel.values(axis))) > 1]
+    layered = architecture.differing(submodel)
     if layered:
         why = f"{' and '.join(layered)} {'differ' if len(layered) > 1 else 'differs'} from layer to layer"
         return [Obstacle(EVERY, REFUSES, why)]

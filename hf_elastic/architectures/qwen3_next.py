@@ -3,39 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import nn
 from transformers import PreTrainedConfig, Qwen3NextForCausalLM, Qwen3NextModel
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextDecoderLayer
 
 from . import blocks
 from .axes import TensorRule, dim
 from .base import Architecture, Axis, StateRule
+from .obstacles import REFUSES, Obstacle
+from .submodel import Submodel
+
+SHARED = (
+    Axis("hidden", "hidden_size"),
+    Axis("attention_heads", "num_attention_heads", "attention", groups="num_key_value_heads"),
+    Axis("value_heads", "linear_num_value_heads", "delta", groups="linear_num_key_heads", channels="value_head_dim"),
+    Axis("value_head_dim", "linear_value_head_dim", "delta"),
+)
+DENSE = (Axis("ffn", "intermediate_size", "mlp"),)
+SPARSE = (
+    Axis("experts", "num_experts", "moe"),
+    Axis("experts_per_token", "num_experts_per_tok", "moe", among="experts"),
+    Axis("expert_ffn", "moe_intermediate_size", "moe"),
+    Axis("shared_expert_ffn", "shared_expert_intermediate_size", "moe"),
+)
 
 
 class Qwen3Next(Architecture):
     model_type = "qwen3_next"
     causal_class = Qwen3NextForCausalLM
     base_class = Qwen3NextModel
-    joined = True  # input projections of the DeltaNet
-    axes = (
-        Axis("hidden", "hidden_size"),
-        Axis("ffn", "intermediate_size", "mlp"),
-        Axis("attention_heads", "num_attention_heads", "attention", groups="num_key_value_heads"),
-        Axis("value_heads", "linear_num_value_heads", "delta", groups="linear_num_key_heads"),
-        Axis("value_head_dim", "linear_value_head_dim", "delta"),
-        Axis("experts", "num_experts", "moe"),
-        Axis("experts_per_token", "num_experts_per_tok", "moe"),
-        Axis("expert_ffn", "moe_intermediate_size", "moe"),
-        Axis("shared_expert_ffn", "shared_expert_intermediate_size", "moe"),
-    )
+    layer_class = Qwen3NextDecoderLayer
+    layer_lists = ("layer_types",)
+    axes: ClassVar[tuple[Axis, ...]] = SHARED[:1] + DENSE + SHARED[1:] + SPARSE
+    joined: ClassVar[bool] = True  # the DeltaNet has two input projections, key head by key head
 
     def parts(self, config: PreTrainedConfig, layer: int) -> frozenset[str]:
         mixer = "delta" if config.layer_types[layer] == "linear_attention" else "attention"
-        sparse = layer not in config.mlp_only_layers and (layer + 1) % config.decoder_sparse_step == 0
-        return frozenset({mixer, "moe" if sparse and config.per_layer_config[layer].num_experts else "mlp"})
+        return frozenset({mixer, "moe" if self.is_sparse(config, layer) else "mlp"})
+
+    def is_sparse(self, config: PreTrainedConfig, layer: int) -> bool:
+        """Whether a layer has routed experts, as the stock class asks."""
+        listed = layer in config.mlp_only_layers or (layer + 1) % config.decoder_sparse_step
+        return not listed and config.per_layer_config[layer].num_experts > 0
 
     def rules(self, config: PreTrainedConfig) -> list[TensorRule]:
         layers = [rule for i in range(self.depth(config)) for rule in self._layer(config.per_layer_config[i], i)]
@@ -48,9 +59,9 @@ class Qwen3Next(Architecture):
         if "delta" in parts:
             yield from blocks.delta_net(f"{prefix}.linear_attn", layer, **_delta(c), joined=self.joined)
         else:
-            heads, prefix_ = {"kv_heads": c.num_key_value_heads, "head_dim": c.head_dim}, f"{prefix}.self_attn"
-            yield from blocks.gated_attention(prefix_, layer, **heads, bias=c.attention_bias)
-            yield from blocks.head_norms(prefix_, layer, c.head_dim)
+            heads, bias = {"kv_heads": c.num_key_value_heads, "head_dim": c.head_dim}, c.attention_bias
+            yield from blocks.gated_attention(f"{prefix}.self_attn", layer, **heads, bias=bias)
+            yield from blocks.head_norms(f"{prefix}.self_attn", layer, c.head_dim)
         if "mlp" in parts:
             yield from blocks.gated_mlp(f"{prefix}.mlp", layer, "ffn")
         else:
@@ -59,18 +70,19 @@ class Qwen3Next(Architecture):
             yield from blocks.linear(f"{prefix}.mlp.shared_expert_gate", layer, dim(1), blocks.HIDDEN)
 
     def layer_fields(self, config: PreTrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
-        dense = [new for new, i in enumerate(kept) if "mlp" in self.parts(config, i)]
-        types = [config.layer_types[i] for i in kept]
-        fields = {"mlp_only_layers": dense, "decoder_sparse_step": 1}
-        return {"layer_types": types, "num_hidden_layers": len(kept), **fields}
-
-    def build_layer(self, config: PreTrainedConfig, layer: int) -> nn.Module:
-        return Qwen3NextDecoderLayer(config, layer)
+        dense = [new for new, i in enumerate(kept) if not self.is_sparse(config, i)]
+        return super().layer_fields(config, kept) | {"mlp_only_layers": dense, "decoder_sparse_step": 1}
 
     def states(self, config: PreTrainedConfig, layer: int) -> tuple[StateRule, ...]:
-        if "attention" in self.parts(config, layer):
-            return blocks.attention_states(kv_heads=config.num_key_value_heads, head_dim=config.head_dim)
-        return blocks.delta_net_states(**_delta(config))
+        if "delta" in self.parts(config, layer):
+            return blocks.delta_net_states(**_delta(config))
+        return blocks.attention_states(kv_heads=config.num_key_value_heads, head_dim=config.head_dim, normed=True)
+
+    def obstacles(self, config: PreTrainedConfig, submodel: Submodel) -> Iterator[Obstacle]:
+        dims = set(submodel.values("value_head_dim")) if "value_head_dim" in submodel else set()
+        if other := sorted(dims - {config.linear_key_head_dim}):
+            why = f"value_head_dim={other[0]} is not the {config.linear_key_head_dim} of the keys (its code was read)"
+            yield Obstacle("llama.cpp", REFUSES, why)
 
     def bias_router(self, router: Any, source: Any, bias: torch.Tensor, top_k: int) -> None:
         blocks.bias_softmax_router(router, bias, top_k, normalized=getattr(router, "norm_topk_prob", True))

@@ -42,8 +42,8 @@ class Zamba2(Architecture):
     axes = (
         Axis("hidden", "hidden_size"),
         Axis("ffn", "intermediate_size", "attention", shared=True),
-        Axis("kv_heads", "num_key_value_heads", "attention", shared=True),
-        Axis("mamba_heads", "n_mamba_heads", "mamba", groups="mamba_ngroups"),
+        Axis("kv_heads", "num_key_value_heads", "attention", shared=True, counts=True),
+        Axis("mamba_heads", "n_mamba_heads", "mamba", groups="mamba_ngroups", channels="mamba_head_dim"),
         Axis("mamba_head_dim", "mamba_headdim", "mamba"),
     )
 

@@ -53,6 +53,23 @@ class Checkpoint:
     def __contains__(self, key: str) -> bool:
         return key in self._where
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def whole(self, names: Iterable[str]) -> dict[str, Block]:
+        """Stored tensors by name, not read yet.
+
+        Raises:
+            `CheckpointError`: one is not floating point.
+        """
+        found = {}
+        for name in names:
+            if self._stored_dtype(name) not in _DTYPES:
+                raise CheckpointError(f"{name} is stored as {self._stored_dtype(name)}, not as {', '.join(_DTYPES)}.")
+            shape = self._stored_shape(name)
+            found[name] = self._stored_block(name, [[(0, size)] for size in shape], [None for _ in shape])
+        return found
+
     def _stored_shape(self, key: str) -> tuple[int, ...]:
         return self._where[key].shapes[key]
 

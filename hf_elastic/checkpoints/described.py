@@ -34,7 +34,13 @@ def described_config(repo: Any, described: Any, **hub: Any) -> ElasticConfig:
         raise ElasticConfigError(
             f"{repo} is an elastic checkpoint and says itself what it nests; leave out elastic_config=."
         )
-    parent = own.parent_config
+    made = _described(repo, described, own.parent_config)
+    if own.host is not None:
+        made.host_config = own.host_config
+    return made
+
+
+def _described(repo: Any, described: Any, parent: PreTrainedConfig) -> ElasticConfig:
     if isinstance(described, ElasticConfig):
         return ElasticConfig(parent_config=parent, elastic=described.elastic)
     if isinstance(described, Mapping):

@@ -22,6 +22,7 @@ from ..configuration_elastic import ElasticConfig
 from ..errors import ExportError, refuse_misspelt
 from ..storage.tokenizer_files import read_tokenizer_file, tokenizer_files
 from .origin import cut_from, named, refuse_loss
+from .passengers import Passengers, add_shard, processor_files, within
 from .replacing import checked_target, replacing
 
 
@@ -36,13 +37,15 @@ class ExportMixin:
         budget: Budget | Submodel = None,
         *,
         heterogeneous: bool = False,
+        text_only: bool = False,
         tokenizer: Any = None,
         **kwargs: Any,
     ) -> None:
         """Write one size as a plain checkpoint in the parent's Hub layout.
 
         Tokenizer files and the generation config come along: the tokenizer given, or the files beside the checkpoint that this
-        model was loaded from.
+        model was loaded from. Where the parent is part of a larger model, such as a vision-language model, and the family keeps the rest
+        of it, so does the export: it is that larger model with the parent at this size.
 
         Args:
             save_directory (`str` or `os.PathLike`): Folder to write into. If writing fails, what it held before is untouched.
@@ -50,6 +53,7 @@ class ExportMixin:
             heterogeneous (`bool`, *optional*, defaults to `False`):
                 Allow sizes that differ per layer. They are written in transformers' own `per_layer_config` form, which its stock
                 classes record but do not build from, so loading them needs this package: `ElasticForCausalLM.from_pretrained`.
+            text_only (`bool`, *optional*, defaults to `False`): Write the parent at this size alone, without the rest of the larger model.
             tokenizer (*optional*): Tokenizer to save along.
             kwargs: As in `PreTrainedModel.save_pretrained` (`max_shard_size`, ...).
 
@@ -61,7 +65,7 @@ class ExportMixin:
             `ElasticConfigError`: the folder holds the family that this model was loaded from.
             `CheckpointError`: tokenizer files beside the checkpoint are damaged. Nothing is written.
         """
-        refuse_misspelt(kwargs, "budget", "heterogeneous")
+        refuse_misspelt(kwargs, "budget", "heterogeneous", "text_only")
         submodel = self.submodel if budget is None else self.elastic_config.resolve(budget)  # type: ignore[attr-defined]
         config = self.elastic_config.stock_config(submodel)
         if config.is_heterogeneous and not heterogeneous:
@@ -71,32 +75,60 @@ class ExportMixin:
                 f"{config.model_type} classes cannot load. Choose a budget with one size per axis, save it with save_pretrained, or "
                 "pass heterogeneous=True to write a checkpoint that needs hf_elastic to load."
             )
+        passengers = None if text_only else self._aboard(submodel, config.is_heterogeneous)
         checked_target(save_directory)
         refuse_loss(getattr(self, "_loaded_from", None), save_directory)
         hub = getattr(self, "_hub_kwargs", {})
-        beside = _tokenizer_beside(str(self.name_or_path), hub) if tokenizer is None else {}  # type: ignore[attr-defined]
+        source = str(self.name_or_path)  # type: ignore[attr-defined]
+        beside = _tokenizer_beside(source, hub) if tokenizer is None else {}
+        beside |= {} if passengers is None else processor_files(source, hub)
         self._warn_of_programs(self.elastic_config, submodel)
         with self.exposed(submodel), replacing(save_directory) as scratch:  # type: ignore[attr-defined]
-            self._write_stock(scratch, **kwargs)  # type: ignore[attr-defined]
-            self._write_stock_config(config, submodel, scratch)
+            with within(self, self.elastic_config.host if passengers is not None else None):
+                self._write_stock(scratch, **kwargs)  # type: ignore[attr-defined]
+            self._write_stock_config(config, submodel, scratch, whole=passengers is not None)
+            if passengers is not None:
+                add_shard(scratch, passengers)
             if tokenizer is not None:
                 tokenizer.save_pretrained(scratch)
-            else:
-                for name, path in beside.items():
-                    shutil.copyfile(path, scratch / name)
+            for name, path in beside.items():
+                shutil.copyfile(path, scratch / name)
             _for_old_readers(scratch)
+
+    def _aboard(self, submodel: Submodel, heterogeneous: bool) -> dict[str, torch.Tensor] | None:
+        """The passengers of an export at a size; `None` where there are none."""
+        kept: Passengers | None = getattr(self, "_passengers", None)
+        if kept is None or self.elastic_config.host is None or not self.can_generate():  # type: ignore[attr-defined]
+            return None
+        if heterogeneous:
+            raise ExportError(
+                f"sizes that differ per layer cannot be written as part of a {kept.host.model_type}, which only stock classes load: give "
+                "text_only=True for the parent alone."
+            )
+        return kept.at(submodel.at(None), self.dtype)  # type: ignore[attr-defined]
 
     def _warn_of_programs(self, elastic: ElasticConfig, submodel: Submodel, what: str | None = None) -> None:
         what = what or f"exported, size {named(cut_from(elastic, submodel, '', {}))!r}"
         dtype: torch.dtype = self.dtype  # type: ignore[attr-defined]
         warn_if_not_portable(elastic.architecture, elastic.parent_config, submodel, dtype, what)
 
-    def _write_stock_config(self, config: PreTrainedConfig, submodel: Submodel, directory: Path) -> None:
+    def _write_stock_config(
+        self, config: PreTrainedConfig, submodel: Submodel, directory: Path, whole: bool = False
+    ) -> None:
+        """`whole`: that of the larger model, with the size in it."""
         architecture = self.elastic_config.architecture
         stock = architecture.causal_class if self.can_generate() else architecture.base_class  # type: ignore[attr-defined]
         config.architectures = [stock.__name__]
         config.dtype = self.dtype  # type: ignore[attr-defined]
-        written = {**exported_fields(config, architecture), CUT_FROM: self._cut_from(submodel)}  # type: ignore[attr-defined]
+        written = exported_fields(config, architecture)
+        if whole and (host := self.elastic_config.host) is not None:
+            around = host.fields_at(self.elastic_config.host_config, submodel.at(None))
+            inner = {
+                key: value for key, value in written.items() if key not in ("architectures", "transformers_version")
+            }
+            version = written.get("transformers_version")
+            written = {**around, "dtype": written["dtype"], "transformers_version": version, host.section: inner}
+        written[CUT_FROM] = self._cut_from(submodel)  # type: ignore[attr-defined]
         if groups := left_out(self.elastic_config):
             written[LEFT_OUT] = groups
         text = json.dumps(written, indent=2, sort_keys=True) + "\n"

@@ -18,6 +18,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from ..architectures import ARCHITECTURES
 from ..configuration.budgets import DTYPES
+from ..configuration.hosting import parted
 from ..configuration.parent import parent_from_dict, plain_parent_error
 from ..configuration_elastic import ElasticConfig, read_config, read_fields
 from ..errors import CheckpointError, ElasticConfigError, HFElasticError, did_you_mean, meant_budget, reason, shown
@@ -257,11 +258,10 @@ def load_stock(repo: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
         hub = {key: kwargs[key] for key in _HUB if kwargs.get(key) is not None}
         fields = read_fields(repo, **hub)
         _read_generation_config(repo, hub)
-        architecture = ARCHITECTURES.get(fields["model_type"])
+        architecture = ARCHITECTURES.get(parted(fields)[0]["model_type"])
         files = _weight_files(repo, kwargs.get("variant"), hub)
         if architecture is not None and files and not fields.get("quantization_config"):
-            ignored = architecture.causal_class._keys_to_ignore_on_load_unexpected or ()
-            Checkpoint(files).check(architecture, parent_from_dict(fields), ignored=ignored)
+            Checkpoint(files).check(architecture, parent_from_dict(fields), ignored=architecture.ignored())
     if architecture is not None:
         old = {rf"\b{re.escape(before)}$": now for now, before in architecture.old_names.items()}
         kwargs = {"key_mapping": old, **kwargs} if old else kwargs

@@ -11,7 +11,7 @@ Names = tuple[str, ...]
 def stored_names(
     rule: TensorRule, architecture: Architecture, expert: int | None = None, segment: str | None = None
 ) -> Names:
-    """The names a tensor can have in a file: Hub layout, live layout, and a base model's without the prefix of either.
+    """The names a tensor can have in a file: Hub layout, live layout, a base model's without the prefix of either, and those in larger models.
 
     Args:
         rule (`TensorRule`): The tensor.
@@ -30,6 +30,8 @@ def stored_names(
         disk.removeprefix(architecture.disk_prefix),
         live.removeprefix(_base(architecture)),
     )
+    base = _base(architecture)
+    names += tuple(host.prefix + live.removeprefix(base) for host in architecture.hosts if live.startswith(base))
     for now, before in architecture.old_names.items():
         if any(name.endswith(f".{now}") for name in names):
             names += tuple(name.removesuffix(now) + before for name in names)

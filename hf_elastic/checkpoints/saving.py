@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -17,13 +18,14 @@ from ..configuration.budgets import Budget
 from ..configuration.remote_code import AUTO_MAP, write_module
 from ..configuration.section import CUT_FROM, checked_section
 from ..configuration_elastic import ElasticConfig
-from ..errors import CheckpointError, ElasticConfigError, refuse_misspelt
+from ..errors import CheckpointError, ElasticConfigError, refuse_misspelt, users_level
 from ..routing.router import BudgetRouter
 from ..storage.checksums import write_checksums
 from ..storage.files import INDEX_NAME, find_files
 from .checkpoint import Checkpoint
 from .nested import FOLDER, folder_names, write_nested
 from .origin import cut_from, refuse_loss
+from .passengers import Passengers, processor_files
 from .replacing import checked_target, replacing
 
 _HUB_KWARGS = ("repo_id", "commit_message", "create_pr", "private", "token")
@@ -34,6 +36,7 @@ class SavingMixin:
     """`save_pretrained` of an elastic checkpoint, and the router that goes with it."""
 
     elastic_config: ElasticConfig
+    _passengers: Passengers | None = None
 
     @property
     def router(self) -> BudgetRouter | None:
@@ -112,12 +115,27 @@ class SavingMixin:
                             "elastic_config describes another router than the one that is attached; call attach_router()."
                         )
                     self.router.save(scratch)
+                if self._keeps_passengers(elastic) and self._passengers is not None:
+                    beside = processor_files(str(self.name_or_path), getattr(self, "_hub_kwargs", {}))  # type: ignore[attr-defined]
+                    self._passengers.save(scratch, submodel.at(None), self.dtype, beside)  # type: ignore[attr-defined]
                 write_module(scratch)
                 write_checksums(scratch, kwargs.get("variant"))
                 self._written_config(elastic, files).save_pretrained(scratch)
         if push_to_hub:
             repo_id = hub.pop("repo_id", Path(save_directory).name)
             self.push_to_hub(repo_id, layout=layout or "nested", **hub)  # type: ignore[attr-defined]
+
+    def _keeps_passengers(self, elastic: ElasticConfig) -> bool:
+        """Whether what is beside the parent in a larger model can be saved along. If its weights never were here, the config says no more of it."""
+        if elastic.host is not None and self._passengers is None:
+            warnings.warn(
+                f"saved without {', '.join(elastic.host.passengers)}: the config says that the parent is part of a {elastic.host.model_type}, but "
+                "this model was made without the rest of its weights.",
+                UserWarning,
+                stacklevel=users_level(),
+            )
+            del elastic.host_config
+        return elastic.host is not None
 
     def _for_others(self, elastic: ElasticConfig, layout: Layout | None) -> dict[Submodel, str | None]:
         """The sizes that a save makes for programs that know one size, a slice and the stock folder of the nested layout, and what a warning calls them."""
@@ -165,7 +183,8 @@ class SavingMixin:
     def _write_stock(self, directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """The stock class's save; it writes the class's name into the config, which has to stay the stock one's."""
         architectures = self.config.architectures  # type: ignore[attr-defined]
-        if kwargs.get("state_dict") is None and self._active != self._full:  # type: ignore[attr-defined]
+        views = self._active != self._full or "_taken_as" in self.__dict__  # type: ignore[attr-defined]
+        if kwargs.get("state_dict") is None and views:
             kwargs["state_dict"] = self._untied_views()
         try:
             with uniform(self.config):  # type: ignore[attr-defined]

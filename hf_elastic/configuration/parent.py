@@ -17,6 +17,7 @@ from transformers.activations import ACT2FN
 from ..architectures import as_stock, get_architecture
 from ..errors import CheckpointError, ElasticConfigError, HFElasticError, did_you_mean, reason, shown
 from ..storage.json_files import read_json
+from .hosting import parted
 from .known import KNOWN
 from .leaving_out import LEFT_OUT
 from .section import CUT_FROM, check_left_out, check_origin
@@ -65,7 +66,7 @@ def plain_parent_error(repo: Any, model_type: Any) -> ElasticConfigError:
 
 
 def parent_from_dict(fields: Mapping[str, Any]) -> PreTrainedConfig:
-    """The stock config of a parent from the dict in its `config.json`.
+    """The stock config of a parent from the dict in its `config.json`, or in that of a larger model around it.
 
     Sizes that differ per layer are set last: some stock classes check global fields when they are made, which then may not be read.
 
@@ -73,14 +74,14 @@ def parent_from_dict(fields: Mapping[str, Any]) -> PreTrainedConfig:
         `ElasticConfigError`: the stock class refuses them, or fails.
         `UnsupportedArchitectureError`: no table for their `model_type`.
     """
-    fields = as_stock(fields)
+    refuse_huge(fields)
+    fields, _ = parted(as_stock(fields))
     model_type = fields.pop("model_type", None)
     architecture = get_architecture(str(model_type))
     fields.pop("auto_map", None)  # of the repository's own code, which is not run
     differences = fields.pop("per_layer_config", None)
     check_origin(fields.get(CUT_FROM))
     check_left_out(fields.get(LEFT_OUT))
-    refuse_huge(fields)
     quantized = fields.get("quantization_config")
     if quantized is not None and not (isinstance(quantized, Mapping) and "quant_method" in quantized):
         raise ElasticConfigError(f"quantization_config={shown(quantized)} must be a dict with a `quant_method`.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -62,12 +62,25 @@ def describe_axes(
     if depths - {full.depth}:
         kept = [set(submodel.layers) for submodel in submodels]
         ranking = ranking or sorted(range(full.depth), key=lambda i: (-sum(i in layers for layers in kept), i))
+        _check_depths(architecture, config, choices.get(LAYERS, []), ranking)
         axes[LAYERS] = {
             "choices": sorted(depths | {full.depth}, reverse=True),
             "policy": "ranking",
             "ranking": ranking,
         }
     return axes
+
+
+def _check_depths(
+    architecture: Architecture, config: PreTrainedConfig, choices: Iterable[int], ranking: list[int]
+) -> None:
+    """Raise [`ElasticConfigError`] for numbers of layers that the first layers of a ranking cannot be a model of."""
+    possible = architecture.depths(config, ranking)
+    if odd := [count for count in choices if count not in possible]:
+        raise ElasticConfigError(
+            f"choices of layers={odd}: a stock {architecture.model_type} config cannot say that any layers are left out; of this parent {possible} "
+            "can be kept."
+        )
 
 
 def checked_section(parent: PreTrainedConfig, section: Any) -> dict[str, Any]:

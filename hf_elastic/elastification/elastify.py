@@ -19,6 +19,7 @@ from ..architectures.portability import check_portable, portable_choices
 from ..architectures.submodel import LAYERS, Submodel
 from ..checkpoints.devices import scoring_device
 from ..checkpoints.loading import checked_parent, load_stock
+from ..checkpoints.passengers import not_passengers, parent_inside, passengers_beside
 from ..configuration.budgets import Limit, is_limit, parse_limit, warn_if_far
 from ..configuration.leaving_out import ignored_beside, note_left_out
 from ..configuration.section import check_name
@@ -28,7 +29,7 @@ from ..modeling_elastic import ElasticForCausalLM, concrete_class
 from ..submodels.buffers import check_buffers, share_constant_buffers
 from ..submodels.slicing import build_meta, check_table
 from .importance import Scores, score
-from .search import BudgetSearch, default_choices, sizes_from_spec
+from .search import BudgetSearch, default_choices, round_depth, sizes_from_spec
 from .sorting import Orders, orders_from_scores, sort_state_dict
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,9 @@ def elastify(
     most important entries.
 
     Args:
-        parent (`PreTrainedModel` or `str`): Stock causal model, or where to load it from, which has to hold every tensor of it. It is not changed.
+        parent (`PreTrainedModel` or `str`):
+            Stock causal model, or where to load it from, which has to hold every tensor of it. It is not changed. Of a larger model around one, such
+            as a vision-language model, the text model becomes elastic, and the rest is kept.
         calibration (`datasets.Dataset` or iterable of dicts, *optional*):
             Text to score on, see [`hf_elastic.elastification.importance.score`]. Not needed with `scores`, or with `sort=False`.
         axes (`list[str]` or `dict[str, list]`, *optional*):
@@ -103,7 +106,9 @@ def elastify(
         raise ElasticConfigError(
             f"dtype={shown(dtype)} is for a parent that is loaded here; this one is there, cast it before."
         )
-    model = checked_parent(_load_parent(parent, dtype) if loaded else parent)
+    model = checked_parent(_load_parent(parent, dtype) if loaded else parent)  # type: ignore[arg-type]
+    inside = parent_inside(model)
+    model = model if inside is None else inside[0]
     scoring_device(model, device)
     _refuse_elastic(model)
     architecture = get_architecture(model.config.model_type)
@@ -138,7 +143,11 @@ def elastify(
     _check_before_scoring(architecture, model, budgets, choices, multiple_of, only)
     if scores is None and calibration is not None:
         scores = score(
-            model, calibration, axes=[a for a in wanted if a != "experts_per_token"], device=device, **score_options
+            model,
+            calibration,
+            axes=[a for a in wanted if a not in architecture.per_token.values()],
+            device=device,
+            **score_options,
         )
         if save_scores is not None:
             _keep(scores, save_scores)
@@ -153,11 +162,15 @@ def elastify(
     config = _elastic_config(model.config, submodels, choices, ranking)
     orders: Orders = {}
     if sort and scores is not None:
-        smallest = _smallest_head_dim(submodels)
+        smallest = _smallest_channels(architecture, submodels)
         orders = orders_from_scores(architecture, model.config, scores, wanted, smallest)
     elastic = _sorted_model(model, architecture, config, orders, release=loaded)
     elastic.importance_scores = scores
-    note_left_out(elastic.elastic_config, ignored_beside(model), model.name_or_path)
+    if (found := passengers_beside(model) if inside is None else inside[1:]) is not None:
+        elastic.elastic_config.host_config, passengers = found
+        elastic._passengers = passengers.sorted_by(orders.get(None, {}))
+    left = not_passengers(elastic.elastic_config.host, ignored_beside(model))
+    note_left_out(elastic.elastic_config, left, model.name_or_path)
     return elastic
 
 
@@ -222,7 +235,7 @@ def _choices(
         resolved = {largest}
         for size in sizes:
             if axis == LAYERS:
-                resolved.add(max(1, round(full.depth * size)) if isinstance(size, float) else size)
+                resolved.add(round_depth(architecture, config, size) if isinstance(size, float) else size)
             else:
                 resolved |= set(sizes_from_spec(architecture, config, {axis: size}, None, multiple_of).values())
         choices[axis] = sorted(resolved, reverse=True)
@@ -363,13 +376,14 @@ def _elastic_config(
     return ElasticConfig.from_parent(stock, sizes, choices=choices, layer_ranking=ranking)
 
 
-def _smallest_head_dim(submodels: Mapping[str, Submodel]) -> dict[int, int]:
-    smallest: dict[int, int] = {}
-    for submodel in submodels.values():
-        for layer in submodel.layers:
-            size = submodel.at(layer).get("mamba_head_dim")
-            if size is not None:
-                smallest[layer] = min(size, smallest.get(layer, size))
+def _smallest_channels(architecture: Architecture, submodels: Mapping[str, Submodel]) -> dict[tuple[str, int], int]:
+    """Per axis of channels of heads, and layer, the smallest size of a budget."""
+    smallest: dict[tuple[str, int], int] = {}
+    for axis in {axis.channels for axis in architecture.axes if axis.channels}:
+        for submodel in submodels.values():
+            for layer in submodel.layers:
+                if (size := submodel.at(layer).get(axis)) is not None:
+                    smallest[axis, layer] = min(size, smallest.get((axis, layer), size))
     return smallest
 
 

@@ -1,12 +1,14 @@
 """Importance of every entry of every axis, from forward passes over calibration text (arXiv 2511.16664, eq. 1-5).
 
-| axis | score | eq. |
+| what | score | eq. |
 |---|---|---|
-| `hidden` | sum over norms, batch and positions of `abs(LN(X))` | A 1 |
-| `ffn`, `shared_expert_ffn`, `expert_ffn` | sum over batch and positions of the magnitude of the second matrix's input | A 2, after the activation |
+| the residual stream (`hidden`) | sum over norms, batch and positions of `abs(LN(X))` | A 1 |
+| `ffn`, `shared_expert_ffn`, short-convolution and Mamba-1 channels | sum over batch and positions of the magnitude of the input of the matrix that leads back to the stream | A 2, after the activation |
+| `expert_ffn` | the same in every expert | A 2 |
 | `mamba_head_dim` | `norm2(s[:, d])` over all heads, `s = LN(X) W_x^T` | A 3 |
 | `mamba_heads` | `norm2(s[h, top channels])`, ranked inside each group | A 4 |
-| `attention_heads` | sum of the head's L2 norm at the output projection, ranked inside each KV group | |
+| `value_head_dim`, `value_heads` of a DeltaNet | the same at the output projection, as the norm in front of it makes heads alike | A 3, A 4 |
+| other heads | sum of the head's L2 norm at the output projection, ranked inside each KV group | |
 | `experts` | REAP: mean over the tokens routed to j of `g_j(x) * norm2(f_j(x))` | arXiv 2510.13999 |
 | `layers` | normalised squared error of the logits without the layer, removing the least important one after another | A 5 |
 """
@@ -34,7 +36,7 @@ from ..checkpoints.loading import checked_parent
 from ..checkpoints.replacing import replacing_file
 from ..errors import CheckpointError, ElasticConfigError, shown
 from .calibration import batches_of
-from .listening import MAMBA, MAMBA_AXES, Listener
+from .listening import Listener, score_key
 
 
 @dataclass
@@ -43,8 +45,9 @@ class Scores:
 
     Args:
         values (`dict[str, dict[int, torch.Tensor]]`):
-            Per axis and layer (-1 for global axes) float64 scores: `(size,)`, or `(groups, size per group)` for attention heads,
-            `(heads, head_dim)` for [`hf_elastic.elastification.listening.MAMBA`], `(experts, expert_ffn)` for the neurons of experts.
+            Per axis, or order of its own, and layer (-1 for global axes) float64 scores: `(size,)`, or `(groups, size per group)` for attention heads,
+            `(experts, expert_ffn)` for the neurons of experts. Heads and their channels have one entry, named by their part: under
+            `mamba_channels` the second moments `(heads, head_dim)` of Mamba.
         layers (`list[tuple[int, float]]`): Layers in the order in which they are removed (least important first), with eq. A 5.
         info (`dict`): `model_type`, `samples` and `tokens` that were seen.
     """
@@ -53,11 +56,15 @@ class Scores:
     layers: list[tuple[int, float]] = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)
 
-    def has(self, axis: str) -> bool:
-        """Whether an axis was scored. The number of experts per token needs no score: the router ranks them itself."""
+    def has(self, axis: str, architecture: Architecture | None = None) -> bool:
+        """Whether an axis was scored, of the model's architecture if that is not given. The number of experts per token needs no score: the
+        router ranks them itself."""
         if axis == LAYERS:
             return bool(self.layers)
-        return axis == "experts_per_token" or (MAMBA if axis in MAMBA_AXES else axis) in self.values
+        if architecture is None and "model_type" not in self.info:
+            return axis in self.values
+        known = architecture or get_architecture(self.info["model_type"])
+        return axis in known.per_token.values() or score_key(known, axis) in self.values
 
     @property
     def layer_ranking(self) -> list[int]:

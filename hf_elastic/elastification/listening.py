@@ -1,27 +1,57 @@
 """What scores are made of, added up from forward hooks while a parent reads calibration text.
 
-Which module to listen to follows from the table: a norm over `hidden`, the linear layer that leads from an axis back to `hidden`,
-the `x` segment of Mamba's input projection.
+Which module to listen to follows from the table: a norm over the residual stream, the linear layer that leads from an axis back to it, the
+segment that a rule names (`TensorRule.measured`), the experts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..architectures import Architecture
-from ..architectures.axes import Cut, Sizes, TensorRule, dim
+from ..architectures.axes import Cut, Dim, Sizes, TensorRule, dim
 
-MAMBA = "mamba_channels"
-"""Key of the second moments of Mamba's x, of shape `(heads, head_dim)`: both Mamba axes are scored from them."""
 
-MAMBA_AXES = ("mamba_heads", "mamba_head_dim")
-_SCORED_OTHERWISE = ("hidden", "experts", "expert_ffn", *MAMBA_AXES)
+def score_key(architecture: Architecture, name: str) -> str:
+    """Under which name an axis, or an order of its own (`Cut.order`), is in [`Scores`]; axes that are scored together have one."""
+    if name in [axis.name for axis in architecture.axes] and (heads := architecture.heads_of(name)):
+        return f"{heads.part}_channels"
+    return name
+
+
+def sorted_axes(architecture: Architecture, config: PreTrainedConfig) -> tuple[set[str], set[str]]:
+    """The axes whose entries are sorted, as something runs along them that has no order of its own; and those sorted in every expert by itself."""
+    cuts = [cut for rule in architecture.rules(config) for d in rule.dims for cut in d.cuts if not cut.order]
+    return {cut.axis for cut in cuts}, {cut.axis for cut in cuts if cut.within}
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """What is added up of a dimension of activations: entries `span` of it, seen as `shape`, of which `own` factors belong to one score.
+
+    Magnitudes are summed, L2 norms over the other factors where there are some; of `channels` the squares, of shape `(heads, channels)`.
+    """
+
+    key: str
+    span: tuple[int, int]
+    shape: tuple[int, ...]
+    own: tuple[int, ...]
+    channels: bool = False
+
+    def __call__(self, value: torch.Tensor) -> torch.Tensor:
+        value = value[..., self.span[0] : self.span[1]].float().unflatten(-1, self.shape)
+        others = tuple(i - len(self.shape) for i in range(len(self.shape)) if i not in self.own)
+        if self.channels:
+            squares = value.square().sum(dim=others) if others else value.square()
+            return squares.flatten(-len(self.own), -2)
+        return value.norm(dim=others) if others else value.abs()
 
 
 class Listener:
@@ -31,28 +61,32 @@ class Listener:
         self.mask = torch.ones(0, 0, dtype=torch.bool)
         self._sums: dict[str, dict[int, torch.Tensor]] = {}
         self._routed: dict[int, torch.Tensor] = {}  # tokens per expert, (E,)
+        self._experts: set[str] = set()  # axes of experts
         self._hooks: list[tuple[nn.Module, Callable[..., None], bool]] = []
-        full = architecture.full(model.config)
+        full, stream, rules = architecture.full(model.config), architecture.stream, architecture.rules(model.config)
+        measured: dict[int | None, set[str]] = {}
+        for rule in rules:
+            measured.setdefault(rule.layer, set()).update(_measured(rule))
         seen: set[str] = set()
-        for rule in architecture.rules(model.config):
+        for rule in rules:
             sizes = full.at(rule.layer)
             module = model.get_submodule(rule.module)
-            if "hidden" in wanted and rule.norm and [cut.axis for cut in rule.dims[0].cuts] == ["hidden"]:
-                self._listen(module, lambda m, i, out: self._add("hidden", -1, out.abs()))
-            for cut, shape, others in _consumed(rule, wanted, sizes):
-                self._listen(module, self._on_input(cut.axis, rule.layer, shape, others), before=True)
-            if (
-                wanted & set(MAMBA_AXES)
-                and rule.dims
-                and "x" in dict(rule.dims[0].segments)
-                and rule.name.endswith("in_proj.weight")
-            ):
-                span = rule.dims[0].span("x", sizes)
-                shape = (sizes["mamba_heads"], sizes["mamba_head_dim"])
-                self._listen(module, self._on_mamba(rule.layer, span, shape))
-            elif rule.routed and wanted & {"experts", "expert_ffn"} and rule.module not in seen:
+            if stream in wanted and rule.norm and _is_along(rule.dims[0], stream):
+                self._listen(module, lambda m, i, out: self._add(stream, -1, out.abs()))
+            if rule.measured:
+                for measure in _measures(architecture, rule.dims[0], rule.measured, wanted, sizes, set()):
+                    self._listen(module, self._on_output(rule.layer, measure))
+            elif len(rule.dims) == 2 and _is_along(rule.dims[0], stream):
+                for name, _ in rule.dims[1].segments:
+                    for measure in _measures(architecture, rule.dims[1], name, wanted, sizes, measured[rule.layer]):
+                        self._listen(module, self._on_input(rule.layer, measure), before=True)
+            elif rule.routed and rule.module not in seen:
                 seen.add(rule.module)
-                self._listen(module, self._on_experts(rule.layer, wanted), before=True)
+                self._experts.add(rule.experts)
+                neurons = [cut.axis for d in rule.dims for cut in d.cuts if cut.within == rule.experts]
+                if wanted & {rule.experts, *neurons}:
+                    hook = self._on_experts(rule.layer, wanted, rule.experts, neurons[0] if neurons else None)
+                    self._listen(module, hook, before=True)
 
     def _listen(self, module: nn.Module, hook: Callable[..., None], before: bool = False) -> None:
         self._hooks.append((module, hook, before))
@@ -72,9 +106,8 @@ class Listener:
     def values(self) -> dict[str, dict[int, torch.Tensor]]:
         """What was added up, as the `values` of scores."""
         values = {axis: dict(layers) for axis, layers in self._sums.items()}
-        for layer, tokens in self._routed.items():
-            if "experts" in values:
-                values["experts"][layer] = values["experts"][layer] / tokens.clamp(min=1)
+        for axis in self._experts & values.keys():
+            values[axis] = {i: gain / self._routed[i].clamp(min=1) for i, gain in values[axis].items()}
         return values
 
     def _accumulate(self, axis: str, layer: int | None, value: torch.Tensor) -> None:
@@ -88,25 +121,19 @@ class Listener:
         real = self.mask if value.shape[:2] == self.mask.shape else self.mask.reshape(-1)
         self._accumulate(axis, layer, value[real.to(value.device)].float().sum(0))
 
-    def _on_input(
-        self, axis: str, layer: int | None, shape: tuple[int, ...], others: tuple[int, ...]
-    ) -> Callable[..., None]:
+    def _on_input(self, layer: int | None, measure: _Measure) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            value = args[0].float()
-            if others:  # (..., kv * heads * head_dim) -> the norm of each head, (..., kv, heads per kv)
-                value = value.unflatten(-1, shape).norm(dim=others)
-            self._add(axis, layer, value.abs())
+            self._add(measure.key, layer, measure(args[0]))
 
         return hook
 
-    def _on_mamba(self, layer: int | None, span: tuple[int, int], shape: tuple[int, int]) -> Callable[..., None]:
+    def _on_output(self, layer: int | None, measure: _Measure) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-            x = output[..., span[0] : span[1]].float()
-            self._add(MAMBA, layer, x.unflatten(-1, shape).square())
+            self._add(measure.key, layer, measure(output))
 
         return hook
 
-    def _on_experts(self, layer: int | None, wanted: set[str]) -> Callable[..., None]:
+    def _on_experts(self, layer: int | None, wanted: set[str], experts: str, ffn: str | None) -> Callable[..., None]:
         def hook(module: Any, args: tuple[torch.Tensor, ...]) -> None:
             x, index, weights = args  # (tokens, d), (tokens, k), (tokens, k)
             real = self.mask.reshape(-1).to(x.device)
@@ -125,12 +152,12 @@ class Listener:
                 reap[expert] = (weights[token, slot].float() * output.float().norm(dim=-1)).sum()
                 tokens[expert] = len(token)
                 neurons[expert] = inner.float().abs().sum(0)
-            if "experts" in wanted:
-                self._accumulate("experts", layer, reap)
+            if experts in wanted:
+                self._accumulate(experts, layer, reap)
                 key = -1 if layer is None else layer
                 self._routed[key] = self._routed.get(key, 0) + tokens.cpu().double()
-            if "expert_ffn" in wanted:
-                self._accumulate("expert_ffn", layer, neurons)
+            if ffn in wanted:
+                self._accumulate(ffn, layer, neurons)
 
         return hook
 
@@ -143,18 +170,33 @@ def _expert_neurons(experts: Any, expert: int, x: torch.Tensor) -> torch.Tensor:
     return experts.act_fn(nn.functional.linear(x, experts.up_proj[expert]))
 
 
-def _consumed(
-    rule: TensorRule, wanted: set[str], sizes: Sizes
-) -> Iterator[tuple[Cut, tuple[int, ...], tuple[int, ...]]]:
-    """The axes that a linear layer leads back to `hidden` from, if they are scored at that layer's input.
+def _is_along(dimension: Dim, axis: str) -> bool:
+    """Whether a dimension is the axis and nothing else, in its order."""
+    return [(cut.axes, cut.order) for cut in dimension.cuts] == [((axis,), None)]
 
-    Each with how the input is made up, and which of its factors belong to one entry of the axis, counted from the end.
-    """
-    if len(rule.dims) != 2 or [cut.axis for cut in rule.dims[0].cuts] != ["hidden"]:
-        return
-    for _, segment in rule.dims[1].segments:
-        shape = tuple(dim(factor).size(sizes) for factor in segment)
-        for i, factor in enumerate(segment):
-            if isinstance(factor, Cut) and factor.axis in wanted and factor.axis not in _SCORED_OTHERWISE:
-                own = {i - 1, i} if factor.groups > 1 else {i}
-                yield factor, shape, tuple(k - len(segment) for k in range(len(segment)) if k not in own)
+
+def _measured(rule: TensorRule) -> set[str]:
+    """What is scored by the values of a rule's segment."""
+    segment = dict(rule.dims[0].segments)[rule.measured] if rule.measured else ()
+    return {factor.sorted_by for factor in segment if isinstance(factor, Cut)}
+
+
+def _measures(
+    architecture: Architecture, dimension: Dim, name: str, wanted: set[str], sizes: Sizes, elsewhere: set[str]
+) -> Iterator[_Measure]:
+    """What is scored at one segment of a dimension: every axis along it but the residual stream's, and every order of its own."""
+    segment = dict(dimension.segments)[name]
+    shape, span = tuple(dim(factor).size(sizes) for factor in segment), dimension.span(name, sizes)
+    place = {factor.sorted_by: i for i, factor in enumerate(segment) if isinstance(factor, Cut)}
+    for i, factor in enumerate(segment):
+        if not isinstance(factor, Cut) or factor.sorted_by in {architecture.stream, *elsewhere}:
+            continue
+        key = score_key(architecture, factor.sorted_by)
+        own = (i - 1, i) if factor.groups > 1 else (i,)
+        if key == factor.sorted_by:
+            if wanted & {*factor.axes, key}:
+                yield _Measure(key, span, shape, own)
+            continue
+        heads = architecture.axis(factor.axis)
+        if heads.channels in place and wanted & {heads.name, heads.channels}:
+            yield _Measure(key, span, shape, (*own, place[heads.channels]), channels=True)

@@ -21,7 +21,6 @@ from .sorting import ranked
 
 MAX_COMBINATIONS = 500_000
 DEFAULT_RATIOS = (1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
-_HEAD_COUNTS = ("attention_heads", "kv_heads", "mamba_heads", "experts", "experts_per_token")
 
 
 def round_size(
@@ -48,9 +47,19 @@ def round_size(
         if spec.groups
         else 1
     )
-    if axis not in _HEAD_COUNTS and full % multiple_of == 0:
+    if not architecture.counts(axis) and full % multiple_of == 0:
         step = math.lcm(step, multiple_of)
     return max(step, min(full, round(full * ratio / step) * step))
+
+
+def round_depth(
+    architecture: Architecture, config: PreTrainedConfig, ratio: float, ranking: Sequence[int] | None = None
+) -> int:
+    """The number of layers nearest to a share of the parent's that a ranking of them can be cut to; whole units in the parent's order by default."""
+    depth = architecture.depth(config)
+    if ranking is None:
+        ranking = architecture.keepable_ranking(config, range(depth))
+    return min(architecture.depths(config, ranking), key=lambda count: abs(count - max(1, round(depth * ratio))))
 
 
 def sizes_from_spec(
@@ -61,11 +70,10 @@ def sizes_from_spec(
     multiple_of: int,
 ) -> dict[str, Any]:
     """Sizes with the ratios in them resolved; `layers` may be a count or a ratio, which the ranking turns into layers."""
-    depth = architecture.depth(config)
     sizes: dict[str, Any] = {}
     for axis, value in spec.items():
         if axis == LAYERS:
-            count = max(1, round(depth * value)) if isinstance(value, float) else value
+            count = round_depth(architecture, config, value, ranking) if isinstance(value, float) else value
             if isinstance(count, int) and not isinstance(count, bool):
                 if ranking is None:
                     raise ElasticConfigError(
@@ -79,7 +87,7 @@ def sizes_from_spec(
         elif len(set((full := architecture.full(config)).values(axis))) == 1:
             sizes[axis] = round_size(architecture, config, axis, value, multiple_of)
         else:  # a share of what each layer has
-            own = ((layer, full.at(layer).get(axis)) for layer in range(depth))
+            own = ((layer, full.at(layer).get(axis)) for layer in range(full.depth))
             sizes[axis] = {
                 i: round_size(architecture, config, axis, value, multiple_of, size) for i, size in own if size
             }
@@ -89,8 +97,7 @@ def sizes_from_spec(
 def default_choices(architecture: Architecture, config: PreTrainedConfig, axis: str, multiple_of: int) -> list[int]:
     """Sizes to search over if the user gives none, largest first."""
     if axis == LAYERS:
-        depth = architecture.depth(config)
-        return sorted({max(1, round(depth * ratio)) for ratio in DEFAULT_RATIOS}, reverse=True)
+        return sorted({round_depth(architecture, config, ratio) for ratio in DEFAULT_RATIOS}, reverse=True)
     return sorted(
         {round_size(architecture, config, axis, ratio, multiple_of) for ratio in DEFAULT_RATIOS}, reverse=True
     )
@@ -241,12 +248,10 @@ class BudgetSearch:
         shares = []
         for layer in [None] if spec.part is None else self._architecture.layers_with(self._config, spec):
             full = self._full.at(layer)[axis]
-            if scores is None or axis == "experts_per_token" or not scores.has(axis):
+            if scores is None or spec.among or not scores.has(axis, self._architecture):
                 shares.append(min(1.0, size / full))
                 continue
-            values = ranked(
-                self._architecture, self._config, scores, axis, layer, self._full.at(layer).get("mamba_head_dim", 1)
-            )
+            values = ranked(self._architecture, self._config, scores, axis, layer)
             keep = values.shape[-1] * min(size, full) // full
             shares.append(float(values.topk(keep, dim=-1).values.sum() / values.sum().clamp(min=1e-30)))
         return max(1e-9, sum(shares) / len(shares))

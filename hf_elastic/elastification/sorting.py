@@ -8,40 +8,44 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..architectures import Architecture
-from ..architectures.submodel import LAYERS
 from ..errors import ElasticConfigError
 from .importance import Scores
-from .listening import MAMBA
+from .listening import score_key, sorted_axes
 
 Orders = dict[int | None, dict[str, torch.Tensor]]
 """Per layer (`None`: global) and axis the old index of every new position, `(groups, size per group)`."""
 
 
 def ranked(
-    architecture: Architecture, config: PreTrainedConfig, scores: Scores, axis: str, layer: int | None, channels: int
+    architecture: Architecture,
+    config: PreTrainedConfig,
+    scores: Scores,
+    name: str,
+    layer: int | None,
+    channels: int | None = None,
 ) -> torch.Tensor:
-    """The scores of one axis in one layer as `(groups, size per group)`: each row is sorted by itself.
+    """The scores of an axis, or of an order of its own, in one layer as `(groups, size per group)`: each row is sorted by itself.
 
     Args:
-        channels (`int`): Head channels that the smallest budget keeps; `mamba_heads` are ranked by these (eq. A 4).
+        channels (`int`, *optional*): How many channels the smallest budget keeps: heads are ranked by these (eq. A 4).
     """
-    spec = architecture.axis(axis)
-    key = -1 if layer is None else layer
-    if axis in ("mamba_heads", "mamba_head_dim"):
-        moments = scores.values[MAMBA][key]  # (heads, head_dim)
-        per_channel = moments.sum(0).sqrt()
-        if axis == "mamba_head_dim":
+    axis = next((axis for axis in architecture.axes if axis.name == name), None)
+    # Layers that share a block have one order of it, by what all of them have of an entry.
+    layers: tuple[int, ...] = (-1 if layer is None else layer,)
+    if axis is not None and axis.shared and layer is not None:
+        layers = architecture.sharers(config, layer)
+    values = torch.stack([scores.values[score_key(architecture, name)][i] for i in layers]).sum(0)
+    heads = architecture.heads_of(name) if axis else None
+    if heads is not None:  # (heads, head_dim)
+        per_channel = values.sum(0).sqrt()
+        if name == heads.channels:
             return per_channel[None]
-        top = per_channel.topk(channels).indices
-        values = moments[:, top].sum(1).sqrt()
-    else:
-        # Layers that share a block have one order of it, by what all of them have of an entry.
-        layers = architecture.sharers(config, layer) if spec.shared and layer is not None else (key,)
-        values = torch.stack([scores.values[axis][i] for i in layers]).sum(0)
-    if axis == "expert_ffn":
+        top = per_channel.topk(channels or len(per_channel)).indices
+        values = values[:, top].sum(1).sqrt()
+    elif values.dim() > 1 and not (axis and axis.groups):
         return values  # one row per expert
     layer_config = config if layer is None else config.per_layer_config[layer]
-    groups = int(getattr(layer_config, spec.groups)) if spec.groups else 1
+    groups = int(getattr(layer_config, axis.groups)) if axis and axis.groups else 1
     return values.reshape(groups, -1)
 
 
@@ -50,41 +54,48 @@ def orders_from_scores(
     config: PreTrainedConfig,
     scores: Scores,
     axes: Collection[str],
-    smallest: Mapping[int, int] | None = None,
+    smallest: Mapping[tuple[str, int], int] | None = None,
 ) -> Orders:
     """How to sort the parent along the given axes.
 
     Args:
-        axes (`Collection[str]`): Axes to sort; the others keep their order.
-        smallest (`dict[int, int]`, *optional*): Per layer the fewest head channels that a budget keeps; all if not given.
+        axes (`Collection[str]`): Axes to sort, with what follows them and has an order of its own (`Cut.order`); the others keep their order.
+        smallest (`dict[tuple[str, int], int]`, *optional*): Per axis and layer the smallest size of a budget, for channels of heads; all if not given.
 
     Raises:
         `ElasticConfigError`: an axis was not scored, or scores of another model were given.
     """
-    full = architecture.full(config)
-    orders: Orders = {}
+    full, in_order, within = architecture.full(config), *sorted_axes(architecture, config)
+    wanted: list[tuple[str, int | None, int]] = []  # name, layer, size
     for axis in architecture.available_axes(config):
-        if axis.name not in axes or axis.name in (LAYERS, "experts_per_token"):
-            continue
-        if not scores.has(axis.name):
+        if axis.name in axes and axis.name in in_order and not axis.among:
+            layers = [None] if axis.part is None else architecture.layers_with(config, axis)
+            wanted += [(axis.name, layer, full.at(layer)[axis.name]) for layer in layers]
+    for (order, layer), cut in architecture.orders(config).items():
+        if set(axes) & set(cut.axes):
+            wanted.append((order, layer, cut.size(full.at(layer))))
+    orders: Orders = {}
+    for name, layer, size in wanted:
+        if not scores.has(name, architecture):
             raise ElasticConfigError(
-                f"axis {axis.name!r} was not scored (scores has {', '.join(scores.values) or 'nothing'}); score it, or leave it out of axes."
+                f"axis {name!r} was not scored (scores has {', '.join(scores.values) or 'nothing'}); score it, or leave it out of axes."
             )
-        for layer in [None] if axis.part is None else architecture.layers_with(config, axis):
-            sizes = full.at(layer)
-            channels = (smallest or {}).get(layer, sizes.get("mamba_head_dim", 1)) if layer is not None else 1
-            try:
-                values = ranked(architecture, config, scores, axis.name, layer, channels)
-            except (KeyError, RuntimeError) as error:
-                raise ElasticConfigError(
-                    f"the scores of {axis.name!r} are not of this model: layer {layer} ({error})."
-                ) from error
-            if values.shape[-1] * (1 if axis.name == "expert_ffn" else len(values)) != sizes[axis.name]:
-                raise ElasticConfigError(
-                    f"the scores of {axis.name!r} are not of this model: layer {layer} has {tuple(values.shape)}, its size is {sizes[axis.name]}."
-                )
-            # Stable: entries of equal score, dead ones above all, stay where they are.
-            orders.setdefault(layer, {})[axis.name] = values.sort(dim=-1, descending=True, stable=True).indices
+        heads = architecture.heads_of(name)
+        channels = (
+            (smallest or {}).get((heads.channels, layer)) if heads and heads.channels and layer is not None else None
+        )
+        try:
+            values = ranked(architecture, config, scores, name, layer, channels)
+        except (KeyError, RuntimeError) as error:
+            raise ElasticConfigError(
+                f"the scores of {name!r} are not of this model: layer {layer} ({error})."
+            ) from error
+        if values.shape[-1] * (1 if name in within else len(values)) != size:
+            raise ElasticConfigError(
+                f"the scores of {name!r} are not of this model: layer {layer} has {tuple(values.shape)}, its size is {size}."
+            )
+        # Stable: entries of equal score, dead ones above all, stay where they are.
+        orders.setdefault(layer, {})[name] = values.sort(dim=-1, descending=True, stable=True).indices
     return orders
 
 

@@ -211,7 +211,7 @@ def hand_over(
         return states
     full = architecture.full(config)
     position = {layer: i for i, layer in enumerate(source.layers)}
-    wider = target.at(None)["hidden"] / source.at(None)["hidden"]
+    wider = target.at(None)[architecture.stream] / source.at(None)[architecture.stream]
     given: States = []
     for layer in target.layers:
         found: dict[str, torch.Tensor] = {}

@@ -194,6 +194,12 @@ def limits(source: Any, elastic: ElasticConfig, read: Sequence[Results], plain: 
     if groups := left_out(source) or left_out(elastic):
         listed = ", ".join(f"`{group}`" for group in groups)
         lines.append(f"- Left out, because the stock class of transformers does not load them: {listed}.")
+    if elastic.host is not None:
+        kept = ", ".join(f"`{name}`" for name in elastic.host.passengers)
+        lines.append(
+            f"- Sizes here are the text model alone. What else the {elastic.host.model_type} has ({kept}) is kept beside it, and `model.export(folder, size)` "
+            "writes both."
+        )
     if not plain:
         lines.append("- Loading a size needs hf_elastic; `model.export(folder)` writes one that does not.")
     if isinstance(base_model, str):

@@ -189,12 +189,9 @@ def _license(given: str | None, name: str | None, link: str | None, before: Any)
     return {key: value for key, value in (("license", given), ("license_name", name), ("license_link", link)) if value}
 
 
-_PART_TAGS = {"mamba": "mamba", "delta": "deltanet", "moe": "moe"}
-"""What people search for, by the part of a layer that it is about."""
-
-
 def _tags(elastic: ElasticConfig, plain: bool) -> list[str]:
-    architecture, parent = elastic.architecture, elastic.parent_config
-    parts = frozenset().union(*(architecture.parts(parent, i) for i in range(architecture.depth(parent))))
+    architecture, config = elastic.architecture, elastic.parent_config
+    parts = {part for layer in range(architecture.depth(config)) for part in architecture.parts(config, layer)}
     tags = ["hf_elastic"] if plain else ["elastic", "matryoshka", "hf_elastic"]
-    return [*tags, parent.model_type, *(tag for part, tag in _PART_TAGS.items() if part in parts)]
+    tags += [elastic.parent_config.model_type]
+    return tags + [tag for tag in architecture.hub_tags if tag in parts]

@@ -29,6 +29,7 @@ from transformers.utils.hub import hf_api
 from ..checkpoints.nested import FOLDER
 from ..checkpoints.opening import open_checkpoint
 from ..checkpoints.origin import is_repo_id
+from ..checkpoints.passengers import PASSENGERS
 from ..configuration.parent import parent_from_dict, refuse_adapter
 from ..configuration.remote_code import MODULE
 from ..configuration.section import CUT_FROM
@@ -55,6 +56,7 @@ _OURS = [
     "pytorch_model*.bin",
     "pytorch_model.bin.index.json",
     ROUTER_FILE,
+    PASSENGERS,
     f"{MODULE}.py",
     f"{FOLDER}/*",
 ]
@@ -253,7 +255,7 @@ def read_published(folder: Path) -> PreTrainedConfig:
 def _check_weights(folder: Path, config: PreTrainedConfig) -> None:
     elastic = config if isinstance(config, ElasticConfig) else ElasticConfig.from_parent(config, {})
     head = has_head(config, elastic)
-    ignored = elastic.architecture.causal_class._keys_to_ignore_on_load_unexpected or ()
+    ignored = elastic.architecture.ignored()
     full, verify = elastic.architecture.full(elastic.parent_config), has_checksums(folder)
     open_checkpoint(folder, elastic, full, head=head, ignored=ignored, verify=verify)
     read_router(elastic, folder, verify=verify)

@@ -94,12 +94,13 @@ class BudgetRouter(nn.Module):
         self.choices = {
             axis: tuple(config.axes[axis]["choices"])
             for axis in axes
-            if axis != "experts_per_token" and len(config.axes.get(axis, {}).get("choices", ())) > 1
+            if axis not in config.architecture.per_token.values()
+            and len(config.axes.get(axis, {}).get("choices", ())) > 1
         }
         if not self.choices:
             raise ElasticConfigError("no axis has more than one choice; give choices to elastify(axes=...).")
         for axis in per_layer:
-            if axis in ("hidden", LAYERS) or axis not in self.choices:
+            if axis in (config.architecture.stream, LAYERS) or axis not in self.choices:
                 raise ElasticConfigError(
                     f"per_layer={axis!r} must be an elastic axis that belongs to layers, one of {sorted(self.choices)}."
                 )

@@ -61,7 +61,8 @@ def masked_model(parent: PreTrainedModel, submodel: Submodel) -> PreTrainedModel
         bias = torch.full((piece.rule.dims[0].size(piece.full),), -torch.inf)
         for start, stop in piece.runs[0]:
             bias[start:stop] = 0.0
-        architecture.bias_router(router, router, bias, piece.kept["experts_per_token"])
+        top_k = piece.kept[architecture.per_token[piece.rule.experts]]
+        architecture.bias_router(router, router, bias, top_k)
     layers = architecture.layers_of(model)
     for layer in set(range(submodel.depth)) - set(submodel.layers):
         layers[layer].forward = partial(_identity, architecture)  # type: ignore[method-assign]

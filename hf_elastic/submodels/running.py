@@ -190,6 +190,7 @@ class RunningMixin(LiveMixin):
         model._adopt(elastic, self.router if submodel == self._full else None)  # type: ignore[attr-defined]
         model.__dict__["_taken_as"] = submodel
         model.__dict__["_beside"] = None
+        model.__dict__["_passengers"] = self.__dict__.get("_passengers")
         outer = self.__dict__.get("_shares")
         model.__dict__["_shares"] = Share(weakref.ref(self), member, self._members[self._full], places, outer)
         return model

@@ -45,6 +45,7 @@ def check_table(architecture: Architecture, model: PreTrainedModel) -> None:
         if rule.copy_of:
             copies[rule.name] = rule.copy_of
         problems += _norm_problems(rule, model)
+    _check_experts(architecture, model.config)
     state = model.state_dict()
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     problems += [f"{name} {shape} has no rule" for name, shape in found.items() if name not in expected]
@@ -63,6 +64,21 @@ def check_table(architecture: Architecture, model: PreTrainedModel) -> None:
             + "; ".join(problems[:5])
             + (" ..." if len(problems) > 5 else "")
         )
+
+
+def _check_experts(architecture: Architecture, config: PreTrainedConfig) -> None:
+    """Raise `HFElasticError` where experts have no router to keep from dropped ones, or nothing says how many a token uses."""
+    rules = architecture.rules(config)
+    routers = {(rule.layer, rule.experts) for rule in rules if rule.routes}
+    for rule in (rule for rule in rules if rule.routed):
+        if rule.experts not in architecture.per_token:
+            raise HFElasticError(
+                f"no axis of {architecture.model_type} is among={rule.experts!r}: how many of {rule.name} does a token use?"
+            )
+        if (rule.layer, rule.experts) not in routers:
+            raise HFElasticError(
+                f"no rule of layer {rule.layer} has routes=True: which tensor chooses among {rule.name}?"
+            )
 
 
 def _norm_problems(rule: TensorRule, model: PreTrainedModel) -> Iterator[str]:

@@ -122,7 +122,8 @@ class SoftUnits:
         weights = mixture.weights(full, self._groups.get(layer, {}) if layer is not None else {}, layer)
         unit.follow()
         live: dict[str, torch.Tensor] = {}
-        routers = {name.rpartition(".")[0] for name, piece in unit.parts if piece.rule.routes}
+        undecided = [name for name, piece in unit.parts if piece.rule.routes and piece.rule.experts in weights]
+        routers = {name.rpartition(".")[0] for name in undecided}
         for name, piece in unit.parts:
             source = attribute(unit.module, name)
             owner, _, _ = name.rpartition(".")
@@ -131,19 +132,16 @@ class SoftUnits:
             if isinstance(norm := piece.rule.norm, Norm):
                 alive, epsilon = partial(piece.rule.alive, full), epsilon_of(module, norm)
                 setattr(module, epsilon, getattr(unit.module.get_submodule(owner), epsilon) * mean(alive))
-                source = (source + norm.centre) * mean(
-                    lambda sizes, alive=alive: math.sqrt(alive(sizes))
-                ) - norm.centre
+                source = (source + norm.centre) * mean(partial(_root_of, alive)) - norm.centre
             if (scale := piece.rule.scale) is not None:
                 source = source * (mean(scale) / scale(full))
-            if piece.rule.routes and "experts" in weights:
-                gates = _tile(weights["experts"], full["experts"])
+            if piece.rule.routes and (experts := piece.rule.experts) in weights:
+                gates = _tile(weights[experts], full[experts])
                 original = unit.module.get_submodule(owner)
                 dropped = torch.where(gates.detach() < _DROPPED, -torch.inf, 0.0)
-                self._architecture.bias_router(module, original, dropped, full["experts_per_token"])
-            if not (
-                piece.rule.buffer and owner in routers and "experts" in weights
-            ):  # the router's bias is set with the choice
+                top_k = full[self._architecture.per_token[experts]]
+                self._architecture.bias_router(module, original, dropped, top_k)
+            if not (piece.rule.buffer and owner in routers):  # the router's bias is set with the choice
                 live[name] = piece.rule.gate(source, full, weights)
         output = torch.func.functional_call(stencil, live, args, kwargs)
         if layer is None or mixture.layers is None:
@@ -165,3 +163,7 @@ def keep_weights(probabilities: torch.Tensor, counts: tuple[int, ...], ranking: 
     position[torch.tensor(ranking)] = torch.arange(len(ranking))
     kept = position[None] < torch.tensor(counts)[:, None]
     return (probabilities[:, None] * kept.to(probabilities.device)).sum(0)
+
+
+def _root_of(share: Callable[[Sizes], float], sizes: Sizes) -> float:
+    return math.sqrt(share(sizes))

@@ -143,10 +143,10 @@ def _step(
     layers = [[rule for rule in rules if rule.layer == layer] for layer in range(depth)]
     # FSDP casts what it gathers; on one GPU the residual stream has the type of the weights.
     item = _ARITHMETIC.itemsize if gpus > 1 else dtype.itemsize
-    hidden = full.at(None)["hidden"]
+    hidden = full.at(None)[architecture.stream]
     how = f"checkpoints: {depth} layers x {tokens:,} tokens x {hidden:,} channels x {item} bytes"
     yield Part("hidden states", depth * tokens * hidden * item, False, how)
-    again = max(_recomputed(layer, full.at(i), config, tokens) for i, layer in enumerate(layers))
+    again = max(_recomputed(architecture, i, layer, full.at(i), config, tokens) for i, layer in enumerate(layers))
     yield Part(
         "one layer", again, False, "inputs and outputs of its matrices while it is computed again, and gradients"
     )
@@ -169,15 +169,23 @@ def _elements(rules: Sequence[TensorRule], full: Any) -> int:
     return sum(rule.count(full.at(rule.layer)) for rule in rules if not rule.copy_of)
 
 
-def _recomputed(layer: Sequence[TensorRule], sizes: dict[str, int], config: PreTrainedConfig, tokens: int) -> int:
+def _recomputed(
+    architecture: Architecture,
+    layer: int,
+    rules: Sequence[TensorRule],
+    sizes: dict[str, int],
+    config: PreTrainedConfig,
+    tokens: int,
+) -> int:
     """What a layer holds while it is computed again, twice for its gradients; Mamba as the stock code computes it without kernels."""
     widths = 0
-    for rule in layer:
+    for rule in rules:
         if _is_matrix(rule) and rule.user in (None, rule.layer):
-            used = sizes["experts_per_token"] if rule.routed else 1
+            used = sizes[architecture.per_token[rule.experts]] if rule.routed else 1
             widths += used * sum(rule.shape(sizes)[-2:])
     chunk = getattr(config, "chunk_size", None) or getattr(config, "mamba_chunk_size", None) or 0
-    inside = 3 * chunk * sizes.get("mamba_heads", 0) * 4
+    states = architecture.states(config.per_layer_config[layer], layer)
+    inside = 3 * chunk * sum(state.dims[0].size(sizes) for state in states if state.kind == "ssm") * 4
     return 2 * tokens * (widths * _ARITHMETIC.itemsize + inside)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from hf_elastic import CheckpointError, ElasticConfigError, Scores, score
 from hf_elastic.architectures import get_architecture
-from hf_elastic.elastification.importance import MAMBA, rank_layers
+from hf_elastic.elastification.importance import rank_layers
 from hf_elastic.submodels.slicing import slice_state_dict
 
 # Sums of a few hundred float32 terms in another order.
@@ -86,7 +86,7 @@ def test_mamba_moments_are_of_the_x_rows(nano):
             for head in range(c.mamba_num_heads):
                 for channel in range(c.mamba_head_dim):
                     expected[head, channel] += s[:, head * c.mamba_head_dim + channel].square().sum()
-        torch.testing.assert_close(scores.values[MAMBA][layer].float(), expected, **CLOSE)
+        torch.testing.assert_close(scores.values["mamba_channels"][layer].float(), expected, **CLOSE)
 
 
 def test_attention_heads_are_the_norms_at_the_output_projection(nano, rows):

@@ -13,7 +13,6 @@ from hf_elastic import ElasticConfigError, UnknownBudgetError
 from hf_elastic.architectures import get_architecture
 from hf_elastic.architectures.cost import CostModel
 from hf_elastic.configuration.budgets import Limit
-from hf_elastic.elastification.importance import MAMBA
 from hf_elastic.elastification.search import BudgetSearch, default_choices, round_size, sizes_from_spec
 
 CHOICES = {"hidden": [48, 40, 32], "ffn": [40, 24, 8], "mamba_heads": [12, 8, 4], "layers": [8, 7, 6]}
@@ -29,7 +28,7 @@ def _worth(scores, config, sizes) -> float:
             worth *= sum(errors[layer] for layer in ranking[:size]) / sum(errors.values())
             continue
         shares = []
-        values = scores.values[MAMBA if axis == "mamba_heads" else axis]
+        values = scores.values["mamba_channels" if axis == "mamba_heads" else axis]
         for layer in values:
             v = values[layer]
             if axis == "mamba_heads":

@@ -8,7 +8,6 @@ from cases import CONFIGS, VOCAB, build_parent
 
 from hf_elastic import ElasticConfigError, Scores, elastify
 from hf_elastic.architectures import get_architecture
-from hf_elastic.elastification.importance import MAMBA
 from hf_elastic.elastification.sorting import orders_from_scores, sort_state_dict
 
 # Reordered float32 sums; logits are of the order of 1 to 10.
@@ -31,7 +30,9 @@ def random_scores(config, seed: int = 0, only: str | None = None) -> Scores:
         for layer in [None] if axis.part is None else architecture.layers_with(config, axis):
             sizes = full.at(layer)
             if axis.name in ("mamba_heads", "mamba_head_dim"):
-                scores.values.setdefault(MAMBA, {})[layer] = draw(sizes["mamba_heads"], sizes["mamba_head_dim"])
+                scores.values.setdefault("mamba_channels", {})[layer] = draw(
+                    sizes["mamba_heads"], sizes["mamba_head_dim"]
+                )
             elif axis.name == "expert_ffn":
                 scores.values.setdefault(axis.name, {})[layer] = draw(sizes["experts"], sizes["expert_ffn"])
             else:
@@ -106,8 +107,10 @@ def test_mamba_heads_stay_in_their_group_and_are_ranked_by_the_channels_that_sta
     scores = random_scores(c)
     architecture = get_architecture("nemotron_h")
     layer, keep = 0, 3
-    orders = orders_from_scores(architecture, c, scores, ["mamba_heads", "mamba_head_dim"], {layer: keep})
-    moments = scores.values[MAMBA][layer]
+    orders = orders_from_scores(
+        architecture, c, scores, ["mamba_heads", "mamba_head_dim"], {("mamba_head_dim", layer): keep}
+    )
+    moments = scores.values["mamba_channels"][layer]
     channels = sorted(range(c.mamba_head_dim), key=lambda d: -moments[:, d].sum())
     assert orders[layer]["mamba_head_dim"].tolist() == [channels]
     per_group = c.mamba_num_heads // c.n_groups
