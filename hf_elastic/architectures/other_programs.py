@@ -82,13 +82,9 @@ def granite_obstacles(config: PreTrainedConfig, submodel: Submodel, head_dim: in
     sizes = {axis: size for axis in submodel if (size := submodel.size(axis)) is not None}
     hidden, rope = sizes["hidden"], config.position_embedding_type == "rope"
     if "attention_heads" in sizes:
-        heads = sizes["attention_heads"]
-        if heads * head_dim != hidden:
-            why = (
-                f"it takes hidden / attention_heads = {hidden} / {heads} for the width of a head, which is {head_dim}"
-            )
-            yield Obstacle("vLLM", SILENT if heads * head_dim > hidden else REFUSES, why)
-            yield from (Obstacle(program, REFUSES, why) for program in ("llama.cpp", "SGLang", "mistral.rs"))
+        for obstacle in computed_head_width(hidden, sizes["attention_heads"], head_dim):
+            yield obstacle
+            yield from (obstacle._replace(program=p, does=REFUSES) for p in ("llama.cpp", "SGLang", "mistral.rs"))
     if "mamba_heads" in sizes:
         inner = sizes["mamba_heads"] * sizes["mamba_head_dim"]
         if inner != 2 * hidden:
@@ -100,6 +96,13 @@ def granite_obstacles(config: PreTrainedConfig, submodel: Submodel, head_dim: in
         if not rope:
             yield Obstacle("llama.cpp", SILENT, "it adds rotary positions where no layer has Mamba")
         yield Obstacle("mistral.rs", REFUSES, "no layer has Mamba")
+
+
+def computed_head_width(hidden: int, heads: int, head_dim: int) -> Iterator[Obstacle]:
+    """vLLM takes the first rows of query, key and value heads that are wider than it thinks."""
+    if heads * head_dim != hidden:
+        why = f"it takes hidden / attention_heads = {hidden} / {heads} for the width of a head, which is {head_dim}"
+        yield Obstacle("vLLM", SILENT if heads * head_dim > hidden else REFUSES, why)
 
 
 def kimi_linear_fields(config: PreTrainedConfig) -> dict[str, Any]:

@@ -39,11 +39,7 @@ _SLICED = ("peft.tuners.lora.layer.Linear", "peft.tuners.lora.layer.ParamWrapper
 
 @dataclass(frozen=True)
 class FactorRule(TensorRule):
-    """What runs along A or B of an adapter."""
-
-    @property
-    def routes(self) -> bool:
-        return False
+    """What runs along A or B of an adapter. It says nothing else of the tensor that is adapted: factors route nothing and are no norms."""
 
 
 def factor_rules(rule: TensorRule, rank: int) -> tuple[FactorRule, FactorRule]:

@@ -33,6 +33,21 @@ _QWEN = _COMMON | {
     "linear_value_head_dim": 8,
     "rms_norm_eps": EPS,
 }
+_EXPERTS = {"moe_intermediate_size": 16, "num_experts": 8, "num_experts_per_tok": 3}
+_GEMMA = {
+    "sliding_window": 7,
+    "query_pre_attn_scalar": 11,
+    "attn_logit_softcapping": 5.0,
+    "final_logit_softcapping": 9.0,
+}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 _QWEN_MOE = _QWEN | {
     "moe_intermediate_size": 16,
     "shared_expert_intermediate_size": 24,
@@ -172,7 +187,21 @@ TINY: dict[str, tuple[dict[str, Any], ...]] = {
             "rms_norm_eps": EPS,
         },
     ),
-    "llama": (_DENSE | {"mlp_bias": True},),
+    "llama": (
+        _DENSE | {"mlp_bias": True},
+        {"tie_word_embeddings": True, "mlp_bias": False, "head_dim": None, "rope_parameters": _LLAMA3},
+    ),
+    "mistral": (_DENSE | {"sliding_window": 7},),
+    "qwen2": (_DENSE | {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},),
     "qwen3": (_DENSE | {"tie_word_embeddings": True},),
+    "gemma2": (_DENSE | _GEMMA,),
+    "gemma3_text": (_DENSE | _GEMMA | {"sliding_window_pattern": 2, "tie_word_embeddings": False},),
+    "mixtral": (_DENSE | {"intermediate_size": 16, "num_local_experts": 8, "num_experts_per_tok": 3},),
+    "qwen3_moe": (
+        _DENSE
+        | _EXPERTS
+        | {"mlp_only_layers": [1], "use_sliding_window": True, "sliding_window": 7, "norm_topk_prob": True},
+        {"mlp_only_layers": None, "decoder_sparse_step": 2, "use_sliding_window": False, "norm_topk_prob": False},
+    ),
 }
 """Per `model_type` the fields of a tiny model, and of its variants."""
