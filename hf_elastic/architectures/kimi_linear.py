@@ -29,7 +29,7 @@ class KimiLinear(Architecture):
         Axis("value_head_dim", "v_head_dim", "attention"),
         Axis("linear_heads", "linear_num_heads", "delta"),
         Axis("experts", "num_experts", "moe", groups="num_expert_group"),
-        Axis("experts_per_token", "num_experts_per_token", "moe"),
+        Axis("experts_per_token", "num_experts_per_token", "moe", among="experts"),
         Axis("expert_ffn", "moe_intermediate_size", "moe"),
     )
 
