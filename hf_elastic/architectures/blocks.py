@@ -179,13 +179,14 @@ def gated_mlp(
     bias: bool = False,
     names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
     times: int = 1,
+    order: str | None = None,
 ) -> Iterator[TensorRule]:
-    """`down(act(gate(x)) * up(x))`, three linear layers, `times` as wide as the axis."""
+    """`down(act(gate(x)) * up(x))`, three linear layers, `times` as wide as the axis, and then with an `order` of its own ([`Cut`])."""
     *ups, down = names
-    more = () if times == 1 else (times,)
+    inner, inner_out = (dim(Cut(axis, times=times, order=order, gated=gated)) for gated in (False, True))
     for name in ups:
-        yield from linear(f"{prefix}.{name}", layer, dim(Cut(axis), *more), HIDDEN, bias=bias)
-    yield from linear(f"{prefix}.{down}", layer, RESIDUAL, dim(Cut(axis, gated=True), *more), bias=bias)
+        yield from linear(f"{prefix}.{name}", layer, inner, HIDDEN, bias=bias)
+    yield from linear(f"{prefix}.{down}", layer, RESIDUAL, inner_out, bias=bias)
 
 
 def gateless_mlp(prefix: str, layer: int, axis: str, *, bias: bool) -> Iterator[TensorRule]:

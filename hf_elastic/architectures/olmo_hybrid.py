@@ -29,7 +29,9 @@ class OlmoHybrid(Architecture):
         Axis("hidden", "hidden_size"),
         Axis("ffn", "intermediate_size", "mlp"),
         Axis("attention_heads", "num_attention_heads", "attention", groups="num_key_value_heads"),
-        Axis("value_heads", "linear_num_value_heads", "delta", groups="linear_num_key_heads"),
+        Axis(
+            "value_heads", "linear_num_value_heads", "delta", groups="linear_num_key_heads", channels="value_head_dim"
+        ),
         Axis("value_head_dim", "linear_value_head_dim", "delta"),
     )
 
@@ -87,7 +89,7 @@ def _delta_net(prefix: str, c: PreTrainedConfig, layer: int) -> Iterator[TensorR
         yield from blocks.linear(f"{prefix}.{name}_proj", layer, out, blocks.HIDDEN)
     conv = dim(q_conv1d=key, k_conv1d=key, v_conv1d=(keys, heads, width))
     disk = f"{prefix}.{{segment}}.weight"
-    yield TensorRule(f"{prefix}.conv1d.weight", (conv, dim(1), dim(kernel)), layer, disk=disk)
+    yield replace(blocks.convolution(f"{prefix}.conv1d", layer, conv, kernel), disk=disk)
     for name in ("dt_bias", "A_log"):
         yield TensorRule(f"{prefix}.{name}", (dim(keys, heads),), layer)
     yield TensorRule(f"{prefix}.o_norm.weight", (dim(width),), layer, norm=True)  # of every head by itself
