@@ -89,7 +89,7 @@ def _delta_net(prefix: str, c: PreTrainedConfig, layer: int) -> Iterator[TensorR
         yield from blocks.linear(f"{prefix}.{name}_proj", layer, out, blocks.HIDDEN)
     conv = dim(q_conv1d=key, k_conv1d=key, v_conv1d=(keys, heads, width))
     disk = f"{prefix}.{{segment}}.weight"
-    yield replace(blocks.convolution(f"{prefix}.conv1d", layer, conv, kernel), disk=disk)
+    yield blocks.convolution(f"{prefix}.conv1d", layer, conv, kernel, disk)
     for name in ("dt_bias", "A_log"):
         yield TensorRule(f"{prefix}.{name}", (dim(keys, heads),), layer)
     yield TensorRule(f"{prefix}.o_norm.weight", (dim(width),), layer, norm=True)  # of every head by itself
