@@ -112,7 +112,7 @@ class Zamba2(SharedInTurn):
         return zamba2_obstacles(config, submodel)
 
 
-def _mamba(c: PreTrainedConfig) -> dict[str, int]:
+def _mamba(c: PreTrainedConfig) -> dict[str, Any]:
     return {"groups": c.mamba_ngroups, "state": c.mamba_d_state, "kernel": c.mamba_d_conv}
 
 
