@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from hf_elastic import ElasticForCausalLM
 from hf_elastic.errors import ElasticConfigError, TokenizerError, shown
 from hf_elastic.generation.texts import check_tokens, unknown_token
-from hf_elastic.submodels.adapters import attached, is_shared
+from hf_elastic.submodels.adapters import attached
 
 from .elastic_distillation_config import ElasticDistillationConfig
 from .lora import base_of, check_attached
@@ -34,7 +34,7 @@ def refuse_ignored(args: ElasticDistillationConfig, kwargs: Mapping[str, Any]) -
 def refuse_sharded_blocks(model: ElasticForCausalLM, fsdp: bool) -> None:
     """Raise for a family whose layers share tensors, if it is to be sharded: every layer is sharded by itself."""
     rules = model.architecture.rules(model.elastic_config.parent_config)
-    shared = next((rule.shared_by for rule in rules if is_shared(rule)), ())
+    shared = next((rule.shared_by for rule in rules if len(rule.shared_by) > 1), ())
     if fsdp and shared:
         raise ElasticConfigError(
             f"layers {list(shared)} share tensors, and FSDP shards every layer by itself, which would tear them apart. Train on one device or with DDP."

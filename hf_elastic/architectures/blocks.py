@@ -37,10 +37,10 @@ def linear(
         yield TensorRule(f"{prefix}.bias", (out,), layer)
 
 
-def convolution(prefix: str, layer: int, channels: Dim, kernel: int) -> TensorRule:
+def convolution(prefix: str, layer: int, channels: Dim, kernel: int, disk: str | None = None) -> TensorRule:
     """Weight of a causal convolution of every channel by itself, which stock code hands to a kernel."""
     dims = (channels, dim(1), dim(kernel))
-    return TensorRule(f"{prefix}.weight", dims, layer, passed_by_kernels=True)
+    return TensorRule(f"{prefix}.weight", dims, layer, disk=disk, passed_by_kernels=True)
 
 
 def mamba2(
@@ -126,15 +126,37 @@ def head_dim(config: PreTrainedConfig) -> int:
 
 
 def attention(
-    prefix: str, layer: int, *, kv_heads: int, head_dim: int, bias: bool, out_bias: bool | None = None
+    prefix: str,
+    layer: int,
+    *,
+    kv_heads: int,
+    head_dim: int,
+    bias: bool,
+    out_bias: bool | None = None,
+    out: str = "o_proj",
 ) -> Iterator[TensorRule]:
     """Grouped-query attention: query heads are cut inside their KV group, KV heads stay. `out_bias`, if it is not `bias`: of the output."""
     query = dim(kv_heads, Cut("attention_heads", groups=kv_heads), head_dim)
     key = dim(kv_heads, head_dim)
-    for name, out in (("q_proj", query), ("k_proj", key), ("v_proj", key)):
-        yield from linear(f"{prefix}.{name}", layer, out, HIDDEN, bias=bias)
+    for name, along in (("q_proj", query), ("k_proj", key), ("v_proj", key)):
+        yield from linear(f"{prefix}.{name}", layer, along, HIDDEN, bias=bias)
     heads = dim(kv_heads, Cut("attention_heads", groups=kv_heads, gated=True), head_dim)
-    yield from linear(f"{prefix}.o_proj", layer, RESIDUAL, heads, bias=bias if out_bias is None else out_bias)
+    yield from linear(f"{prefix}.{out}", layer, RESIDUAL, heads, bias=bias if out_bias is None else out_bias)
+
+
+def short_convolution(prefix: str, layer: int, *, kernel: int, bias: bool) -> Iterator[TensorRule]:
+    """`out(C * conv(B * x))`. Its channels are as many as those of the residual stream, and nothing but their number ties them to it."""
+    inner, x = Cut("hidden", order="conv_channels"), Cut("hidden", order="conv_channels", gated=True)
+    yield from linear(f"{prefix}.in_proj", layer, dim(B=(inner,), C=(inner,), x=(x,)), HIDDEN, bias=bias)
+    yield convolution(f"{prefix}.conv", layer, dim(inner), kernel)
+    if bias:
+        yield TensorRule(f"{prefix}.conv.bias", (dim(x),), layer)
+    yield from linear(f"{prefix}.out_proj", layer, RESIDUAL, dim(inner), bias=bias)
+
+
+def short_convolution_states(*, kernel: int) -> tuple[StateRule, ...]:
+    """The window over B * x, a product of two that are linear in the normalised hidden state."""
+    return (StateRule("conv", (dim(Cut("hidden", order="conv_channels")), dim(kernel)), degree=1.0),)
 
 
 def kv_heads_attention(prefix: str, layer: int, *, queries: int, head_dim: int, inp: Dim) -> Iterator[TensorRule]:
@@ -191,13 +213,14 @@ def gated_mlp(
     bias: bool = False,
     names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
     times: int = 1,
+    order: str | None = None,
 ) -> Iterator[TensorRule]:
-    """`down(act(gate(x)) * up(x))`, three linear layers, `times` as wide as the axis."""
+    """`down(act(gate(x)) * up(x))`, three linear layers, `times` as wide as the axis, in an `order` of their own if only that ties them to it."""
     *ups, down = names
-    more = () if times == 1 else (times,)
     for name in ups:
-        yield from linear(f"{prefix}.{name}", layer, dim(Cut(axis), *more), HIDDEN, bias=bias)
-    yield from linear(f"{prefix}.{down}", layer, RESIDUAL, dim(Cut(axis, gated=True), *more), bias=bias)
+        yield from linear(f"{prefix}.{name}", layer, dim(Cut(axis, times=times, order=order)), HIDDEN, bias=bias)
+    out = dim(Cut(axis, gated=True, times=times, order=order))
+    yield from linear(f"{prefix}.{down}", layer, RESIDUAL, out, bias=bias)
 
 
 def fused_mlp(prefix: str, layer: int, axis: str, *, bias: bool) -> Iterator[TensorRule]:
@@ -311,8 +334,12 @@ def delta_net(prefix: str, layer: int, *, keys: int, key_dim: int, kernel: int, 
 
 
 def delta_net_states(*, keys: int, key_dim: int, kernel: int) -> tuple[StateRule, ...]:
-    """Convolution window over queries, keys and values, and one matrix per value head; keys are normalised, so it grows as values do."""
+    """Convolution window over queries, keys and values, and one matrix per value head: of keys, which are normalised, and values after a SiLU.
+
+    Measured: windows 0.5, matrices 0.5 to 0.8 in random models, the more the larger the activations, and 0.6 in a small one that was trained at
+    four widths. There, what a hand-over loses is the same within 0.002 nats for every degree from 0.25 to 1.
+    """
     heads, head_dim = Cut("value_heads", groups=keys), Cut("value_head_dim")
     conv = dim(q=(keys, key_dim), k=(keys, key_dim), v=(keys, heads, head_dim))
     ssm = (dim(keys, heads), dim(key_dim), dim(head_dim))
-    return StateRule("conv", (conv, dim(kernel)), 0.5), StateRule("ssm", ssm, 0.5)
+    return StateRule("conv", (conv, dim(kernel)), 0.5), StateRule("ssm", ssm, 0.7)

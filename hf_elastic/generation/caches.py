@@ -191,8 +191,9 @@ def hand_over(
 
     Along every axis entries that both have are kept, and those that only `target` has start at zero, as they have seen nothing. What
     submodels of different widths write is of different size: the norms in front of the mixers run over fewer channels, so that with k of N
-    channels keys, values and convolution inputs are about sqrt(k / N), SSM states k / N times as large. `scale` corrects for that (measured
-    in the lab: without it a larger submodel cannot go on at all).
+    channels keys, values and convolution inputs are about sqrt(k / N), SSM states k / N times as large, and keys that have a norm of their own
+    just as large (`StateRule.degree`). `scale` corrects for that (measured in the lab: without it a larger submodel cannot go on at all; in a
+    small Qwen3-Next: with sqrt(k / N) for keys that are normed, 1.28 nats instead of 0.68).
 
     Args:
         states (`States`): Of `source`, one entry per layer that it keeps.

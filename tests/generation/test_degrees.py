@@ -4,7 +4,14 @@ import math
 
 import pytest
 import torch
-from transformers import KimiLinearConfig, KimiLinearForCausalLM, OlmoHybridConfig, OlmoHybridForCausalLM
+from transformers import (
+    KimiLinearConfig,
+    KimiLinearForCausalLM,
+    OlmoHybridConfig,
+    OlmoHybridForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
+)
 
 from hf_elastic.architectures import get_architecture
 from hf_elastic.generation.caches import read_cache
@@ -35,6 +42,13 @@ def kimi() -> KimiLinearForCausalLM:
     return KimiLinearForCausalLM(KimiLinearConfig(**SIZES, **heads, **latent, mlp_layer_types=["dense"] * 4))
 
 
+def qwen() -> Qwen3_5ForCausalLM:
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 24}
+    delta = {"linear_num_key_heads": 4, "linear_num_value_heads": 8}
+    width = {"linear_key_head_dim": 24, "linear_value_head_dim": 24}
+    return Qwen3_5ForCausalLM(Qwen3_5TextConfig(**SIZES, **heads, **delta, **width))
+
+
 def drawn(make, seed: int):
     """As trained models begin: what matrices put out is as large as what they are given."""
     torch.manual_seed(seed)
@@ -55,7 +69,7 @@ def sizes_of_states(model, ids: torch.Tensor) -> list[dict[str, float]]:
     return [{key: tensor.float().square().mean().sqrt().item() for key, tensor in layer.items()} for layer in states]
 
 
-@pytest.mark.parametrize("make", [olmo, kimi])
+@pytest.mark.parametrize("make", [olmo, kimi, qwen])
 def test_degrees_are_those_of_random_models(make):
     found: dict[tuple[int, str], list[float]] = {}
     for seed in range(2):
