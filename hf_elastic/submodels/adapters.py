@@ -188,6 +188,8 @@ def problem_of(rule: TensorRule | None) -> str | None:
         return (
             f"layers {list(rule.shared_by)} share this tensor, and merging the adapter of one would change it for all"
         )
+    if rule.user is not None:
+        return "which entry of its list it is depends on the layers that are kept, and an adapter has one name at all sizes"
     if len(rule.dims) != (3 if rule.routed else 2):
         return "only matrices can be adapted"
     return None

@@ -20,14 +20,24 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "tools"))
 import tables  # noqa: E402
 
-VARIANTS = [(model_type, variant) for model_type in TINY for variant in range(len(TINY[model_type]))]
+VARIANTS = [
+    pytest.param(name, i, id=f"{name}-{i}", marks=[pytest.mark.slow] if i else [])
+    for name in TINY
+    for i in range(len(TINY[name]))
+]
 RANDOM = 200 if os.environ.get("HF_ELASTIC_LONG") else 5  # 200 of every table take some minutes
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("model_type", "variant"), VARIANTS, ids=[f"{name}-{variant}" for name, variant in VARIANTS])
+@pytest.mark.parametrize(("model_type", "variant"), VARIANTS)
 def test_whatever_way_a_size_is_reached_it_is_the_same_model(model_type, variant):
-    check_architecture(model_type, variant=variant, each_axis=variant == 0)
+    check_architecture(model_type, variant=variant, each_axis=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", TINY)
+def test_every_axis_by_itself(model_type):
+    checks = ["parameters are counted", "masked = sliced", "from memory = from disk", "live = sliced"]
+    assert all(result.cases > 5 for result in check_architecture(model_type, checks=checks).results)
 
 
 @pytest.mark.slow
