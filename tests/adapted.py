@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from cases import BUDGETS, build_parent
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from hf_elastic import elastify
+from hf_elastic.testing.adapting import perturb
 
 RANK = 4
 _ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -42,34 +42,3 @@ def adapted(name: str) -> PeftModel:
         sort=False,
     )
     return perturb(get_peft_model(model, targets(name))).train()
-
-
-@torch.no_grad()
-def perturb(wrapped: PeftModel, seed: int = 7) -> PeftModel:
-    """Random factors: peft starts B at zero, where an adapter that is passed by changes nothing."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in adapter_parameters(wrapped).values():
-        parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return wrapped
-
-
-def adapter_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """A and B of every adapter by name."""
-    return {key: p for key, p in model.named_parameters() if ".lora_" in key}
-
-
-def effective_weights(wrapped: PeftModel, delta: bool = False) -> dict[str, torch.Tensor]:
-    """`W + s B A` by its name in the stock model, differentiable in A and B; with `delta` only `s B A` where there is one."""
-    model = wrapped.get_base_model()
-    weights = {} if delta else {key.replace(".base_layer", ""): p for key, p in plain_parameters(model).items()}
-    for path, layer in model.named_modules():
-        if hasattr(layer, "get_delta_weight"):
-            name = f"{path.replace('.base_layer', '')}.{getattr(layer, 'parameter_name', 'weight')}"
-            product = layer.get_delta_weight("default")
-            weights[name] = product if delta else weights[name] + product
-    return weights
-
-
-def plain_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """The parameters of the model itself, frozen in training."""
-    return {key: p for key, p in model.named_parameters() if ".lora_" not in key}

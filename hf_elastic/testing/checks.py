@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
@@ -100,6 +101,24 @@ def reloaded(subject: Subject) -> Iterator[Deviation]:
         shutil.rmtree(folder)
 
 
+def names_in_files(subject: Subject) -> Iterator[Deviation]:
+    """A file with the names that the table gives to tensors, and to their experts and segments, is one that the stock class loads whole."""
+    parent, folder = subject.parent, subject.folder / "named"
+    state, full, stored = parent.state_dict(), subject.architecture.full(parent.config), {}
+    for rule in subject.architecture.rules(parent.config):
+        if rule.copy_of:
+            continue
+        rows = dict(enumerate(state[rule.name])) if rule.stacked else {None: state[rule.name]}
+        for expert, tensor in rows.items():
+            lengths = [shape[0] for shape in rule.stored_shapes(full.at(rule.layer))] if rule.parted else [len(tensor)]
+            for segment, part in zip(rule.segments, tensor.split(lengths), strict=True):
+                stored[rule.disk_name(expert, segment)] = part.contiguous()
+    parent.config.save_pretrained(folder)
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    loaded = subject.architecture.causal_class.from_pretrained(folder, dtype=torch.float32)
+    yield same_weights(subject.cases.said[0], loaded.state_dict(), state)
+
+
 def nested(subject: Subject) -> Iterator[Deviation]:
     """The nested layout holds the same weights, for every budget."""
     family, folder = subject.family(), subject.folder / "nested"
@@ -142,6 +161,7 @@ CHECKS: dict[str, Check] = {
     "live = sliced": live_is_sliced,
     "buffers that are not saved": buffers,
     "reloaded = exported = sliced": reloaded,
+    "names in files": names_in_files,
     "nested layout = sliced": nested,
     "sorted = parent": sorted_is_parent,
     "with a cache = without": decoding,

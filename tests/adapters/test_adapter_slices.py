@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from adapted import perturb, targets
+from adapted import targets
 from cases import BUDGETS, build_parent
 from compare import assert_same_logits, logits
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_elastic import ElasticConfig, ElasticConfigError, ElasticForCausalLM, ElasticModel, elastify
 from hf_elastic.adapters.slices import load_adapter, slice_adapter
+from hf_elastic.testing.adapting import perturb
 
 LAYERED = {"layers_to_transform": [0, 2, 7], "rank_pattern": {"layers.2.mixer.q_proj": 3, "in_proj": 2}}
 KINDS = {

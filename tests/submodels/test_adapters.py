@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from adapted import RANK, adapted, adapter_parameters, effective_weights, perturb, targets
+from adapted import RANK, adapted, targets
 from cases import BUDGETS, CASES, IDS, Case, build_parent
 from peft import IA3Config, LoraConfig, get_peft_model
 from routed import CHOICES
@@ -17,6 +17,7 @@ from hf_elastic.architectures.pieces import pieces
 from hf_elastic.routing.router import BudgetRouter
 from hf_elastic.submodels.adapters import factor_rules
 from hf_elastic.submodels.soft import SoftUnits
+from hf_elastic.testing.adapting import adapter_parameters, effective_weights, perturb
 
 # float32; adapters here make losses of 4 to 7 and gradients up to 10. The reference adds B A to the weight, the stencil adds its product
 # to the activation, so the sums differ in order and in one more rounding; the largest difference seen is 2e-5. A row of B, a column of A

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapted import adapted, adapter_parameters, effective_weights
+from adapted import adapted
 from by_hand import ByHand
 from cases import BUDGETS, build_parent
 from runs import Recorder, family, rows, trainer
@@ -17,6 +17,7 @@ from torch.func import functional_call
 from transformers import DynamicCache
 
 from hf_elastic import ElasticConfig, ElasticConfigError, ElasticForCausalLM
+from hf_elastic.testing.adapting import adapter_parameters, effective_weights
 from hf_elastic.trainers.handover import CUT, cut_rows, refuse_checkpointing
 
 HANDOVER: dict[str, Any] = {"handover_probability": 0.6, "activation_checkpointing": False}

@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 import torch
-from adapted import adapted, adapter_parameters, effective_weights, perturb, plain_parameters, targets
+from adapted import adapted, targets
 from by_hand import ByHand
 from cases import build_parent
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_elastic import CheckpointError, ElasticConfigError, ElasticForCausalLM, slice_adapter
 from hf_elastic.submodels.adapters import attached
+from hf_elastic.testing.adapting import adapter_parameters, effective_weights, perturb, plain_parameters
 from hf_elastic.trainers.lora import check_adapters
 
 BUDGETS = ["full", "large", "medium", "small"]
