@@ -46,8 +46,12 @@ class Jamba(Architecture):
         yield blocks.rms_norm(f"{prefix}.input_layernorm", layer)
         yield blocks.rms_norm(f"{prefix}.pre_ff_layernorm", layer)
         if "mamba" in parts:
-            biases = {"conv_bias": c.mamba_conv_bias, "proj_bias": c.mamba_proj_bias}
-            yield from blocks.mamba1(f"{prefix}.mamba", layer, _INNER, **_mamba(c), rank=c.mamba_dt_rank, **biases)
+            sizes: dict[str, Any] = {
+                "rank": c.mamba_dt_rank,
+                "conv_bias": c.mamba_conv_bias,
+                "proj_bias": c.mamba_proj_bias,
+            }
+            yield from blocks.mamba1(f"{prefix}.mamba", layer, _INNER, **_mamba(c), **sizes)
             for name, size in (("dt", c.mamba_dt_rank), ("b", c.mamba_d_state), ("c", c.mamba_d_state)):
                 yield TensorRule(f"{prefix}.mamba.{name}_layernorm.weight", (dim(size),), layer)
         else:
@@ -97,5 +101,5 @@ def _period(there: Sequence[int], depth: int, said: tuple[int, int]) -> tuple[in
     return next(((o, p) for o, p in every if list(range(o, depth, p)) == list(there)), None)
 
 
-def _mamba(c: PreTrainedConfig) -> dict[str, int]:
+def _mamba(c: PreTrainedConfig) -> dict[str, Any]:
     return {"state": c.mamba_d_state, "kernel": c.mamba_d_conv}
