@@ -321,7 +321,12 @@ class Architecture(ABC):
     def keepable_ranking(self, config: PreTrainedConfig, ranking: Sequence[int]) -> list[int]:
         """A ranking of layers whose first `depths` can be built: units stay together, and the best one with attention comes first, see `check`."""
         place = {layer: i for i, layer in enumerate(ranking)}
-        units = sorted(self.layer_units(config), key=lambda unit: sum(place[layer] for layer in unit) / len(unit))
+        if place.keys() != set(range(self.depth(config))):
+            return list(ranking)  # of another model, which whoever uses it refuses
+        # What is left at the end of a period comes last, so that the same numbers of layers can be kept whatever the ranking says.
+        units = sorted(
+            self.layer_units(config), key=lambda unit: (-len(unit), sum(place[i] for i in unit) / len(unit))
+        )
         first = next(([unit] for unit in units if self.with_positions(config, unit)), [])
         return [layer for unit in first + [unit for unit in units if unit not in first] for layer in unit]
 

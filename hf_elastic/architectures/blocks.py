@@ -78,6 +78,35 @@ def mamba2(
     yield from linear(f"{prefix}.out_proj", layer, RESIDUAL, dim(*inner), **out)
 
 
+def mamba1(
+    prefix: str,
+    layer: int,
+    channels: Cut,
+    *,
+    rank: int,
+    state: int,
+    kernel: int,
+    conv_bias: bool,
+    proj_bias: bool,
+) -> Iterator[TensorRule]:
+    """Mamba-1 mixer: every channel has a state of its own, and all together choose its step, B and C."""
+    inner, x = dim(channels), replace(channels, gated=True)
+    yield from linear(f"{prefix}.in_proj", layer, dim(x=(x,), z=(channels,)), HIDDEN, bias=proj_bias)
+    yield convolution(f"{prefix}.conv1d", layer, inner, kernel)
+    if conv_bias:
+        yield TensorRule(f"{prefix}.conv1d.bias", (dim(x),), layer)
+    yield from linear(f"{prefix}.x_proj", layer, dim(dt=(rank,), B=(state,), C=(state,)), inner)
+    yield from linear(f"{prefix}.dt_proj", layer, inner, dim(rank), bias=True, passed_by_kernels=True)
+    yield TensorRule(f"{prefix}.A_log", (inner, dim(state)), layer)
+    yield TensorRule(f"{prefix}.D", (inner,), layer)
+    yield from linear(f"{prefix}.out_proj", layer, RESIDUAL, inner, bias=proj_bias)
+
+
+def mamba1_states(channels: Cut, *, state: int, kernel: int, degree: float) -> tuple[StateRule, ...]:
+    """Convolution window over x, and one vector per channel, the sum of B times x."""
+    return StateRule("conv", (dim(channels), dim(kernel)), 0.5), StateRule("ssm", (dim(channels), dim(state)), degree)
+
+
 def mamba2_sizes(config: PreTrainedConfig) -> dict[str, Any]:
     """What no axis cuts of a Mamba-2 mixer, by the names that Bamba, Granite and Falcon-H1 share."""
     return {"groups": config.mamba_n_groups, "state": config.mamba_d_state, "kernel": config.mamba_d_conv}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -17,7 +16,6 @@ from .axes import Cut, Sizes, TensorRule, dim
 from .base import Architecture, Axis, StateRule
 
 _INNER = Cut("hidden", by="mamba_expand", order="mamba_channels")
-_STEP = (("dt", "mamba_dt_rank"), ("b", "mamba_d_state"), ("c", "mamba_d_state"))
 
 
 class Jamba(Architecture):
@@ -48,7 +46,14 @@ class Jamba(Architecture):
         yield blocks.rms_norm(f"{prefix}.input_layernorm", layer)
         yield blocks.rms_norm(f"{prefix}.pre_ff_layernorm", layer)
         if "mamba" in parts:
-            yield from _mamba(f"{prefix}.mamba", c, layer)
+            sizes: dict[str, Any] = {
+                "rank": c.mamba_dt_rank,
+                "conv_bias": c.mamba_conv_bias,
+                "proj_bias": c.mamba_proj_bias,
+            }
+            yield from blocks.mamba1(f"{prefix}.mamba", layer, _INNER, **_mamba(c), **sizes)
+            for name, size in (("dt", c.mamba_dt_rank), ("b", c.mamba_d_state), ("c", c.mamba_d_state)):
+                yield TensorRule(f"{prefix}.mamba.{name}_layernorm.weight", (dim(size),), layer)
         else:
             heads = {"kv_heads": c.num_key_value_heads, "head_dim": blocks.head_dim(c)}
             yield from blocks.attention(f"{prefix}.self_attn", layer, **heads, bias=False)
@@ -75,20 +80,13 @@ class Jamba(Architecture):
             fields |= {f"{name}_layer_offset": found[0], f"{name}_layer_period": found[1]}
         return fields
 
-    def check_layer(self, config: PreTrainedConfig, sizes: Sizes, where: str) -> None:
-        if sizes.get("experts") == 1:
-            raise ElasticConfigError(
-                f"{where}: experts=1 is an MLP without a router for {self.model_type}; keep at least 2."
-            )
-
     def build_layer(self, config: PreTrainedConfig, layer: int) -> nn.Module:
         return ALL_DECODER_LAYER_TYPES[config.layers_block_type[layer]](config, layer)
 
     def states(self, config: PreTrainedConfig, layer: int) -> tuple[StateRule, ...]:
         if "attention" in self.parts(config, layer):
             return blocks.attention_states(kv_heads=config.num_key_value_heads, head_dim=blocks.head_dim(config))
-        inner, kernel, state = dim(_INNER), dim(config.mamba_d_conv), dim(config.mamba_d_state)
-        return StateRule("conv", (inner, kernel), 0.5), StateRule("ssm", (inner, state), 0.5)  # B is normalised
+        return blocks.mamba1_states(_INNER, **_mamba(config), degree=0.5)  # B is normalised
 
     def tied_fields(self, config: PreTrainedConfig, part: str, sizes: Sizes) -> dict[str, Any]:
         return {"head_dim": blocks.head_dim(config)} if part == "attention" else {}
@@ -103,22 +101,5 @@ def _period(there: Sequence[int], depth: int, said: tuple[int, int]) -> tuple[in
     return next(((o, p) for o, p in every if list(range(o, depth, p)) == list(there)), None)
 
 
-def _mamba(prefix: str, c: PreTrainedConfig, layer: int) -> Iterator[TensorRule]:
-    """Mamba-1: every channel has a state of its own, and all together choose its step, B and C."""
-    inner, x = dim(_INNER), replace(_INNER, gated=True)
-    yield from blocks.linear(
-        f"{prefix}.in_proj", layer, dim(x=(x,), z=(_INNER,)), blocks.HIDDEN, bias=c.mamba_proj_bias
-    )
-    yield blocks.convolution(f"{prefix}.conv1d", layer, inner, c.mamba_d_conv)
-    if c.mamba_conv_bias:
-        yield TensorRule(f"{prefix}.conv1d.bias", (dim(x),), layer)
-    yield from blocks.linear(
-        f"{prefix}.x_proj", layer, dim(**{name: (getattr(c, size),) for name, size in _STEP}), inner
-    )
-    rank = dim(c.mamba_dt_rank)
-    yield from blocks.linear(f"{prefix}.dt_proj", layer, inner, rank, bias=True, passed_by_kernels=True)
-    for name, size in _STEP:
-        yield TensorRule(f"{prefix}.{name}_layernorm.weight", (dim(getattr(c, size)),), layer)
-    yield TensorRule(f"{prefix}.A_log", (inner, dim(c.mamba_d_state)), layer)
-    yield TensorRule(f"{prefix}.D", (inner,), layer)
-    yield from blocks.linear(f"{prefix}.out_proj", layer, blocks.RESIDUAL, inner, bias=c.mamba_proj_bias)
+def _mamba(c: PreTrainedConfig) -> dict[str, Any]:
+    return {"state": c.mamba_d_state, "kernel": c.mamba_d_conv}

@@ -76,7 +76,7 @@ def _check_depths(
 ) -> None:
     """Raise [`ElasticConfigError`] for numbers of layers that the first layers of a ranking cannot be a model of."""
     possible = architecture.depths(config, ranking)
-    if odd := [count for count in choices if count not in possible]:
+    if odd := [count for count in choices if count in range(1, max(possible)) and count not in possible]:
         raise ElasticConfigError(
             f"choices of layers={odd}: a stock {architecture.model_type} config cannot say that any layers are left out; of this parent {possible} "
             "can be kept."

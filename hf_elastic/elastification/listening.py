@@ -163,7 +163,7 @@ class Listener:
 
 
 def _expert_neurons(experts: Any, expert: int, x: torch.Tensor) -> torch.Tensor:
-    """Input of one expert's second matrix, `(tokens, expert_ffn)`, for gated and plain experts."""
+    """Input of one expert's second matrix, `(tokens, expert_ffn)`, for gated and plain experts, by the names that all stock experts have."""
     if hasattr(experts, "gate_up_proj"):
         gate, up = nn.functional.linear(x, experts.gate_up_proj[expert]).chunk(2, dim=-1)
         return experts.act_fn(gate) * up
