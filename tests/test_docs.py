@@ -13,7 +13,7 @@ from blocks import WRITE, Block, blocks, check, commands, run
 
 import hf_elastic
 from hf_elastic import errors, trainers
-from hf_elastic.architectures import Architecture
+from hf_elastic.architectures import Architecture, Axis
 from hf_elastic.architectures.axes import TensorRule
 from hf_elastic.lab.family import FAMILY_DIR
 from hf_elastic.lab.parent import PARENT_DIR
@@ -168,7 +168,9 @@ def test_what_an_architecture_declares_is_on_its_page():
     assert Architecture.__abstractmethods__ <= named
     [rows] = re.findall(r"## What else a table can say\n\n(.*?)\n\n", page, re.DOTALL)
     said = set(re.findall(r"`(\w+)`", rows)) - {"config.json"}
-    assert said <= set(dir(Architecture)) | set(Architecture.__annotations__) | set(TensorRule.__dataclass_fields__)
+    assert said <= set(dir(Architecture)) | set(Architecture.__annotations__) | set(
+        TensorRule.__dataclass_fields__
+    ) | set(Axis.__dataclass_fields__)
 
 
 def test_docstrings_are_read_in_the_style_of_the_house():

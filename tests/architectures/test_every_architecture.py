@@ -7,8 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig
 
+from hf_elastic.architectures import get_architecture
+from hf_elastic.architectures.cost import CostModel
 from hf_elastic.architectures.registry import TABLES
+from hf_elastic.submodels.slicing import build_meta, check_table
 from hf_elastic.testing import check_architecture
 from hf_elastic.testing.conformance import a_subject
 from hf_elastic.testing.deviations import LOGITS
@@ -80,3 +84,18 @@ def test_budgets_of_ones_own_are_checked():
     assert result.cases == 6
     assert report.passed
     assert "masked = sliced" in str(report)
+
+
+DEFAULTS = {"lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16}}
+"""What stock configs lack without which no model of theirs can be built."""
+
+
+@pytest.mark.parametrize("model_type", TABLES)
+def test_the_whole_family_counts_as_its_stock_model(model_type):
+    """On `meta`, in the sizes that the stock config has by default."""
+    config = AutoConfig.for_model(model_type, **DEFAULTS.get(model_type, {}))
+    architecture = get_architecture(model_type)
+    model = build_meta(architecture, config, architecture.causal_class)
+    model.tie_weights()
+    check_table(architecture, model)
+    assert CostModel(config)(architecture.full(config)).total_params == model.num_parameters()
