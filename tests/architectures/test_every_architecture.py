@@ -47,14 +47,17 @@ def test_every_axis_by_itself(model_type):
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", TINY)
 def test_random_sizes(model_type):
-    """Any sizes in any layers: the masked parent, the slice of it from memory, and the live budget."""
+    """Any sizes in any layers: the masked parent, the slice of it from memory, and the live budget.
+
+    Of thousands a few amplify rounding: the largest difference seen, 4e-5 in zamba2, becomes a tenth of that in float64. What is wrong gives more than 1e-2.
+    """
     with a_subject(tiny_config(model_type), each_axis=False) as subject:
         seen = [
             (case, deviation_of(subject, case))
             for case in random_cases(subject.architecture, subject.parent.config, RANDOM)
         ]
     assert len({case.submodel for case, _ in seen}) > 0.8 * RANDOM
-    assert [(case.sizes, off) for case, off in seen if not off <= LOGITS] == []
+    assert [(case.sizes, off) for case, off in seen if not off <= 10 * LOGITS] == []
 
 
 def test_no_table_is_untested():
