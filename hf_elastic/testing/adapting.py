@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ def adapters(subject: Subject) -> Iterator[Deviation]:
         from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
     except ModuleNotFoundError:
         raise NotApplicable("peft is not installed") from None
-    targets = targets_of(subject.architecture, subject.parent.config)
+    targets: dict[str, Any] = dict(targets_of(subject.architecture, subject.parent.config))
     if not targets:
         raise NotApplicable("the table names nothing that an adapter can be put on")
     lora = LoraConfig(r=3, lora_alpha=4, task_type="CAUSAL_LM", **targets)
@@ -46,9 +46,9 @@ def adapters(subject: Subject) -> Iterator[Deviation]:
         yield Deviation(case.name, off(loss, expected_loss), LOGITS)
         wrapped.zero_grad(set_to_none=True)
         with torch.enable_grad():  # the chain rule: weights, then factors
-            added = effective_weights(wrapped, delta=True)
+            products = effective_weights(wrapped, delta=True)
             torch.stack(
-                [(added[name] * of_weights[name]).sum() for name in added if name in of_weights]
+                [(products[name] * of_weights[name]).sum() for name in products if name in of_weights]
             ).sum().backward()
         expected = gradients_of(wrapped, adapter_parameters(wrapped))
         yield from same_gradients(case, found, expected, 10 * GRADIENTS)  # one more product, in another order
@@ -77,7 +77,9 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def effective_weights(wrapped: PeftModel, delta: bool = False) -> dict[str, torch.Tensor]:
     """`W + s B A` by its name in the stock model, differentiable in A and B; with `delta` only `s B A` where there is one."""
     model = wrapped.get_base_model()
-    weights = {} if delta else {key.replace(".base_layer", ""): p for key, p in plain_parameters(model).items()}
+    weights: dict[str, torch.Tensor] = (
+        {} if delta else {key.replace(".base_layer", ""): p for key, p in plain_parameters(model).items()}
+    )
     for path, layer in model.named_modules():
         if hasattr(layer, "get_delta_weight"):
             name = f"{path.replace('.base_layer', '')}.{getattr(layer, 'parameter_name', 'weight')}"
