@@ -41,6 +41,15 @@ def refuse_sharded_blocks(model: ElasticForCausalLM, fsdp: bool) -> None:
         )
 
 
+def refuse_handover(model: ElasticForCausalLM, trained: bool) -> None:
+    """Raise for a family whose hand-over cannot be trained, if it is to be."""
+    if trained and not model.architecture.reads_on:
+        raise ElasticConfigError(
+            f"handover_probability needs a model that reads several tokens on top of a cache, and the stock {model.architecture.model_type} forgets "
+            "its cache then; leave it at 0."
+        )
+
+
 def check_columns(dataset: Any, name: str, args: ElasticDistillationConfig, formatting_func: Any) -> None:
     """Raise for a dataset, or one of a dict of them, without rows or any of the sets of columns that `SFTTrainer` reads."""
     skipped = (args.dataset_kwargs or {}).get("skip_prepare_dataset", False)

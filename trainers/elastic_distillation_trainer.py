@@ -27,6 +27,7 @@ from .checks import (
     check_model,
     check_rows,
     known_budgets,
+    refuse_handover,
     refuse_ignored,
     refuse_sharded_blocks,
     without_auxiliary_loss,
@@ -108,6 +109,7 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
             refuse_loss(getattr(model, "_loaded_from", None), args.output_dir or ".", model.elastic_config)
         for name in ("train_dataset", "eval_dataset"):
             check_columns(kwargs.get(name), name, args, kwargs.get("formatting_func"))
+        refuse_handover(model, args.trains_handover)
         model.set_budget(None)
         if peft_config is not None:
             peft_config = check_adapters(model, peft_config)

@@ -125,6 +125,9 @@ class Architecture(ABC):
     index_argument: ClassVar[int | None] = (
         None  # which argument of a layer's call, from 0, is its own index (`layer_idx`)
     )
+    reads_on: ClassVar[bool] = (
+        True  # the stock model reads several tokens on top of a cache as it reads them one by one
+    )
     layer_outputs: ClassVar[int] = 0  # a stock layer returns a tuple of so many, the hidden state first; 0: that alone
 
     # -- to be declared ------------------------------------------------------------------------------------------------

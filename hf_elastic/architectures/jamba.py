@@ -22,6 +22,7 @@ class Jamba(Architecture):
     model_type = "jamba"
     causal_class = JambaForCausalLM
     base_class = JambaModel
+    reads_on = False  # its scan begins at zero whatever the cache holds
     axes = (
         Axis("hidden", "hidden_size"),
         Axis("ffn", "intermediate_size", "mlp"),

@@ -126,9 +126,10 @@ def _table(model_type: str, place: Callable[[], type[Architecture]]) -> type[Arc
     try:
         table = place()
     except (ImportError, AttributeError) as error:
+        stock = (getattr(error, "name", None) or "").partition(".")[0] == "transformers"
+        old = f" transformers {version('transformers')} is installed; hf-elastic needs {_needed()}." if stock else ""
         raise UnsupportedArchitectureError(
-            f"the table of model_type {model_type!r} cannot be imported: {error}. transformers {version('transformers')} is installed, which may be "
-            f"too old for it; hf-elastic needs {_needed()}."
+            f"the table of model_type {model_type!r} cannot be imported: {error}.{old}"
         ) from error
     if not (isinstance(table, type) and issubclass(table, Architecture) and table.model_type == model_type):
         raise UnsupportedArchitectureError(

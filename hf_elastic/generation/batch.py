@@ -142,10 +142,12 @@ class Batch:
 
     def _forward(self, cache: Cache | None, unread: int) -> torch.Tensor:
         """Read the last `unread` tokens; returns the logits after them, `(batch, vocabulary)`."""
-        length = self.ids.shape[1]
+        length, at_once = self.ids.shape[1], self.chunk or unread
         done = length - unread
+        if not self.model.architecture.reads_on:  # all that is first, and the rest token by token
+            at_once = 1 if done else unread
         while done < length:
-            count = min(self.chunk or unread, length - done)
+            count = min(at_once, length - done)
             done += count
             mask = None if self.mask is None else self.mask[:, :done]
             if mask is None:

@@ -296,6 +296,11 @@ def _drafter(model: Any, budget: Any) -> tuple[Any, Any]:
 
 def _checked(model: Any, kwargs: dict[str, Any]) -> GenerationConfig:
     """Refuse what the loop does not do; gives the settings of the call."""
+    if not model.architecture.reads_on:
+        raise SpeculationError(
+            f"draft_budget= verifies several tokens in one pass on top of a cache, and the stock {model.architecture.model_type} forgets its cache "
+            "when it reads more than one; generate without it."
+        )
     for name in _NOT_TOGETHER:
         if kwargs.get(name) not in (None, False):
             raise SpeculationError(f"{name}= cannot be used together with draft_budget=.")

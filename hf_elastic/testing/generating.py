@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from transformers import DynamicCache
@@ -14,13 +15,15 @@ from .subject import Subject
 
 
 def decoding(subject: Subject) -> Iterator[Deviation]:
-    """Token by token with a cache a slice computes what it computes at once."""
+    """With a cache a slice computes what it computes at once: token by token, and several at a time if the stock model does that (`reads_on`)."""
     rows, length = subject.ids.shape
+    several = (0, length - 6, length - 3) if subject.architecture.reads_on else (0, length - 3)
+    parts = list(pairwise((*several, length - 2, length - 1, length)))
     for case in subject.cases.named("whole", "all axes", "fewer layers"):
         model, cache, steps = subject.slice(case), None, []
         with torch.no_grad():
             cache = DynamicCache(config=model.config)
-            for start, stop in [(0, length - 3), *((i, i + 1) for i in range(length - 3, length))]:
+            for start, stop in parts:
                 positions = torch.arange(start, stop).expand(rows, -1)
                 mask = torch.ones(rows, stop, dtype=torch.long)
                 inputs = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 
 import pytest
@@ -13,12 +14,22 @@ from hf_elastic.architectures import ARCHITECTURES, bamba
 from hf_elastic.architectures.registry import Registry
 
 
-def test_stock_classes_that_the_installed_transformers_lacks():
-    for place in ("no_such_module:Bamba", "bamba:NoSuchTable"):
-        registry = Registry({"bamba": place})
-        assert "bamba" in registry
-        with pytest.raises(UnsupportedArchitectureError, match=r"'bamba' cannot be imported: .*needs transformers>=5"):
-            registry["bamba"]
+def test_stock_classes_that_the_installed_transformers_lacks(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "table_of_tomorrow.py").write_text("from transformers import TomorrowForCausalLM")
+    registry = Registry({})
+    registry._places["tomorrow"] = lambda: importlib.import_module("table_of_tomorrow").Tomorrow
+    message = r"'tomorrow' cannot be imported: .*TomorrowForCausalLM.*transformers 5\S+ is installed; hf-elastic needs transformers>=5"
+    with pytest.raises(UnsupportedArchitectureError, match=message):
+        registry["tomorrow"]
+
+
+@pytest.mark.parametrize("place", ["no_such_module:Bamba", "bamba:NoSuchTable"])
+def test_places_that_have_no_table(place):
+    with pytest.raises(
+        UnsupportedArchitectureError, match=r"'bamba' cannot be imported: .*(no_such_module|NoSuchTable)"
+    ):
+        Registry({"bamba": place})["bamba"]
 
 
 def test_what_is_registered_is_no_table_of_that_model_type():
