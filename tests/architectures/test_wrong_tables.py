@@ -204,6 +204,16 @@ def test_states_in_another_order_are_found(model_type, variant, monkeypatch):
     assert found_by(model_type, variant, Wrong(), monkeypatch) == "caches are handed over"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["mistral", "gemma3_text"])
+def test_a_window_that_is_not_said_is_found(model_type, monkeypatch):
+    class Wrong(type(get_architecture(model_type))):
+        def states(self, config, layer):
+            return tuple(replace(state, window=None) for state in super().states(config, layer))
+
+    assert found_by(model_type, 0, Wrong(), monkeypatch) == "caches are counted"
+
+
 def concatenated_dim(dim: Dim) -> bool:
     return len({segment for _, segment in dim.segments}) > 1
 
