@@ -20,7 +20,7 @@ from ..submodels.slicing import check_table, slice_state_dict
 from .adapting import adapters
 from .cases import Case
 from .deviations import LOGITS, Deviation, NotApplicable, same_logits, same_weights
-from .generating import decoding, handed_over
+from .generating import caches_counted, decoding, handed_over
 from .subject import Subject
 from .training import gradients, soft
 
@@ -166,6 +166,7 @@ CHECKS: dict[str, Check] = {
     "sorted = parent": sorted_is_parent,
     "with a cache = without": decoding,
     "caches are handed over": handed_over,
+    "caches are counted": caches_counted,
     "gradients at a budget": gradients,
     "decided mixture = submodel": soft,
     "adapters at a budget": adapters,

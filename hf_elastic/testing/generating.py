@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 from transformers import DynamicCache
 
+from ..architectures.cost import CostModel
 from ..generation.caches import States, hand_over, join_rows, read_cache, take_row, write_cache
 from .cases import Case
 from .deviations import LOGITS, Deviation, off, same_logits
@@ -34,6 +35,21 @@ def decoding(subject: Subject) -> Iterator[Deviation]:
                 }
                 steps.append(model(subject.ids[:, start:stop], **inputs).logits)
         yield from same_logits(case, torch.cat(steps, dim=1), subject.logits(model))
+
+
+def caches_counted(subject: Subject) -> Iterator[Deviation]:
+    """What a cache holds after a few tokens and after more than a window takes as many bytes as `plan` counts."""
+    count, (rows, length) = CostModel(subject.parent.config), subject.ids.shape
+    for case in subject.cases.named("whole", "all axes", "fewer layers"):
+        model = subject.slice(case)
+        for tokens in (3, length):
+            cache = DynamicCache(config=model.config)
+            with torch.no_grad():
+                model(subject.ids[:, :tokens], past_key_values=cache, use_cache=True)
+            held = sum(state.nbytes for layer in read_cache(cache) for state in layer.values())
+            said = count(case.submodel).cache_bytes(tokens, rows, torch.float32)
+            wrong = "" if held == said else f"{said} bytes are counted for {tokens} tokens, {held} are held"
+            yield Deviation(case.name, wrong=wrong)
 
 
 def handed_over(subject: Subject) -> Iterator[Deviation]:

@@ -218,6 +218,16 @@ def test_states_in_another_order_are_found(model_type, variant, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["mistral", "gemma3_text"])
+def test_a_window_that_is_not_said_is_found(model_type, monkeypatch):
+    class Wrong(type(get_architecture(model_type))):
+        def states(self, config, layer):
+            return tuple(replace(state, window=None) for state in super().states(config, layer))
+
+    assert found_by(model_type, 0, Wrong(), monkeypatch) == "caches are counted"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["nemotron_h", "qwen3_5_moe_text", "mixtral", "jamba", "kimi_linear"])
 def test_a_router_that_is_not_biased_is_found(model_type, monkeypatch):
     original = get_architecture(model_type)
