@@ -19,6 +19,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextT
 from hf_elastic import ElasticConfig, ElasticForCausalLM, elastify, render_card
 from hf_elastic.commands.plan import plan
 from hf_elastic.errors import CheckpointError, ElasticConfigError, ExportError, UnsupportedArchitectureError
+from hf_elastic.hub.publishing import CardArguments, prepare_upload
+from hf_elastic.storage.checksums import CHECKSUMS_NAME
 from hf_elastic.submodels.masking import masked_model
 
 OUT = "model.visual.merger.linear_fc2"
@@ -194,6 +196,8 @@ def test_what_was_made_without_them_says_so(made, tmp_path):
     _, _, folder = made("dense")
     config = ElasticConfig.from_pretrained(folder)
     model = ElasticForCausalLM(config)
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "new")  # which is in the way
+    assert (tmp_path / "new" / FILE).exists()
     with pytest.warns(UserWarning, match=r"saved without model\.visual\.: .* part of a qwen3_5, but") as caught:
         model.save_pretrained(tmp_path / "new")
     assert [w.filename for w in caught if "saved without" in str(w.message)] == [__file__]
@@ -210,10 +214,37 @@ def test_sizes_that_differ_per_layer_are_exported_alone(made, tmp_path):
     family.export(tmp_path / "x", {"ffn": [40, 16]}, heterogeneous=True, text_only=True)
 
 
+@pytest.mark.parametrize("layout", ["stock", "nested"])
+def test_from_the_hub_they_are_fetched_when_they_are_needed(made, layout, local_hub, tmp_path):
+    _, _, folder = made("dense")
+    family = AutoModelForCausalLM.from_pretrained(folder)
+    family.save_pretrained(tmp_path / "family", layout=layout)
+    local_hub.commit("org/seeing", tmp_path / "family")
+    small = AutoModelForCausalLM.from_pretrained("org/seeing", budget="small", cache_dir=tmp_path / "cache")
+    assert FILE not in local_hub.sent
+    small.save_pretrained(tmp_path / "slice")
+    assert FILE in local_hub.sent
+    family.save_pretrained(tmp_path / "here", budget="small")
+    found, expected = load_file(tmp_path / "slice" / FILE), load_file(tmp_path / "here" / FILE)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert (tmp_path / "slice/preprocessor_config.json").exists()
+
+
+def test_a_push_takes_them_along(made, local_hub, tmp_path):
+    _, _, folder = made("dense")
+    AutoModelForCausalLM.from_pretrained(folder).push_to_hub("org/pushed", license="mit")
+    again = AutoModelForCausalLM.from_pretrained("org/pushed", cache_dir=tmp_path / "cache")
+    again.export(tmp_path / "small", "small")
+    assert config_of(tmp_path / "small")["model_type"] == "qwen3_5"
+    prepare_upload(tmp_path / "small", "org/seeing", CardArguments(license="mit"), offline=True)  # an export is sound
+
+
 def damage(folder: Path, change) -> None:
     tensors = load_file(folder / FILE)
     change(tensors)
     save_file(tensors, folder / FILE, metadata={"format": "pt"})
+    (folder / CHECKSUMS_NAME).unlink()
 
 
 @pytest.mark.parametrize(
@@ -229,8 +260,23 @@ def test_damaged_ones_are_refused(made, change, message, tmp_path):
     _, _, folder = made("dense")
     AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path)
     damage(tmp_path, change)
-    with pytest.raises(CheckpointError, match=message):
-        AutoModelForCausalLM.from_pretrained(tmp_path)
+    for load in (AutoModelForCausalLM.from_pretrained, lambda folder: prepare_upload(folder, "org/x", offline=True)):
+        with pytest.raises(CheckpointError, match=message):
+            load(tmp_path)
+
+
+def test_bytes_that_changed_are_found(made, tmp_path):
+    _, _, folder = made("dense")
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path)
+    damaged = bytearray((tmp_path / FILE).read_bytes())
+    damaged[-3] ^= 1
+    (tmp_path / FILE).write_bytes(damaged)
+    for load in (
+        lambda: AutoModelForCausalLM.from_pretrained(tmp_path, verify=True),
+        lambda: prepare_upload(tmp_path, "org/x", offline=True),
+    ):
+        with pytest.raises(CheckpointError, match=rf"{FILE} is damaged from byte"):
+            load()
 
 
 def test_a_repository_that_lacks_some_is_refused(made, tmp_path):
