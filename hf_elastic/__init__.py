@@ -12,6 +12,7 @@ from typing import Any
 from ._version import __version__
 from .adapters.slices import load_adapter, slice_adapter
 from .adapters.targets import lora_targets
+from .architectures.registration import register_architecture
 from .configuration_elastic import ElasticConfig
 from .elastification.elastify import elastify
 from .elastification.importance import Scores, score
@@ -69,6 +70,7 @@ __all__ = [
     "lora_targets",
     "masked_model",
     "recover",
+    "register_architecture",
     "render_card",
     "score",
     "slice_adapter",
@@ -94,7 +96,7 @@ _ELSEWHERE = {
     "plan_matrix": "evaluation.plans",
 }
 """Names of modules that are loaded when somebody asks for one: importing this package needs and loads no trl, and stays quick."""
-_ROOMS = ("evaluation", "lab", "trainers")
+_ROOMS = ("evaluation", "lab", "testing", "trainers")
 """Subpackages that are loaded when somebody asks for one."""
 _EXTRAS = {"lm_eval": "eval", "matplotlib": "lab", "peft": "train", "trl": "train"}
 """What brings the modules that these need."""

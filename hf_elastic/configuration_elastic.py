@@ -110,7 +110,7 @@ class ElasticConfig(InstalledCode, PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         parent = self.parent_config
         if isinstance(parent, Mapping):
-            parent = parent_from_dict(parent)
+            parent = parent_from_dict(parent, written=self.transformers_version)
         if not isinstance(parent, PreTrainedConfig):
             raise ElasticConfigError(
                 f"parent_config={shown(parent)} must be the stock config of the parent, or its dict."

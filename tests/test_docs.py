@@ -14,6 +14,7 @@ from blocks import WRITE, Block, blocks, check, commands, run
 import hf_elastic
 from hf_elastic import errors, trainers
 from hf_elastic.architectures import Architecture
+from hf_elastic.architectures.axes import TensorRule
 from hf_elastic.lab.family import FAMILY_DIR
 from hf_elastic.lab.parent import PARENT_DIR
 
@@ -24,7 +25,7 @@ import docstrings  # noqa: E402
 PAGES = {str(path.relative_to(ROOT)): path for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]}
 BLOCKS = {page: blocks(path.read_text(encoding="utf-8"), page) for page, path in PAGES.items()}
 RUN = {page: [block for block in found if block.runs] for page, found in BLOCKS.items()}
-LANGUAGES = {"python", "sh", "yaml", "json", "jsonl", "text", "mermaid", ""}
+LANGUAGES = {"python", "sh", "yaml", "json", "jsonl", "toml", "text", "mermaid", ""}
 
 
 @pytest.fixture
@@ -165,6 +166,9 @@ def test_what_an_architecture_declares_is_on_its_page():
     named = set(re.findall(r"\*\*`(\w+)`\*\*", page))
     assert named <= set(dir(Architecture))
     assert Architecture.__abstractmethods__ <= named
+    [rows] = re.findall(r"## What else a table can say\n\n(.*?)\n\n", page, re.DOTALL)
+    said = set(re.findall(r"`(\w+)`", rows)) - {"config.json"}
+    assert said <= set(dir(Architecture)) | set(Architecture.__annotations__) | set(TensorRule.__dataclass_fields__)
 
 
 def test_docstrings_are_read_in_the_style_of_the_house():

@@ -31,6 +31,16 @@ def refuse_ignored(args: ElasticDistillationConfig, kwargs: Mapping[str, Any]) -
             )
 
 
+def refuse_sharded_blocks(model: ElasticForCausalLM, fsdp: bool) -> None:
+    """Raise for a family whose layers share tensors, if it is to be sharded: every layer is sharded by itself."""
+    rules = model.architecture.rules(model.elastic_config.parent_config)
+    shared = next((rule.shared_by for rule in rules if len(rule.shared_by) > 1), ())
+    if fsdp and shared:
+        raise ElasticConfigError(
+            f"layers {list(shared)} share tensors, and FSDP shards every layer by itself, which would tear them apart. Train on one device or with DDP."
+        )
+
+
 def check_columns(dataset: Any, name: str, args: ElasticDistillationConfig, formatting_func: Any) -> None:
     """Raise for a dataset, or one of a dict of them, without rows or any of the sets of columns that `SFTTrainer` reads."""
     skipped = (args.dataset_kwargs or {}).get("skip_prepare_dataset", False)

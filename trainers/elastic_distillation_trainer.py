@@ -28,6 +28,7 @@ from .checks import (
     check_rows,
     known_budgets,
     refuse_ignored,
+    refuse_sharded_blocks,
     without_auxiliary_loss,
 )
 from .curriculum import make_curriculum
@@ -154,6 +155,7 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
         self.loss_is_scaled_for_ga = True
         if self.eval_dataset is not None and args.eval_strategy == "no":
             self.add_callback(EvaluateAtTheEnd())
+        refuse_sharded_blocks(self._elastic, self.is_fsdp_enabled)
         self.teacher_model = prepare_teacher(teacher, self.accelerator, self.is_fsdp_enabled)
         self._micro_batch = 0
         self._source: str | None = None

@@ -21,11 +21,9 @@ from ..errors import ElasticConfigError
 from ..submodels.adapters import (
     FactorRule,
     factor_rules,
-    is_shared,
     is_tuner,
-    passed_by,
+    problem_of,
     rules_by_name,
-    shared_problem,
 )
 from ..submodels.slicing import build_meta
 
@@ -72,11 +70,16 @@ def adapter_table(elastic: ElasticConfig, cls: type[PreTrainedModel], lora: Lora
             continue
         name = path.replace(".base_layer", "")
         if hasattr(layer, "modules_to_save"):  # trained whole: cut as the module is
-            plain = {leaf: rules[f"{name}.{leaf}"] for leaf, _ in layer.original_module.named_parameters()}
-            table |= {f"{PREFIX}{path}.{leaf}": Tensor(rule, rule, layer) for leaf, rule in plain.items()}
+            for leaf, _ in layer.original_module.named_parameters():
+                whole = rules.get(f"{name}.{leaf}")
+                if whole is None:
+                    raise ElasticConfigError(
+                        f"{name}.{leaf}, trained beside the adapter, cannot be cut: {problem_of(None)}."
+                    )
+                table[f"{PREFIX}{path}.{leaf}"] = Tensor(whole, whole, layer)
             continue
         owner = rules.get(f"{name}.{getattr(layer, 'parameter_name', 'weight')}")
-        problem = _problem(name, layer, owner)
+        problem = _problem(layer, owner)
         if problem or owner is None:
             raise ElasticConfigError(f"the adapter of {name or 'the model'} cannot be cut: {problem}.")
         for leaf, rule in _rules_of(layer, owner).items():
@@ -94,7 +97,7 @@ def _attached_to_meta(elastic: ElasticConfig, cls: type[PreTrainedModel], lora: 
     return tree
 
 
-def _problem(name: str, layer: Any, rule: TensorRule | None) -> str | None:
+def _problem(layer: Any, rule: TensorRule | None) -> str | None:
     kind = f"{type(layer).__module__}.{type(layer).__name__}"
     variants = (
         {type(variant).__name__ for variant in layer.lora_variant.values()}
@@ -105,11 +108,7 @@ def _problem(name: str, layer: Any, rule: TensorRule | None) -> str | None:
         return f"{kind} is no adapter whose slice is known"
     if variants - {"DoraLinearVariant"}:
         return f"{', '.join(sorted(variants))} has no slice"
-    if rule is None:
-        return "no tensor of the axis tables is adapted by it"
-    if is_shared(rule):
-        return shared_problem(rule)
-    return passed_by(name)
+    return problem_of(rule)
 
 
 def _rules_of(layer: Any, owner: TensorRule) -> dict[str, TensorRule]:

@@ -25,7 +25,8 @@ AUTO = "auto"
 def lora_targets(model: PreTrainedModel | PreTrainedConfig) -> dict[str, list[str]]:
     """Names of everything in a model that an adapter can be trained on and cut with: all linear layers of its blocks, and its experts.
 
-    Left out are embeddings, head and routers, and the modules that Mamba's kernels pass by (`out_proj`, `conv1d`).
+    Left out are embeddings, head and routers, and what the stock code hands to kernels beside its module, such as convolutions and Mamba-2's
+    `out_proj`.
 
     Args:
         model (`PreTrainedModel` or `PreTrainedConfig`): An elastic model, a slice, an exported one, or the config of either.
@@ -50,18 +51,25 @@ def lora_targets(model: PreTrainedModel | PreTrainedConfig) -> dict[str, list[st
 
 def targets_of(architecture: Architecture, config: PreTrainedConfig) -> dict[str, list[str]]:
     """As [`lora_targets`], from the table."""
-    modules: dict[str, None] = {}
-    parameters: dict[str, None] = {}
-    for rule in architecture.rules(config):
-        module, _, leaf = rule.name.rpartition(".")
-        if adaptable(rule):
-            last = module.rpartition(".")[2]
-            if rule.routed:
-                parameters[f"{last}.{leaf}"] = None
-            else:
-                modules[last] = None
-    found = {"target_modules": list(modules), "target_parameters": list(parameters)}
+    rules = architecture.rules(config)
+    names = [rule.name if rule.routed else rule.module for rule in rules if adaptable(rule)]
+    others = [rule.module for rule in rules if not adaptable(rule) and rule.module not in names]
+    modules = [rule.module for rule in rules if adaptable(rule) and not rule.routed]
+    parameters = [rule.name for rule in rules if adaptable(rule) and rule.routed]
+    modules = list(dict.fromkeys(_ending(name, others) for name in modules))
+    parameters = list(dict.fromkeys(".".join(name.split(".")[-2:]) for name in parameters))
+    found = {"target_modules": modules, "target_parameters": parameters}
     return {field: names for field, names in found.items() if names}
+
+
+def _ending(name: str, others: Iterable[str]) -> str:
+    """The shortest ending of a module's name that none of the others has, as peft compares endings."""
+    parts = name.split(".")
+    for count in range(1, len(parts)):
+        ending = ".".join(parts[-count:])
+        if not any(f".{other}".endswith(f".{ending}") for other in others):
+            return ending
+    return name
 
 
 def resolve_auto(lora: LoraConfig, architecture: Architecture, config: PreTrainedConfig) -> None:

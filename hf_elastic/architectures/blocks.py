@@ -6,7 +6,7 @@ Prefixes hold `{layer}`; rules come with their layer set.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +24,6 @@ HIDDEN = dim(Cut("hidden"))
 RESIDUAL = dim(Cut("hidden", gated=True))
 """The residual stream where it is written: by embeddings and by every matrix that leads back to it."""
 
-
 BESIDE_EMBEDDINGS = dim(h=(Cut("hidden"),), e=(Cut("hidden"),))
 """The residual stream and the embeddings beside it, where a block reads both."""
 
@@ -38,10 +37,10 @@ def linear(
         yield TensorRule(f"{prefix}.bias", (out,), layer)
 
 
-def convolution(prefix: str, layer: int, channels: Dim, kernel: int) -> TensorRule:
+def convolution(prefix: str, layer: int, channels: Dim, kernel: int, disk: str | None = None) -> TensorRule:
     """Weight of a causal convolution of every channel by itself, which stock code hands to a kernel."""
     dims = (channels, dim(1), dim(kernel))
-    return TensorRule(f"{prefix}.weight", dims, layer, passed_by_kernels=True)
+    return TensorRule(f"{prefix}.weight", dims, layer, disk=disk, passed_by_kernels=True)
 
 
 def mamba2(
@@ -127,15 +126,50 @@ def head_dim(config: PreTrainedConfig) -> int:
 
 
 def attention(
-    prefix: str, layer: int, *, kv_heads: int, head_dim: int, bias: bool, out_bias: bool | None = None
+    prefix: str,
+    layer: int,
+    *,
+    kv_heads: int,
+    head_dim: int,
+    bias: bool,
+    out_bias: bool | None = None,
+    out: str = "o_proj",
 ) -> Iterator[TensorRule]:
     """Grouped-query attention: query heads are cut inside their KV group, KV heads stay. `out_bias`, if it is not `bias`: of the output."""
     query = dim(kv_heads, Cut("attention_heads", groups=kv_heads), head_dim)
     key = dim(kv_heads, head_dim)
-    for name, out in (("q_proj", query), ("k_proj", key), ("v_proj", key)):
-        yield from linear(f"{prefix}.{name}", layer, out, HIDDEN, bias=bias)
+    for name, along in (("q_proj", query), ("k_proj", key), ("v_proj", key)):
+        yield from linear(f"{prefix}.{name}", layer, along, HIDDEN, bias=bias)
     heads = dim(kv_heads, Cut("attention_heads", groups=kv_heads, gated=True), head_dim)
-    yield from linear(f"{prefix}.o_proj", layer, RESIDUAL, heads, bias=bias if out_bias is None else out_bias)
+    yield from linear(f"{prefix}.{out}", layer, RESIDUAL, heads, bias=bias if out_bias is None else out_bias)
+
+
+def short_convolution(prefix: str, layer: int, *, kernel: int, bias: bool) -> Iterator[TensorRule]:
+    """`out(C * conv(B * x))`. Its channels are as many as those of the residual stream, and nothing but their number ties them to it."""
+    inner, x = Cut("hidden", order="conv_channels"), Cut("hidden", order="conv_channels", gated=True)
+    yield from linear(f"{prefix}.in_proj", layer, dim(B=(inner,), C=(inner,), x=(x,)), HIDDEN, bias=bias)
+    yield convolution(f"{prefix}.conv", layer, dim(inner), kernel)
+    if bias:
+        yield TensorRule(f"{prefix}.conv.bias", (dim(x),), layer)
+    yield from linear(f"{prefix}.out_proj", layer, RESIDUAL, dim(inner), bias=bias)
+
+
+def short_convolution_states(*, kernel: int) -> tuple[StateRule, ...]:
+    """The window over B * x, a product of two that are linear in the normalised hidden state."""
+    return (StateRule("conv", (dim(Cut("hidden", order="conv_channels")), dim(kernel)), degree=1.0),)
+
+
+def kv_heads_attention(prefix: str, layer: int, *, queries: int, head_dim: int, inp: Dim) -> Iterator[TensorRule]:
+    """Attention that is cut by its KV heads, each with the `queries` query heads that it has."""
+    query, key = kv_heads_dims(queries, head_dim)
+    for name, out in (("q_proj", query), ("k_proj", key), ("v_proj", key)):
+        yield from linear(f"{prefix}.{name}", layer, out, inp)
+    yield from linear(f"{prefix}.o_proj", layer, RESIDUAL, dim(Cut("kv_heads", gated=True), queries, head_dim))
+
+
+def kv_heads_dims(queries: int, head_dim: int) -> tuple[Dim, Dim]:
+    """What runs along its queries, and along its keys and values."""
+    return dim(Cut("kv_heads"), queries, head_dim), dim(Cut("kv_heads"), head_dim)
 
 
 def attention_states(
@@ -179,13 +213,27 @@ def gated_mlp(
     bias: bool = False,
     names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
     times: int = 1,
+    order: str | None = None,
 ) -> Iterator[TensorRule]:
-    """`down(act(gate(x)) * up(x))`, three linear layers, `times` as wide as the axis."""
+    """`down(act(gate(x)) * up(x))`, three linear layers, `times` as wide as the axis, in an `order` of their own if only that ties them to it."""
     *ups, down = names
-    more = () if times == 1 else (times,)
     for name in ups:
-        yield from linear(f"{prefix}.{name}", layer, dim(Cut(axis), *more), HIDDEN, bias=bias)
-    yield from linear(f"{prefix}.{down}", layer, RESIDUAL, dim(Cut(axis, gated=True), *more), bias=bias)
+        yield from linear(f"{prefix}.{name}", layer, dim(Cut(axis, times=times, order=order)), HIDDEN, bias=bias)
+    out = dim(Cut(axis, gated=True, times=times, order=order))
+    yield from linear(f"{prefix}.{down}", layer, RESIDUAL, out, bias=bias)
+
+
+def fused_mlp(prefix: str, layer: int, axis: str, *, bias: bool) -> Iterator[TensorRule]:
+    """`down(act(gate(x)) * up(x))`, gate and up in one matrix."""
+    both = dim(gate=(Cut(axis),), up=(Cut(axis),))
+    yield from linear(f"{prefix}.gate_up_proj", layer, both, HIDDEN, bias=bias)
+    yield from linear(f"{prefix}.down_proj", layer, RESIDUAL, dim(Cut(axis, gated=True)), bias=bias)
+
+
+def low_rank(prefix: str, layer: int, rank: int, out: Dim, inp: Dim) -> Iterator[TensorRule]:
+    """Two linear layers, one after the other, with `rank` channels between them."""
+    yield from linear(f"{prefix}.0", layer, dim(rank), inp)
+    yield from linear(f"{prefix}.1", layer, out, dim(rank))
 
 
 def gateless_mlp(prefix: str, layer: int, axis: str, *, bias: bool) -> Iterator[TensorRule]:
@@ -295,46 +343,3 @@ def delta_net_states(*, keys: int, key_dim: int, kernel: int) -> tuple[StateRule
     conv = dim(q=(keys, key_dim), k=(keys, key_dim), v=(keys, heads, head_dim))
     ssm = (dim(keys, heads), dim(key_dim), dim(head_dim))
     return StateRule("conv", (conv, dim(kernel)), 0.5), StateRule("ssm", ssm, 0.7)
-
-
-def shared(
-    rules: Iterable[TensorRule], layers: tuple[int, ...], user: int | None = None, use: int | None = None
-) -> Iterator[TensorRule]:
-    """Rules of one layer, of tensors that these layers share; `user` and `use` if they are entries of lists, see [`TensorRule`]."""
-    return (replace(rule, shared_by=layers, user=user, use=use) for rule in rules)
-
-
-def in_turn(blocks: Sequence[int]) -> bool:
-    """Whether layers use their blocks in turn: all blocks once, in some order, and then in that order again."""
-    return all(block == blocks[i % len(set(blocks))] for i, block in enumerate(blocks))
-
-
-def check_turns(layers: Sequence[int], blocks: Sequence[int], name: str) -> None:
-    """Raise [`ElasticConfigError`] for kept layers whose blocks a stock class would mix up, which counts the layers to know the block of each.
-
-    Args:
-        layers (`list[int]`): The kept layers that use a shared block.
-        blocks (`list[int]`): Which block each of them uses.
-        name (`str`): What to call the submodel.
-    """
-    if not in_turn(blocks):
-        raise ElasticConfigError(
-            f"{name}: of the layers that share blocks, layers={list(layers)} are kept, which use the blocks {list(blocks)} (each by its first layer). The "
-            "stock class takes the blocks in turn, so another order would give layers the wrong one. Keep such layers from the first to the last "
-            "without a gap, all layers of one block alone, or drop as many in a row as there are blocks."
-        )
-
-
-def ranking_in_turn(ranking: Sequence[int], blocks: Mapping[int, int]) -> list[int]:
-    """A ranking of layers of which every prefix uses its blocks in turn: the layers that share blocks go from the two ends, the less important one first.
-
-    Args:
-        blocks (`dict[int, int]`): In order, the layers that share blocks, and which block each of them uses.
-    """
-    if len(set(blocks.values())) < 2:
-        return list(ranking)
-    importance = {layer: -i for i, layer in enumerate(ranking)}
-    left, kept = [layer for layer in blocks if layer in importance], []
-    while left:
-        kept.append(left.pop(0 if importance[left[0]] < importance[left[-1]] else -1))
-    return [kept.pop() if layer in blocks else layer for layer in ranking]

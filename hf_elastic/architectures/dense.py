@@ -38,6 +38,9 @@ class Dense(Architecture):
     norms: ClassVar[tuple[str, ...]] = ("input_layernorm", "post_attention_layernorm")
     centre: ClassVar[float] = 0.0  # of these norms and the last one
     head_norms: ClassVar[bool] = False  # of queries and keys
+    qkv_bias: ClassVar[bool | str] = "attention_bias"  # whether there is one, or the field that says so
+    out_bias: ClassVar[bool | str] = "attention_bias"
+    mlp_bias: ClassVar[bool | str] = False
 
     def parts(self, config: PreTrainedConfig, layer: int) -> frozenset[str]:
         return frozenset({"attention", "mlp"})
@@ -48,25 +51,24 @@ class Dense(Architecture):
 
     def layer(self, config: PreTrainedConfig, layer: int) -> Iterator[TensorRule]:
         """The rules of one layer, whose own config is given."""
-        attention, head_dim = "model.layers.{layer}.self_attn", blocks.head_dim(config)
+        attention = "model.layers.{layer}.self_attn"
+        heads: dict[str, Any] = {"kv_heads": config.num_key_value_heads, "head_dim": blocks.head_dim(config)}
+        biases: dict[str, Any] = {"bias": _said(config, self.qkv_bias), "out_bias": _said(config, self.out_bias)}
         for name in self.norms:
             yield blocks.rms_norm(f"model.layers.{{layer}}.{name}", layer, centre=self.centre)
-        yield from blocks.attention(
-            attention, layer, kv_heads=config.num_key_value_heads, head_dim=head_dim, **self.attention_biases(config)
-        )
+        yield from blocks.attention(attention, layer, **heads, **biases)
         if self.head_norms:
-            yield from blocks.head_norms(attention, layer, head_dim)
+            yield from blocks.head_norms(attention, layer, heads["head_dim"])
         yield from self.feed_forward(config, layer, "model.layers.{layer}.mlp")
 
-    def attention_biases(self, config: PreTrainedConfig) -> dict[str, bool]:
-        return {"bias": bool(getattr(config, "attention_bias", False))}
-
     def feed_forward(self, config: PreTrainedConfig, layer: int, prefix: str) -> Iterator[TensorRule]:
-        return blocks.gated_mlp(prefix, layer, "ffn", bias=bool(getattr(config, "mlp_bias", False)))
+        """The rules of what follows attention in a layer."""
+        return blocks.gated_mlp(prefix, layer, "ffn", bias=_said(config, self.mlp_bias))
 
     def states(self, config: PreTrainedConfig, layer: int) -> tuple[StateRule, ...]:
         heads = {"kv_heads": config.num_key_value_heads, "head_dim": blocks.head_dim(config)}
-        return blocks.attention_states(**heads, normed=self.head_norms, window=blocks.sliding_window(config, layer))
+        window = blocks.sliding_window(config, layer)
+        return blocks.attention_states(**heads, window=window, normed=self.head_norms)
 
     def tied_fields(self, config: PreTrainedConfig, part: str, sizes: Sizes) -> dict[str, Any]:
         # Several take hidden_size / num_attention_heads for it where the config does not say it.
@@ -78,6 +80,7 @@ class Llama(Dense):
     causal_class = LlamaForCausalLM
     base_class = LlamaModel
     layer_class = LlamaDecoderLayer
+    mlp_bias = "mlp_bias"
 
 
 class Mistral(Dense):
@@ -85,6 +88,7 @@ class Mistral(Dense):
     causal_class = MistralForCausalLM
     base_class = MistralModel
     layer_class = MistralDecoderLayer
+    qkv_bias = out_bias = False
 
 
 class Qwen2(Dense):
@@ -92,9 +96,7 @@ class Qwen2(Dense):
     causal_class = Qwen2ForCausalLM
     base_class = Qwen2Model
     layer_class = Qwen2DecoderLayer
-
-    def attention_biases(self, config: PreTrainedConfig) -> dict[str, bool]:
-        return {"bias": True, "out_bias": False}
+    qkv_bias, out_bias = True, False
 
 
 class Qwen3(Dense):
@@ -103,3 +105,7 @@ class Qwen3(Dense):
     base_class = Qwen3Model
     layer_class = Qwen3DecoderLayer
     head_norms = True
+
+
+def _said(config: PreTrainedConfig, what: bool | str) -> bool:
+    return bool(getattr(config, what)) if isinstance(what, str) else what

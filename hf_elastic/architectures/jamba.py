@@ -1,20 +1,23 @@
-"""AI21 Jamba: Mamba-1 or attention, then a dense MLP or routed experts, each at a fixed period."""
+"""AI21 Jamba: Mamba-1 or attention, then a gated MLP or routed experts, each at a fixed period."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import JambaForCausalLM, JambaModel, PreTrainedConfig
 from transformers.models.jamba.modeling_jamba import ALL_DECODER_LAYER_TYPES
 
 from ..errors import ElasticConfigError
+from . import blocks
 from .axes import Cut, Sizes, TensorRule, dim
 from .base import Architecture, Axis, StateRule
-from .blocks import HIDDEN, RESIDUAL, attention, attention_states, linear, rms_norm
-from .submodel import Submodel
+
+_INNER = Cut("hidden", by="mamba_expand", order="mamba_channels")
+_STEP = (("dt", "mamba_dt_rank"), ("b", "mamba_d_state"), ("c", "mamba_d_state"))
 
 
 class Jamba(Architecture):
@@ -25,109 +28,97 @@ class Jamba(Architecture):
         Axis("hidden", "hidden_size"),
         Axis("ffn", "intermediate_size", "mlp"),
         Axis("attention_heads", "num_attention_heads", "attention", groups="num_key_value_heads"),
-        Axis("mamba_expand", "mamba_expand", "mamba"),  # channels per hidden one
+        Axis("mamba_expand", "mamba_expand", "mamba", counts=True),  # channels per hidden one
         Axis("experts", "num_experts", "moe"),
         Axis("experts_per_token", "num_experts_per_tok", "moe", among="experts"),
-        Axis("expert_ffn", "intermediate_size", "moe"),
+        Axis("expert_ffn", "intermediate_size", "moe"),  # one field: where they differ, it differs from layer to layer
     )
 
     def parts(self, config: PreTrainedConfig, layer: int) -> frozenset[str]:
-        mixer = "mamba" if config.layers_block_type[layer] == "mamba" else "attention"
         sparse = layer % config.expert_layer_period == config.expert_layer_offset
-        return frozenset({mixer, "moe" if sparse and config.per_layer_config[layer].num_experts > 1 else "mlp"})
+        sparse = sparse and config.per_layer_config[layer].num_experts > 1
+        return frozenset({config.layers_block_type[layer], "moe" if sparse else "mlp"})
 
     def rules(self, config: PreTrainedConfig) -> list[TensorRule]:
-        rules = [TensorRule("model.embed_tokens.weight", (dim(config.vocab_size), RESIDUAL))]
-        for layer in range(self.depth(config)):
-            c, prefix, parts = config.per_layer_config[layer], "model.layers.{layer}", self.parts(config, layer)
-            rules += [rms_norm(f"{prefix}.{name}", layer) for name in ("input_layernorm", "pre_ff_layernorm")]
-            if "mamba" in parts:
-                rules += _mamba(f"{prefix}.mamba", c, layer)
-            else:
-                heads = {"kv_heads": c.num_key_value_heads, "head_dim": _head_dim(c), "bias": False}
-                rules += attention(f"{prefix}.self_attn", layer, **heads)
-            rules += (_moe if "moe" in parts else _mlp)(f"{prefix}.feed_forward", layer)
-        tied = "model.embed_tokens.weight" if config.tie_word_embeddings else None
-        head = TensorRule("lm_head.weight", (dim(config.vocab_size), HIDDEN), tied=tied)
-        return [*rules, rms_norm("model.final_layernorm", None), head]
+        layers = [rule for i in range(self.depth(config)) for rule in self._layer(config.per_layer_config[i], i)]
+        return blocks.trunk(config, blocks.rms_norm("model.final_layernorm", None)) + layers
+
+    def _layer(self, c: PreTrainedConfig, layer: int) -> Iterator[TensorRule]:
+        prefix, parts = "model.layers.{layer}", self.parts(c, layer)
+        yield blocks.rms_norm(f"{prefix}.input_layernorm", layer)
+        yield blocks.rms_norm(f"{prefix}.pre_ff_layernorm", layer)
+        if "mamba" in parts:
+            yield from _mamba(f"{prefix}.mamba", c, layer)
+        else:
+            heads = {"kv_heads": c.num_key_value_heads, "head_dim": blocks.head_dim(c)}
+            yield from blocks.attention(f"{prefix}.self_attn", layer, **heads, bias=False)
+        if "moe" in parts:
+            yield from blocks.experts(f"{prefix}.feed_forward", layer, router="router")
+        else:
+            yield from blocks.gated_mlp(f"{prefix}.feed_forward", layer, "ffn")
+
+    def layer_units(self, config: PreTrainedConfig) -> list[list[int]]:
+        sparse = config.per_layer_config[0].num_experts > 1
+        period = math.lcm(config.attn_layer_period, config.expert_layer_period if sparse else 1)
+        return [list(range(self.depth(config)))[i : i + period] for i in range(0, self.depth(config), period)]
 
     def layer_fields(self, config: PreTrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
         fields: dict[str, Any] = {"num_hidden_layers": len(kept)}
         for name, part in (("attn", "attention"), ("expert", "moe")):
             there = [new for new, i in enumerate(kept) if part in self.parts(config, i)]
-            found = _period(there, len(kept))
-            if found is None:
+            said = getattr(config, f"{name}_layer_offset"), getattr(config, f"{name}_layer_period")
+            if (found := _period(there, len(kept), said)) is None:
                 raise ElasticConfigError(
-                    f"layers={list(kept)}: {self.model_type} places {part} layers at a fixed period, which these are not at."
+                    f"layers={list(kept)}: a stock {self.model_type} config says which layers have {part} by a period, and these have it at {there} of "
+                    f"{len(kept)}. Keep or drop whole periods of the parent: {', '.join(f'{u[0]}..{u[-1]}' for u in self.layer_units(config))}."
                 )
             fields |= {f"{name}_layer_offset": found[0], f"{name}_layer_period": found[1]}
         return fields
 
-    def check(self, config: PreTrainedConfig, submodel: Submodel, name: str = "the submodel") -> None:
-        super().check(config, submodel, name)
-        self.layer_fields(config, submodel.layers)
+    def check_layer(self, config: PreTrainedConfig, sizes: Sizes, where: str) -> None:
+        if sizes.get("experts") == 1:
+            raise ElasticConfigError(
+                f"{where}: experts=1 is an MLP without a router for {self.model_type}; keep at least 2."
+            )
 
     def build_layer(self, config: PreTrainedConfig, layer: int) -> nn.Module:
         return ALL_DECODER_LAYER_TYPES[config.layers_block_type[layer]](config, layer)
 
     def states(self, config: PreTrainedConfig, layer: int) -> tuple[StateRule, ...]:
         if "attention" in self.parts(config, layer):
-            return attention_states(kv_heads=config.num_key_value_heads, head_dim=_head_dim(config))
-        inner, kernel = dim(Cut("hidden"), Cut("mamba_expand")), dim(config.mamba_d_conv)
-        return StateRule("conv", (inner, kernel), 0.5), StateRule("ssm", (inner, dim(config.mamba_d_state)), 0.5)
+            return blocks.attention_states(kv_heads=config.num_key_value_heads, head_dim=blocks.head_dim(config))
+        inner, kernel, state = dim(_INNER), dim(config.mamba_d_conv), dim(config.mamba_d_state)
+        return StateRule("conv", (inner, kernel), 0.5), StateRule("ssm", (inner, state), 0.5)  # B is normalised
 
     def tied_fields(self, config: PreTrainedConfig, part: str, sizes: Sizes) -> dict[str, Any]:
-        return {"head_dim": _head_dim(config)} if part == "attention" else {}
+        return {"head_dim": blocks.head_dim(config)} if part == "attention" else {}
 
-    def bias_router(self, router: Any, source: Any, bias: torch.Tensor, top_k: int) -> None:
-        def forward(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            logits = nn.functional.linear(hidden, router.weight)
-            # not normalised over the chosen ones: a dropped expert leaves its share to the others
-            weights, index = torch.softmax(logits.float() + bias, dim=-1).topk(top_k, dim=-1)
-            return logits, weights.to(hidden.dtype), index
-
-        router.forward = forward
+    def bias_router(self, router: Any, source: Any, bias: Any, top_k: int) -> None:
+        blocks.bias_softmax_router(router, bias, top_k, normalized=False)
 
 
-def _period(there: Sequence[int], depth: int) -> tuple[int, int] | None:
-    """Offset and period of the layers that are there, if they have them."""
-    for period in range(1, depth + 1):
-        for offset in range(period):
-            if list(there) == list(range(offset, depth, period)):
-                return offset, period
-    return None if there else (depth, depth + 1)
+def _period(there: Sequence[int], depth: int, said: tuple[int, int]) -> tuple[int, int] | None:
+    """Offset and period of the layers that are there, if they have them; those that the parent says if they will do."""
+    every = (said, *((o, p) for p in range(1, depth + 1) for o in range(p)), (depth, depth + 1))
+    return next(((o, p) for o, p in every if list(range(o, depth, p)) == list(there)), None)
 
 
 def _mamba(prefix: str, c: PreTrainedConfig, layer: int) -> Iterator[TensorRule]:
-    inner, rank, state = (Cut("hidden"), Cut("mamba_expand")), c.mamba_dt_rank, c.mamba_d_state
-    x = (Cut("hidden", gated=True), Cut("mamba_expand", gated=True))
-    yield from linear(f"{prefix}.in_proj", layer, dim(x=x, z=inner), HIDDEN, bias=c.mamba_proj_bias)
-    yield TensorRule(f"{prefix}.conv1d.weight", (dim(*inner), dim(1), dim(c.mamba_d_conv)), layer)
+    """Mamba-1: every channel has a state of its own, and all together choose its step, B and C."""
+    inner, x = dim(_INNER), replace(_INNER, gated=True)
+    yield from blocks.linear(
+        f"{prefix}.in_proj", layer, dim(x=(x,), z=(_INNER,)), blocks.HIDDEN, bias=c.mamba_proj_bias
+    )
+    yield blocks.convolution(f"{prefix}.conv1d", layer, inner, c.mamba_d_conv)
     if c.mamba_conv_bias:
-        yield TensorRule(f"{prefix}.conv1d.bias", (dim(*x),), layer)
-    yield from linear(f"{prefix}.x_proj", layer, dim(rank + 2 * state), dim(*inner))
-    yield from linear(f"{prefix}.dt_proj", layer, dim(*inner), dim(rank), bias=True)
-    yield TensorRule(f"{prefix}.A_log", (dim(*inner), dim(state)), layer)
-    yield TensorRule(f"{prefix}.D", (dim(*inner),), layer)
-    yield from linear(f"{prefix}.out_proj", layer, RESIDUAL, dim(*inner), bias=c.mamba_proj_bias)
-    for name, size in (("dt", rank), ("b", state), ("c", state)):
-        yield TensorRule(f"{prefix}.{name}_layernorm.weight", (dim(size),), layer)
-
-
-def _mlp(prefix: str, layer: int) -> Iterator[TensorRule]:
-    for name in ("gate_proj", "up_proj"):
-        yield from linear(f"{prefix}.{name}", layer, dim(Cut("ffn")), HIDDEN)
-    yield from linear(f"{prefix}.down_proj", layer, RESIDUAL, dim(Cut("ffn", gated=True)))
-
-
-def _moe(prefix: str, layer: int) -> Iterator[TensorRule]:
-    experts, ffn, disk = dim(Cut("experts")), (Cut("expert_ffn", within="experts"),), f"{prefix}.experts.{{expert}}"
-    dims = (experts, dim(gate_proj=ffn, up_proj=ffn), HIDDEN)
-    yield TensorRule(f"{prefix}.experts.gate_up_proj", dims, layer, disk=f"{disk}.{{segment}}.weight", routed=True)
-    out = (dim(Cut("experts", gated=True)), RESIDUAL, dim(Cut("expert_ffn", within="experts", gated=True)))
-    yield TensorRule(f"{prefix}.experts.down_proj", out, layer, disk=f"{disk}.down_proj.weight", routed=True)
-    yield TensorRule(f"{prefix}.router.weight", (experts, HIDDEN), layer, routes=True)
-
-
-def _head_dim(config: PreTrainedConfig) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        yield TensorRule(f"{prefix}.conv1d.bias", (dim(x),), layer)
+    yield from blocks.linear(
+        f"{prefix}.x_proj", layer, dim(**{name: (getattr(c, size),) for name, size in _STEP}), inner
+    )
+    rank = dim(c.mamba_dt_rank)
+    yield from blocks.linear(f"{prefix}.dt_proj", layer, inner, rank, bias=True, passed_by_kernels=True)
+    for name, size in _STEP:
+        yield TensorRule(f"{prefix}.{name}_layernorm.weight", (dim(getattr(c, size)),), layer)
+    yield TensorRule(f"{prefix}.A_log", (inner, dim(c.mamba_d_state)), layer)
+    yield TensorRule(f"{prefix}.D", (inner,), layer)
+    yield from blocks.linear(f"{prefix}.out_proj", layer, blocks.RESIDUAL, inner, bias=c.mamba_proj_bias)

@@ -25,11 +25,11 @@ class KimiLinear(Architecture):
     axes = (
         Axis("hidden", "hidden_size"),
         Axis("ffn", "intermediate_size", "mlp"),
-        Axis("attention_heads", "num_attention_heads", "attention"),
+        Axis("attention_heads", "num_attention_heads", "attention", counts=True),
         Axis("value_head_dim", "v_head_dim", "attention"),
-        Axis("linear_heads", "linear_num_heads", "delta"),
+        Axis("linear_heads", "linear_num_heads", "delta", counts=True),
         Axis("experts", "num_experts", "moe", groups="num_expert_group"),
-        Axis("experts_per_token", "num_experts_per_token", "moe"),
+        Axis("experts_per_token", "num_experts_per_token", "moe", among="experts"),
         Axis("expert_ffn", "moe_intermediate_size", "moe"),
     )
 
@@ -54,7 +54,8 @@ class KimiLinear(Architecture):
         yield from blocks.experts(f"{prefix}.mlp", layer, names=("w1", "w3", "w2"), groups=c.n_group)
         experts = dim(c.n_group, Cut("experts", groups=c.n_group))
         yield TensorRule(f"{prefix}.mlp.gate.e_score_correction_bias", (experts,), layer, buffer=True)
-        yield from blocks.gated_mlp(f"{prefix}.mlp.shared_experts", layer, "expert_ffn", times=c.n_shared_experts)
+        shared = {"times": c.n_shared_experts, "order": "shared_expert_ffn"}
+        yield from blocks.gated_mlp(f"{prefix}.mlp.shared_experts", layer, "expert_ffn", **shared)
 
     def states(self, config: PreTrainedConfig, layer: int) -> tuple[StateRule, ...]:
         if "attention" in self.parts(config, layer):
@@ -93,7 +94,7 @@ def _delta(prefix: str, c: PreTrainedConfig, layer: int) -> Iterator[TensorRule]
         yield from blocks.linear(f"{prefix}.{gate}_a_proj", layer, width, hidden)
         yield from blocks.linear(f"{prefix}.{gate}_b_proj", layer, dim(*inner), width)
     conv, disk = dim(q_conv1d=inner, k_conv1d=inner, v_conv1d=inner), f"{prefix}.{{segment}}.weight"
-    yield TensorRule(f"{prefix}.conv1d.weight", (conv, dim(1), dim(c.linear_conv_kernel_dim)), layer, disk=disk)
+    yield blocks.convolution(f"{prefix}.conv1d", layer, conv, c.linear_conv_kernel_dim, disk)
     yield TensorRule(f"{prefix}.forget_gate.dt_bias", (dim(*inner),), layer)
     yield TensorRule(f"{prefix}.forget_gate.A_log", (dim(1), dim(1), per_head, dim(1)), layer)
     yield TensorRule(f"{prefix}.o_norm.weight", (width,), layer)

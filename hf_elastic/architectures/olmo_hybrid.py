@@ -29,7 +29,9 @@ class OlmoHybrid(Architecture):
         Axis("hidden", "hidden_size"),
         Axis("ffn", "intermediate_size", "mlp"),
         Axis("attention_heads", "num_attention_heads", "attention", groups="num_key_value_heads"),
-        Axis("value_heads", "linear_num_value_heads", "delta", groups="linear_num_key_heads"),
+        Axis(
+            "value_heads", "linear_num_value_heads", "delta", groups="linear_num_key_heads", channels="value_head_dim"
+        ),
         Axis("value_head_dim", "linear_value_head_dim", "delta"),
     )
 
@@ -69,8 +71,10 @@ class OlmoHybrid(Architecture):
 
 def _attention(prefix: str, c: PreTrainedConfig, layer: int) -> Iterator[TensorRule]:
     kv, head_dim = c.num_key_value_heads, blocks.head_dim(c)
-    yield from blocks.attention(prefix, layer, kv_heads=kv, head_dim=head_dim, bias=c.attention_bias)
-    query = dim(kv, Cut("attention_heads", groups=kv), head_dim)  # one norm over all heads
+    # One norm runs over all queries, so undecided heads are weighted before it, and once more where they are read: a query of 0 reads as well.
+    query, weighted = (dim(kv, Cut("attention_heads", groups=kv, gated=gated), head_dim) for gated in (False, True))
+    for rule in blocks.attention(prefix, layer, kv_heads=kv, head_dim=head_dim, bias=c.attention_bias):
+        yield replace(rule, dims=(weighted, *rule.dims[1:])) if ".q_proj." in rule.template else rule
     yield TensorRule(f"{prefix}.q_norm.weight", (query,), layer, norm=True)
     yield TensorRule(f"{prefix}.k_norm.weight", (dim(kv, head_dim),), layer)
 
@@ -85,7 +89,7 @@ def _delta_net(prefix: str, c: PreTrainedConfig, layer: int) -> Iterator[TensorR
         yield from blocks.linear(f"{prefix}.{name}_proj", layer, out, blocks.HIDDEN)
     conv = dim(q_conv1d=key, k_conv1d=key, v_conv1d=(keys, heads, width))
     disk = f"{prefix}.{{segment}}.weight"
-    yield TensorRule(f"{prefix}.conv1d.weight", (conv, dim(1), dim(kernel)), layer, disk=disk)
+    yield blocks.convolution(f"{prefix}.conv1d", layer, conv, kernel, disk)
     for name in ("dt_bias", "A_log"):
         yield TensorRule(f"{prefix}.{name}", (dim(keys, heads),), layer)
     yield TensorRule(f"{prefix}.o_norm.weight", (dim(width),), layer, norm=True)  # of every head by itself

@@ -115,3 +115,21 @@ def kimi_linear_fields(config: PreTrainedConfig) -> dict[str, Any]:
         },
         "first_k_dense_replace": sum(dense) if dense == sorted(dense, reverse=True) else None,
     }
+
+
+def zamba2_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """Whoever reads these takes them for what follows from other sizes, unless they are said."""
+    said = ("attention_head_dim", "attention_hidden_size", "mamba_headdim", "hybrid_layer_ids")
+    kinds = {"layers_block_type": legacy_kinds(config.layers_block_type)}
+    return kinds | {name: getattr(config, name) for name in said}
+
+
+def zamba2_obstacles(config: PreTrainedConfig, submodel: Submodel) -> Iterator[Obstacle]:
+    """vLLM has as many keys as queries, and checks that these are together as wide as their input; its code was only read."""
+    hidden, heads, width = submodel.size("hidden"), submodel.size("kv_heads"), config.attention_head_dim
+    if config.num_key_value_heads != config.num_attention_heads:
+        yield Obstacle("vLLM", REFUSES, "it has as many keys as queries")
+    elif hidden is not None and heads is not None and heads * width != 2 * hidden:
+        yield Obstacle(
+            "vLLM", REFUSES, f"{heads} heads of {width} are not as wide as their input, 2 * hidden = {2 * hidden}"
+        )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points, requires, version
 from typing import Any
 
-from ..errors import ElasticConfigError, UnsupportedArchitectureError, did_you_mean
+from ..errors import UnsupportedArchitectureError, did_you_mean, reason
 from .base import Architecture
 
 ENTRY_POINTS = "hf_elastic.architectures"
@@ -18,6 +20,7 @@ _OURS = {
     "granitemoehybrid": "granitemoehybrid:GraniteMoeHybrid",
     "bamba": "bamba:Bamba",
     "falcon_h1": "falcon_h1:FalconH1",
+    "lfm2": "lfm2:Lfm2",
     "lfm2_moe": "lfm2_moe:Lfm2Moe",
     "qwen3_next": "qwen3_next:Qwen3Next",
     "qwen3_5_text": "qwen3_5:Qwen35",
@@ -53,12 +56,15 @@ class Registry(Mapping[str, Architecture]):
         self._listeners: list[Callable[[Architecture], None]] = []
         for point in entry_points(group=ENTRY_POINTS):
             if point.name not in self._places:
-                self._places[point.name] = point.load
+                self._places[point.name] = partial(_loaded_from, point)
 
     def __getitem__(self, model_type: str) -> Architecture:
         if model_type not in self._loaded:
-            self._load(self._places[model_type]())
+            self._load(_table(model_type, self._places[model_type]))
         return self._loaded[model_type]
+
+    def __contains__(self, model_type: object) -> bool:
+        return model_type in self._places  # without importing anything
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
@@ -67,10 +73,9 @@ class Registry(Mapping[str, Architecture]):
         return len(self._places)
 
     def register(self, table: type[Architecture]) -> None:
-        """Add a table."""
-        if table.model_type in self._places:
-            raise ElasticConfigError(f"there is a table for model_type {table.model_type!r} already.")
+        """Add a table, or put it in the place of another one; `register_architecture` checks it before."""
         self._places[table.model_type] = lambda: table
+        self._loaded.pop(table.model_type, None)
 
     def when_loaded(self, listener: Callable[[Architecture], None]) -> None:
         """Call a function for every table that is loaded, now or later."""
@@ -96,7 +101,8 @@ def get_architecture(model_type: str) -> Architecture:
     if model_type not in ARCHITECTURES:
         raise UnsupportedArchitectureError(
             f"no elastic axes are known for model_type {model_type!r}; supported: {', '.join(ARCHITECTURES)}."
-            f"{did_you_mean(model_type, ARCHITECTURES)} CONTRIBUTING.md says how to add an architecture."
+            f"{did_you_mean(model_type, ARCHITECTURES)} CONTRIBUTING.md says how to add an architecture. If a package of its own has the table, "
+            "install that package, or import it if it calls hf_elastic.register_architecture()."
         )
     return ARCHITECTURES[model_type]
 
@@ -109,6 +115,49 @@ def as_stock(fields: Mapping[str, Any]) -> dict[str, Any]:
     """
     form = _FORMS.get(str(fields.get("model_type")))
     return dict(fields) if form is None else _found(form)(fields)
+
+
+def _table(model_type: str, place: Callable[[], type[Architecture]]) -> type[Architecture]:
+    """The class of a table, imported now.
+
+    Raises:
+        `UnsupportedArchitectureError`: the installed transformers does not have the stock classes, or the place has no such table.
+    """
+    try:
+        table = place()
+    except (ImportError, AttributeError) as error:
+        raise UnsupportedArchitectureError(
+            f"the table of model_type {model_type!r} cannot be imported: {error}. transformers {version('transformers')} is installed, which may be "
+            f"too old for it; hf-elastic needs {_needed()}."
+        ) from error
+    if not (isinstance(table, type) and issubclass(table, Architecture) and table.model_type == model_type):
+        raise UnsupportedArchitectureError(
+            f"what is registered for model_type {model_type!r} is {table!r}, which is no table of it: it has to be a subclass of "
+            f"hf_elastic.architectures.Architecture with model_type = {model_type!r}."
+        )
+    return table
+
+
+def _loaded_from(point: EntryPoint) -> type[Architecture]:
+    """What another package announces as a table.
+
+    Raises:
+        `UnsupportedArchitectureError`: it cannot be imported.
+    """
+    package = point.dist.name if point.dist is not None else "a package"
+    try:
+        table: type[Architecture] = point.load()
+    except Exception as error:  # whatever the other package does when it is imported
+        raise UnsupportedArchitectureError(
+            f"{package} brings a table for model_type {point.name!r} ({point.value}), which cannot be imported: {reason(error)}."
+        ) from error
+    return table
+
+
+def _needed() -> str:
+    """What this package says of transformers where it is installed: `transformers>=5.23`."""
+    found = [line for line in requires("hf-elastic") or () if re.match(r"transformers\b", line)]
+    return found[0].partition(";")[0].strip() if found else "a newer transformers"
 
 
 def _found(place: str) -> Any:

@@ -23,11 +23,12 @@ class Mixtral(Dense):
     causal_class = MixtralForCausalLM
     base_class = MixtralModel
     layer_class = MixtralDecoderLayer
+    qkv_bias = out_bias = False
     axes = (
         _HIDDEN,
         _HEADS,
         Axis("experts", "num_local_experts", "moe"),
-        Axis("experts_per_token", "num_experts_per_tok", "moe"),
+        Axis("experts_per_token", "num_experts_per_tok", "moe", among="experts"),
         Axis("expert_ffn", "intermediate_size", "moe"),
     )
 
@@ -52,13 +53,13 @@ class Qwen3Moe(Dense):
         _FFN,
         _HEADS,
         Axis("experts", "num_experts", "moe"),
-        Axis("experts_per_token", "num_experts_per_tok", "moe"),
+        Axis("experts_per_token", "num_experts_per_tok", "moe", among="experts"),
         Axis("expert_ffn", "moe_intermediate_size", "moe"),
     )
 
     def parts(self, config: PreTrainedConfig, layer: int) -> frozenset[str]:
         sparse = layer not in config.mlp_only_layers and (layer + 1) % config.decoder_sparse_step == 0
-        return frozenset({"attention", "moe" if sparse and config.num_experts else "mlp"})
+        return frozenset({"attention", "moe" if sparse and config.per_layer_config[layer].num_experts else "mlp"})
 
     def feed_forward(self, config: PreTrainedConfig, layer: int, prefix: str) -> Iterator[TensorRule]:
         if "moe" in self.parts(config, layer):

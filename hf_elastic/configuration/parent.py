@@ -20,6 +20,7 @@ from ..storage.json_files import read_json
 from .hosting import parted
 from .known import KNOWN
 from .leaving_out import LEFT_OUT
+from .newer import warn_of_newer_fields
 from .section import CUT_FROM, check_left_out, check_origin
 
 _MOST = {
@@ -65,16 +66,21 @@ def plain_parent_error(repo: Any, model_type: Any) -> ElasticConfigError:
     )
 
 
-def parent_from_dict(fields: Mapping[str, Any]) -> PreTrainedConfig:
+def parent_from_dict(fields: Mapping[str, Any], written: Any = None) -> PreTrainedConfig:
     """The stock config of a parent from the dict in its `config.json`, or in that of a larger model around it.
 
     Sizes that differ per layer are set last: some stock classes check global fields when they are made, which then may not be read.
+
+    Args:
+        fields (`dict[str, Any]`): What the file says.
+        written (`str`, *optional*): The version of transformers that wrote it, if `fields` do not say so.
 
     Raises:
         `ElasticConfigError`: the stock class refuses them, or fails.
         `UnsupportedArchitectureError`: no table for their `model_type`.
     """
     refuse_huge(fields)
+    written = written or fields.get("transformers_version")
     fields, _ = parted(as_stock(fields))
     model_type = fields.pop("model_type", None)
     architecture = get_architecture(str(model_type))
@@ -92,6 +98,7 @@ def parent_from_dict(fields: Mapping[str, Any]) -> PreTrainedConfig:
             config.per_layer_config = differences
         config.to_dict()  # which every slice is made from
         check_stock(config)
+        warn_of_newer_fields(fields, config, architecture, written)
     return config
 
 

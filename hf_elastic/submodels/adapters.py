@@ -30,9 +30,6 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 
-_FUSED = ("out_proj", "conv1d")
-"""Mamba's kernels read the weights of these modules and never call them, so their adapters would have no effect (peft's own rule)."""
-
 _SLICED = ("peft.tuners.lora.layer.Linear", "peft.tuners.lora.layer.ParamWrapper")
 """Adapter layers whose factors are cut here. By name, because peft is optional."""
 
@@ -40,10 +37,6 @@ _SLICED = ("peft.tuners.lora.layer.Linear", "peft.tuners.lora.layer.ParamWrapper
 @dataclass(frozen=True)
 class FactorRule(TensorRule):
     """What runs along A or B of an adapter."""
-
-    @property
-    def routes(self) -> bool:
-        return False
 
 
 def factor_rules(rule: TensorRule, rank: int) -> tuple[FactorRule, FactorRule]:
@@ -185,26 +178,25 @@ def rules_by_name(architecture: Architecture, config: PreTrainedConfig) -> dict[
     return {name.removeprefix(prefix): rule for name, rule in rules.items()} | rules
 
 
-def passed_by(name: str) -> str | None:
-    """What is wrong with an adapter of this module whatever is done with it."""
-    if name.rpartition(".")[2] in _FUSED:
-        return f"the CUDA kernels read the weights of {' and '.join(_FUSED)} beside their modules and would pass the adapter by"
+def problem_of(rule: TensorRule | None) -> str | None:
+    """What is wrong with an adapter of a tensor whatever is done with it; `None` stands for one that no table knows."""
+    if rule is None:
+        return "the table of this architecture has no such tensor, so nothing says what a size keeps of it"
+    if rule.passed_by_kernels:
+        return "the stock code hands this weight to kernels and does not call its module, so the adapter would be passed by"
+    if len(rule.shared_by) > 1:  # peft gives each layer an adapter of its own
+        return (
+            f"layers {list(rule.shared_by)} share this tensor, and merging the adapter of one would change it for all"
+        )
+    if len(rule.dims) != (3 if rule.routed else 2):
+        return "only matrices can be adapted"
     return None
 
 
-def shared_problem(rule: TensorRule) -> str:
-    return f"layers {list(rule.shared_by)} share this tensor, and merging the adapter of one would change it for all"
-
-
 def adaptable(rule: TensorRule) -> bool:
-    """Whether adapters belong on this tensor of a parent: on every matrix of the layers, experts too, but for routers and what kernels pass by."""
-    matrix = rule.layer is not None and not rule.buffer and len(rule.dims) >= 2
-    return matrix and not rule.routes and not is_shared(rule) and passed_by(rule.module) is None
-
-
-def is_shared(rule: TensorRule) -> bool:
-    """Whether several layers have this tensor. peft gives each of them an adapter of its own, and merging one would change the tensor of all."""
-    return len(rule.shared_by) > 1
+    """Whether adapters belong on this tensor of a parent: on every linear layer of its layers, and on experts, but for routers and what kernels take."""
+    weight = rule.routed or rule.name.endswith(".weight")
+    return rule.layer is not None and weight and not rule.buffer and not rule.routes and problem_of(rule) is None
 
 
 def refuse_unsupported(model: nn.Module, architecture: Architecture, config: PreTrainedConfig) -> None:
@@ -226,12 +218,10 @@ def refuse_unsupported(model: nn.Module, architecture: Architecture, config: Pre
             problem = f"{', '.join(type(v).__name__ for v in layer.lora_variant.values())} cannot follow a budget"
         elif any(layer.lora_bias.values()):
             problem = "lora_bias=True cannot follow a budget"
-        elif passed_by(name):
-            problem = passed_by(name)
-        elif rule is None or rule.layer is None:
+        elif rule is not None and rule.layer is None:
             problem = "only tensors of layers can be adapted, no embeddings and no head"
-        elif is_shared(rule):
-            problem = shared_problem(rule)
+        else:
+            problem = problem_of(rule)
         if problem:
             raise ElasticConfigError(
                 f"the adapter of {name or 'the model'} is not supported: {problem}. Use a peft.LoraConfig without variants, target_modules "

@@ -53,7 +53,9 @@ def cases_of(architecture: Architecture, config: PreTrainedConfig) -> Cases:
         if not _add(found, architecture, config, axis, ({axis: size} for size in smaller)):
             _add_with_others(found, architecture, config, full, axis, smaller)
         if not isinstance(full[axis], int):
-            _add(found, architecture, config, f"{axis} per layer", _per_layer(full, axis, smaller))
+            _add(
+                found, architecture, config, f"{axis} per layer", _per_layer(architecture, config, full, axis, smaller)
+            )
     together = [dict(sizes) for sizes in _together(architecture, config, full)]
     _add(found, architecture, config, "all axes", together)
     depths = list(_depths(architecture, config, full.depth))
@@ -137,12 +139,17 @@ def _smaller(architecture: Architecture, config: PreTrainedConfig, full: Submode
         yield k * groups
 
 
-def _per_layer(full: Submodel, axis: str, smaller: list[int]) -> Iterator[dict[str, Any]]:
-    """Other sizes in other layers: the first that has it the whole, the next ones different smaller ones."""
+def _per_layer(
+    architecture: Architecture, config: PreTrainedConfig, full: Submodel, axis: str, smaller: list[int]
+) -> Iterator[dict[str, Any]]:
+    """Other sizes in other layers, or blocks that layers share: the first that has it the whole, the next ones different smaller ones."""
     having = [i for i, size in enumerate(full[axis]) if size is not None]  # type: ignore[arg-type]
+    shared = architecture.axis(axis).shared
+    blocks = dict.fromkeys(architecture.sharers(config, i) if shared else (i,) for i in having)
     for start in range(min(3, len(smaller))):
         choices = [_largest(full[axis]), *smaller[start:], *smaller[:start]]
-        yield {axis: {layer: choices[(k + (len(having) == 1)) % len(choices)] for k, layer in enumerate(having)}}
+        picked = {block: choices[(k + (len(blocks) == 1)) % len(choices)] for k, block in enumerate(blocks)}
+        yield {axis: {layer: size for block, size in picked.items() for layer in block}}
 
 
 def _together(architecture: Architecture, config: PreTrainedConfig, full: Submodel) -> Iterator[dict[str, int]]:

@@ -19,6 +19,7 @@ from ..elastification.elastify import elastify
 from ..generation.caches import hand_over, join_rows, read_cache, take_row, write_cache
 from ..modeling_elastic import ElasticForCausalLM
 from ..submodels.buffers import constant_buffers
+from ..submodels.masking import masked_weight
 from ..submodels.slicing import check_table, slice_state_dict
 from ..submodels.soft import Mixture, SoftUnits
 from .cases import Case
@@ -172,7 +173,7 @@ def handed_over(subject: Subject) -> Iterator[Deviation]:
         states = states_at(case, text)
         again = join_rows([take_row(states, row, text.shape[1]) for row in range(rows)])
         with family.at(case.submodel) as view, torch.no_grad():
-            cache = write_cache(again, view.config)
+            cache = write_cache(again, view.config, text.shape[1])
             positions = torch.full((rows, 1), text.shape[1])
             mask = torch.ones(rows, text.shape[1] + 1, dtype=torch.long)
             step = view(last, past_key_values=cache, attention_mask=mask, position_ids=positions).logits[:, -1]
@@ -188,7 +189,7 @@ def handed_over(subject: Subject) -> Iterator[Deviation]:
             same = shapes[0] == shapes[1] and finite
             yield Deviation(case.name, wrong="" if same else f"handed over {shapes[0]}, the target keeps {shapes[1]}")
             with family.at(target.submodel) as view, torch.no_grad():
-                view(last, past_key_values=write_cache(given, view.config))
+                view(last, past_key_values=write_cache(given, view.config, text.shape[1]))
 
 
 def gradients(subject: Subject) -> Iterator[Deviation]:
@@ -209,11 +210,9 @@ def soft(subject: Subject) -> Iterator[Deviation]:
     family = subject.family().train()
     units = SoftUnits(family, subject.architecture)
     for case in subject.cases.named("all axes"):
-        if (
-            "experts_per_token" in case.sizes
-            and case.submodel["experts_per_token"] != subject.live.submodel["experts_per_token"]
-        ):
-            sizes = {axis: size for axis, size in case.sizes.items() if axis != "experts_per_token"}
+        counted = subject.architecture.per_token.values()
+        if any(axis in case.sizes and case.submodel[axis] != subject.live.submodel[axis] for axis in counted):
+            sizes = {axis: size for axis, size in case.sizes.items() if axis not in counted}
             try:
                 case = Case(case.name, sizes, subject.architecture.submodel(subject.parent.config, sizes))
             except Exception:
@@ -236,7 +235,7 @@ def _decided(subject: Subject, case: Case) -> Mixture:
     full = subject.architecture.full(subject.parent.config)
     choices, probabilities = {}, {}
     for axis in case.submodel:
-        if axis == "experts_per_token":
+        if axis in subject.architecture.per_token.values():
             continue
         sizes = tuple(sorted({*case.submodel.values(axis), *full.values(axis)}, reverse=True))
         choices[axis], mine, whole = sizes, case.submodel[axis], full[axis]
@@ -255,17 +254,12 @@ def _masked_gradients(subject: Subject, case: Case) -> tuple[torch.Tensor, dict[
     free = {name: p.detach().clone().requires_grad_() for name, p in parent.named_parameters()}
     used = dict(free)
     model = subject.masked(case).train()
-    masked = dict(model.named_parameters())
     with torch.enable_grad():
         for piece in pieces(subject.architecture, parent.config, case.submodel):
-            name = piece.rule.name
-            if name not in free or piece.rule.tied:
+            name = piece.rule.stored.name
+            if name not in free or piece.copy_of:
                 continue
-            # The masked weight is linear in the parent's: `w * factor + rest`, wherever norms add something to their weight.
-            factor = piece.rule.mask(piece.full, piece.kept)
-            if piece.rule.norm:
-                factor = factor * math.sqrt(math.prod(piece.shape) / piece.rule.count(piece.full))
-            used[name] = free[name] * factor + (masked[name].detach() - free[name].detach() * factor)
+            used[name] = masked_weight(piece, free[name])
         loss = functional_call(
             model, used, (), {"input_ids": subject.ids, "labels": subject.ids, "use_cache": False}
         ).loss
@@ -274,7 +268,7 @@ def _masked_gradients(subject: Subject, case: Case) -> tuple[torch.Tensor, dict[
 
 
 def _kept_only(subject: Subject, case: Case, expected: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    kept = {p.rule.name for p in pieces(subject.architecture, subject.parent.config, case.submodel)}
+    kept = {p.rule.stored.name for p in pieces(subject.architecture, subject.parent.config, case.submodel)}
     return {name: gradient for name, gradient in expected.items() if name in kept}
 
 
@@ -307,6 +301,7 @@ def _off(left: torch.Tensor, right: torch.Tensor) -> float:
     """Largest difference, relative to the largest value or 1."""
     if left.shape != right.shape or not (left.isfinite().all() and right.isfinite().all()):
         return math.inf
+    left, right = left.detach(), right.detach()
     return float((left - right).abs().max()) / max(float(right.abs().max()), 1.0)
 
 

@@ -33,6 +33,21 @@ _QWEN = _COMMON | {
     "linear_value_head_dim": 8,
     "rms_norm_eps": EPS,
 }
+_EXPERTS = {"moe_intermediate_size": 16, "num_experts": 8, "num_experts_per_tok": 3}
+_GEMMA = {
+    "sliding_window": 7,
+    "query_pre_attn_scalar": 11,
+    "attn_logit_softcapping": 5.0,
+    "final_logit_softcapping": 9.0,
+}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 _QWEN_MOE = _QWEN | {
     "moe_intermediate_size": 16,
     "shared_expert_intermediate_size": 24,
@@ -132,6 +147,22 @@ TINY: dict[str, tuple[dict[str, Any], ...]] = {
         },
         {"mamba_rms_norm": False, "projectors_bias": True, "mamba_proj_bias": False, "tie_word_embeddings": True},
     ),
+    "lfm2": (
+        _COMMON
+        | {
+            "num_hidden_layers": 4,
+            "layer_types": ["conv", "full_attention", "conv", "full_attention"],
+            "block_auto_adjust_ff_dim": False,
+            "conv_bias": True,
+            "norm_eps": EPS,
+        },
+        {
+            "intermediate_size": 50,
+            "block_auto_adjust_ff_dim": True,
+            "block_multiple_of": 8,
+            "tie_word_embeddings": False,
+        },
+    ),
     "lfm2_moe": (
         _COMMON
         | {
@@ -171,8 +202,109 @@ TINY: dict[str, tuple[dict[str, Any], ...]] = {
             "use_mamba_kernels": False,
             "rms_norm_eps": EPS,
         },
+        {
+            "num_experts": 1,
+            "mamba_expand": 2,
+            "mamba_proj_bias": False,
+            "mamba_conv_bias": False,
+            "tie_word_embeddings": True,
+        },
+        {"num_hidden_layers": 8, "attn_layer_period": 4, "mamba_expand": 2},
     ),
-    "llama": (_DENSE | {"mlp_bias": True},),
+    "llama": (
+        _DENSE | {"mlp_bias": True},
+        {"tie_word_embeddings": True, "mlp_bias": False, "head_dim": None, "rope_parameters": _LLAMA3},
+    ),
+    "mistral": (_DENSE | {"sliding_window": 7},),
+    "qwen2": (_DENSE | {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},),
+    "zamba2": (
+        _COMMON
+        | {
+            "num_hidden_layers": 5,
+            "layers_block_type": ["hybrid", "linear_attention", "hybrid", "hybrid", "hybrid"],
+            "num_mem_blocks": 2,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 6,
+            "use_mem_rope": True,
+            "adapter_rank": 5,
+            "n_mamba_heads": 24,
+            "mamba_expand": 4,
+            "mamba_ngroups": 2,
+            "mamba_d_state": 6,
+            "chunk_size": 8,
+            "rms_norm_eps": EPS,
+        },
+        {"num_mem_blocks": 1, "use_shared_attention_adapter": True, "add_bias_linear": True, "use_mem_rope": False},
+        {"num_mem_blocks": 3, "num_key_value_heads": 3, "mamba_ngroups": 1},
+    ),
+    "olmo_hybrid": (
+        _COMMON
+        | {
+            "num_hidden_layers": 4,
+            "layer_types": _KINDS,
+            "attention_bias": True,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 6,
+            "linear_key_head_dim": 6,
+            "linear_value_head_dim": 8,
+            "rms_norm_eps": EPS,
+        },
+        {
+            "rope_parameters": {"rope_type": "default", "rope_theta": None},
+            "linear_allow_neg_eigval": False,
+            "tie_word_embeddings": True,
+            "attention_bias": False,
+        },
+    ),
+    "kimi_linear": (
+        _COMMON
+        | {
+            "num_key_value_heads": 6,
+            "moe_intermediate_size": 16,
+            "num_hidden_layers": 4,
+            "layer_types": _KINDS,
+            "mlp_layer_types": ["dense", "sparse", "sparse", "dense"],
+            "kv_lora_rank": 12,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+            "attention_bias": True,
+            "linear_head_dim": 8,
+            "linear_num_heads": 4,
+            "n_shared_experts": 2,
+            "n_group": 2,
+            "topk_group": 1,
+            "num_local_experts": 12,
+            "num_experts_per_tok": 3,
+            "rms_norm_eps": EPS,
+        },
+        {  # the dict that the Hub's config has for sizes and kinds of layers
+            "layer_types": None,
+            "mlp_layer_types": None,
+            "first_k_dense_replace": 1,
+            "linear_attn_config": {
+                "head_dim": 8,
+                "num_heads": 4,
+                "short_conv_kernel_size": 3,
+                "kda_layers": [1, 3],
+                "full_attn_layers": [2, 4],
+            },
+            "q_lora_rank": 10,
+            "n_shared_experts": 1,
+            "n_group": 1,
+            "norm_topk_prob": False,
+            "tie_word_embeddings": True,  # stock ties nothing
+        },
+    ),
     "qwen3": (_DENSE | {"tie_word_embeddings": True},),
+    "gemma2": (_DENSE | _GEMMA,),
+    "gemma3_text": (_DENSE | _GEMMA | {"sliding_window_pattern": 2, "tie_word_embeddings": False},),
+    "mixtral": (_DENSE | {"intermediate_size": 16, "num_local_experts": 8, "num_experts_per_tok": 3},),
+    "qwen3_moe": (
+        _DENSE
+        | _EXPERTS
+        | {"mlp_only_layers": [1], "use_sliding_window": True, "sliding_window": 7, "norm_topk_prob": True},
+        {"mlp_only_layers": None, "decoder_sparse_step": 2, "use_sliding_window": False, "norm_topk_prob": False},
+    ),
 }
 """Per `model_type` the fields of a tiny model, and of its variants."""

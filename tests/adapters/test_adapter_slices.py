@@ -203,7 +203,7 @@ def test_adapters_of_the_base_model(family_folder, tmp_path, ids):
 
 REFUSED = {
     "tokens": (LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1]), "embed_tokens cannot be cut"),
-    "out_proj": (LoraConfig(target_modules=["out_proj"]), "out_proj cannot be cut: the CUDA kernels"),
+    "out_proj": (LoraConfig(target_modules=["out_proj"]), "out_proj cannot be cut: the stock code hands"),
     "embedding_lengths": (
         LoraConfig(target_modules=["embed_tokens"], use_dora=True),
         "DoraEmbeddingVariant has no slice",

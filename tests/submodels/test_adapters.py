@@ -306,10 +306,16 @@ REFUSED = {
     "saved": (LoraConfig(target_modules=["q_proj"], modules_to_save=["norm"]), "ModulesToSaveWrapper cannot follow"),
     "head": (LoraConfig(target_modules=["lm_head"]), "adapter of lm_head is not supported: .* no head"),
     "embeddings": (LoraConfig(target_modules=["embed_tokens"]), "lora.layer.Embedding cannot follow a budget"),
-    "out_proj": (LoraConfig(target_modules=["out_proj"]), "adapter of .*out_proj is not supported: the CUDA kernels"),
+    "out_proj": (
+        LoraConfig(target_modules=["out_proj"]),
+        "adapter of .*out_proj is not supported: the stock code hands",
+    ),
     "conv1d": (LoraConfig(target_modules=[], target_parameters=["conv1d.weight"]), "adapter of .*conv1d is not"),
     "all": (LoraConfig(target_modules="all-linear"), "adapter of .*out_proj is not supported"),
-    "out_proj_weight": (LoraConfig(target_modules=[], target_parameters=["out_proj.weight"]), "CUDA kernels read"),
+    "out_proj_weight": (
+        LoraConfig(target_modules=[], target_parameters=["out_proj.weight"]),
+        "hands this weight to kernels",
+    ),
 }
 
 

@@ -310,8 +310,8 @@ def test_adapters_that_cannot_follow_are_refused_before_anything_is_attached(cas
     [
         ("nano3", ["out_proj"], "is incompatible with Mamba-based models"),
         ("nano3", "all-linear", "is incompatible with Mamba-based models"),
-        ("granite", ["out_proj"], "CUDA kernels read"),
-        ("granite", "all-linear", "CUDA kernels read"),
+        ("granite", ["out_proj"], "hands this weight to kernels"),
+        ("granite", "all-linear", "hands this weight to kernels"),
         ("nano3", ["q_prj"], "'q_prj' matches no module.*Did you mean 'q_proj'"),
     ],
 )
