@@ -148,6 +148,7 @@ def parent_inside(whole: PreTrainedModel) -> tuple[PreTrainedModel, dict[str, An
     architecture, around = get_architecture(config.model_type), host_fields(fields, config)
     assert around is not None  # as `parted` says
     host, section = find_host(config, around), whole.config.get_text_config()
+    config._name_or_path = whole.name_or_path
     config._attn_implementation = section._attn_implementation
     config._experts_implementation = section._experts_implementation
     parent = build_meta(architecture, config, architecture.causal_class)

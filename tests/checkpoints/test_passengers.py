@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from compare import assert_same_logits, logits
-from hosted import HIDDEN, SIZES, build_whole, read, save_whole, seen
+from hosted import HIDDEN, LFM_SIZES, SIZES, build_whole, read, save_whole, seen
+from hosted import OUT as OUTS
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -37,7 +38,8 @@ def made(tmp_path_factory):
             root = tmp_path_factory.mktemp(kind)
             whole = save_whole(kind, root / "repo", tied=kind == "dense")
             rows = [{"input_ids": read()[:1]}]
-            family = elastify(str(root / "repo"), rows, budgets={"small": SIZES})
+            sizes = LFM_SIZES if kind == "lfm" else SIZES
+            family = elastify(str(root / "repo"), rows, budgets={"small": sizes})
             family.save_pretrained(root / "family")
             found[kind] = root / "repo", whole, root / "family"
         return found[kind]
@@ -50,10 +52,11 @@ def config_of(folder: Path) -> dict:
 
 
 def vision(whole: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor for name, tensor in whole.state_dict().items() if ".visual." in name}
+    text = ("model.language_model.", "lm_head.")
+    return {name: tensor for name, tensor in whole.state_dict().items() if not name.startswith(text)}
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize("kind", ["dense", "moe", "lfm"])
 @torch.no_grad()
 def test_the_family_computes_what_the_text_model_does_and_keeps_the_rest(made, kind):
     repo, whole, folder = made(kind)
@@ -62,16 +65,19 @@ def test_the_family_computes_what_the_text_model_does_and_keeps_the_rest(made, k
     assert not any("visual" in name for name in family.state_dict())
     assert not hasattr(family.elastic_config, "left_out")
     kept, theirs = load_file(folder / FILE), vision(whole)
-    order = kept[f"{OUT}.weight"]  # sorted as the residual stream was, and nothing else changed
-    assert not torch.equal(order, theirs[f"{OUT}.weight"])
-    assert torch.equal(order.sort(0).values, theirs[f"{OUT}.weight"].sort(0).values)
+    out = OUTS.get(kind, OUT)
+    order = kept[f"{out}.weight"]  # sorted as the residual stream was, and nothing else changed
+    assert not torch.equal(order, theirs[f"{out}.weight"])
+    assert torch.equal(order.sort(0).values, theirs[f"{out}.weight"].sort(0).values)
     assert kept.keys() == theirs.keys()
-    assert all(torch.equal(kept[name], theirs[name]) for name in kept if not name.startswith(OUT))
-    assert config_of(folder)["host_config"]["vision_config"]["out_hidden_size"] == HIDDEN
+    assert all(torch.equal(kept[name], theirs[name]) for name in kept if not name.startswith(out))
+    assert config_of(folder)["host_config"]["model_type"] == whole.config.model_type
+    if kind != "lfm":
+        assert config_of(folder)["host_config"]["vision_config"]["out_hidden_size"] == HIDDEN
     assert (folder / "preprocessor_config.json").read_bytes() == (repo / "preprocessor_config.json").read_bytes()
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize("kind", ["dense", "moe", "lfm"])
 @torch.no_grad()
 def test_the_whole_family_exported_is_the_vision_language_model(made, kind, tmp_path):
     _, whole, folder = made(kind)
@@ -79,12 +85,13 @@ def test_the_whole_family_exported_is_the_vision_language_model(made, kind, tmp_
     stock, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "full", output_loading_info=True)
     assert type(stock) is type(whole)
     assert not any(info.values())
-    assert_same_logits(stock(**seen()).logits, whole(**seen()).logits)
+    shown = seen(kind)
+    assert_same_logits(stock(**shown).logits, whole(**shown).logits)
     assert_same_logits(logits(stock, read()), logits(whole, read()))
-    assert not torch.allclose(stock(**seen()).logits, logits(stock, seen()["input_ids"]), atol=0.1)  # the image counts
+    assert not torch.allclose(stock(**shown).logits, logits(stock, shown["input_ids"]), atol=0.1)  # the image counts
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize("kind", ["dense", "moe", "lfm"])
 @torch.no_grad()
 def test_a_size_sees_what_the_masked_model_sees(made, kind, tmp_path):
     """The export of a size against the whole model with zeros where the size has nothing."""
@@ -97,19 +104,22 @@ def test_a_size_sees_what_the_masked_model_sees(made, kind, tmp_path):
     text = AutoModelForCausalLM.from_pretrained(tmp_path / "text", experts_implementation="eager")
     zeroed = masked_model(text, family.elastic_config.submodel("small"))
     masked.model.language_model, masked.lm_head = zeroed.model, zeroed.lm_head
-    masked.model.visual.merger.linear_fc2.weight[SIZES["hidden"] :] = 0
-    masked.model.visual.merger.linear_fc2.bias[SIZES["hidden"] :] = 0
+    out = masked.get_submodule(OUTS.get(kind, OUT))
+    out.weight[SIZES["hidden"] :] = 0
+    out.bias[SIZES["hidden"] :] = 0
     small, info = AutoModelForImageTextToText.from_pretrained(
         tmp_path / "small", output_loading_info=True, experts_implementation="eager"
     )
     assert not any(info.values())
-    assert_same_logits(small(**seen()).logits, masked(**seen()).logits)
+    assert_same_logits(small(**seen(kind)).logits, masked(**seen(kind)).logits)
     with family.at("small"):
         assert_same_logits(logits(small, read()), logits(family, read()))
-    # the same file read as a text model
-    assert_same_logits(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "small"), read()), logits(small, read()))
     said = config_of(tmp_path / "small")
-    assert said["vision_config"]["out_hidden_size"] == said["text_config"]["hidden_size"] == SIZES["hidden"]
+    assert said["text_config"]["hidden_size"] == SIZES["hidden"]
+    if kind != "lfm":
+        assert said["vision_config"]["out_hidden_size"] == SIZES["hidden"]
+        text = AutoModelForCausalLM.from_pretrained(tmp_path / "small")  # reads the text model out of it
+        assert_same_logits(logits(text, read()), logits(small, read()))
     assert said["cut_from"] == {"budget": "small"}
     assert (tmp_path / "small/preprocessor_config.json").exists()
     assert not (tmp_path / "text/preprocessor_config.json").exists()
