@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ABLATIONS := $(addprefix ablation_,sampling stages router sorting depth)
 
-.PHONY: demo space test quality docs map notebooks style benchmarks evidence clean
+.PHONY: demo space test slow quality docs map notebooks style benchmarks evidence clean
 
 demo: $(VENV)/installed  ## The main job: four sizes of a small reasoning model in one checkpoint, shown and checked
 	$(BIN)/hf-elastic lab --output demo
@@ -13,8 +13,12 @@ space: $(VENV)/installed  ## The Space on the embedded model: open the address i
 	$(BIN)/python spaces/phase_plans/app.py
 
 # Three processes of one thread each, for two cores: a quarter of the time a test waits for a process, a disk or a clock.
-test: $(VENV)/installed  ## All tests
-	$(BIN)/python -m pytest --numprocesses 3 --dist worksteal
+TESTS := $(BIN)/python -m pytest --numprocesses 3 --dist worksteal
+test: $(VENV)/installed  ## The tests, without those that take long
+	$(TESTS) -m "not slow"
+
+slow: $(VENV)/installed  ## The tests that take long
+	$(TESTS) -m slow
 
 quality: $(VENV)/installed  ## What CI checks besides the tests
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""One LLM checkpoint in many sizes: nested submodels for hybrid Mamba / attention / MoE models.
+"""One LLM checkpoint in many sizes: nested submodels for hybrid (Mamba, DeltaNet, convolution), MoE and dense models.
 
 Importing this package registers `model_type: "elastic"` with the transformers AutoClasses.
 """

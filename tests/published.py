@@ -1,8 +1,23 @@
-"""Sizes of published models that recipes are for."""
+"""Sizes of published models that recipes and pages are for."""
 
+from collections.abc import Callable
 from typing import Any
 
-from transformers import GraniteMoeHybridConfig, NemotronHConfig
+from nano_v3 import nano_v3
+from transformers import (
+    BambaConfig,
+    GraniteMoeHybridConfig,
+    JambaConfig,
+    KimiLinearConfig,
+    Lfm2MoeConfig,
+    LlamaConfig,
+    NemotronHConfig,
+    OlmoHybridConfig,
+    PreTrainedConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    Qwen3NextConfig,
+)
 
 
 def granite4_tiny() -> GraniteMoeHybridConfig:
@@ -67,3 +82,54 @@ def first_layers_of(pattern: str, kinds: str) -> list[int]:
         layers.append(pattern.index(kind, start))
         start = layers[-1] + 1
     return layers
+
+
+def lfm2_8b() -> Lfm2MoeConfig:
+    """Liquid LFM2-8B-A1B."""
+    kinds = ["full_attention" if i in (2, 6, 10, 14, 18, 21) else "conv" for i in range(24)]
+    return Lfm2MoeConfig(layer_types=kinds, num_hidden_layers=len(kinds))
+
+
+def bamba_9b() -> BambaConfig:
+    """IBM Bamba-9B."""
+    return BambaConfig(vocab_size=128256, attn_layer_indices=[9, 18, 27], mamba_d_state=128)
+
+
+def llama31_8b() -> LlamaConfig:
+    """Meta Llama 3.1 8B."""
+    return LlamaConfig(vocab_size=128256, intermediate_size=14336, num_key_value_heads=8)
+
+
+def qwen3_8b() -> Qwen3Config:
+    """Qwen3-8B."""
+    return Qwen3Config(intermediate_size=12288, num_hidden_layers=36, num_key_value_heads=8)
+
+
+def qwen3_30b() -> Qwen3MoeConfig:
+    """Qwen3-30B-A3B."""
+    return Qwen3MoeConfig(
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        num_experts=128,
+        num_experts_per_tok=8,
+        moe_intermediate_size=768,
+    )
+
+
+PARENTS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "Nemotron 3 Nano 30B-A3B": nano_v3,
+    "Nemotron Nano 9B v2": nano2_9b,
+    "Granite 4.0 H Tiny": granite4_tiny,
+    "Bamba-9B": bamba_9b,
+    "Jamba-v0.1": JambaConfig,
+    "Qwen3-Next-80B-A3B": Qwen3NextConfig,
+    "Kimi-Linear-48B-A3B": KimiLinearConfig,
+    "Olmo-Hybrid-7B": OlmoHybridConfig,
+    "LFM2-8B-A1B": lfm2_8b,
+    "Llama-3.1-8B": llama31_8b,
+    "Qwen3-8B": qwen3_8b,
+    "Qwen3-30B-A3B": qwen3_30b,
+}
+"""Those that docs/architectures.md has sizes for; where it is the class alone, its defaults are that model."""

@@ -319,7 +319,9 @@ class TensorRule:
     @property
     def copy_of(self) -> str | None:
         """Name of the tensor that is stored in place of this one, which then is neither stored nor counted; `None` if it is stored itself."""
-        return self.tied or (self.stored.name if self.shared_by and self.layer != self.shared_by[0] else None)
+        if not self.shared_by or self.layer == self.shared_by[0]:
+            return self.tied
+        return self.template.format(layer=self.shared_by[0], use=self.use)
 
     @property
     def module(self) -> str:

@@ -9,9 +9,11 @@ from torch import nn
 from transformers import BambaForCausalLM, BambaModel, PreTrainedConfig
 from transformers.models.bamba.modeling_bamba import BambaDecoderLayer
 
-from . import blocks
+from . import blocks, other_programs
 from .axes import Sizes, TensorRule
 from .base import Architecture, Axis, StateRule
+from .obstacles import Obstacle
+from .submodel import Submodel
 
 
 class Bamba(Architecture):
@@ -19,6 +21,7 @@ class Bamba(Architecture):
     causal_class = BambaForCausalLM
     base_class = BambaModel
     layer_outputs = 2
+    one_share = ("hidden", "attention_heads", "mamba_heads")
     axes = (
         Axis("hidden", "hidden_size"),
         Axis("ffn", "intermediate_size", "mlp"),
@@ -66,3 +69,8 @@ class Bamba(Architecture):
 
     def unused_fields(self, config: PreTrainedConfig, parts: frozenset[str], sizes: Sizes) -> dict[str, Any]:
         return {} if "mamba" in parts else blocks.idle_mamba(config, sizes["hidden"])
+
+    def obstacles(self, config: PreTrainedConfig, submodel: Submodel) -> Iterator[Obstacle]:
+        attention = [layer for layer in submodel.layers if "attention" in self.parts(config, layer)]
+        head_dim = blocks.head_dim(config.per_layer_config[(attention or submodel.layers)[0]])
+        return other_programs.bamba_obstacles(submodel, head_dim)

@@ -24,6 +24,9 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from . import blocks
 from .axes import Sizes, TensorRule
 from .base import Architecture, Axis, StateRule
+from .obstacles import Obstacle
+from .other_programs import computed_head_width
+from .submodel import Submodel
 
 
 class Dense(Architecture):
@@ -97,6 +100,11 @@ class Qwen2(Dense):
     base_class = Qwen2Model
     layer_class = Qwen2DecoderLayer
     qkv_bias, out_bias = True, False
+    one_share = ("hidden", "attention_heads")
+
+    def obstacles(self, config: PreTrainedConfig, submodel: Submodel) -> Iterator[Obstacle]:
+        heads = max(submodel.values("attention_heads"))
+        return computed_head_width(submodel.values("hidden")[0], heads, blocks.head_dim(config.per_layer_config[0]))
 
 
 class Qwen3(Dense):

@@ -25,7 +25,7 @@ class KimiLinear(Architecture):
     axes = (
         Axis("hidden", "hidden_size"),
         Axis("ffn", "intermediate_size", "mlp"),
-        Axis("attention_heads", "num_attention_heads", "attention", counts=True),
+        Axis("attention_heads", "num_attention_heads", "attention", channels="value_head_dim", counts=True),
         Axis("value_head_dim", "v_head_dim", "attention"),
         Axis("linear_heads", "linear_num_heads", "delta", counts=True),
         Axis("experts", "num_experts", "moe", groups="num_expert_group"),

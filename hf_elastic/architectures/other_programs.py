@@ -79,27 +79,28 @@ def granite_fields(config: PreTrainedConfig, parts: frozenset[str]) -> dict[str,
 
 def granite_obstacles(config: PreTrainedConfig, submodel: Submodel, head_dim: int) -> Iterator[Obstacle]:
     """Others take hidden / heads for the width of a head, 2 * hidden for Mamba's inner width, and positions from whether there is Mamba."""
-    sizes = {axis: size for axis in submodel if (size := submodel.size(axis)) is not None}
-    hidden, rope = sizes["hidden"], config.position_embedding_type == "rope"
-    if "attention_heads" in sizes:
-        heads = sizes["attention_heads"]
-        if heads * head_dim != hidden:
-            why = (
-                f"it takes hidden / attention_heads = {hidden} / {heads} for the width of a head, which is {head_dim}"
-            )
-            yield Obstacle("vLLM", SILENT if heads * head_dim > hidden else REFUSES, why)
-            yield from (Obstacle(program, REFUSES, why) for program in ("llama.cpp", "SGLang", "mistral.rs"))
-    if "mamba_heads" in sizes:
-        inner = sizes["mamba_heads"] * sizes["mamba_head_dim"]
-        if inner != 2 * hidden:
-            why = f"mamba_heads * mamba_head_dim = {inner} is not 2 * hidden = {2 * hidden}"
-            yield Obstacle("llama.cpp", REFUSES, why)
+    yield from _computed_widths(submodel, head_dim, ("llama.cpp", "SGLang", "mistral.rs"))
+    rope = config.position_embedding_type == "rope"
+    if "mamba_heads" in submodel and submodel.size("mamba_heads") is not None:
         if rope:
             yield Obstacle("llama.cpp", SILENT, "it leaves out rotary positions where there are Mamba layers")
     else:
         if not rope:
             yield Obstacle("llama.cpp", SILENT, "it adds rotary positions where no layer has Mamba")
         yield Obstacle("mistral.rs", REFUSES, "no layer has Mamba")
+
+
+def bamba_obstacles(submodel: Submodel, head_dim: int) -> Iterator[Obstacle]:
+    """As Granite's, whose code vLLM, SGLang and llama.cpp share with it. Read there, not run."""
+    for obstacle in _computed_widths(submodel, head_dim, ("llama.cpp", "SGLang")):
+        yield obstacle._replace(why=f"{obstacle.why} (its code was read)")
+
+
+def computed_head_width(hidden: int, heads: int, head_dim: int) -> Iterator[Obstacle]:
+    """vLLM takes the first rows of query, key and value heads that are wider than it thinks."""
+    if heads * head_dim != hidden:
+        why = f"it takes hidden / attention_heads = {hidden} / {heads} for the width of a head, which is {head_dim}"
+        yield Obstacle("vLLM", SILENT if heads * head_dim > hidden else REFUSES, why)
 
 
 def kimi_linear_fields(config: PreTrainedConfig) -> dict[str, Any]:
@@ -115,6 +116,19 @@ def kimi_linear_fields(config: PreTrainedConfig) -> dict[str, Any]:
         },
         "first_k_dense_replace": sum(dense) if dense == sorted(dense, reverse=True) else None,
     }
+
+
+def _computed_widths(submodel: Submodel, head_dim: int, refusing: Sequence[str]) -> Iterator[Obstacle]:
+    """Widths that others compute from `hidden`: vLLM and `refusing` that of an attention head, llama.cpp Mamba's inner width."""
+    sizes = {axis: size for axis in submodel if (size := submodel.size(axis)) is not None}
+    hidden = sizes["hidden"]
+    if (heads := sizes.get("attention_heads")) is not None:
+        for obstacle in computed_head_width(hidden, heads, head_dim):
+            yield obstacle
+            yield from (obstacle._replace(program=program, does=REFUSES) for program in refusing)
+    if "mamba_heads" in sizes and (inner := sizes["mamba_heads"] * sizes["mamba_head_dim"]) != 2 * hidden:
+        why = f"mamba_heads * mamba_head_dim = {inner} is not 2 * hidden = {2 * hidden}"
+        yield Obstacle("llama.cpp", REFUSES, why)
 
 
 def zamba2_fields(config: PreTrainedConfig) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from ..architectures import Architecture, get_architecture
+from ..architectures import ARCHITECTURES, Architecture, get_architecture
 from ..architectures.cost import CostModel
 from ..architectures.remembered import Remembered
 from ..architectures.submodel import LAYERS, Submodel
@@ -88,7 +88,7 @@ def checked_section(parent: PreTrainedConfig, section: Any) -> dict[str, Any]:
 
     One load asks for the same section several times, and counting takes most of reading a config, so what was found sound is remembered.
     """
-    facts = (type(parent), parent.__dict__, section)
+    facts = (type(ARCHITECTURES.get(parent.model_type)), type(parent), parent.__dict__, section)
     return copy.deepcopy(_CHECKED(facts, lambda: _checked_section(parent, section)))
 
 

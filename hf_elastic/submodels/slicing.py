@@ -70,6 +70,12 @@ def _check_experts(architecture: Architecture, config: PreTrainedConfig) -> None
     """Raise `HFElasticError` where experts have no router to keep from dropped ones, or nothing says how many a token uses."""
     rules = architecture.rules(config)
     routers = {(rule.layer, rule.experts) for rule in rules if rule.routes}
+    for rule in rules:
+        along = {cut.axis for cut in rule.dims[0].cuts} & architecture.per_token.keys()
+        if along and len(rule.dims) > 1 and not (rule.routed or rule.routes):
+            raise HFElasticError(
+                f"{rule.name} runs along {', '.join(along)} and is neither routed=True nor routes=True: is it of experts, or of their router?"
+            )
     for rule in (rule for rule in rules if rule.routed):
         if rule.experts not in architecture.per_token:
             raise HFElasticError(

@@ -40,22 +40,23 @@ class Cases:
         return [case for case in self.said if case.name.startswith(beginnings)]
 
 
-def cases_of(architecture: Architecture, config: PreTrainedConfig) -> Cases:
+def cases_of(architecture: Architecture, config: PreTrainedConfig, each_axis: bool = True) -> Cases:
     """The cases of a config.
+
+    Args:
+        each_axis (`bool`, *optional*, defaults to `True`): Also every axis by itself, which says where something is wrong.
 
     Raises:
         `ElasticConfigError`: an axis that nothing can be cut from, so that nobody could check it.
     """
     found, full = Cases(), architecture.full(config)
     _add(found, architecture, config, "whole", [{}])
-    for axis, _ in full.items:
-        smaller = list(_smaller(architecture, config, full, axis))
-        if not _add(found, architecture, config, axis, ({axis: size} for size in smaller)):
-            _add_with_others(found, architecture, config, full, axis, smaller)
-        if not isinstance(full[axis], int):
-            _add(
-                found, architecture, config, f"{axis} per layer", _per_layer(architecture, config, full, axis, smaller)
-            )
+    if each_axis:
+        for axis, _ in full.items:
+            smaller = list(_smaller(architecture, config, full, axis))
+            if not _add(found, architecture, config, axis, ({axis: size} for size in smaller)):
+                _add_with_others(found, architecture, config, full, axis, smaller)
+    _add_per_layer(found, architecture, config, full)
     together = [dict(sizes) for sizes in _together(architecture, config, full)]
     _add(found, architecture, config, "all axes", together)
     depths = list(_depths(architecture, config, full.depth))
@@ -63,6 +64,26 @@ def cases_of(architecture: Architecture, config: PreTrainedConfig) -> Cases:
     both = ({**sizes, LAYERS: kept} for sizes in together for kept in depths[:6])
     _add(found, architecture, config, "all axes and fewer layers", both)
     return found
+
+
+def _add_per_layer(found: Cases, architecture: Architecture, config: PreTrainedConfig, full: Submodel) -> None:
+    """Other sizes in other layers: of all axes that the stock config can say it of together, and the others by themselves."""
+    joined: dict[str, Any] = {}
+    for axis, whole in full.items:
+        if isinstance(whole, int):
+            continue
+        tries = list(_per_layer(architecture, config, full, axis, list(_smaller(architecture, config, full, axis))))
+        for sizes in tries:
+            try:
+                architecture.submodel(config, joined | sizes)
+            except ElasticConfigError:
+                continue
+            joined |= sizes
+            break
+        else:
+            _add(found, architecture, config, f"{axis} per layer", tries)
+    if joined:
+        _add(found, architecture, config, "sizes per layer", [joined])
 
 
 def random_cases(architecture: Architecture, config: PreTrainedConfig, count: int, seed: int = 0) -> Iterator[Case]:

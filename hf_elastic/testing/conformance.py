@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
@@ -19,7 +21,9 @@ from .subject import Subject
 def check_architecture(
     model: str | PreTrainedConfig,
     *,
+    budgets: Mapping[str, Mapping[str, Any]] | None = None,
     checks: Sequence[str] | None = None,
+    each_axis: bool = True,
     variant: int = 0,
     seed: int = 0,
     raise_on_failure: bool = True,
@@ -31,7 +35,10 @@ def check_architecture(
 
     Args:
         model (`str` or `PreTrainedConfig`): A `model_type` of this library, or the stock config of a tiny model (some ten thousand parameters).
+        budgets (`dict[str, dict]`, *optional*): Sizes of your own that are checked as well, by name.
         checks (`list[str]`, *optional*): Names of the checks to run; all of [`hf_elastic.testing.checks.CHECKS`] by default.
+        each_axis (`bool`, *optional*, defaults to `True`):
+            Also every axis by itself, which takes twice as long and says where something is wrong. All axes together are checked in any case.
         variant (`int`, *optional*, defaults to 0): Which of the tiny models of a `model_type`.
         seed (`int`, *optional*, defaults to 0): Of the random weights and tokens.
         raise_on_failure (`bool`, *optional*, defaults to `True`): `False` returns the report of a table that fails.
@@ -45,14 +52,25 @@ def check_architecture(
     """
     config = tiny_config(model, variant) if isinstance(model, str) else model
     report = ConformanceReport(config.model_type)
-    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
-        subject = Subject(config, seed, Path(folder))
+    with a_subject(config, seed, each_axis, budgets) as subject:
         report.unsaid = subject.cases.unsaid
-        for name in CHECKS if checks is None else checks:
-            report.results.append(_run(name, CHECKS[name], subject))
+        report.results += run_checks(subject, checks)
     if raise_on_failure and not report.passed:
         raise ConformanceError(str(report))
     return report
+
+
+@contextmanager
+def a_subject(config: PreTrainedConfig, seed: int = 0, *more: Any) -> Iterator[Subject]:
+    """What is checked, with a folder of its own; random numbers of the caller stay what they were."""
+    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[]):
+        yield Subject(config, seed, Path(folder), *more)
+
+
+def run_checks(subject: Subject, checks: Iterable[str] | None = None) -> Iterator[CheckResult]:
+    """Run checks one after the other, as far as results are asked for."""
+    for name in CHECKS if checks is None else checks:
+        yield _run(name, CHECKS[name], subject)
 
 
 def _run(name: str, check: Check, subject: Subject) -> CheckResult:

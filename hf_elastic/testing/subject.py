@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,15 +29,27 @@ class Subject:
         config (`PreTrainedConfig`): Stock config of the parent.
         seed (`int`): Of its weights.
         folder (`Path`): Where to save.
+        each_axis (`bool`, *optional*, defaults to `True`): Also every axis by itself.
+        budgets (`dict[str, dict]`, *optional*): Further sizes to check.
     """
 
-    def __init__(self, config: PreTrainedConfig, seed: int, folder: Path):
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        seed: int,
+        folder: Path,
+        each_axis: bool = True,
+        budgets: Mapping[str, Mapping[str, Any]] | None = None,
+    ):
         self.architecture = get_architecture(config.model_type)
         self.parent = random_model(config, seed)
         self.folder = folder
         generator = torch.Generator().manual_seed(seed)
         self.ids = torch.randint(1, config.vocab_size, TOKENS, generator=generator)
-        self.cases = cases_of(self.architecture, self.parent.config)
+        self.cases = cases_of(self.architecture, self.parent.config, each_axis)
+        for name, sizes in (budgets or {}).items():
+            submodel = self.architecture.submodel(self.parent.config, sizes, name)
+            self.cases.said.append(Case(f"budget {name}", dict(sizes), submodel))
         self._slices: dict[str, ElasticForCausalLM] = {}
 
     def family(self) -> ElasticForCausalLM:

@@ -120,6 +120,17 @@ TINY: dict[str, tuple[dict[str, Any], ...]] = {
             "mamba_proj_bias": True,
             "rms_norm_eps": EPS,
         },
+        {
+            "attn_layer_indices": [1],
+            "num_hidden_layers": 3,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "mamba_proj_bias": False,
+            "mamba_conv_bias": False,
+            "mamba_n_groups": 1,
+            "head_dim": 10,
+            "tie_word_embeddings": True,
+        },
     ),
     "falcon_h1": (
         _COMMON
@@ -135,6 +146,7 @@ TINY: dict[str, tuple[dict[str, Any], ...]] = {
             "mamba_chunk_size": 8,
             "mamba_proj_bias": True,
             "mamba_rms_norm": True,
+            "mamba_norm_before_gate": False,
             "rms_norm_eps": EPS,
             "ssm_multipliers": [1.1, 0.9, 1.2, 0.8, 1.3],
             "mlp_multipliers": [1.2, 0.7],
@@ -145,7 +157,17 @@ TINY: dict[str, tuple[dict[str, Any], ...]] = {
             "embedding_multiplier": 1.5,
             "lm_head_multiplier": 1.4,
         },
-        {"mamba_rms_norm": False, "projectors_bias": True, "mamba_proj_bias": False, "tie_word_embeddings": True},
+        {
+            "mamba_d_ssm": None,
+            "mamba_rms_norm": False,
+            "projectors_bias": True,
+            "mamba_proj_bias": False,
+            "mamba_conv_bias": False,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "mamba_n_groups": 1,
+            "tie_word_embeddings": True,
+        },
     ),
     "lfm2": (
         _COMMON

@@ -10,7 +10,7 @@ import pytest
 import torch
 from cases import VOCAB, granite, nemotron, randomize
 from compare import assert_same_logits, logits
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BambaConfig, FalconH1Config
 
 from hf_elastic import ElasticConfig, ElasticConfigError, ElasticForCausalLM, PortabilityWarning, elastify
 from hf_elastic.architectures import get_architecture
@@ -52,6 +52,29 @@ def nano(pattern="M-*", **fields):
     return nemotron(pattern, **{"mamba_num_heads": 16, "mamba_head_dim": 8, "n_groups": 2, **fields})
 
 
+def bamba(**fields):
+    """As published: heads * head_dim = hidden, twice that inside Mamba."""
+    sizes = {
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "intermediate_size": 40,
+        "num_hidden_layers": 3,
+        "attn_layer_indices": [1],
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "mamba_n_heads": 8,
+        "mamba_d_head": 16,
+        "mamba_d_state": 6,
+    }
+    return BambaConfig(**{**sizes, **fields})
+
+
+def falcon_h1():
+    fields = {"num_attention_heads": 8, "num_key_value_heads": 2, "mamba_n_heads": 8, "mamba_d_ssm": 128}
+    return FalconH1Config(hidden_size=64, intermediate_size=40, num_hidden_layers=2, mamba_d_state=6, **fields)
+
+
+ALL_BAMBA = ["SGLang", "llama.cpp", "vLLM"]
 ALL_GRANITE = ["SGLang", "llama.cpp", "mistral.rs", "vLLM"]
 ONE_SHARE = {"hidden": 32, "attention_heads": 4, "mamba_heads": 4}
 SIZES = {
@@ -72,6 +95,13 @@ SIZES = {
     "odd experts": (hybrid, {"expert_ffn": 6}, torch.float32, ["plain transformers"], []),
     "experts in bfloat16": (hybrid, {"expert_ffn": 12}, torch.bfloat16, ["plain transformers"], []),
     "dense": (lambda: attention_only(**ROPE), {"shared_expert_ffn": 7}, torch.bfloat16, ["mistral.rs"], []),
+    "bamba": (bamba, {}, torch.float32, [], []),
+    "bamba, one share": (bamba, {**ONE_SHARE, "ffn": 20}, torch.float32, [], []),
+    "bamba, hidden alone": (bamba, {"hidden": 32}, torch.float32, ALL_BAMBA, ["vLLM"]),
+    "bamba, heads alone": (bamba, {"attention_heads": 4}, torch.float32, ALL_BAMBA, []),
+    "bamba, Mamba alone": (bamba, {"mamba_head_dim": 8}, torch.float32, ["llama.cpp"], []),
+    "bamba, no Mamba left": (bamba, {"layers": [1], "hidden": 32, "attention_heads": 4}, torch.float32, [], []),
+    "falcon_h1": (falcon_h1, {"hidden": 40, "attention_heads": 4, "mamba_heads": 6}, torch.float32, [], []),
     "nemotron_h": (nano, {}, torch.float32, [], []),
     "nemotron_h, any hidden": (nano, {"hidden": 20, "attention_heads": 2, "ffn": 7}, torch.float32, [], []),
     "nemotron_h, Mamba 96": (nano, {"mamba_heads": 12}, torch.float32, ["llama.cpp"], []),

@@ -12,7 +12,8 @@ from cases import BUDGETS
 from compare import assert_same_weights
 from huggingface_hub import InferenceClient, ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
-from transformers import AutoModelForCausalLM, NemotronHForCausalLM
+from published import lfm2_8b, llama31_8b
+from transformers import AutoModelForCausalLM, NemotronHForCausalLM, Qwen3NextConfig
 
 from hf_elastic import ElasticConfig, ElasticConfigError, ElasticForCausalLM
 from hf_elastic.cli import main
@@ -132,6 +133,20 @@ def test_scores_are_those_of_the_results_files(lab, tmp_path):
     assert "count 7, seed 3" in trained.text
     assert "| half | 0.625 |" in trained.text
     assert "commit not recorded" in trained.text
+
+
+@pytest.mark.parametrize(
+    ("parent", "tags"),
+    [
+        (llama31_8b(), ["llama"]),
+        (lfm2_8b(), ["lfm2_moe", "moe"]),
+        (Qwen3NextConfig(), ["qwen3_next", "moe"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_tags_say_what_the_layers_are(parent, tags):
+    card = render_card(ElasticConfig.from_parent(parent, {"half": {"hidden": 1024}}), repo_id="org/x")
+    assert card.data.tags == ["elastic", "matryoshka", "hf_elastic", *tags]
 
 
 def test_metadata_is_what_huggingface_hub_reads(lab, local_hub, caplog):

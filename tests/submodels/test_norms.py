@@ -1,4 +1,4 @@
-"""Norms of which a mask has set entries to zero: corrected, they compute what the smaller norm computes on the entries that are kept."""
+"""What a mask has to correct. Norms of which it has set entries to zero: corrected, they compute what the smaller norm computes on the entries that are kept."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.zamba2.modeling_zamba2 import Zamba2RMSNormGated
 
+from hf_elastic import elastify
 from hf_elastic.architectures import get_architecture
 from hf_elastic.architectures.axes import Cut, Norm, TensorRule, dim
 from hf_elastic.architectures.pieces import Piece
 from hf_elastic.errors import HFElasticError
 from hf_elastic.submodels.masking import correct_epsilon, epsilon_of, masked_weight
 from hf_elastic.submodels.slicing import check_table
-from hf_elastic.submodels.soft import Mixture
+from hf_elastic.submodels.soft import Mixture, SoftUnits
 
 EPS = 0.3  # as large as the mean square, so that an epsilon that is not corrected shows
 
@@ -101,7 +102,13 @@ def test_the_epsilon_is_found_or_refused(module, norm, found):
 
 def test_a_table_that_forgets_a_norm_or_cuts_a_layer_norm_is_refused():
     config = LlamaConfig(
-        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, head_dim=4
+        vocab_size=8,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=4,
     )
     model, table = LlamaForCausalLM(config), get_architecture("llama")
     check_table(table, model)
@@ -116,3 +123,29 @@ def test_a_table_that_forgets_a_norm_or_cuts_a_layer_norm_is_refused():
     model.model.norm = nn.LayerNorm(8, bias=False)
     with pytest.raises(HFElasticError, match="a LayerNorm subtracts a mean"):
         check_table(table, model)
+
+
+def test_embeddings_of_an_undecided_width_have_the_mean_scale():
+    """`sum_i pi_i sqrt(k_i)`, with the weights of the channels, and with a gradient to the probabilities."""
+    config = Gemma2Config(
+        vocab_size=8,
+        hidden_size=12,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=4,
+    )
+    model = elastify(Gemma2ForCausalLM(config), budgets={"small": {"hidden": 4}}, sort=False)
+    units, ids = SoftUnits(model, model.architecture), torch.tensor([[3, 5]])
+    with torch.enable_grad():
+        pi = torch.tensor([0.25, 0.75], requires_grad=True)
+        units.install(Mixture({"hidden": (12, 4)}, {("hidden", None): pi}))
+        found = model.model.embed_tokens(ids)
+        (gradient,) = torch.autograd.grad(found.sum(), pi)
+    units.uninstall()
+    kept = torch.tensor([[1.0] * 12, [1.0] * 4 + [0.0] * 8])
+    scale = 0.25 * 12**0.5 + 0.75 * 4**0.5
+    weight = model.model.embed_tokens.weight[ids]
+    torch.testing.assert_close(found, weight * scale * (torch.tensor([0.25, 0.75]) @ kept))
+    assert gradient.abs().min() > 0

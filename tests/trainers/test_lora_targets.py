@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 from cases import BUDGETS, CONFIGS, parent_config
@@ -10,11 +11,12 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from runs import family
 
 from hf_elastic import ElasticConfig, ElasticConfigError, lora_targets
-from hf_elastic.adapters.targets import check_targets
+from hf_elastic.adapters.targets import check_targets, targets_of
 from hf_elastic.architectures import get_architecture
 from hf_elastic.commands.train import AdapterArguments
 from hf_elastic.submodels.adapters import is_tuner, refuse_unsupported
 from hf_elastic.submodels.slicing import build_meta
+from hf_elastic.testing.models import tiny_config
 from hf_elastic.trainers.lora import check_adapters, check_attached
 
 
@@ -41,6 +43,44 @@ def test_the_preset_adapts_all_linear_layers_and_experts_of_every_parent(name):
     left_out = {n for n, rule in matrices.items() if rule.routes or re.search(r"\.(out_proj|conv1d)\.weight$", n)}
     assert adapted == set(matrices) - left_out
     assert any(".experts." in name for name in adapted) == any(rule.routed for rule in matrices.values())
+
+
+def test_names_that_other_modules_end_in_too_are_said_with_what_is_before_them():
+    """Mamba-2's `out_proj` is handed to a kernel, the one of attention beside it is not."""
+
+    class Both(type(get_architecture("bamba"))):
+        def rules(self, config):
+            return [
+                replace(rule, template=rule.template.replace("o_proj", "out_proj")) for rule in super().rules(config)
+            ]
+
+    found = targets_of(Both(), tiny_config("bamba"))["target_modules"]
+    assert "self_attn.out_proj" in found
+    assert not {"out_proj", "mamba.out_proj"} & set(found)
+
+
+def test_adapters_of_tensors_that_no_table_knows_are_refused():
+    config = tiny_config("jamba")
+    architecture = get_architecture("jamba")
+    tree = build_meta(architecture, config, architecture.causal_class)
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["x_proj"]), tree, low_cpu_mem_usage=True)
+    refuse_unsupported(tree, architecture, config)
+
+    class Without(type(architecture)):
+        def rules(self, config):
+            return [rule for rule in super().rules(config) if ".x_proj." not in rule.template]
+
+    with pytest.raises(ElasticConfigError, match=r"adapter of model\.layers\.0\.mamba\.x_proj .* has no such tensor"):
+        refuse_unsupported(tree, Without(), config)
+
+
+def test_adapters_of_what_the_stock_code_never_calls_are_refused():
+    config = tiny_config("jamba")
+    architecture = get_architecture("jamba")
+    tree = build_meta(architecture, config, architecture.causal_class)
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["dt_proj"]), tree, low_cpu_mem_usage=True)
+    with pytest.raises(ElasticConfigError, match=r"mamba\.dt_proj .* hands this weight to kernels"):
+        refuse_unsupported(tree, architecture, config)
 
 
 def test_the_preset_is_that_of_the_model_in_any_form(models, tmp_path):
