@@ -215,7 +215,7 @@ class ElasticPreTrainedModel(
         if not whole or hasattr(elastic, CUT_FROM):
             sliced.cut_from = cut_from(elastic, submodel, pretrained_model_name_or_path, hub)
         note_left_out(sliced, not_passengers(elastic.host, checkpoint.ignored), pretrained_model_name_or_path)
-        passengers = open_passengers(pretrained_model_name_or_path, elastic, hub)
+        passengers = open_passengers(pretrained_model_name_or_path, elastic, hub, verify)
         router = read_router(sliced, pretrained_model_name_or_path, verify=verify, **hub)
         stock = configured(sliced.parent_config, elastic, stock_kwargs, concrete)
         stock_kwargs["dtype"] = dtype

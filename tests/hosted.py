@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    Lfm2VlConfig,
+    Lfm2VlForConditionalGeneration,
     PreTrainedModel,
     Qwen3_5Config,
     Qwen3_5ForConditionalGeneration,
@@ -15,6 +17,9 @@ from transformers import (
 
 IMAGE, HIDDEN = 60, 48
 SIZES = {"hidden": 24, "attention_heads": 4, "value_heads": 2}
+LFM_SIZES = {"hidden": 24, "attention_heads": 4}
+OUT = {"lfm": "model.multi_modal_projector.linear_2"}
+"""What writes images into the residual stream, where it is not Qwen's `model.visual.merger.linear_fc2`."""
 TEXT = {
     "vocab_size": 64,
     "hidden_size": HIDDEN,
@@ -57,20 +62,46 @@ KINDS = {
 }
 
 
+LFM_TEXT = {
+    "vocab_size": 64,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "layer_types": ["conv", "full_attention"],
+    "block_auto_adjust_ff_dim": False,
+}
+LFM_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_patches": 16,
+    "patch_size": 4,
+    "vision_use_head": False,
+}
+
+
 def build_whole(kind: str, tied: bool = False) -> PreTrainedModel:
     """A stock vision-language model with a random value in every tensor."""
-    config_class, model_class, sizes = KINDS[kind]
-    config = config_class(
-        text_config={**TEXT, **sizes, "tie_word_embeddings": tied},
-        vision_config=dict(VISION),
-        image_token_id=IMAGE,
-        video_token_id=61,
-        vision_start_token_id=58,
-        vision_end_token_id=59,
-        tie_word_embeddings=tied,
-    )
     torch.manual_seed(0)
-    model = model_class(config).eval()
+    if kind == "lfm":
+        sections = {"text_config": dict(LFM_TEXT), "vision_config": dict(LFM_VISION)}
+        config = Lfm2VlConfig(**sections, projector_hidden_size=20, image_token_id=IMAGE)
+        model = Lfm2VlForConditionalGeneration(config).eval()
+    else:
+        config_class, model_class, sizes = KINDS[kind]
+        config = config_class(
+            text_config={**TEXT, **sizes, "tie_word_embeddings": tied},
+            vision_config=dict(VISION),
+            image_token_id=IMAGE,
+            video_token_id=61,
+            vision_start_token_id=58,
+            vision_end_token_id=59,
+            tie_word_embeddings=tied,
+        )
+        model = model_class(config).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return model
@@ -84,10 +115,14 @@ def save_whole(kind: str, folder: Path, tied: bool = False) -> PreTrainedModel:
     return model
 
 
-def seen() -> dict[str, torch.Tensor]:
+def seen(kind: str = "dense") -> dict[str, torch.Tensor]:
     """A text around an image of 4 x 4 patches, which are merged 2 x 2."""
     torch.manual_seed(1)
     ids = torch.tensor([[1, 2, 58, *[IMAGE] * 4, 59, 5, 6, 7]])
+    if kind == "lfm":
+        mask, shapes = torch.ones(1, 16, dtype=torch.long), torch.tensor([[4, 4]])
+        patches = torch.randn(1, 16, 3 * 4 * 4)
+        return {"input_ids": ids, "pixel_values": patches, "spatial_shapes": shapes, "pixel_attention_mask": mask}
     return {
         "input_ids": ids,
         "pixel_values": torch.randn(16, 3 * 2 * 4 * 4),

@@ -5,18 +5,29 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
-from transformers import Lfm2ForCausalLM, Lfm2Model, PreTrainedConfig
+from transformers import Lfm2ForCausalLM, Lfm2Model, Lfm2VlForConditionalGeneration, PreTrainedConfig
 from transformers.models.lfm2.modeling_lfm2 import Lfm2DecoderLayer
 
 from . import blocks
 from .axes import Sizes, TensorRule
 from .base import Architecture, Axis, StateRule
+from .hosts import Host
+
+_OUT = "model.multi_modal_projector.linear_2"  # writes images into the residual stream
+_VISION_LANGUAGE = Host(
+    "lfm2_vl",
+    Lfm2VlForConditionalGeneration,
+    prefix="model.language_model.",
+    passengers=("model.vision_tower.", "model.multi_modal_projector."),
+    along={f"{_OUT}.weight": {0: "hidden"}, f"{_OUT}.bias": {0: "hidden"}},
+)
 
 
 class Lfm2(Architecture):
     model_type = "lfm2"
     causal_class = Lfm2ForCausalLM
     base_class = Lfm2Model
+    hosts: ClassVar[tuple[Host, ...]] = (_VISION_LANGUAGE,)
     layer_class = Lfm2DecoderLayer
     layer_lists = ("layer_types",)
     axes: ClassVar[tuple[Axis, ...]] = (

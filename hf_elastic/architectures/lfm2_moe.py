@@ -22,6 +22,7 @@ class Lfm2Moe(Lfm2):
     causal_class = Lfm2MoeForCausalLM
     base_class = Lfm2MoeModel
     layer_class = Lfm2MoeDecoderLayer
+    hosts = ()
     axes = (
         *Lfm2.axes,
         Axis("experts", "num_experts", "moe"),

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from ..architectures import ARCHITECTURES
+from ..architectures import ARCHITECTURES, get_architecture
 from ..configuration.budgets import DTYPES
 from ..configuration.hosting import parted
 from ..configuration.parent import parent_from_dict, plain_parent_error
@@ -39,6 +40,7 @@ from ..submodels.buffers import set_buffers
 from ..submodels.loaded_from import LoadedFrom
 from .checkpoint import ROTARY, Checkpoint
 from .described import described_config
+from .passengers import parent_inside
 
 
 def load_config(repo: Any, config: Any, described: Any, hub: dict[str, Any]) -> ElasticConfig:
@@ -250,15 +252,21 @@ _HUB = ("cache_dir", "revision", "token", "subfolder", "local_files_only", "forc
 def load_stock(repo: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
     """As `AutoModelForCausalLM.from_pretrained`, but strict: every tensor of the model is in the files, and every one of the files in the model.
 
+    Of a larger model that a table knows, its parent, whether the AutoClass takes that one or not.
+
     Raises:
         `CheckpointError`: names the tensors that are missing, unknown or of another shape; for supported architectures before any is read.
     """
-    architecture = None
+    architecture, loader = None, AutoModelForCausalLM
     if not (kwargs.get("gguf_file") or kwargs.get("config")):
         hub = {key: kwargs[key] for key in _HUB if kwargs.get(key) is not None}
         fields = read_fields(repo, **hub)
         _read_generation_config(repo, hub)
-        architecture = ARCHITECTURES.get(parted(fields)[0]["model_type"])
+        parent, around = parted(fields)
+        architecture = ARCHITECTURES.get(parent["model_type"])
+        if around is not None and fields["model_type"] not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            host = get_architecture(parent["model_type"]).host(fields["model_type"])
+            loader = host.whole_class  # type: ignore[union-attr]
         files = _weight_files(repo, kwargs.get("variant"), hub)
         if architecture is not None and files and not fields.get("quantization_config"):
             Checkpoint(files).check(architecture, parent_from_dict(fields), ignored=architecture.ignored())
@@ -266,7 +274,7 @@ def load_stock(repo: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
         old = {rf"\b{re.escape(before)}$": now for now, before in architecture.old_names.items()}
         kwargs = {"key_mapping": old, **kwargs} if old else kwargs
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(repo, **{**kwargs, "output_loading_info": True})
+        model, info = loader.from_pretrained(repo, **{**kwargs, "output_loading_info": True})
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
             raise
@@ -274,9 +282,11 @@ def load_stock(repo: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
             f"{repo} holds tensors of other shapes than its config.json says; transformers lists them above."
         ) from error
     refuse_incomplete(info, repo)
-    loaded: PreTrainedModel = model
-    if architecture is not None:
-        set_buffers(loaded)
+    if architecture is None:
+        return model  # type: ignore[no-any-return]
+    inside = parent_inside(model)
+    loaded: PreTrainedModel = model if inside is None else inside[0]
+    set_buffers(loaded)
     return loaded
 
 

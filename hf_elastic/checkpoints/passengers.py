@@ -21,14 +21,17 @@ from safetensors.torch import save_file
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange
+from transformers.initialization import no_init_weights
 
 from ..architectures import get_architecture
 from ..architectures.axes import Sizes
 from ..architectures.hosts import Host
+from ..architectures.submodel import LAYERS
 from ..configuration.hosting import find_host, host_fields, parted, stock_host
 from ..configuration.parent import parent_from_dict
 from ..configuration_elastic import ElasticConfig, read_config
 from ..errors import CheckpointError
+from ..storage.checksums import verify_files
 from ..storage.files import INDEX_NAME, SINGLE_NAME, find_file, find_files
 from ..storage.sources import pinned
 from ..submodels.buffers import share_constant_buffers
@@ -109,18 +112,24 @@ def _unpickled(host: Host, sizes: Sizes, tensors: Tensors, orders: Mapping[str, 
     return Passengers(host, sizes, lambda: tensors, orders)
 
 
-def open_passengers(repo: str | os.PathLike[str], elastic: ElasticConfig, hub: Mapping[str, Any]) -> Passengers | None:
+def open_passengers(
+    repo: str | os.PathLike[str], elastic: ElasticConfig, hub: Mapping[str, Any], verify: bool = False
+) -> Passengers | None:
     """The passengers of a checkpoint, `None` if its config says of none. Files of a folder are opened, those of the Hub fetched when they are needed.
 
     Args:
         elastic (`ElasticConfig`): Of everything that is stored there.
+        verify (`bool`, *optional*, defaults to `False`): As `open_checkpoint` takes it.
     """
     if elastic.host is None:
         return None
     host, fields, parent = elastic.host, elastic.host_config, elastic.parent_config
+    hub = {key: value for key, value in hub.items() if key != "force_download"}  # that was for what is loaded now
 
     def find() -> Tensors:
-        own = find_file(repo, PASSENGERS, hub)
+        own = find_file(repo, PASSENGERS, hub, verify=verify)
+        if verify and own is not None and os.path.isdir(repo):
+            verify_files(Path(repo, hub.get("subfolder") or ""), [own])
         checkpoint = Checkpoint(find_files(repo, **hub) if own is None else [own])
         return checked(host, fields, parent, checkpoint.whole(filter(host.carries, checkpoint)), repo)
 
@@ -139,6 +148,7 @@ def parent_inside(whole: PreTrainedModel) -> tuple[PreTrainedModel, dict[str, An
     architecture, around = get_architecture(config.model_type), host_fields(fields, config)
     assert around is not None  # as `parted` says
     host, section = find_host(config, around), whole.config.get_text_config()
+    config._name_or_path = whole.name_or_path
     config._attn_implementation = section._attn_implementation
     config._experts_implementation = section._experts_implementation
     parent = build_meta(architecture, config, architecture.causal_class)
@@ -197,8 +207,11 @@ def checked(host: Host, fields: Mapping[str, Any], parent: PreTrainedConfig, ten
     Raises:
         `CheckpointError`: names the first that are missing, unknown or of another shape.
     """
-    with torch.device("meta"):
-        stock = host.whole_class(stock_host(host, fields, parent))
+    architecture = get_architecture(parent.model_type)
+    one = architecture.keepable_ranking(parent, range(architecture.depth(parent)))[:1]
+    shallow = architecture.config_for(parent, architecture.submodel(parent, {LAYERS: one}))  # the rest is the same
+    with torch.device("meta"), no_init_weights():
+        stock = host.whole_class(stock_host(host, fields, shallow))
     expected = {name: tensor.shape for name, tensor in stock.state_dict().items() if host.carries(name)}
     problems = [f"{name} is missing" for name in sorted(expected.keys() - tensors.keys())]
     problems += [f"{name} is unknown" for name in sorted(tensors.keys() - expected.keys())]

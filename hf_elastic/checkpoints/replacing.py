@@ -21,10 +21,11 @@ from ..storage.checksums import CHECKSUMS_NAME
 from ..storage.exchanging import JOURNAL, NEW, SCRATCH, Exchange, clean
 from ..storage.locking import DENIED, not_allowed, only_writer
 from .nested import FOLDER
+from .passengers import PASSENGERS
 
 _CHECKPOINT_FILE = re.compile(
     r"(model|pytorch_model)(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?"
-    rf"|{re.escape(ROUTER_FILE)}|{re.escape(CHECKSUMS_NAME)}|{MODULE}\.py"
+    rf"|{re.escape(ROUTER_FILE)}|{re.escape(PASSENGERS)}|{re.escape(CHECKSUMS_NAME)}|{MODULE}\.py"
     rf"|{FOLDER}/[^/]+/((model|added)(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?|(generation_)?config\.json)"
 )
 _FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))

@@ -29,11 +29,11 @@ from transformers.utils.hub import hf_api
 from ..checkpoints.nested import FOLDER
 from ..checkpoints.opening import open_checkpoint
 from ..checkpoints.origin import is_repo_id
-from ..checkpoints.passengers import PASSENGERS
+from ..checkpoints.passengers import PASSENGERS, open_passengers
 from ..configuration.parent import parent_from_dict, refuse_adapter
 from ..configuration.remote_code import MODULE
 from ..configuration.section import CUT_FROM
-from ..configuration_elastic import ElasticConfig
+from ..configuration_elastic import ElasticConfig, read_config
 from ..errors import ElasticConfigError, UnreachableError, shown
 from ..routing.router import ROUTER_FILE, read_router
 from ..storage.checksums import CHECKSUMS_NAME, has_checksums
@@ -253,11 +253,12 @@ def read_published(folder: Path) -> PreTrainedConfig:
 
 
 def _check_weights(folder: Path, config: PreTrainedConfig) -> None:
-    elastic = config if isinstance(config, ElasticConfig) else ElasticConfig.from_parent(config, {})
+    elastic = config if isinstance(config, ElasticConfig) else read_config(folder, plain=True)
     head = has_head(config, elastic)
     ignored = elastic.architecture.ignored()
     full, verify = elastic.architecture.full(elastic.parent_config), has_checksums(folder)
     open_checkpoint(folder, elastic, full, head=head, ignored=ignored, verify=verify)
+    open_passengers(folder, elastic, {}, verify)
     read_router(elastic, folder, verify=verify)
 
 

@@ -12,13 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 from compare import assert_same_logits, logits
-from hosted import HIDDEN, SIZES, build_whole, read, save_whole, seen
+from hosted import HIDDEN, LFM_SIZES, SIZES, build_whole, read, save_whole, seen
+from hosted import OUT as OUTS
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from hf_elastic import ElasticConfig, ElasticForCausalLM, elastify, render_card
 from hf_elastic.commands.plan import plan
 from hf_elastic.errors import CheckpointError, ElasticConfigError, ExportError, UnsupportedArchitectureError
+from hf_elastic.hub.publishing import CardArguments, prepare_upload
+from hf_elastic.storage.checksums import CHECKSUMS_NAME
 from hf_elastic.submodels.masking import masked_model
 
 OUT = "model.visual.merger.linear_fc2"
@@ -35,7 +38,8 @@ def made(tmp_path_factory):
             root = tmp_path_factory.mktemp(kind)
             whole = save_whole(kind, root / "repo", tied=kind == "dense")
             rows = [{"input_ids": read()[:1]}]
-            family = elastify(str(root / "repo"), rows, budgets={"small": SIZES})
+            sizes = LFM_SIZES if kind == "lfm" else SIZES
+            family = elastify(str(root / "repo"), rows, budgets={"small": sizes})
             family.save_pretrained(root / "family")
             found[kind] = root / "repo", whole, root / "family"
         return found[kind]
@@ -48,10 +52,11 @@ def config_of(folder: Path) -> dict:
 
 
 def vision(whole: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor for name, tensor in whole.state_dict().items() if ".visual." in name}
+    text = ("model.language_model.", "lm_head.")
+    return {name: tensor for name, tensor in whole.state_dict().items() if not name.startswith(text)}
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize("kind", ["dense", "moe", "lfm"])
 @torch.no_grad()
 def test_the_family_computes_what_the_text_model_does_and_keeps_the_rest(made, kind):
     repo, whole, folder = made(kind)
@@ -60,16 +65,19 @@ def test_the_family_computes_what_the_text_model_does_and_keeps_the_rest(made, k
     assert not any("visual" in name for name in family.state_dict())
     assert not hasattr(family.elastic_config, "left_out")
     kept, theirs = load_file(folder / FILE), vision(whole)
-    order = kept[f"{OUT}.weight"]  # sorted as the residual stream was, and nothing else changed
-    assert not torch.equal(order, theirs[f"{OUT}.weight"])
-    assert torch.equal(order.sort(0).values, theirs[f"{OUT}.weight"].sort(0).values)
+    out = OUTS.get(kind, OUT)
+    order = kept[f"{out}.weight"]  # sorted as the residual stream was, and nothing else changed
+    assert not torch.equal(order, theirs[f"{out}.weight"])
+    assert torch.equal(order.sort(0).values, theirs[f"{out}.weight"].sort(0).values)
     assert kept.keys() == theirs.keys()
-    assert all(torch.equal(kept[name], theirs[name]) for name in kept if not name.startswith(OUT))
-    assert config_of(folder)["host_config"]["vision_config"]["out_hidden_size"] == HIDDEN
+    assert all(torch.equal(kept[name], theirs[name]) for name in kept if not name.startswith(out))
+    assert config_of(folder)["host_config"]["model_type"] == whole.config.model_type
+    if kind != "lfm":
+        assert config_of(folder)["host_config"]["vision_config"]["out_hidden_size"] == HIDDEN
     assert (folder / "preprocessor_config.json").read_bytes() == (repo / "preprocessor_config.json").read_bytes()
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize("kind", ["dense", "moe", "lfm"])
 @torch.no_grad()
 def test_the_whole_family_exported_is_the_vision_language_model(made, kind, tmp_path):
     _, whole, folder = made(kind)
@@ -77,12 +85,13 @@ def test_the_whole_family_exported_is_the_vision_language_model(made, kind, tmp_
     stock, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "full", output_loading_info=True)
     assert type(stock) is type(whole)
     assert not any(info.values())
-    assert_same_logits(stock(**seen()).logits, whole(**seen()).logits)
+    shown = seen(kind)
+    assert_same_logits(stock(**shown).logits, whole(**shown).logits)
     assert_same_logits(logits(stock, read()), logits(whole, read()))
-    assert not torch.allclose(stock(**seen()).logits, logits(stock, seen()["input_ids"]), atol=0.1)  # the image counts
+    assert not torch.allclose(stock(**shown).logits, logits(stock, shown["input_ids"]), atol=0.1)  # the image counts
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize("kind", ["dense", "moe", "lfm"])
 @torch.no_grad()
 def test_a_size_sees_what_the_masked_model_sees(made, kind, tmp_path):
     """The export of a size against the whole model with zeros where the size has nothing."""
@@ -95,19 +104,22 @@ def test_a_size_sees_what_the_masked_model_sees(made, kind, tmp_path):
     text = AutoModelForCausalLM.from_pretrained(tmp_path / "text", experts_implementation="eager")
     zeroed = masked_model(text, family.elastic_config.submodel("small"))
     masked.model.language_model, masked.lm_head = zeroed.model, zeroed.lm_head
-    masked.model.visual.merger.linear_fc2.weight[SIZES["hidden"] :] = 0
-    masked.model.visual.merger.linear_fc2.bias[SIZES["hidden"] :] = 0
+    out = masked.get_submodule(OUTS.get(kind, OUT))
+    out.weight[SIZES["hidden"] :] = 0
+    out.bias[SIZES["hidden"] :] = 0
     small, info = AutoModelForImageTextToText.from_pretrained(
         tmp_path / "small", output_loading_info=True, experts_implementation="eager"
     )
     assert not any(info.values())
-    assert_same_logits(small(**seen()).logits, masked(**seen()).logits)
+    assert_same_logits(small(**seen(kind)).logits, masked(**seen(kind)).logits)
     with family.at("small"):
         assert_same_logits(logits(small, read()), logits(family, read()))
-    # the same file read as a text model
-    assert_same_logits(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "small"), read()), logits(small, read()))
     said = config_of(tmp_path / "small")
-    assert said["vision_config"]["out_hidden_size"] == said["text_config"]["hidden_size"] == SIZES["hidden"]
+    assert said["text_config"]["hidden_size"] == SIZES["hidden"]
+    if kind != "lfm":
+        assert said["vision_config"]["out_hidden_size"] == SIZES["hidden"]
+        text = AutoModelForCausalLM.from_pretrained(tmp_path / "small")  # reads the text model out of it
+        assert_same_logits(logits(text, read()), logits(small, read()))
     assert said["cut_from"] == {"budget": "small"}
     assert (tmp_path / "small/preprocessor_config.json").exists()
     assert not (tmp_path / "text/preprocessor_config.json").exists()
@@ -194,6 +206,8 @@ def test_what_was_made_without_them_says_so(made, tmp_path):
     _, _, folder = made("dense")
     config = ElasticConfig.from_pretrained(folder)
     model = ElasticForCausalLM(config)
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "new")  # which is in the way
+    assert (tmp_path / "new" / FILE).exists()
     with pytest.warns(UserWarning, match=r"saved without model\.visual\.: .* part of a qwen3_5, but") as caught:
         model.save_pretrained(tmp_path / "new")
     assert [w.filename for w in caught if "saved without" in str(w.message)] == [__file__]
@@ -210,10 +224,37 @@ def test_sizes_that_differ_per_layer_are_exported_alone(made, tmp_path):
     family.export(tmp_path / "x", {"ffn": [40, 16]}, heterogeneous=True, text_only=True)
 
 
+@pytest.mark.parametrize("layout", ["stock", "nested"])
+def test_from_the_hub_they_are_fetched_when_they_are_needed(made, layout, local_hub, tmp_path):
+    _, _, folder = made("dense")
+    family = AutoModelForCausalLM.from_pretrained(folder)
+    family.save_pretrained(tmp_path / "family", layout=layout)
+    local_hub.commit("org/seeing", tmp_path / "family")
+    small = AutoModelForCausalLM.from_pretrained("org/seeing", budget="small", cache_dir=tmp_path / "cache")
+    assert FILE not in local_hub.sent
+    small.save_pretrained(tmp_path / "slice")
+    assert FILE in local_hub.sent
+    family.save_pretrained(tmp_path / "here", budget="small")
+    found, expected = load_file(tmp_path / "slice" / FILE), load_file(tmp_path / "here" / FILE)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert (tmp_path / "slice/preprocessor_config.json").exists()
+
+
+def test_a_push_takes_them_along(made, local_hub, tmp_path):
+    _, _, folder = made("dense")
+    AutoModelForCausalLM.from_pretrained(folder).push_to_hub("org/pushed", license="mit")
+    again = AutoModelForCausalLM.from_pretrained("org/pushed", cache_dir=tmp_path / "cache")
+    again.export(tmp_path / "small", "small")
+    assert config_of(tmp_path / "small")["model_type"] == "qwen3_5"
+    prepare_upload(tmp_path / "small", "org/seeing", CardArguments(license="mit"), offline=True)  # an export is sound
+
+
 def damage(folder: Path, change) -> None:
     tensors = load_file(folder / FILE)
     change(tensors)
     save_file(tensors, folder / FILE, metadata={"format": "pt"})
+    (folder / CHECKSUMS_NAME).unlink()
 
 
 @pytest.mark.parametrize(
@@ -229,8 +270,23 @@ def test_damaged_ones_are_refused(made, change, message, tmp_path):
     _, _, folder = made("dense")
     AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path)
     damage(tmp_path, change)
-    with pytest.raises(CheckpointError, match=message):
-        AutoModelForCausalLM.from_pretrained(tmp_path)
+    for load in (AutoModelForCausalLM.from_pretrained, lambda folder: prepare_upload(folder, "org/x", offline=True)):
+        with pytest.raises(CheckpointError, match=message):
+            load(tmp_path)
+
+
+def test_bytes_that_changed_are_found(made, tmp_path):
+    _, _, folder = made("dense")
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path)
+    damaged = bytearray((tmp_path / FILE).read_bytes())
+    damaged[-3] ^= 1
+    (tmp_path / FILE).write_bytes(damaged)
+    for load in (
+        lambda: AutoModelForCausalLM.from_pretrained(tmp_path, verify=True),
+        lambda: prepare_upload(tmp_path, "org/x", offline=True),
+    ):
+        with pytest.raises(CheckpointError, match=rf"{FILE} is damaged from byte"):
+            load()
 
 
 def test_a_repository_that_lacks_some_is_refused(made, tmp_path):
