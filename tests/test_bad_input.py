@@ -158,8 +158,8 @@ def test_bad_budgets_write_nothing(budget, error, message, family, tmp_path):
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"hidden": 40}, r"inner width.*mamba_heads=24 \* mamba_head_dim=8 = 192 and hidden=40"),
-        ({"mamba_heads": 10}, r"= 80 and hidden=48"),
+        ({"hidden": 40}, r"mamba_heads=24 \* mamba_head_dim=8 = 192 is no whole multiple of hidden=40"),
+        ({"mamba_heads": 10}, r"= 80 is no whole multiple of hidden=48"),
         ({"ffn": 8}, "unknown axis 'ffn' for granitemoehybrid"),
         ({"attention_heads": 5}, "multiple of 2"),
         ({"experts": 2}, "experts_per_token=3 is more than the 2 experts kept"),

@@ -13,7 +13,7 @@ from blocks import WRITE, Block, blocks, check, commands, run
 
 import hf_elastic
 from hf_elastic import errors, trainers
-from hf_elastic.architectures import Architecture, Axis
+from hf_elastic.architectures import ARCHITECTURES, Architecture
 from hf_elastic.architectures.axes import TensorRule
 from hf_elastic.lab.family import FAMILY_DIR
 from hf_elastic.lab.parent import PARENT_DIR
@@ -35,6 +35,8 @@ def folder(tmp_path, monkeypatch):
     shutil.copytree(PARENT_DIR, tmp_path / "demo/parent", ignore=shutil.ignore_patterns("training.json"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # nobody waits for a Hub that is not there
     monkeypatch.chdir(tmp_path)
+    for found in ("_places", "_loaded"):  # what a page registers is gone afterwards
+        monkeypatch.setattr(ARCHITECTURES, found, dict(getattr(ARCHITECTURES, found)))
     return tmp_path
 
 

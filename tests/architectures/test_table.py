@@ -47,15 +47,14 @@ def test_every_tensor_has_one_rule_and_every_rule_a_tensor(name):
     assert len({rule.name for rule in rules}) == len(rules) == len(model.state_dict())
 
 
+# Defaults that the stock class does not build itself, and what they lack.
+UNBUILT = {"lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16}}
+
+
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_the_defaults_of_the_stock_classes_are_covered(model_type):
     architecture = get_architecture(model_type)
-    config = architecture.causal_class.config_class()
-    try:
-        with torch.device("meta"):
-            architecture.causal_class(config)
-    except Exception as error:  # whatever it is, it is not ours
-        pytest.skip(f"the stock class does not build its own defaults: {error!r}")
+    config = architecture.causal_class.config_class(**UNBUILT.get(model_type, {}))
     check_table(architecture, on_meta(config))
 
 

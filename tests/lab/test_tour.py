@@ -145,8 +145,8 @@ def test_an_export_that_plain_transformers_cannot_load_stops_the_lab(tmp_path):
     elastic, _ = load_family()
     write = elastic._write_stock_config
 
-    def damaged(config, submodel, directory):
-        write(config, submodel, directory)
+    def damaged(config, submodel, directory, **options):
+        write(config, submodel, directory, **options)
         path = directory / "config.json"
         path.write_text(path.read_text().replace('"hidden_size": 32', '"hidden_size": 44'))
 

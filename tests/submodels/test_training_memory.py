@@ -196,8 +196,8 @@ def test_the_guide_says_what_is_counted():
 
 SUGGESTED = {
     "Granite 4.0 H Tiny": (GRANITE_TINY, "6.94B (1.47B), 5.43B (1.46B), 3.16B (1.18B)", "1.1e10"),
-    "Nano 9B v2": (NANO_9B, "8.89B, 7.90B, 6.57B", "6.4e10"),
-    "Nano 30B": (nano_v3(), "31.58B (3.58B), 23.68B (2.69B), 12.43B (2.08B)", "2.4e10"),
+    "Nemotron Nano 9B v2": (NANO_9B, "8.89B, 7.90B, 6.57B", "6.4e10"),
+    "Nemotron 3 Nano 30B-A3B": (nano_v3(), "31.58B (3.58B), 23.68B (2.69B), 12.43B (2.08B)", "2.4e10"),
 }
 
 
