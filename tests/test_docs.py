@@ -13,7 +13,7 @@ from blocks import WRITE, Block, blocks, check, commands, run
 
 import hf_elastic
 from hf_elastic import errors, trainers
-from hf_elastic.architectures import ARCHITECTURES, Architecture
+from hf_elastic.architectures import ARCHITECTURES, Architecture, Axis
 from hf_elastic.architectures.axes import TensorRule
 from hf_elastic.lab.family import FAMILY_DIR
 from hf_elastic.lab.parent import PARENT_DIR
