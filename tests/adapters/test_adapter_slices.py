@@ -128,6 +128,7 @@ def test_lengths_of_rows_are_not_those_of_the_parent(tmp_path):
     assert all(torch.equal(tensor, state[k]) for k, tensor in again.items())
 
 
+@pytest.mark.slow
 def test_a_saved_adapter_runs_on_an_exported_slice_in_plain_peft(saved, tmp_path, ids):
     """Of half the layers' kinds: experts, routers, rank patterns; in a process that never imports this package."""
     wrapped, adapter, family = saved

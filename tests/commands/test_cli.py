@@ -451,6 +451,7 @@ def test_a_damaged_config_is_named_before_the_tokenizer(arguments, elastic, tmp_
     assert "tokenizer" not in error
 
 
+@pytest.mark.slow
 def test_a_task_that_does_not_exist_is_refused_before_anything_is_loaded(elastic, tmp_path, monkeypatch, capsys):
     pytest.importorskip("lm_eval")
     manager = importlib.import_module("lm_eval.tasks").TaskManager  # lm-eval's own tasks take seconds to read

@@ -179,6 +179,7 @@ def test_the_shipped_family_does_what_its_record_says():
     assert sum(file.stat().st_size for file in files) < 1_000_000
 
 
+@pytest.mark.slow
 def test_the_command_that_trains_it(tmp_path):
     train_command(["--output", str(tmp_path), "--steps", "4", "--problems", "1"])
     record = json.loads((tmp_path / "training.json").read_text(encoding="utf-8"))

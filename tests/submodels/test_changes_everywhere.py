@@ -195,6 +195,7 @@ def beside(model, size, run):
         return run()
 
 
+@pytest.mark.slow
 @each_model
 def test_a_compiled_family_and_its_sizes_run_what_is_meant(name, family, ids):
     """What `compile` keeps on a model leads back to that very model; who is meant is asked at every call."""

@@ -252,6 +252,7 @@ def test_the_best_adapter_is_loaded_at_the_end(tmp_path):
     assert made.evaluate()["eval_full/kl"] == pytest.approx(scores[best], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_sizes_are_learned_on_adapters(tmp_path):
     def run(folder):
         return trainer(folder, perturb(get_peft_model(undecided(), targets("nano3"))), **ROUTED)
