@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..architectures import Architecture, get_architecture
+from ..architectures import Architecture, Axis, get_architecture
 from ..architectures.cost import CostModel
 from ..architectures.portability import check_portable, portable_choices
 from ..architectures.submodel import LAYERS, Submodel
@@ -139,7 +139,7 @@ def elastify(
         named = {axis for axis, sizes in axes.items() if sizes is not None} if isinstance(axes, Mapping) else set()
         choices = portable_choices(architecture, model.config, choices, named)
     only = model.dtype if portable else None
-    wanted = sorted(_axes_used(architecture, budgets, choices))
+    wanted = sorted(_axes_used(architecture, architecture.available_axes(model.config), budgets, choices))
     _check_before_scoring(architecture, model, budgets, choices, multiple_of, only)
     if scores is None and calibration is not None:
         scores = score(
@@ -243,7 +243,10 @@ def _choices(
 
 
 def _axes_used(
-    architecture: Architecture, budgets: Mapping[str, Any], choices: Mapping[str, Sequence[int]]
+    architecture: Architecture,
+    available: Sequence[Axis],
+    budgets: Mapping[str, Any],
+    choices: Mapping[str, Sequence[int]],
 ) -> set[str]:
     used = set(choices)
     for name, spec in budgets.items():
@@ -254,8 +257,10 @@ def _axes_used(
             # Layers listed one by one need no ranking.
             used |= {axis for axis in spec if axis != LAYERS or isinstance(spec[axis], (int, float))}
         elif not choices:
+            names = [axis.name for axis in available]
             raise ElasticConfigError(
-                f"budget {name!r}={shown(spec)} is a target: say with axes= which axes may be cut to meet it (--axis hidden --axis expert_ffn)."
+                f"budget {name!r}={shown(spec)} is a target: say with axes= which axes may be cut to meet it (--axis {' --axis '.join(names[:2])}); "
+                f"the parent has {', '.join([*names, LAYERS])}."
             )
     return used
 

@@ -221,7 +221,6 @@ TINY: dict[str, tuple[dict[str, Any], ...]] = {
             "mamba_dt_rank": 5,
             "mamba_d_state": 6,
             "mamba_proj_bias": True,
-            "use_mamba_kernels": False,
             "rms_norm_eps": EPS,
         },
         {
