@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from ..architectures import ARCHITECTURES, get_architecture
 from ..architectures.hosts import Host
@@ -42,7 +42,10 @@ def parted(fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | 
         if host is not None and fields.get(host.section) is section:
             mine = {key: fields[key] for key in (*_SHARED, *_PARENTS) if fields.get(key) is not None}
             others = {*_PARENTS, *_NOBODYS, host.section}
-            return {**mine, **section}, {key: value for key, value in fields.items() if key not in others}
+            # A larger model ties by its own word, whatever its part says; files leave out what the class says by default.
+            tied = fields.get("tie_word_embeddings", getattr(CONFIG_MAPPING[outer], "tie_word_embeddings", None))
+            ties = {} if tied is None else {"tie_word_embeddings": tied}
+            return {**mine, **section, **ties}, {key: value for key, value in fields.items() if key not in others}
     return dict(fields), None
 
 

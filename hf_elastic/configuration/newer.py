@@ -32,7 +32,9 @@ def warn_of_newer_fields(
     """
     if not _is_newer(written):
         return
-    unknown = [name for name in _unknown(fields, config, table) if fields[name] not in (None, False)]
+    unknown = [
+        name for name in _unknown(fields, config, table) if fields[name] is not None and fields[name] is not False
+    ]
     if unknown:
         warnings.warn(
             f"this config.json was written by transformers {written}, and {transformers.__version__} is installed, whose {type(config).__name__} "

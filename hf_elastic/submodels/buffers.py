@@ -61,7 +61,7 @@ def set_buffers(model: PreTrainedModel) -> None:
     """
     fresh = fresh_buffers(model)
     for name, module, leaf, buffer in list(constant_buffers(model)):
-        if not (buffer.is_meta or same_values(buffer, fresh[name])):
+        if not (buffer.is_meta or same_values(buffer, fresh[name], exact=True)):
             module._buffers[leaf] = fresh[name].to(buffer.device, buffer.dtype if buffer.is_floating_point() else None)
 
 
@@ -88,13 +88,18 @@ def check_buffers(model: PreTrainedModel, where: Any) -> None:
         )
 
 
-def same_values(buffer: torch.Tensor, fresh: torch.Tensor) -> bool:
-    """Whether a buffer holds what a newly made one holds, up to rounding in its dtype and on its device."""
+def same_values(buffer: torch.Tensor, fresh: torch.Tensor, exact: bool = False) -> bool:
+    """Whether a buffer holds what a newly made one holds, up to rounding in its dtype and on its device.
+
+    Args:
+        exact (`bool`, *optional*, defaults to `False`):
+            In 16 bits bit by bit: there, two sizes can differ by one rounding alone (the roots of 1024 and 1016 in bfloat16).
+    """
     if buffer.shape != fresh.shape:
         return False
-    if not buffer.is_floating_point():
-        return torch.equal(buffer.cpu(), fresh)
     precise = buffer.dtype in (torch.float32, torch.float64)
+    if not buffer.is_floating_point() or (exact and not precise):
+        return torch.equal(buffer.cpu(), fresh.to(buffer.dtype))
     return torch.allclose(buffer.cpu().double(), fresh.double(), rtol=1e-5 if precise else 2**-7, atol=0)
 
 
@@ -112,7 +117,7 @@ def share_constant_buffers(tree: PreTrainedModel, parent: nn.Module) -> None:
         value, there = fresh[name], theirs.get(name)
         if there is None:
             module._buffers[leaf] = value.to("cpu" if device.type == "meta" else device)
-        elif there.is_meta or same_values(there, value):
+        elif there.is_meta or same_values(there, value, exact=True):
             module._buffers[leaf] = there
         else:
             module._buffers[leaf] = value.to(there.device, there.dtype if there.is_floating_point() else None)

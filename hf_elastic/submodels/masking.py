@@ -58,7 +58,7 @@ def masked_model(parent: PreTrainedModel, submodel: Submodel) -> PreTrainedModel
                 owner.register_forward_hook(partial(_scaled, ratio))
     for piece in (part for part in parts if part.rule.routes):  # after the weights: -inf times a mask would be NaN
         router = model.get_submodule(piece.rule.module)
-        bias = torch.full((piece.rule.dims[0].size(piece.full),), -torch.inf)
+        bias = torch.full((piece.rule.dims[0].size(piece.full),), -torch.inf, device=model.device)
         for start, stop in piece.runs[0]:
             bias[start:stop] = 0.0
         top_k = piece.kept[architecture.per_token[piece.rule.experts]]

@@ -19,6 +19,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextT
 
 from hf_elastic import ElasticConfig, ElasticForCausalLM, elastify, render_card
 from hf_elastic.commands.plan import plan
+from hf_elastic.configuration.hosting import parted
 from hf_elastic.errors import CheckpointError, ElasticConfigError, ExportError, UnsupportedArchitectureError
 from hf_elastic.hub.publishing import CardArguments, prepare_upload
 from hf_elastic.storage.checksums import CHECKSUMS_NAME
@@ -333,3 +334,12 @@ def test_a_model_that_no_table_knows_is_named(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(fields))
     with pytest.raises(UnsupportedArchitectureError, match="'qwen3_vl'"):
         plan(str(tmp_path))
+
+
+@pytest.mark.parametrize(("said", "tied"), [({}, False), ({"tie_word_embeddings": True}, True)])
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_head_is_tied_by_the_word_of_the_whole_model(said, tied, inside):
+    """As in the stock class: what the whole model does not say is the default of its class, whatever the text model says."""
+    text = {"model_type": "qwen3_5_text", "tie_word_embeddings": inside}
+    mine, _ = parted({"model_type": "qwen3_5", "text_config": text, **said})
+    assert mine["tie_word_embeddings"] is tied

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import CASES, IDS, build_parent
-from transformers import AutoModelForCausalLM, GraniteMoeHybridForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GraniteMoeHybridForCausalLM
 from transformers.initialization import no_init_weights
 from transformers.models.granitemoehybrid import modeling_granitemoehybrid as granite
 
@@ -13,6 +13,8 @@ from hf_elastic import CheckpointError, ElasticConfig, ElasticForCausalLM, elast
 from hf_elastic.checkpoints.loading import load_stock
 from hf_elastic.submodels.buffers import constant_buffers, fresh_buffers
 from hf_elastic.submodels.slicing import build_meta
+from hf_elastic.testing.models import random_model
+from hf_elastic.testing.tiny import TINY
 
 MESSAGE = r"other values in model\.rotary_emb\.inv_freq"
 
@@ -101,3 +103,14 @@ def test_a_budget_has_those_of_its_own_size(monkeypatch):
     stencils = [unit.stencil for unit in family._stencils[family.submodel] if hasattr(unit.stencil, "width")]
     for layer, width in zip(stencils, wanted, strict=True):
         assert torch.equal(layer.width, width)
+
+
+def test_sizes_that_differ_by_one_rounding_have_their_own_in_bfloat16():
+    """The root of 1024 is 32, that of 1016 is 31.875 in bfloat16: one step below."""
+    one = {"num_hidden_layers": 1, "layer_types": ["full_attention"]}
+    fields = TINY["gemma3_text"][0] | one | {"hidden_size": 1024, "num_attention_heads": 8}
+    parent = random_model(AutoConfig.for_model("gemma3_text", **fields))
+    family = elastify(parent, budgets={"near": {"hidden": 1016}}, sort=False).to(torch.bfloat16)
+    assert float(family.model.embed_tokens.embed_scale) == 32
+    with family.at("near") as view:
+        assert float(view.model.embed_tokens.embed_scale) == 31.875
