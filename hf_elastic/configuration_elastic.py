@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 
 from .architectures import Architecture, as_stock, get_architecture
 from .architectures.cost import Cost, CostModel
+from .architectures.encodings import Encoding
 from .architectures.hosts import Host
 from .architectures.submodel import LAYERS, Submodel, first_layers
 from .configuration.budgets import (
@@ -39,6 +40,7 @@ from .configuration.parent import (
     refuse_huge,
     unshown,
 )
+from .configuration.quantized import QUANTIZATION, encodings_of, quantization_section, refuse_off_blocks, renumbered
 from .configuration.remote_code import InstalledCode
 from .configuration.section import (
     CUT_FROM,
@@ -80,6 +82,7 @@ class ElasticConfig(InstalledCode, PreTrainedConfig):
               `budgets`, nested with them in one chain. They are what limits between the budgets resolve to.
             - `router` (`dict`, *optional*): what the router beside the weights is rebuilt from, see [`hf_elastic.routing.router.BudgetRouter`].
             - `handover` (`dict`, *optional*): `trained` (`bool`), whether submodels were trained to go on from each other's caches.
+            - `quantization` (`dict`, *optional*): which weights are stored in few bits, see [`hf_elastic.configuration.quantized`].
         cut_from (`dict`, *optional*): In a slice, what it was cut from: `family` and `commit` if it was on the Hub, and the `budget`.
         left_out (`list[str]`, *optional*): Tensors of the parent that its stock class does not load, by layer: `["mtp.layers.0.*"]`.
         host_config (`dict`, *optional*): Of a parent that is part of a larger model, such as a vision-language model, the rest of that one's config.
@@ -254,6 +257,25 @@ class ElasticConfig(InstalledCode, PreTrainedConfig):
             section["handover"] = {"trained": True}
         self.elastic = checked_section(self.parent_config, section)
 
+    @property
+    def encodings(self) -> dict[str, Encoding]:
+        """What weights are stored in that are stored in few bits, by their names in the live parent."""
+        section = self.elastic.get(QUANTIZATION)
+        return {} if section is None else encodings_of(self.architecture, self.parent_config, section)
+
+    def quantized(self, encodings: Mapping[str, Encoding] | None, recipe: Any = None) -> ElasticConfig:
+        """The same config of a checkpoint in which these weights are stored in these encodings; `None`: in which none is.
+
+        Raises:
+            `ElasticConfigError`: a size is cut off the blocks of one.
+        """
+        made, parent = copy.copy(self), self.parent_config
+        section = {key: value for key, value in self.elastic.items() if key not in (QUANTIZATION, "version")}
+        if encodings:
+            section[QUANTIZATION] = quantization_section(self.architecture, parent, encodings, recipe)
+        made.elastic = checked_section(parent, section)
+        return made
+
     def submodel(self, name: str) -> Submodel:
         """The submodel of a named budget, or of `"full"`.
 
@@ -367,6 +389,13 @@ class ElasticConfig(InstalledCode, PreTrainedConfig):
             section["router"] = self.elastic["router"]
         if "handover" in self.elastic:
             section["handover"] = self.elastic["handover"]
+        if encodings := self.encodings:
+            parent, architecture = self.parent_config, self.architecture
+            refuse_off_blocks(architecture, parent, encodings, {"this size": submodel})
+            coded = renumbered(architecture, parent, encodings, submodel)
+            recipe = self.elastic[QUANTIZATION].get("recipe")
+            if coded:
+                section[QUANTIZATION] = quantization_section(architecture, stock, coded, recipe)
         made = type(self)(parent_config=stock, elastic=section)
         if hasattr(self, LEFT_OUT):
             setattr(made, LEFT_OUT, getattr(self, LEFT_OUT))

@@ -211,6 +211,8 @@ class ElasticPreTrainedModel(
         dtype = dtype or checkpoint.dtype()
         lazy = checkpoint.lazy_slice(elastic.architecture, elastic.parent_config, submodel, head=head)
         sliced = elastic.restrict(submodel)
+        if decoded := bool(sliced.encodings):
+            sliced = sliced.quantized(None)  # its weights are decoded while they are read
         whole = submodel == elastic.architecture.full(elastic.parent_config)
         if not whole or hasattr(elastic, CUT_FROM):
             sliced.cut_from = cut_from(elastic, submodel, pretrained_model_name_or_path, hub)
@@ -218,6 +220,7 @@ class ElasticPreTrainedModel(
         passengers = open_passengers(pretrained_model_name_or_path, elastic, hub, verify)
         router = read_router(sliced, pretrained_model_name_or_path, verify=verify, **hub)
         stock = configured(sliced.parent_config, elastic, stock_kwargs, concrete)
+        stock.__dict__.pop("quantization_config", None)
         stock_kwargs["dtype"] = dtype
         stock_kwargs.setdefault("generation_config", generation_config(concrete, pretrained_model_name_or_path, hub))
         want_info = stock_kwargs.pop("output_loading_info", False)
@@ -239,6 +242,7 @@ class ElasticPreTrainedModel(
         sliced._name_or_path = model.name_or_path = model.config._name_or_path = name
         model._adopt(sliced, router)
         model._passengers = passengers
+        model._decoded_from = str(pretrained_model_name_or_path) if decoded else None
         model._loaded_from = loaded_from(pretrained_model_name_or_path, hub)
         return (model, info) if want_info else model
 

@@ -21,6 +21,8 @@ from typing import TypeAlias
 
 import torch
 
+from ..errors import ElasticConfigError
+
 Sizes = Mapping[str, int]
 """Size of every axis in one layer, as users count it: `mamba_heads` counts the heads of all groups together."""
 
@@ -124,9 +126,17 @@ def _segment_runs(segment: Segment, full: Sizes, kept: Sizes) -> list[Run]:
 
 @dataclass(frozen=True)
 class Dim:
-    """One dimension of a tensor: named segments, in the order in which they are stored."""
+    """One dimension of a tensor: named segments, in the order in which they are stored.
+
+    Args:
+        segments (`tuple[tuple[str, tuple[int | Cut | Dim, ...]], ...]`): Name and factors of each.
+        per (`int`, *optional*, defaults to 1):
+            So many elements of the weight are one here: codes that share a byte, elements that share a scale. What is kept has to start and to end
+            at multiples of it.
+    """
 
     segments: tuple[tuple[str, Segment], ...]
+    per: int = 1
 
     @property
     def cuts(self) -> tuple[Cut, ...]:
@@ -137,11 +147,20 @@ class Dim:
         return tuple(found)
 
     def size(self, sizes: Sizes) -> int:
-        """Length of the dimension for these sizes."""
-        return sum(_segment_size(segment, sizes) for _, segment in self.segments)
+        """Length of the dimension for these sizes.
+
+        Raises:
+            `ElasticConfigError`: it is no whole number of blocks (`per`).
+        """
+        size = sum(_segment_size(segment, sizes) for _, segment in self.segments)
+        return size if self.per == 1 else self._blocks([(0, size)])[0][1]
 
     def runs(self, full: Sizes, kept: Sizes) -> list[Run]:
-        """The ranges that `kept` takes out of a dimension of `full` sizes, in order, adjacent ones merged."""
+        """The ranges that `kept` takes out of a dimension of `full` sizes, in order, adjacent ones merged.
+
+        Raises:
+            `ElasticConfigError`: one does not start and end at a block (`per`).
+        """
         runs: list[Run] = []
         offset = 0
         for _, segment in self.segments:
@@ -151,7 +170,18 @@ class Dim:
                 else:
                     runs.append((offset + start, offset + stop))
             offset += _segment_size(segment, full)
-        return runs
+        return runs if self.per == 1 else self._blocks(runs)
+
+    def _blocks(self, runs: list[Run]) -> list[Run]:
+        """Ranges of elements of the weight as ranges of what is stored."""
+        for start, stop in runs:
+            if start % self.per or stop % self.per:
+                axes = ", ".join(dict.fromkeys(axis for cut in self.cuts for axis in cut.axes)) or "none"
+                raise ElasticConfigError(
+                    f"elements {start}..{stop} are no whole blocks of {self.per}, which are stored together; they are cut by the axes: {axes}. "
+                    f"Choose sizes with which these start and end at multiples of {self.per}."
+                )
+        return [(start // self.per, stop // self.per) for start, stop in runs]
 
     def span(self, name: str, sizes: Sizes) -> Run:
         """Where the segment called `name` lies."""
@@ -283,6 +313,13 @@ class TensorRule:
         user (`int`, *optional*):
             In a list with one entry for every use of a block that layers share, the layer whose use it serves; it goes when that layer goes.
         use (`int`, *optional*): Which entry of that list it is: uses are counted through the layers, in a submodel through those that are kept.
+        kind (`str`, *optional*):
+            What it is for a recipe of quantisation: the weight of a linear layer of `"attention"`, `"linear_attention"`, `"mamba"`,
+            `"short_convolution"`, `"mlp"`, `"experts"` or `"shared_experts"`. Weights without a kind are never quantised.
+        fused (`str`, *optional*):
+            Name of the one matrix that other programs make of it and its neighbours in the module that owns theirs (`"qkv_proj"`); quantised,
+            they have one global scale.
+        dtypes (`tuple[str, ...]`, *optional*): Types in which a companion of a quantised weight can be stored, by the names of safetensors.
     """
 
     template: str
@@ -301,6 +338,9 @@ class TensorRule:
     shared_by: tuple[int, ...] = ()
     user: int | None = None
     use: int | None = None
+    kind: str | None = None
+    fused: str | None = None
+    dtypes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.norm is True:

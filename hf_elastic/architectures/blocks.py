@@ -24,6 +24,8 @@ HIDDEN = dim(Cut("hidden"))
 RESIDUAL = dim(Cut("hidden", gated=True))
 """The residual stream where it is written: by embeddings and by every matrix that leads back to it."""
 
+_QKV: dict[str, Any] = {"kind": "attention", "fused": "qkv_proj"}
+
 BESIDE_EMBEDDINGS = dim(h=(Cut("hidden"),), e=(Cut("hidden"),))
 """The residual stream and the embeddings beside it, where a block reads both."""
 
@@ -65,7 +67,7 @@ def mamba2(
     x = (groups, Cut("mamba_heads", groups=groups, gated=True), Cut("mamba_head_dim", gated=True))
     conv, conv_add = dim(x=inner, B=shared, C=shared), dim(x=x, B=shared, C=shared)
     in_proj = dim(z=inner, x=x, B=shared, C=shared, dt=per_head)
-    yield from linear(f"{prefix}.in_proj", layer, in_proj, HIDDEN, bias=proj_bias, measured="x")
+    yield from linear(f"{prefix}.in_proj", layer, in_proj, HIDDEN, bias=proj_bias, measured="x", kind="mamba")
     yield convolution(f"{prefix}.conv1d", layer, conv, kernel)
     if conv_bias:
         yield TensorRule(f"{prefix}.conv1d.bias", (conv_add,), layer)
@@ -75,7 +77,7 @@ def mamba2(
         yield TensorRule(f"{prefix}.norm.weight", (dim(*inner),), layer, norm=True)
     # One kernel takes the scan, the norm and this matrix together.
     out = {"bias": proj_bias if out_bias is None else out_bias, "passed_by_kernels": True}
-    yield from linear(f"{prefix}.out_proj", layer, RESIDUAL, dim(*inner), **out)
+    yield from linear(f"{prefix}.out_proj", layer, RESIDUAL, dim(*inner), **out, kind="mamba")
 
 
 def mamba1(
@@ -91,7 +93,7 @@ def mamba1(
 ) -> Iterator[TensorRule]:
     """Mamba-1 mixer: every channel has a state of its own, and all together choose its step, B and C."""
     inner, x = dim(channels), replace(channels, gated=True)
-    yield from linear(f"{prefix}.in_proj", layer, dim(x=(x,), z=(channels,)), HIDDEN, bias=proj_bias)
+    yield from linear(f"{prefix}.in_proj", layer, dim(x=(x,), z=(channels,)), HIDDEN, bias=proj_bias, kind="mamba")
     yield convolution(f"{prefix}.conv1d", layer, inner, kernel)
     if conv_bias:
         yield TensorRule(f"{prefix}.conv1d.bias", (dim(x),), layer)
@@ -99,7 +101,7 @@ def mamba1(
     yield from linear(f"{prefix}.dt_proj", layer, inner, dim(rank), bias=True, passed_by_kernels=True)
     yield TensorRule(f"{prefix}.A_log", (inner, dim(state)), layer)
     yield TensorRule(f"{prefix}.D", (inner,), layer)
-    yield from linear(f"{prefix}.out_proj", layer, RESIDUAL, inner, bias=proj_bias)
+    yield from linear(f"{prefix}.out_proj", layer, RESIDUAL, inner, bias=proj_bias, kind="mamba")
 
 
 def mamba1_states(channels: Cut, *, state: int, kernel: int, degree: float) -> tuple[StateRule, ...]:
@@ -168,19 +170,21 @@ def attention(
     query = dim(kv_heads, Cut("attention_heads", groups=kv_heads), head_dim)
     key = dim(kv_heads, head_dim)
     for name, along in (("q_proj", query), ("k_proj", key), ("v_proj", key)):
-        yield from linear(f"{prefix}.{name}", layer, along, HIDDEN, bias=bias)
+        yield from linear(f"{prefix}.{name}", layer, along, HIDDEN, bias=bias, **_QKV)
     heads = dim(kv_heads, Cut("attention_heads", groups=kv_heads, gated=True), head_dim)
-    yield from linear(f"{prefix}.{out}", layer, RESIDUAL, heads, bias=bias if out_bias is None else out_bias)
+    bias = bias if out_bias is None else out_bias
+    yield from linear(f"{prefix}.{out}", layer, RESIDUAL, heads, bias=bias, kind="attention")
 
 
 def short_convolution(prefix: str, layer: int, *, kernel: int, bias: bool) -> Iterator[TensorRule]:
     """`out(C * conv(B * x))`. Its channels are as many as those of the residual stream, and nothing but their number ties them to it."""
     inner, x = Cut("hidden", order="conv_channels"), Cut("hidden", order="conv_channels", gated=True)
-    yield from linear(f"{prefix}.in_proj", layer, dim(B=(inner,), C=(inner,), x=(x,)), HIDDEN, bias=bias)
+    kind = "short_convolution"
+    yield from linear(f"{prefix}.in_proj", layer, dim(B=(inner,), C=(inner,), x=(x,)), HIDDEN, bias=bias, kind=kind)
     yield convolution(f"{prefix}.conv", layer, dim(inner), kernel)
     if bias:
         yield TensorRule(f"{prefix}.conv.bias", (dim(x),), layer)
-    yield from linear(f"{prefix}.out_proj", layer, RESIDUAL, dim(inner), bias=bias)
+    yield from linear(f"{prefix}.out_proj", layer, RESIDUAL, dim(inner), bias=bias, kind=kind)
 
 
 def short_convolution_states(*, kernel: int) -> tuple[StateRule, ...]:
@@ -192,8 +196,9 @@ def kv_heads_attention(prefix: str, layer: int, *, queries: int, head_dim: int, 
     """Attention that is cut by its KV heads, each with the `queries` query heads that it has."""
     query, key = kv_heads_dims(queries, head_dim)
     for name, out in (("q_proj", query), ("k_proj", key), ("v_proj", key)):
-        yield from linear(f"{prefix}.{name}", layer, out, inp)
-    yield from linear(f"{prefix}.o_proj", layer, RESIDUAL, dim(Cut("kv_heads", gated=True), queries, head_dim))
+        yield from linear(f"{prefix}.{name}", layer, out, inp, **_QKV)
+    inner = dim(Cut("kv_heads", gated=True), queries, head_dim)
+    yield from linear(f"{prefix}.o_proj", layer, RESIDUAL, inner, kind="attention")
 
 
 def kv_heads_dims(queries: int, head_dim: int) -> tuple[Dim, Dim]:
@@ -246,17 +251,25 @@ def gated_mlp(
 ) -> Iterator[TensorRule]:
     """`down(act(gate(x)) * up(x))`, three linear layers, `times` as wide as the axis, in an `order` of their own if only that ties them to it."""
     *ups, down = names
+    kind, inner = _mlp_kind(order or axis), dim(Cut(axis, times=times, order=order))
     for name in ups:
-        yield from linear(f"{prefix}.{name}", layer, dim(Cut(axis, times=times, order=order)), HIDDEN, bias=bias)
+        yield from linear(f"{prefix}.{name}", layer, inner, HIDDEN, bias=bias, kind=kind, fused="gate_up_proj")
     out = dim(Cut(axis, gated=True, times=times, order=order))
-    yield from linear(f"{prefix}.{down}", layer, RESIDUAL, out, bias=bias)
+    yield from linear(f"{prefix}.{down}", layer, RESIDUAL, out, bias=bias, kind=kind)
 
 
-def fused_mlp(prefix: str, layer: int, axis: str, *, bias: bool) -> Iterator[TensorRule]:
+def fused_mlp(
+    prefix: str,
+    layer: int,
+    axis: str,
+    *,
+    bias: bool = False,
+    names: tuple[str, str] = ("gate_up_proj", "down_proj"),
+) -> Iterator[TensorRule]:
     """`down(act(gate(x)) * up(x))`, gate and up in one matrix."""
-    both = dim(gate=(Cut(axis),), up=(Cut(axis),))
-    yield from linear(f"{prefix}.gate_up_proj", layer, both, HIDDEN, bias=bias)
-    yield from linear(f"{prefix}.down_proj", layer, RESIDUAL, dim(Cut(axis, gated=True)), bias=bias)
+    both, (joined, down) = dim(gate=(Cut(axis),), up=(Cut(axis),)), names
+    yield from linear(f"{prefix}.{joined}", layer, both, HIDDEN, bias=bias, kind=_mlp_kind(axis))
+    yield from linear(f"{prefix}.{down}", layer, RESIDUAL, dim(Cut(axis, gated=True)), bias=bias, kind=_mlp_kind(axis))
 
 
 def low_rank(prefix: str, layer: int, rank: int, out: Dim, inp: Dim) -> Iterator[TensorRule]:
@@ -267,8 +280,13 @@ def low_rank(prefix: str, layer: int, rank: int, out: Dim, inp: Dim) -> Iterator
 
 def gateless_mlp(prefix: str, layer: int, axis: str, *, bias: bool) -> Iterator[TensorRule]:
     """`down(act(up(x)))`, two linear layers."""
-    yield from linear(f"{prefix}.up_proj", layer, dim(Cut(axis)), HIDDEN, bias=bias)
-    yield from linear(f"{prefix}.down_proj", layer, RESIDUAL, dim(Cut(axis, gated=True)), bias=bias)
+    kind = _mlp_kind(axis)
+    yield from linear(f"{prefix}.up_proj", layer, dim(Cut(axis)), HIDDEN, bias=bias, kind=kind)
+    yield from linear(f"{prefix}.down_proj", layer, RESIDUAL, dim(Cut(axis, gated=True)), bias=bias, kind=kind)
+
+
+def _mlp_kind(axis: str) -> str:
+    return "shared_experts" if axis.startswith("shared_expert") else "mlp"
 
 
 def experts(
@@ -289,9 +307,10 @@ def experts(
     rows, rows_out = (dim(groups, Cut("experts", groups=groups, gated=gated)) for gated in (False, True))
     *ups, down = names
     dims = (rows, dim(**dict.fromkeys(ups, ffn)), HIDDEN)
-    yield TensorRule(f"{prefix}.experts.gate_up_proj", dims, layer, disk=f"{disk}.{{segment}}.weight", routed=True)
+    facts: dict[str, Any] = {"routed": True, "kind": "experts"}
+    yield TensorRule(f"{prefix}.experts.gate_up_proj", dims, layer, disk=f"{disk}.{{segment}}.weight", **facts)
     out = (rows_out, RESIDUAL, dim(Cut("expert_ffn", within="experts", gated=True)))
-    yield TensorRule(f"{prefix}.experts.down_proj", out, layer, disk=f"{disk}.{down}.weight", routed=True)
+    yield TensorRule(f"{prefix}.experts.down_proj", out, layer, disk=f"{disk}.{down}.weight", **facts)
     yield TensorRule(f"{prefix}.{router}.weight", (rows, HIDDEN), layer, disk=f"{stored}.{router}.weight", routes=True)
 
 
@@ -353,13 +372,15 @@ def delta_net(prefix: str, layer: int, *, keys: int, key_dim: int, kernel: int, 
     else:
         outs = {"qkv": dim(**qk, v=(keys, *v)), "z": dim(keys, *z), "b": dim(keys, heads), "a": dim(keys, heads)}
     for name, out in outs.items():
-        yield from linear(f"{prefix}.in_proj_{name}", layer, out, HIDDEN)
+        fused = "in_proj_qkvz" if name in ("qkv", "z") else None
+        kind = "linear_attention" if fused or name == "qkvz" else None  # the others say how far heads decay and learn
+        yield from linear(f"{prefix}.in_proj_{name}", layer, out, HIDDEN, kind=kind, fused=fused)
     yield convolution(f"{prefix}.conv1d", layer, dim(**qk, v=(keys, *z)), kernel)
     for name in ("dt_bias", "A_log"):
         yield TensorRule(f"{prefix}.{name}", (dim(keys, heads),), layer)
     yield TensorRule(f"{prefix}.norm.weight", (dim(head_dim),), layer, norm=True)  # of every head by itself
     out = dim(keys, Cut("value_heads", groups=keys, gated=True), head_dim)
-    yield from linear(f"{prefix}.out_proj", layer, RESIDUAL, out)
+    yield from linear(f"{prefix}.out_proj", layer, RESIDUAL, out, kind="linear_attention")
 
 
 def delta_net_states(*, keys: int, key_dim: int, kernel: int) -> tuple[StateRule, ...]:

@@ -56,11 +56,8 @@ class GraniteMoeHybrid(Architecture):
             yield from blocks.attention(f"{prefix}.self_attn", layer, **heads, bias=c.attention_bias)
         if "moe" in parts:
             yield from _moe(f"{prefix}.block_sparse_moe", layer)
-        shared, shared_out = (Cut("shared_expert_ffn"),), dim(Cut("shared_expert_ffn", gated=True))
-        yield from blocks.linear(
-            f"{prefix}.shared_mlp.input_linear", layer, dim(gate=shared, up=shared), blocks.HIDDEN
-        )
-        yield from blocks.linear(f"{prefix}.shared_mlp.output_linear", layer, blocks.RESIDUAL, shared_out)
+        names = ("input_linear", "output_linear")
+        yield from blocks.fused_mlp(f"{prefix}.shared_mlp", layer, "shared_expert_ffn", names=names)
 
     def states(self, config: PreTrainedConfig, layer: int) -> tuple[StateRule, ...]:
         if "mamba" in self.parts(config, layer):
@@ -97,9 +94,9 @@ def _moe(prefix: str, layer: int) -> Iterator[TensorRule]:
     experts, ffn = dim(Cut("experts")), (Cut("expert_ffn", within="experts"),)
     dims = (experts, dim(gate=ffn, up=ffn), blocks.HIDDEN)
     disk = f"{prefix}.input_linear.weight"
-    yield TensorRule(f"{prefix}.experts.gate_up_proj", dims, layer, disk=disk, routed=True)
+    yield TensorRule(f"{prefix}.experts.gate_up_proj", dims, layer, disk=disk, routed=True, kind="experts")
     out = (dim(Cut("experts", gated=True)), blocks.RESIDUAL, dim(Cut("expert_ffn", within="experts", gated=True)))
     disk = f"{prefix}.output_linear.weight"
-    yield TensorRule(f"{prefix}.experts.down_proj", out, layer, disk=disk, routed=True)
+    yield TensorRule(f"{prefix}.experts.down_proj", out, layer, disk=disk, routed=True, kind="experts")
     disk = f"{prefix}.router.layer.weight"
     yield TensorRule(f"{prefix}.router.weight", (experts, blocks.HIDDEN), layer, disk=disk, routes=True)

@@ -89,7 +89,8 @@ def _delta(prefix: str, c: PreTrainedConfig, layer: int) -> Iterator[TensorRule]
     inner, per_head = (heads, c.linear_head_dim), dim(heads)
     outs = {**dict.fromkeys(("q_proj", "k_proj", "v_proj"), dim(*inner)), "b_proj": per_head}
     for name, out in outs.items():
-        yield from blocks.linear(f"{prefix}.{name}", layer, out, hidden)
+        facts: dict[str, Any] = {} if name == "b_proj" else {"kind": "linear_attention", "fused": "qkv_proj"}
+        yield from blocks.linear(f"{prefix}.{name}", layer, out, hidden, **facts)
     for gate in ("forget_gate.f", "g"):  # by way of a vector as wide as one head
         yield from blocks.linear(f"{prefix}.{gate}_a_proj", layer, width, hidden)
         yield from blocks.linear(f"{prefix}.{gate}_b_proj", layer, dim(*inner), width)
@@ -99,7 +100,7 @@ def _delta(prefix: str, c: PreTrainedConfig, layer: int) -> Iterator[TensorRule]
     yield TensorRule(f"{prefix}.forget_gate.A_log", (dim(1), dim(1), per_head, dim(1)), layer)
     yield TensorRule(f"{prefix}.o_norm.weight", (width,), layer)
     gated = dim(Cut("linear_heads", gated=True), c.linear_head_dim)
-    yield from blocks.linear(f"{prefix}.o_proj", layer, blocks.RESIDUAL, gated)
+    yield from blocks.linear(f"{prefix}.o_proj", layer, blocks.RESIDUAL, gated, kind="linear_attention")
 
 
 def _with_disk_name(rule: TensorRule) -> TensorRule:

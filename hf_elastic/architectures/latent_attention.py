@@ -16,19 +16,19 @@ def latent_attention(prefix: str, config: PreTrainedConfig, layer: int) -> Itera
     heads, bias = Cut("attention_heads"), config.attention_bias
     query, latent = dim(heads, config.qk_nope_head_dim + config.qk_rope_head_dim), dim(config.kv_lora_rank)
     if config.q_lora_rank is None:
-        yield from linear(f"{prefix}.q_proj", layer, query, HIDDEN)
+        yield from linear(f"{prefix}.q_proj", layer, query, HIDDEN, kind="attention")
     else:
         rank = dim(config.q_lora_rank)
-        yield from linear(f"{prefix}.q_a_proj", layer, rank, HIDDEN, bias=bias)
+        yield from linear(f"{prefix}.q_a_proj", layer, rank, HIDDEN, bias=bias, kind="attention")
         yield TensorRule(f"{prefix}.q_a_layernorm.weight", (rank,), layer)
-        yield from linear(f"{prefix}.q_b_proj", layer, query, rank)
+        yield from linear(f"{prefix}.q_b_proj", layer, query, rank, kind="attention")
     joint = dim(latent=(config.kv_lora_rank,), shared=(config.qk_rope_head_dim,))
-    yield from linear(f"{prefix}.kv_a_proj_with_mqa", layer, joint, HIDDEN, bias=bias)
+    yield from linear(f"{prefix}.kv_a_proj_with_mqa", layer, joint, HIDDEN, bias=bias, kind="attention")
     yield TensorRule(f"{prefix}.kv_a_layernorm.weight", (latent,), layer)
     both = dim(key=(config.qk_nope_head_dim,), value=(Cut("value_head_dim"),))
-    yield from linear(f"{prefix}.kv_b_proj", layer, dim(heads, both), latent)
+    yield from linear(f"{prefix}.kv_b_proj", layer, dim(heads, both), latent, kind="attention")
     inner = dim(Cut("attention_heads", gated=True), Cut("value_head_dim", gated=True))
-    yield from linear(f"{prefix}.o_proj", layer, RESIDUAL, inner, bias=bias)
+    yield from linear(f"{prefix}.o_proj", layer, RESIDUAL, inner, bias=bias, kind="attention")
 
 
 def latent_states(config: PreTrainedConfig) -> tuple[StateRule, ...]:

@@ -100,7 +100,7 @@ def _moe(prefix: str, c: PreTrainedConfig, layer: int) -> Iterator[TensorRule]:
     token, token_out = latent or blocks.HIDDEN, latent or blocks.RESIDUAL
     for name, dims in (("up_proj", (experts, ffn, token)), ("down_proj", (experts_out, token_out, ffn_out))):
         disk = f"{prefix}.experts.{{expert}}.{name}.weight"
-        yield TensorRule(f"{prefix}.experts.{name}", dims, layer, disk=disk, routed=True)
+        yield TensorRule(f"{prefix}.experts.{name}", dims, layer, disk=disk, routed=True, kind="experts")
     yield TensorRule(f"{prefix}.gate.weight", (experts, blocks.HIDDEN), layer, routes=True)
     yield TensorRule(f"{prefix}.gate.e_score_correction_bias", (experts,), layer, buffer=True, fp32=True)
     yield from _mlp(f"{prefix}.shared_experts", c, layer, "shared_expert_ffn")

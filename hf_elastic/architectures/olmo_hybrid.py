@@ -86,7 +86,8 @@ def _delta_net(prefix: str, c: PreTrainedConfig, layer: int) -> Iterator[TensorR
     value, per_head = dim(keys, heads, width), dim(keys, heads)
     outs = {"q": dim(*key), "k": dim(*key), "v": gated, "g": value, "a": per_head, "b": per_head}
     for name, out in outs.items():
-        yield from blocks.linear(f"{prefix}.{name}_proj", layer, out, blocks.HIDDEN)
+        facts: dict[str, Any] = {"kind": "linear_attention"} if name in "qkvg" else {}
+        yield from blocks.linear(f"{prefix}.{name}_proj", layer, out, blocks.HIDDEN, **facts)
     conv = dim(q_conv1d=key, k_conv1d=key, v_conv1d=(keys, heads, width))
     disk = f"{prefix}.{{segment}}.weight"
     yield blocks.convolution(f"{prefix}.conv1d", layer, conv, kernel, disk)
@@ -94,7 +95,7 @@ def _delta_net(prefix: str, c: PreTrainedConfig, layer: int) -> Iterator[TensorR
         yield TensorRule(f"{prefix}.{name}", (dim(keys, heads),), layer)
     yield TensorRule(f"{prefix}.o_norm.weight", (dim(width),), layer, norm=True)  # of every head by itself
     inner = dim(keys, Cut("value_heads", groups=keys, gated=True), width)
-    yield from blocks.linear(f"{prefix}.o_proj", layer, blocks.RESIDUAL, inner)
+    yield from blocks.linear(f"{prefix}.o_proj", layer, blocks.RESIDUAL, inner, kind="linear_attention")
 
 
 def _keys(c: PreTrainedConfig) -> dict[str, int]:

@@ -5,8 +5,8 @@ It is read by everything that touches weights: slices from disk, slices from mem
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 
 from .axes import Run, Sizes, TensorRule, take
 from .base import Architecture
+from .encodings import Encoding
 from .submodel import Submodel
 
 
@@ -71,3 +72,24 @@ def pieces(architecture: Architecture, config: PreTrainedConfig, submodel: Submo
         target = rule.within(position, uses)
         if target is not None:
             yield Piece(rule, target, full.at(rule.layer), submodel.at(rule.layer))
+
+
+def stored_pieces(
+    architecture: Architecture, config: PreTrainedConfig, submodel: Submodel, encodings: Mapping[str, Encoding]
+) -> Iterator[Piece]:
+    """Every tensor of the submodel as it is stored: as `pieces`, with companions in the place of encoded weights.
+
+    Args:
+        encodings (`dict[str, Encoding]`): By the name of the weight in the live parent.
+    """
+    for piece in pieces(architecture, config, submodel):
+        yield from companions(piece, encodings.get(piece.rule.stored.name))
+
+
+def companions(piece: Piece, encoding: Encoding | None) -> Iterator[Piece]:
+    """What a piece is stored as: itself, or the companions of its encoding."""
+    if encoding is None:
+        yield piece
+        return
+    for companion in encoding.companions:
+        yield replace(piece, rule=companion.rule(piece.rule), target=companion.rule(piece.target))

@@ -6,7 +6,7 @@ Files are checked by their headers before a byte of weights is read; pickle file
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,12 +15,14 @@ from transformers import PreTrainedConfig
 
 from ..architectures import Architecture
 from ..architectures.axes import Run, TensorRule, indices_of, places_of, shape_of
-from ..architectures.pieces import Piece, pieces
+from ..architectures.encodings import Encoding
+from ..architectures.pieces import Piece, companions, pieces, stored_pieces
 from ..architectures.submodel import Submodel
 from ..configuration.leaving_out import ignored_names
 from ..errors import CheckpointError
-from ..storage.reading import Block, Joined, Places
+from ..storage.reading import Block, Joined, Places, Readable
 from ..storage.tensor_file import TensorFile
+from .decoding import Decoded, decoded
 from .names import Names, is_base, stored_names
 
 Shapes = list[tuple[str, tuple[int, ...]]]
@@ -35,12 +37,14 @@ class Checkpoint:
 
     Args:
         files (`list[Path]`): The files; every tensor name must occur in one of them.
+        encodings (`dict[str, Encoding]`, *optional*): Of the weights that are stored in few bits, by their names in the live parent.
 
     Raises:
         `CheckpointError`: a file is missing, truncated or no safetensors file, or two files hold one name.
     """
 
-    def __init__(self, files: list[Path]):
+    def __init__(self, files: list[Path], encodings: Mapping[str, Encoding] | None = None):
+        self.encodings = dict(encodings or {})
         self._where: dict[str, TensorFile] = {}
         self.ignored: list[str] = []  # what is there and ignored on purpose, as `check` finds it
         for file in files:
@@ -71,12 +75,12 @@ class Checkpoint:
         return found
 
     def _stored_shape(self, key: str) -> tuple[int, ...]:
-        return self._where[key].shapes[key]
+        return self._where[key].shapes[key] or (1,)
 
     def dtype(self) -> torch.dtype:
-        """Type of the first floating-point tensor."""
+        """Type of the first floating-point tensor that is no scale."""
         for key in self._where:
-            if (dtype := self._stored_dtype(key)) in _DTYPES:
+            if (dtype := self._stored_dtype(key)) in _DTYPES and "_scale" not in key.rpartition(".")[2]:
                 return _DTYPES[dtype]
         raise CheckpointError("the checkpoint holds no floating-point tensor.")
 
@@ -127,8 +131,8 @@ class Checkpoint:
                 yield f"{key} is missing"
             elif self._stored_shape(key) != shape:
                 yield f"{key} is {self._stored_shape(key)} in the file, the config says {shape}"
-            elif self._stored_dtype(key) not in _DTYPES:
-                yield f"{key} is stored as {self._stored_dtype(key)}, not as {', '.join(_DTYPES)}"
+            elif self._stored_dtype(key) not in (rule.dtypes or _DTYPES):
+                yield f"{key} is stored as {self._stored_dtype(key)}, not as {', '.join(rule.dtypes or _DTYPES)}"
         types = {self._stored_dtype(key) for key, _ in stored if key in self._where}
         if len(types) > 1:
             yield f"the parts of {rule.name} are stored as {' and '.join(sorted(types))}"
@@ -145,7 +149,8 @@ class Checkpoint:
         Raises:
             `CheckpointError`: says both.
         """
-        said = sum(math.prod(piece.shape) for piece in pieces(architecture, config, submodel) if not piece.copy_of)
+        stored = stored_pieces(architecture, config, submodel, self.encodings)
+        said = sum(math.prod(piece.shape) for piece in stored if not piece.copy_of)
         held = sum(math.prod(file.shapes[key]) for key, file in self._where.items())
         if said > 2 * held + _SLACK:
             raise CheckpointError(
@@ -157,7 +162,7 @@ class Checkpoint:
         self, architecture: Architecture, config: PreTrainedConfig, head: bool
     ) -> Iterator[tuple[TensorRule, Shapes, bool]]:
         """Every tensor that may be in the files: what it is stored as, and whether it has to be there."""
-        for piece in pieces(architecture, config, architecture.full(config)):
+        for piece in stored_pieces(architecture, config, architecture.full(config), self.encodings):
             required = not piece.copy_of and (head or is_base(piece.rule.name, architecture))
             sources, rule = self._sources(piece, architecture), self._under(piece.rule, architecture)
             whole = len(sources) == len(sources[0]) == 1 and sources[0][0] in stored_names(rule, architecture)
@@ -176,8 +181,8 @@ class Checkpoint:
 
     def lazy_slice(
         self, architecture: Architecture, config: PreTrainedConfig, submodel: Submodel, *, head: bool = True
-    ) -> dict[str, Block | Joined]:
-        """The submodel as a state dict of unread tensors under the live model's names. Call `check` first.
+    ) -> dict[str, Readable]:
+        """The submodel as a state dict of unread tensors under the live model's names; encoded weights are decoded when they are read. Call `check` first.
 
         Whole tensors are read as well, where the stock loader maps the file: there they start at any multiple of 8 bytes, and rows that
         start off a cache line take up to 15 % longer to multiply by, with every token. Nor does a model depend on files after loading.
@@ -202,11 +207,38 @@ class Checkpoint:
 
     def _parts(
         self, architecture: Architecture, config: PreTrainedConfig, submodel: Submodel, head: bool
-    ) -> Iterator[tuple[str, Block | Joined]]:
+    ) -> Iterator[tuple[str, Readable]]:
         for piece in pieces(architecture, config, submodel):
             if piece.copy_of or not (head or is_base(piece.rule.name, architecture)):
                 continue
-            yield piece.target.name, self.block(self._sources(piece, architecture), piece.runs)
+            encoding = self.encodings.get(piece.rule.stored.name)
+            if encoding is None:
+                yield piece.target.name, self._part(piece, architecture)
+            else:
+                yield piece.target.name, self._decoded(piece, architecture, encoding)
+
+    def coded_slice(
+        self, architecture: Architecture, config: PreTrainedConfig, submodel: Submodel, *, head: bool = True
+    ) -> dict[str, Readable]:
+        """As `lazy_slice`, but with the companions of encoded weights as they are stored, under their live names."""
+        return {
+            piece.target.name: self._part(piece, architecture)
+            for piece in stored_pieces(architecture, config, submodel, self.encodings)
+            if not piece.copy_of and (head or is_base(piece.rule.name, architecture))
+        }
+
+    def _part(self, piece: Piece, architecture: Architecture) -> Block | Joined:
+        return self.block(self._sources(piece, architecture), piece.runs)
+
+    def _decoded(self, piece: Piece, architecture: Architecture, encoding: Encoding) -> Decoded:
+        stored = [(self._sources(part, architecture), part.runs) for part in companions(piece, encoding)]
+
+        def at(index: int | None) -> list[Readable]:
+            """The companions, or those of one expert."""
+            first = [] if index is None else [[(index, index + 1)]]
+            return [self.block(sources, [*first, *runs[len(first) :]]) for sources, runs in stored]
+
+        return decoded(piece, encoding, at, self.dtype())
 
     def block(self, sources: Sequence[Names], runs: list[list[Run]], places: Places | None = None) -> Block | Joined:
         """A part of a tensor of the parent, not read yet.
@@ -246,10 +278,9 @@ class Checkpoint:
 
     def _stored_block(self, key: str, runs: list[list[Run]], places: Places) -> Block:
         """Part of one stored tensor, which may lack the first of the dimensions: one expert of a stack."""
-        file = self._where[key]
-        shape = file.shapes[key]
+        file, shape = self._where[key], self._stored_shape(key)
         full = (1,) * (len(runs) - len(shape)) + shape
-        return Block(file, key, full, _DTYPES[file.dtypes[key]], runs, places)
+        return Block(file, key, full, (_DTYPES | _CODES)[file.dtypes[key]], runs, places)
 
     def _sources(self, piece: Piece, architecture: Architecture) -> list[Names]:
         """Names under which a tensor of the parent is stored, whatever is kept of it: one entry, or one per expert, each with a name per segment."""
@@ -286,4 +317,5 @@ def _even(lengths: Sequence[int]) -> list[int]:
     return [max(0, min(part, sum(lengths) - i * part)) for i in range(len(lengths))]
 
 
+_CODES = {"U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn}
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

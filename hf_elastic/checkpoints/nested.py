@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from transformers import PreTrainedConfig
 
 from ..architectures import Architecture
 from ..architectures.axes import Run, TensorRule, indices_of, places_of, shape_of
+from ..architectures.encodings import Encoding
 from ..architectures.pieces import Piece
 from ..architectures.submodel import Submodel
 from ..configuration_elastic import ElasticConfig
@@ -45,15 +46,25 @@ class NestedCheckpoint(Checkpoint):
         architecture (`Architecture`): Table of the parent.
         config (`PreTrainedConfig`): The parent's stock config.
         levels (`list[Submodel]`): Those budgets, smallest first, without gaps.
+        encodings (`dict[str, Encoding]`, *optional*): As in [`Checkpoint`].
     """
 
     def __init__(
-        self, files: list[Path], architecture: Architecture, config: PreTrainedConfig, levels: Sequence[Submodel]
+        self,
+        files: list[Path],
+        architecture: Architecture,
+        config: PreTrainedConfig,
+        levels: Sequence[Submodel],
+        encodings: Mapping[str, Encoding] | None = None,
     ):
-        super().__init__(files)
+        super().__init__(files, encodings)
         self._largest = levels[-1]
         self._refuse_far_off(architecture, config, self._largest)
-        found = tensors(architecture, config, levels, lambda tensor: tensor.parts[0].names[0][0] in self._where)
+
+        def is_there(tensor: Stored) -> bool:
+            return tensor.parts[0].names[0][0] in self._where
+
+        found = tensors(architecture, config, levels, is_there, self.encodings)
         self._stored = {tensor.rule.name: tensor for tensor in found}
 
     def _held(self, architecture: Architecture, config: PreTrainedConfig) -> Submodel:
@@ -101,7 +112,8 @@ def write_nested(
     def is_there(tensor: Stored) -> bool:
         return tensor.sources[0][0] in source
 
-    for tensor in tensors(elastic.architecture, elastic.parent_config, list(family.values()), is_there):
+    levels = list(family.values())
+    for tensor in tensors(elastic.architecture, elastic.parent_config, levels, is_there, source.encodings):
         if is_there(tensor):  # a base model has no head
             for part in tensor.parts:
                 contents[part.level].update(_contents(source, tensor.sources, part))

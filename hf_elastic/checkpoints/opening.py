@@ -71,27 +71,29 @@ def open_checkpoint(
         )
         if verify and os.path.isdir(repo):
             verify_files(Path(repo, hub.get("subfolder") or ""), files)
-        return check(NestedCheckpoint(files, elastic.architecture, elastic.parent_config, list(levels.values())))
+        members = list(levels.values())
+        return check(NestedCheckpoint(files, elastic.architecture, elastic.parent_config, members, elastic.encodings))
     if os.path.isdir(repo) or hub.get("force_download") or commit_of(hub) is None:
         files = find_files(repo, variant, verify=verify, **hub)
         if verify and os.path.isdir(repo):
             verify_files(Path(repo, hub.get("subfolder") or ""), files, variant)
-        return check(Checkpoint(files))
+        return check(Checkpoint(files, elastic.encodings))
 
     def needs(checkpoint: Checkpoint) -> dict[Path, list[tuple[int, int]]]:
         return check(checkpoint).extents(elastic.architecture, elastic.parent_config, submodel, head=head)
 
     try:
-        return check(Checkpoint(_fetch_parts(str(repo), variant, needs, hub, verify)))
+        return check(Checkpoint(_fetch_parts(str(repo), variant, needs, elastic, hub, verify), elastic.encodings))
     except RangesRefused as refusal:
         logger.warning("whole files are fetched: %s", refusal)
-        return check(Checkpoint(find_files(repo, variant, verify=verify, **hub)))
+        return check(Checkpoint(find_files(repo, variant, verify=verify, **hub), elastic.encodings))
 
 
 def _fetch_parts(
     repo: str,
     variant: str | None,
     needs: Callable[[Checkpoint], dict[Path, list[tuple[int, int]]]],
+    elastic: ElasticConfig,
     hub: dict[str, Any],
     verify: bool,
 ) -> list[Path]:
@@ -130,7 +132,7 @@ def _fetch_parts(
             except FileNotFoundError as error:
                 raise CheckpointError(f"{error} {index} lists it; the checkpoint is incomplete.") from error
     paths = {name: file.path if isinstance(file, PartialFile) else file for name, file in files.items()}
-    extents = needs(Checkpoint(list(paths.values())))
+    extents = needs(Checkpoint(list(paths.values()), elastic.encodings))
     for name, file in files.items():
         if isinstance(file, PartialFile):
             ranges = extents.get(file.path, [])

@@ -12,14 +12,15 @@ than what is in them), and the name is the parent's with `.level1.dim0` behind i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from transformers import PreTrainedConfig
 
 from ..architectures import Architecture
 from ..architectures.axes import Run, TensorRule, shape_of, without
-from ..architectures.pieces import Piece, pieces
+from ..architectures.encodings import Encoding
+from ..architectures.pieces import Piece, stored_pieces
 from ..architectures.submodel import Submodel
 from .names import Names, apart_names, stored_names
 
@@ -127,16 +128,16 @@ def tensors(
     config: PreTrainedConfig,
     levels: Sequence[Submodel],
     fits: Callable[[Stored], bool],
+    encodings: Mapping[str, Encoding],
 ) -> Iterator[Stored]:
     """Every stored tensor, in the first layout that `fits`; in the Hub's where none does.
 
     Args:
         levels (`list[Submodel]`): Nested budgets, smallest first.
+        encodings (`dict[str, Encoding]`): Of weights that are stored in few bits, by their names in the live parent.
     """
-    kept = [
-        {piece.rule.stored.name: piece for piece in pieces(architecture, config, level) if not piece.copy_of}
-        for level in levels
-    ]
+    stored = (stored_pieces(architecture, config, level, encodings) for level in levels)
+    kept = [{piece.rule.stored.name: piece for piece in level if not piece.copy_of} for level in stored]
     for name, largest in kept[-1].items():
         here, rule = [level.get(name) for level in kept], largest.rule.stored
         found = (tensor for tensor in layouts(rule, here, architecture) if fits(tensor))

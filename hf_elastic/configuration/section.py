@@ -15,8 +15,9 @@ from ..architectures.submodel import LAYERS, Submodel
 from ..errors import ElasticConfigError, did_you_mean, shown
 from ..storage.files import is_inner_path
 from .budgets import FULL, Sizes
+from .quantized import QUANTIZATION, checked_quantization
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Version of the section on disk. A reader refuses newer ones; a writer writes the oldest that holds what it has to say."""
 
 CUT_FROM = "cut_from"
@@ -28,6 +29,7 @@ _MOST_SUBMODELS = 256  # those between two budgets are a hundredth of the parent
 _SECTION_KEYS = {1: {"version", "axes", "budgets"}}
 _SECTION_KEYS[2] = _SECTION_KEYS[1] | {"interpolated", "router"}
 _SECTION_KEYS[3] = _SECTION_KEYS[2] | {"files", "handover"}
+_SECTION_KEYS[4] = _SECTION_KEYS[3] | {QUANTIZATION}
 _ROUTER_KEYS = {"targets", "per_layer", "width"}
 _AXIS_KEYS = {"choices", "policy", "ranking"}
 _BUDGET_KEYS = {"sizes", "total_params", "active_params"}
@@ -147,6 +149,10 @@ def _checked_section(parent: PreTrainedConfig, section: Any) -> dict[str, Any]:
         checked["files"] = _checked_files(section["files"], whole, {*budgets, whole})
     if "handover" in section:
         checked["handover"] = _checked_handover(section["handover"])
+    if QUANTIZATION in section:
+        sizes = {f"budget {name!r}": submodel for name, submodel in submodels.items()}
+        sizes |= {f"elastic.interpolated[{i}]": submodel for i, submodel in enumerate(between)}
+        checked[QUANTIZATION] = checked_quantization(architecture, parent, section[QUANTIZATION], sizes)
     return checked
 
 

@@ -1,0 +1,1 @@
+"""Weights in few bits: codes, recipes, and what becomes of them in a family of sizes."""
