@@ -20,6 +20,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("storage",),
     ("configuration",),
     ("configuration_elastic",),
+    ("quantization",),
     ("generation",),
     ("submodels",),
     ("routing",),

@@ -12,15 +12,11 @@ What the parts of a tensor are, and how they are named, says [`hf_elastic.checkp
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 
-import torch
-from huggingface_hub import split_state_dict_into_shards_factory
-from safetensors.torch import save_file
 from transformers import PreTrainedConfig
 
 from ..architectures import Architecture
@@ -29,8 +25,8 @@ from ..architectures.encodings import Encoding
 from ..architectures.pieces import Piece
 from ..architectures.submodel import Submodel
 from ..configuration_elastic import ElasticConfig
-from ..storage.files import INDEX_NAME
 from ..storage.reading import Block, Joined, Places, Readable
+from ..storage.streaming import write_shards
 from .checkpoint import Checkpoint, Shapes
 from .names import Names, is_base
 from .parts import Part, Region, Stored, common, tensors
@@ -95,7 +91,7 @@ class NestedCheckpoint(Checkpoint):
 def write_nested(
     directory: Path, source: Checkpoint, elastic: ElasticConfig, max_shard_size: int | str = "5GB"
 ) -> dict[str, dict[str, int]]:
-    """Write the weight files of the nested layout from a checkpoint in the stock layout; one file is in memory at a time.
+    """Write the weight files of the nested layout from a checkpoint in the stock layout; one tensor is in memory at a time.
 
     Args:
         directory (`Path`): Root of the new checkpoint.
@@ -123,7 +119,7 @@ def write_nested(
         (directory / place).mkdir(parents=True)
         stem = "model" if content is contents[0] else "added"
         files[name] = {}
-        for file in _write_shards(directory / place, stem, content, max_shard_size):
+        for file in write_shards(directory / place, stem, content, max_shard_size):
             files[name][f"{place}/{file}"] = (directory / place / file).stat().st_size
     return files
 
@@ -149,24 +145,6 @@ def _between(runs: Sequence[Run], start: int, stop: int) -> list[Run]:
         if low < high:
             found.append((run.start + low - place.start, run.start + high - place.start))
     return found
-
-
-def _write_shards(folder: Path, stem: str, content: dict[str, Readable], max_shard_size: int | str) -> list[str]:
-    if not content:  # a budget that differs in what has no weights, such as experts per token
-        return []
-    shards = split_state_dict_into_shards_factory(
-        content, get_storage_size=_bytes, filename_pattern=stem + "{suffix}.safetensors", max_shard_size=max_shard_size
-    )
-    for file, keys in shards.filename_to_tensors.items():
-        save_file({key: content[key][...] for key in keys}, folder / file, metadata={"format": "pt"})
-    if shards.is_sharded and stem == "model":
-        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-        (folder / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    return list(shards.filename_to_tensors)
-
-
-def _bytes(block: Readable) -> int:
-    return int(torch.Size(block.shape).numel()) * block.dtype.itemsize
 
 
 def folder_names(budgets: Sequence[str]) -> dict[str, str]:

@@ -19,6 +19,7 @@ from hf_elastic.architectures.cost import CostModel
 from hf_elastic.architectures.pieces import pieces
 from hf_elastic.checkpoints.parts import common, layouts
 from hf_elastic.cli import main
+from hf_elastic.storage import streaming
 from hf_elastic.submodels.slicing import slice_state_dict
 
 load = AutoModelForCausalLM.from_pretrained
@@ -305,19 +306,19 @@ def test_layouts_replace_each_other(folder, folders):
 def test_a_failed_save_leaves_the_old_checkpoint(where, over, folders, tmp_path, monkeypatch, listing):
     model = load(folders("nano3")[0], budget="medium")
     folder = Path(shutil.copytree(folders("nano3")[over == "nested"], tmp_path / over))
-    before, count, save, move = listing(folder), iter(range(9)), nested.save_file, os.replace
+    before, count, save, move = listing(folder), iter(range(9)), streaming.write_tensors, os.replace
 
-    def full_disk(tensors, file, metadata=None):
+    def full_disk(*args):
         if where == "writing" and next(count) == 1:
             raise OSError(28, "No space left on device")
-        save(tensors, file, metadata=metadata)
+        save(*args)
 
     def busy(source, target):
         if where == "exchanging" and Path(target).is_relative_to(folder / "budgets") and next(count) == 1:
             raise OSError(28, "No space left on device")
         move(source, target)
 
-    monkeypatch.setattr(nested, "save_file", full_disk)
+    monkeypatch.setattr(streaming, "write_tensors", full_disk)
     monkeypatch.setattr("hf_elastic.checkpoints.saving.os.replace", busy)
     with pytest.raises(OSError, match="No space left"):
         model.save_pretrained(folder, layout="nested")
