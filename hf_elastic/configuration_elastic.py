@@ -303,20 +303,24 @@ class ElasticConfig(InstalledCode, PreTrainedConfig):
 
     def chain(self) -> list[tuple[str | None, Submodel]]:
         """All submodels that a limit selects among, each nested in the one before it; the interpolated ones have no name."""
-        count = CostModel(self.parent_config)
+        count = self.cost_model()
         members = [*self.family().items(), *((None, submodel) for submodel in self.between())]
         return sorted(members, key=lambda member: (-(cost := count(member[1])).total_params, -cost.active_params))
 
-    def resolve(self, budget: Budget | Submodel, dtype: torch.dtype | None = None) -> Submodel:
+    def resolve(
+        self, budget: Budget | Submodel, dtype: torch.dtype | None = None, *, packed: bool = False
+    ) -> Submodel:
         """The submodel that a budget asks for.
 
         Args:
             budget: See [`hf_elastic.configuration.budgets`].
             dtype (`torch.dtype`, *optional*): Load dtype for budgets given in bytes, defaults to the checkpoint's.
+            packed (`bool`, *optional*, defaults to `False`):
+                For budgets given in bytes, whether weights that are stored in few bits stay so in memory. Otherwise they are decoded.
 
         Raises:
             `UnknownBudgetError`: no such name, or no member of the family is small enough.
-            `ElasticConfigError`: sizes that are not allowed.
+            `ElasticConfigError`: sizes that are not allowed, or that are cut off the blocks of weights that are stored in few bits.
         """
         if isinstance(budget, Submodel):
             if not budget.nests_in(self.architecture.full(self.parent_config)):
@@ -324,11 +328,12 @@ class ElasticConfig(InstalledCode, PreTrainedConfig):
                     f"{budget.to_dict()} is a submodel of another parent, or larger than this one."
                 )
             self.architecture.check(self.parent_config, budget)
-            return budget
+            return self._on_blocks(budget, "this size")
         if budget is None:
             return self.architecture.full(self.parent_config)
         if isinstance(budget, Mapping) and not is_limit(budget):
-            return self.architecture.submodel(self.parent_config, budget, "budget")
+            submodel = self.architecture.submodel(self.parent_config, budget, "budget")
+            return self._on_blocks(submodel, f"budget {shown(dict(budget))}")
         if isinstance(budget, bool) or not isinstance(budget, (str, Real, Mapping)):
             raise ElasticConfigError(
                 f"budget={shown(budget)} must be a name, a number of parameters, an amount of memory or a dict of sizes."
@@ -337,7 +342,7 @@ class ElasticConfig(InstalledCode, PreTrainedConfig):
             for name in [*self.budgets, FULL]:
                 if name.lower() == budget.strip().lower():
                     return self.submodel(name)
-        count = CostModel(self.parent_config)
+        count = self.cost_model()
         limit = parse_limit(budget, count.full)
         if limit is None:
             known = self.family()
@@ -345,11 +350,21 @@ class ElasticConfig(InstalledCode, PreTrainedConfig):
                 f"unknown budget {shown(budget)}; this checkpoint has {self._listing()}.{did_you_mean(str(budget), known)} A number "
                 "of parameters ('1.5B', '300M active'), a share of the parent ('50%') or a number of bytes ('24GB') selects the largest one that fits."
             )
-        return self._largest(budget, limit, dtype or self.load_dtype, count)
+        return self._largest(budget, limit, dtype or self.load_dtype, count, packed)
+
+    def _on_blocks(self, submodel: Submodel, called: str) -> Submodel:
+        """A submodel that no budget names, if it is cut at whole blocks of the weights that are stored in few bits."""
+        if encodings := self.encodings:
+            refuse_off_blocks(self.architecture, self.parent_config, encodings, {called: submodel})
+        return submodel
+
+    def cost_model(self) -> CostModel:
+        """Counts submodels as they are stored here."""
+        return CostModel(self.parent_config, encodings=self.encodings)
 
     def costs(self) -> dict[str, Cost]:
         """Exact cost of every member of the family, in the order of `family`."""
-        count = CostModel(self.parent_config)
+        count = self.cost_model()
         return {name: count(submodel) for name, submodel in self.family().items()}
 
     def name_of(self, submodel: Submodel) -> str | None:
@@ -436,9 +451,11 @@ class ElasticConfig(InstalledCode, PreTrainedConfig):
     def _listing(self) -> str:
         return ", ".join(f"{name!r} ({format_count(cost.total_params)})" for name, cost in self.costs().items())
 
-    def _largest(self, budget: Any, limit: Limit, dtype: torch.dtype, count: CostModel) -> Submodel:
+    def _largest(
+        self, budget: Any, limit: Limit, dtype: torch.dtype, count: CostModel, packed: bool = False
+    ) -> Submodel:
         members = self.chain()
-        measured = [limit.measure(count(submodel), dtype) for _, submodel in members]
+        measured = [limit.measure(count(submodel), dtype, packed) for _, submodel in members]
         fitting = [i for i, value in enumerate(measured) if value <= limit.value]
         if not fitting:
             smallest = measured.index(min(measured))
@@ -453,7 +470,9 @@ class ElasticConfig(InstalledCode, PreTrainedConfig):
         else:
             name = members[larger][0]
             advice = f"The next larger is {'one without a name' if name is None else repr(name)}, {limit.of(measured[larger])}."
-        warn_if_far(f"budget {shown(budget)}", limit, measured[found], limit.measure(count.full, dtype), advice)
+        warn_if_far(
+            f"budget {shown(budget)}", limit, measured[found], limit.measure(count.full, dtype, packed), advice
+        )
         return members[found][1]
 
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 from . import Architecture, StateRule, get_architecture
 from .axes import TensorRule
 from .base import tokens_kept
+from .encodings import Encoding, itemsize
 from .submodel import Submodel
 
 WEIGHT_DTYPES: Mapping[str, torch.dtype] = {
@@ -40,6 +41,8 @@ class Cost:
         conv_elements (`int`): Elements of the convolution states per sequence.
         ssm_elements (`int`): Elements of the SSM states per sequence; they are kept in float32.
         windowed (`tuple[tuple[int, int], ...]`): Per sliding window the elements of the KV cache per token in layers that have it.
+        coded_elements (`int`): Of `other_elements` those of weights that are stored as codes and scales.
+        coded_bytes (`int`): Bytes of these codes and scales.
     """
 
     total_params: int = 0
@@ -50,9 +53,11 @@ class Cost:
     conv_elements: int = 0
     ssm_elements: int = 0
     windowed: tuple[tuple[int, int], ...] = ()
+    coded_elements: int = 0
+    coded_bytes: int = 0
 
     def __add__(self, other: Cost) -> Cost:
-        *counts, _ = self.__dataclass_fields__
+        counts = [name for name in self.__dataclass_fields__ if name != "windowed"]
         windows = dict(self.windowed)
         for window, elements in other.windowed:
             windows[window] = windows.get(window, 0) + elements
@@ -60,8 +65,12 @@ class Cost:
         return Cost(**sums, windowed=tuple(sorted(windows.items())))
 
     def weight_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of all stored tensors at a load dtype."""
+        """Bytes of all weights and buffers in memory at a load dtype, where those that are stored as codes are decoded."""
         return 4 * self.fp32_elements + dtype.itemsize * self.other_elements
+
+    def stored_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of all stored tensors, without headers, if what is not stored as codes is in `dtype`; so many a packed model holds as well."""
+        return self.weight_bytes(dtype) - dtype.itemsize * self.coded_elements + self.coded_bytes
 
     def kv_bytes_per_token(self, dtype: torch.dtype = torch.bfloat16) -> int:
         """Bytes that every token of a sequence adds to the KV cache; in layers with a sliding window none once that is full."""
@@ -103,11 +112,18 @@ class CostModel:
     Args:
         config (`PreTrainedConfig`): The parent's stock config.
         architecture (`Architecture`, *optional*): Defaults to the one of the config's `model_type`.
+        encodings (`dict[str, Encoding]`, *optional*): Of the weights that are stored in few bits, by their names in the live parent.
     """
 
-    def __init__(self, config: PreTrainedConfig, architecture: Architecture | None = None):
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        architecture: Architecture | None = None,
+        encodings: Mapping[str, Encoding] | None = None,
+    ):
         self.config = config
         self.architecture = architecture or get_architecture(config.model_type)
+        self._encodings = dict(encodings or {})
         self._rules: dict[Place, list[TensorRule]] = {
             None: [],
             **{i: [] for i in range(self.architecture.depth(config))},
@@ -124,7 +140,11 @@ class CostModel:
         ] = {}  # numbered, as hashing the rules again for every question would take most of the time
         self._kinds = {
             place: kinds.setdefault(
-                (tuple((rule.template, rule.dims) for rule in rules), self._states[place]), len(kinds)
+                (
+                    tuple((rule.template, rule.dims, self._encodings.get(rule.name)) for rule in rules),
+                    self._states[place],
+                ),
+                len(kinds),
             )
             for place, rules in self._rules.items()
         }
@@ -137,7 +157,11 @@ class CostModel:
         return self(self.architecture.full(self.config))
 
     def __call__(self, submodel: Submodel) -> Cost:
-        """Cost of a submodel."""
+        """Cost of a submodel.
+
+        Raises:
+            `ElasticConfigError`: it is cut off the blocks of a weight that is stored in few bits.
+        """
         return sum(
             (self.part(place, submodel.at(layer)) for place, layer in self.places(submodel.layers).items()), Cost()
         )
@@ -158,11 +182,14 @@ class CostModel:
 
     def count(self, place: Place, sizes: Mapping[str, Any]) -> Cost:
         """As `part`, for sizes that may be expected values (scalar tensors) too; then so are the counts, differentiable in them."""
-        total = active = fp32 = other = 0
+        total = active = fp32 = other = coded = coded_bytes = 0
         for rule in self._rules[place]:
             count = rule.count(sizes)
             fp32 += count if rule.fp32 else 0
             other += 0 if rule.fp32 else count
+            if encoding := self._encodings.get(rule.name):
+                coded += count
+                coded_bytes += sum(part.count(sizes) * itemsize(part.dtypes[0]) for part in encoding.rules(rule))
             if not rule.buffer:
                 total += count
                 used = count
@@ -175,7 +202,7 @@ class CostModel:
             kind = state.window or "kv" if state.kind in ("keys", "values") else state.kind
             kept[kind] = kept.get(kind, 0) + state.count(sizes)
         kv, conv, ssm = (kept.pop(kind) for kind in ("kv", "conv", "ssm"))
-        return Cost(total, active, fp32, other, kv, conv, ssm, tuple(kept.items()))
+        return Cost(total, active, fp32, other, kv, conv, ssm, tuple(kept.items()), coded, coded_bytes)
 
 
 def _place(rule: TensorRule) -> Place:

@@ -82,6 +82,12 @@ class Encoding:
 
 _SCALE = ("F32", "BF16", "F16")
 
+
+def itemsize(name: str) -> int:
+    """Bytes of an element of a type, by its name in safetensors."""
+    return {"F32": 4, "BF16": 2, "F16": 2}.get(name, 1)
+
+
 ENCODINGS: dict[str, Encoding] = {
     encoding.name: encoding
     for encoding in (

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from accelerate.utils import get_max_memory
 
-from ..architectures.cost import CostModel
 from ..architectures.submodel import Submodel
 from ..configuration.budgets import AUTO, Budget, Limit, format_bytes, parse_limit
 from ..configuration_elastic import ElasticConfig
@@ -37,6 +36,7 @@ def resolve_for_loading(
     dtype: torch.dtype | None,
     device_map: Any = None,
     max_memory: Mapping[Any, Any] | None = None,
+    packed: bool = False,
 ) -> Submodel:
     """As `ElasticConfig.resolve`, with the memory that is free for `"auto"`.
 
@@ -46,20 +46,21 @@ def resolve_for_loading(
     Args:
         device_map (*optional*): As in `from_pretrained`; says whose memory is meant, see `free_memory`.
         max_memory (`dict`, *optional*): As in `from_pretrained`: bytes per device instead of those that are free, used in full.
+        packed (`bool`, *optional*, defaults to `False`): Weights that are stored in few bits stay so in memory.
 
     Raises:
         `UnknownBudgetError`: nothing fits; says what the smallest needs and what there is.
         `ElasticConfigError`: a `device_map` that places parts by hand.
     """
     if isinstance(budget, Submodel) or not asks_for_free_memory(budget, elastic):
-        return elastic.resolve(budget, dtype)
+        return elastic.resolve(budget, dtype, packed=packed)
     written, what = with_free_memory(budget, elastic, device_map, max_memory)
     try:
-        submodel = elastic.resolve(written, dtype)
+        submodel = elastic.resolve(written, dtype, packed=packed)
     except UnknownBudgetError as error:
         raise UnknownBudgetError(f"budget={shown(budget)} is {what}, and {error}") from error
     limit: Limit = parse_limit(written)  # type: ignore[assignment]
-    needed = limit.measure(CostModel(elastic.parent_config)(submodel), dtype or elastic.load_dtype)
+    needed = limit.measure(elastic.cost_model()(submodel), dtype or elastic.load_dtype, packed)
     logger.info(
         "budget=%r: %s, which is %s; chose %s, which needs %s.",
         budget,

@@ -5,7 +5,9 @@ numbers are exact counts:
 
   params    all parameters
   active    the parameters that one token uses; fewer than all in a mixture of experts
-  bf16 ...  bytes of the weights in that type
+  bf16 ...  bytes of the weights in that type, where weights that are stored in few bits are decoded
+  stored    bytes of the tensors as they are stored, of a family that is stored in few bits; packed=True holds so many
+  download  bytes that loading the size fetches from the Hub, of such a family
   KV/token  bytes that attention layers keep for every token of a text, in bfloat16
   state     bytes that Mamba layers keep for a text of any length, in bfloat16
   sizes     the size of every axis (what can be cut), for sizes below the first as far as they differ from it
@@ -16,6 +18,7 @@ A row without a name is a size that a router found between two budgets; limits (
   hf-elastic plan model --size hidden=0.5                            # a size that nobody has made yet
   hf-elastic plan family --budget half                               # what a budget selects
   hf-elastic plan family --fits 24GB --context 4096 --dtype bf16     # the largest size for a GPU of 24 GB
+  hf-elastic plan family-nvfp4 --fits 24GB --packed                  # ... with the codes of its weights in memory
   hf-elastic plan model --training lora --rank 16 --length 4096        # the memory that training takes
 """
 
@@ -68,6 +71,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "full float32, as train)",
     )
     parser.add_argument(
+        "--packed",
+        action="store_true",
+        help="with --fits: weights that are stored in few bits stay so in memory (packed=True of from_pretrained) instead of being decoded",
+    )
+    parser.add_argument(
         "--training",
         choices=("full", "lora"),
         help="memory of a training run on every GPU: of all weights, or of LoRA adapters",
@@ -89,7 +97,7 @@ def run(args: argparse.Namespace) -> None:
     _refuse_stray(args, memory)
     elastic = _config(args.repo, args.elastic_config, hub)
     budgets = plan(elastic, parse_sizes(args.size), args.budget)
-    found = fits(elastic, memory) if args.fits is not None else {}
+    found = fits(elastic, memory, args.packed) if args.fits is not None else {}
     trained: dict[str, Any] = {}
     if args.training:
         given = {key: value for key, value in run_keys.items() if value is not None}
@@ -109,6 +117,8 @@ def _refuse_stray(args: argparse.Namespace, memory: dict[str, Any]) -> None:
     """Refuse options that nothing would look at."""
     if memory and args.fits is None and not args.training:
         raise ElasticConfigError("--context, --batch-size and --dtype say how much a size needs; give --fits too.")
+    if args.packed and args.fits is None:
+        raise ElasticConfigError("--packed says how weights are held in memory; give --fits too.")
     if args.context is not None and args.fits is None:
         raise ElasticConfigError(
             "--context is the length of caches: give --fits too. Rows of a training run have a --length."
@@ -133,12 +143,13 @@ def plan(
     """Cost and sizes of every size of a checkpoint, of what `budgets` select, and of `sizes` under the name `custom` if there are any.
 
     Returns:
-        `list[dict]`: `name` (`None` for sizes between budgets), `total_params`, `active_params`, `weight_bytes` per dtype,
-        `kv_bytes_per_token`, `window_bytes`, `state_bytes`, `sizes`, and `obstacles`: the `program`s that do not run an export of it, what each `does`
-        and `why`; the whole parent first. What a budget selects has its text as name.
+        `list[dict]`: `name` (`None` for sizes between budgets), `total_params`, `active_params`, `weight_bytes` per dtype (decoded),
+        `kv_bytes_per_token`, `window_bytes`, `state_bytes`, `stored_bytes` (of tensors as they are in the files), `download_bytes`, `formats` (in few bits), `sizes`, and
+        `obstacles`: the `program`s that do not run an export of it, what each `does` and `why`; the whole parent first. What a budget selects has its
+        text as name.
     """
-    from ..architectures.cost import CostModel
     from ..architectures.portability import portability
+    from ..checkpoints.downloads import download_bytes
     from ..configuration_elastic import read_config
     from ..elastification.search import sizes_from_spec
 
@@ -148,30 +159,42 @@ def plan(
     if sizes:
         ranking = elastic.axes.get("layers", {}).get("ranking")
         spec = sizes_from_spec(elastic.architecture, elastic.parent_config, sizes, ranking, multiple_of=8)
-        members.append(("custom", elastic.architecture.submodel(elastic.parent_config, spec, "--size")))
-    count = CostModel(elastic.parent_config)
+        submodel = elastic.architecture.submodel(elastic.parent_config, spec, "--size")
+        members.append(("custom", elastic.resolve(submodel)))
+    count = elastic.cost_model()
+    formats = list(dict.fromkeys(encoding.format for encoding in elastic.encodings.values()))
     table = elastic.architecture
 
     def obstacles(member: Submodel) -> list[dict[str, str]]:
         return [o._asdict() for o in portability(table, elastic.parent_config, member, elastic.load_dtype)]
 
+    def bytes_of(member: Submodel) -> dict[str, Any]:
+        stored = count(member).stored_bytes(elastic.load_dtype)
+        return {"stored_bytes": stored, "download_bytes": download_bytes(elastic, member), "formats": formats}
+
     return [
-        {"name": name, **count(member).to_dict(), "sizes": member.to_dict(), "obstacles": obstacles(member)}
+        {
+            "name": name,
+            **count(member).to_dict(),
+            **bytes_of(member),
+            "sizes": member.to_dict(),
+            "obstacles": obstacles(member),
+        }
         for name, member in members
     ]
 
 
-def fits(elastic: ElasticConfig, memory: dict[str, Any]) -> dict[str, Any]:
+def fits(elastic: ElasticConfig, memory: dict[str, Any], packed: bool = False) -> dict[str, Any]:
     """What a checkpoint has for an amount of memory, by what `budget=` would select.
 
     Args:
         memory (`dict[str, Any]`): A memory budget, see [`hf_elastic.configuration.budgets`]; `"auto"` is what is free.
+        packed (`bool`, *optional*, defaults to `False`): Weights that are stored in few bits stay so in memory.
 
     Returns:
-        `dict`: `limit` in words, `bytes`, `dtype`; `needs`: bytes per name of a size, largest first; `budget`: the largest named size that fits,
+        `dict`: `limit` in words, `bytes`, `dtype`, `packed`; `needs`: bytes per name of a size, largest first; `budget`: the largest named size that fits,
         `None` if none does; `between`: whether a size between two budgets is larger and fits, and then its `total_params` and `needs`.
     """
-    from ..architectures.cost import CostModel
     from ..checkpoints.memory import asks_for_free_memory, with_free_memory
     from ..configuration.budgets import parse_limit
     from ..errors import UnknownBudgetError
@@ -179,23 +202,28 @@ def fits(elastic: ElasticConfig, memory: dict[str, Any]) -> dict[str, Any]:
     if asks_for_free_memory(memory, elastic):
         memory, _ = with_free_memory(memory, elastic)
     limit: Any = parse_limit(memory)
-    count = CostModel(elastic.parent_config)
-    needs = {name: limit.measure(count(member), elastic.load_dtype) for name, member in elastic.family().items()}
+    count, dtype = elastic.cost_model(), elastic.load_dtype
+    if packed and not elastic.encodings:
+        raise ElasticConfigError(
+            "--packed: no weights of this checkpoint are stored in few bits; leave it out, or quantise the family first."
+        )
+    needs = {name: limit.measure(count(member), dtype, packed) for name, member in elastic.family().items()}
     fitting = [name for name, size in needs.items() if size <= limit.value]
     found = {
         "limit": str(limit),
         "bytes": limit.value,
-        "dtype": str(limit.dtype or elastic.load_dtype).removeprefix("torch."),
+        "dtype": str(limit.dtype or dtype).removeprefix("torch."),
+        "packed": packed,
         "needs": needs,
     }
     found |= {"budget": max(fitting, key=lambda name: needs[name], default=None), "between": None}
     try:
-        chosen = elastic.resolve(memory)
+        chosen = elastic.resolve(memory, packed=packed)
     except UnknownBudgetError:
         return found
     if elastic.name_of(chosen) is None:
         cost = count(chosen)
-        found["between"] = {"total_params": cost.total_params, "needs": limit.measure(cost, elastic.load_dtype)}
+        found["between"] = {"total_params": cost.total_params, "needs": limit.measure(cost, dtype, packed)}
     return found
 
 
@@ -204,7 +232,7 @@ def tell(found: dict[str, Any]) -> str:
     from ..configuration.budgets import format_bytes, format_count
 
     name, needs, between = found["budget"], found["needs"], found["between"]
-    room = f"{found['limit']} in {found['dtype']}"
+    room = f"{found['limit']}, packed" if found["packed"] else f"{found['limit']} in {found['dtype']}"
     lines = [f"largest in {room}: {name}, which needs {format_bytes(needs[name])}"] if name is not None else []
     if between:
         size = f"a size between two budgets, {format_count(between['total_params'])}, needs {format_bytes(between['needs'])} and fits"
@@ -266,7 +294,9 @@ def render(budgets: list[dict[str, Any]]) -> str:
 
     whole = budgets[0]["sizes"]
     slides = any(entry["window_bytes"] for entry in budgets)
-    head = ["budget", "params", "active", "bf16", "fp32", "KV/token", *["KV window"][:slides], "state", "sizes"]
+    coded = bool(whole_formats := budgets[0]["formats"])
+    head = ["budget", "params", "active", *["stored", "download"][: 2 * coded], "bf16", "fp32"]
+    head += ["KV/token", *["KV window"][:slides], "state", "sizes"]
     rows = [head]
     for entry in budgets:
         sizes = (
@@ -277,6 +307,7 @@ def render(budgets: list[dict[str, Any]]) -> str:
                 entry["name"] or "-",
                 format_count(entry["total_params"]),
                 format_count(entry["active_params"]),
+                *[format_bytes(entry[key]) for key in ("stored_bytes", "download_bytes") if coded],
                 format_bytes(entry["weight_bytes"]["bfloat16"]),
                 format_bytes(entry["weight_bytes"]["float32"]),
                 format_bytes(entry["kv_bytes_per_token"]),
@@ -286,6 +317,9 @@ def render(budgets: list[dict[str, Any]]) -> str:
             ]
         )
     notes = obstacle_notes(budgets)
+    if coded:
+        told = f"stored in {' and '.join(whole_formats)}; loaded, weights are decoded and take what the columns bf16 and fp32 say. packed=True"
+        notes.insert(0, f"{told} holds what is stored.")
     return "\n".join([table(rows, right=frozenset(range(1, len(head) - 1))), *([""] if notes else []), *notes])
 
 

@@ -15,7 +15,7 @@
 
 The parent is everything that is loaded: in a slice, the slice. A limit selects among the budgets of the checkpoint and, where a router
 decided them, the submodels that it interpolates between them. What it finds may be far from it, which is said (`BudgetWarning`), except of
-memory.
+memory. Weights that are stored in few bits count as what they are in memory: decoded in the load dtype, or as stored in a packed model.
 """
 
 from __future__ import annotations
@@ -84,15 +84,20 @@ class Limit:
         """Another amount of the same quantity, to be shown."""
         return replace(self, value=value, share=None)
 
-    def measure(self, cost: Cost, dtype: torch.dtype) -> int:
-        """The quantity of a cost that the limit is about; `dtype` is the load dtype."""
+    def measure(self, cost: Cost, dtype: torch.dtype, packed: bool = False) -> int:
+        """The quantity of a cost that the limit is about.
+
+        Args:
+            dtype (`torch.dtype`): The load dtype.
+            packed (`bool`, *optional*, defaults to `False`): Weights that are stored as codes are held so; otherwise they are decoded.
+        """
         if self.quantity != "bytes":
             return cost.total_params if self.quantity == "total" else cost.active_params
         weights = self.dtype or dtype
+        held = cost.stored_bytes(weights) if packed else cost.weight_bytes(weights)
         if self.context_length is None:
-            return cost.weight_bytes(weights)
-        caches = cost.cache_bytes(self.context_length, self.batch_size, self.cache_dtype or weights)
-        return cost.weight_bytes(weights) + caches
+            return held
+        return held + cost.cache_bytes(self.context_length, self.batch_size, self.cache_dtype or weights)
 
     def __str__(self) -> str:
         if self.share is not None:

@@ -15,17 +15,19 @@ from .._version import __version__
 from ..architectures.cost import WEIGHT_DTYPES, Cost
 from ..architectures.portability import portability, words
 from ..architectures.submodel import LAYERS, Submodel
-from ..checkpoints.nested import FOLDER, folder_names, levels_for
+from ..checkpoints.downloads import download_bytes
+from ..checkpoints.nested import FOLDER, folder_names
 from ..checkpoints.origin import named
 from ..configuration.budgets import format_bytes, format_count
 from ..configuration.leaving_out import left_out
+from ..configuration.quantized import QUANTIZATION
 from ..configuration_elastic import ElasticConfig
 from ..errors import ElasticConfigError
 from .card_results import Results, table
 
 DOWNLOADS = {
     "nested": "A download is the files up to that size, as `config.json` lists them; what is there already is not fetched again.",
-    "stock": "A download is at least the bytes of the size's tensors: whole rows are fetched, so more where columns are cut.",
+    "stock": "A download is at least the rows of tensors that the size keeps a part of: whole rows are fetched, so more where columns are cut.",
     "plain": "The download is the bytes of the tensors.",
 }
 
@@ -36,10 +38,12 @@ def sizes_table(elastic: ElasticConfig, costs: Mapping[str, Cost], plain: bool) 
     for name, dtype in WEIGHT_DTYPES.items():
         kinds.setdefault(tuple(cost.weight_bytes(dtype) for cost in costs.values()), []).append(name)
     slides = any(cost.windowed for cost in costs.values())
+    formats = stored_formats(elastic)
     head = [
         "size",
         "parameters",
         "active",
+        *[f"stored, {' and '.join(formats)}"][: len(formats)],
         *map(", ".join, kinds.values()),
         "download",
         "KV per token",
@@ -56,6 +60,7 @@ def sizes_table(elastic: ElasticConfig, costs: Mapping[str, Cost], plain: bool) 
                 "" if plain else name,
                 format_count(cost.total_params),
                 format_count(cost.active_params),
+                *[format_bytes(cost.stored_bytes(elastic.load_dtype))][: len(formats)],
                 *(format_bytes(sizes[i]) for sizes in kinds),
                 download_words(elastic, name),
                 format_bytes(cost.kv_bytes_per_token()),
@@ -67,18 +72,31 @@ def sizes_table(elastic: ElasticConfig, costs: Mapping[str, Cost], plain: bool) 
     return table(head[1:], (row[1:] for row in rows)) if plain else table(head, rows)
 
 
-def download_bytes(elastic: ElasticConfig, name: str) -> int:
-    """Bytes that loading one size from the Hub fetches: its files in the nested layout, as far as the config lists them; else its tensors."""
-    submodel = elastic.family()[name]
-    if "files" in elastic.elastic:
-        return sum(sum(elastic.elastic["files"][level].values()) for level in levels_for(elastic, submodel))
-    return elastic.costs()[name].weight_bytes(elastic.load_dtype)
+def stored_formats(elastic: ElasticConfig) -> list[str]:
+    """The formats in few bits that weights are stored in."""
+    return list(dict.fromkeys(encoding.format for encoding in elastic.encodings.values()))
+
+
+def stored_words(elastic: ElasticConfig) -> str:
+    """What the column of stored bytes is, and how weights are held when they are loaded; empty if none are stored in few bits."""
+    if not (encodings := elastic.encodings):
+        return ""
+    whole = elastic.architecture.full(elastic.parent_config)
+    cost = elastic.cost_model()(whole)
+    share, dtype = cost.coded_elements / cost.total_params, str(elastic.load_dtype).removeprefix("torch.")
+    recipe = elastic.elastic[QUANTIZATION].get("recipe")
+    said = f" Recipe: `{json.dumps(recipe)}`." if recipe is not None else ""
+    return (
+        f"{len(encodings)} weights, {share:.1%} of the parameters, are stored in {' and '.join(stored_formats(elastic))}, the rest in {dtype}: "
+        "the column *stored*. They are decoded when they are loaded, and then take what the columns by type say; with `packed=True` they stay as they are "
+        f"stored.{said}"
+    )
 
 
 def download_words(elastic: ElasticConfig, name: str) -> str:
     """The same for readers; `≥` where only whole rows can be fetched, of which a smaller size keeps a part."""
     more = "files" not in elastic.elastic and name != next(iter(elastic.family()))
-    return f"{'≥ ' * more}{format_bytes(download_bytes(elastic, name))}"
+    return f"{'≥ ' * more}{format_bytes(download_bytes(elastic, elastic.family()[name]))}"
 
 
 def _cuts(submodel: Submodel, whole: Submodel) -> str:

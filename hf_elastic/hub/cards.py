@@ -21,7 +21,17 @@ from ..configuration.section import CUT_FROM
 from ..configuration_elastic import ElasticConfig
 from ..errors import ElasticConfigError
 from .card_results import read_all
-from .card_sections import DOWNLOADS, cut_words, has_head, limits, load_code, load_code_plain, made, sizes_table
+from .card_sections import (
+    DOWNLOADS,
+    cut_words,
+    has_head,
+    limits,
+    load_code,
+    load_code_plain,
+    made,
+    sizes_table,
+    stored_words,
+)
 from .trainer_cards import run_facts
 
 logger = logging.getLogger(__name__)
@@ -119,6 +129,7 @@ def render_card(
         "needs_package": elastic.parent_config.is_heterogeneous,
         "sizes": sizes_table(elastic, costs, plain),
         "download": DOWNLOADS["nested" if "files" in elastic.elastic else "plain" if plain else "stock"],
+        "stored": stored_words(elastic),
         "load": load_code_plain(elastic, costs, repo_id or "REPO")
         if plain
         else load_code(elastic, costs, repo_id or "REPO", source),

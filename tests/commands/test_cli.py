@@ -89,7 +89,8 @@ def test_plan_schema_and_exact_numbers(elastic, capsys):
     assert [entry["name"] for entry in plan["budgets"]][-1] == "custom"
     for entry in plan["budgets"]:
         keys = ["name", "total_params", "active_params", "weight_bytes", "kv_bytes_per_token", "window_bytes"]
-        assert list(entry) == [*keys, "state_bytes", "sizes", "obstacles"]
+        stored = ["stored_bytes", "download_bytes", "formats"]
+        assert list(entry) == [*keys, "state_bytes", *stored, "sizes", "obstacles"]
         assert set(entry["weight_bytes"]) >= {"bfloat16", "float32"}
     custom = plan["budgets"][-1]
     assert (custom["sizes"]["hidden"], custom["sizes"]["mamba_heads"]) == (40, 4)
