@@ -16,6 +16,7 @@ from ..errors import ElasticConfigError
 from .adapters import attached
 from .loaded_from import name_at
 from .members import Member
+from .rounding import Rounding
 from .slicing import bind_views, build_meta, use_eager_experts_if_misaligned
 from .stencils import Unit, install, make_units, uninstall
 
@@ -33,6 +34,7 @@ class LiveMixin:
     _stencils: dict[Submodel, list[Unit]]
     _adapters: tuple[Any, ...]
     _exposing: bool
+    _computing: bool
 
     @property
     def architecture(self) -> Architecture:
@@ -146,7 +148,8 @@ class LiveMixin:
     def _train_at(self, submodel: Submodel) -> None:
         adapters = attached(self)  # type: ignore[arg-type]
         stencils = self._stencils if adapters == self._adapters else {}
-        if submodel != self._full and submodel not in stencils:
+        rounding: Rounding | None = self.__dict__.get("_rounding") if self._computing else None
+        if (submodel != self._full or rounding is not None) and submodel not in stencils:
             if any(parameter.is_meta for parameter in self.parameters()):  # type: ignore[attr-defined]
                 raise ElasticConfigError(
                     "weights are offloaded, and a budget in training mode computes on the parent's own; load it without offloading, or call "
@@ -159,7 +162,8 @@ class LiveMixin:
         if adapters != self._adapters:  # peft merges them in a way that copies made before do not notice
             self._stencils, self._adapters = stencils, adapters
             self._members = {self._full: self._members[self._full]}
-        install(stencils.get(submodel, []))
+        if submodel != self._full or rounding is not None:
+            install(stencils[submodel], rounding)
         self._active = submodel
         self._rename()
 

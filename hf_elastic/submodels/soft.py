@@ -23,7 +23,7 @@ from ..architectures.axes import Norm, Sizes
 from ..architectures.submodel import Submodel
 from .masking import epsilon_of
 from .slicing import build_meta
-from .stencils import StandIn, Unit, attribute, checkpointed, make_units, uninstall
+from .stencils import StandIn, Unit, checkpointed, make_units, uninstall
 
 _DROPPED = 0.05
 """Experts with less weight than this are not chosen. Above it their outputs are weighted, so that the router feels what it loses."""
@@ -92,7 +92,7 @@ class SoftUnits:
     """
 
     def __init__(self, model: PreTrainedModel, architecture: Architecture):
-        self._architecture = architecture
+        self._model, self._architecture = model, architecture
         self._full = architecture.full(model.config)
         tree = build_meta(architecture, model.config, type(model))
         self.units = make_units(model, architecture, model.config, tree, self._full)
@@ -109,6 +109,7 @@ class SoftUnits:
     def install(self, mixture: Mixture) -> None:
         """Let the parent's modules compute the mixture until `uninstall`."""
         for unit in self.units:
+            unit.rounding = self._model.__dict__.get("_rounding")
             forward = partial(self._forward, unit, mixture)
             unit.module.forward = StandIn(checkpointed, unit.module, forward)  # type: ignore[method-assign]
 
@@ -124,8 +125,9 @@ class SoftUnits:
         live: dict[str, torch.Tensor] = {}
         undecided = [name for name, piece in unit.parts if piece.rule.routes and piece.rule.experts in weights]
         routers = {name.rpartition(".")[0] for name in undecided}
+        tensors = unit.tensors()
         for name, piece in unit.parts:
-            source = attribute(unit.module, name)
+            source = tensors[name]
             owner, _, _ = name.rpartition(".")
             module = stencil.get_submodule(owner)
             mean = partial(mixture.mean, piece.rule.axes, full, layer)

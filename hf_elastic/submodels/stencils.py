@@ -27,6 +27,7 @@ from ..architectures.submodel import Submodel
 from ..errors import ElasticConfigError
 from .adapters import factor_rules, factors, follow, is_tuner, refuse_unsupported, wrappers
 from .buffers import share_constant_buffers
+from .rounding import Rounding
 from .slicing import local_names
 
 
@@ -41,6 +42,7 @@ class Unit:
         names (`dict[str, str]`): What the stencil calls them, where that is another name.
         index (`tuple[int, int]`, *optional*): The argument that tells a layer its own index, and what it is in the submodel.
         tuners (`list[tuple[nn.Module, nn.Module]]`): Adapter layers of the module, and those that the stencil carries for them.
+        rounding (`Rounding`, *optional*): What the parent's weights are rounded to before they are cut.
     """
 
     module: nn.Module
@@ -50,16 +52,23 @@ class Unit:
     names: dict[str, str] = field(default_factory=dict)
     index: tuple[int, int] | None = None
     tuners: list[tuple[nn.Module, nn.Module]] = field(default_factory=list)
+    rounding: Rounding | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the parent's module computes at this budget."""
         if self.stencil is None:
             return self.passed(args[0] if args else kwargs["hidden_states"])
         self.follow()
-        live = {self.names.get(name, name): cut(attribute(self.module, name), piece) for name, piece in self.parts}
+        tensors = self.tensors()
+        live = {self.names.get(name, name): cut(tensors[name], piece) for name, piece in self.parts}
         if self.index is not None:
             args, kwargs = _with_index(*self.index, args, kwargs)
         return torch.func.functional_call(self.stencil, live, args, kwargs)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The parent's tensors by their names in its module, as they are computed with."""
+        found = {name: attribute(self.module, name) for name, _ in self.parts}
+        return found if self.rounding is None else self.rounding(self.parts, found)
 
     def follow(self) -> None:
         """Bring the stencil into the mode of the parent's module, and its adapters into the state of the parent's."""
@@ -188,9 +197,10 @@ class StandIn(partial):
     """A forward that stands in for the one of a parent's module."""
 
 
-def install(units: list[Unit]) -> None:
+def install(units: list[Unit], rounding: Rounding | None = None) -> None:
     """Let the parent's modules compute what the submodel computes."""
     for unit in units:
+        unit.rounding = rounding
         unit.module.forward = StandIn(checkpointed, unit.module, unit.forward)  # type: ignore[method-assign]
 
 

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..architectures.encodings import Encoding
 from ..architectures.submodel import Submodel
 from ..configuration.budgets import FULL, Budget
 from ..configuration.section import CUT_FROM
 from ..configuration_elastic import ElasticConfig
 from ..errors import BusyError, CheckpointError, ElasticConfigError, HFElasticError, shown
 from .adapters import attached
+from .rounding import Rounding
 from .running import RunningMixin
 from .sharing import COMPILED, Users
 
@@ -155,6 +157,17 @@ class SwitchingMixin(RunningMixin):
         with self._by(self._train_at, budget):
             yield self
 
+    def round_weights(self, encodings: Mapping[str, Encoding] | None) -> None:
+        """From now on, let `computing`, which trainers use, compute with the weights that a checkpoint quantised at that moment would hold, at every
+        budget and in the whole parent; see [`hf_elastic.submodels.rounding`]. Nothing that is stored changes.
+
+        Args:
+            encodings (`dict[str, Encoding]`, *optional*): By the name of the weight in the live parent; `None` computes with the weights as they are.
+        """
+        with self._users.lock:
+            self._users.refuse_others("rounding its weights")
+            self.__dict__["_rounding"] = None if encodings is None else Rounding(dict(encodings))
+
     @contextmanager
     def _by(self, switch: Callable[[Submodel], None], budget: Budget | Submodel) -> Iterator[None]:
         submodel = self.elastic_config.resolve(budget, self.dtype)  # type: ignore[attr-defined]
@@ -175,8 +188,9 @@ class SwitchingMixin(RunningMixin):
         finally:
             with users.lock:
                 back = users.close(block)
+                self._computing = computing  # what is rounded is so only in between
                 switch(self._full)
-                self._computing, self._exposing = computing, exposing
+                self._exposing = exposing
                 self._switch(back or before)
 
     def forget_budgets(self) -> None:

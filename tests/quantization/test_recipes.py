@@ -30,12 +30,15 @@ def layers_of(encodings: dict[str, str], leaf: str) -> list[int]:
 def test_nvfp4_keeps_attention_and_the_mamba_layer_that_feeds_it():
     found = resolved("nvfp4")  # ME*EM-*E: layer 0 feeds attention in 2, with experts between, and 4 that in 6
     assert set(found.values()) == {"nvfp4"}
-    assert layers_of(found, "in_proj.weight") == [] and layers_of(found, "q_proj.weight") == []
-    assert layers_of(found, "experts.up_proj") == [1, 3, 7] and layers_of(found, "mixer.up_proj.weight") == [5]
+    assert layers_of(found, "in_proj.weight") == []
+    assert layers_of(found, "q_proj.weight") == []
+    assert layers_of(found, "experts.up_proj") == [1, 3, 7]
+    assert layers_of(found, "mixer.up_proj.weight") == [5]
     assert layers_of(found, "shared_experts.down_proj.weight") == [1, 3, 7]
     assert not any("gate" in name or "conv" in name or "norm" in name or "embed" in name for name in found)
     granite = resolved("nvfp4", "granite")  # Mamba, attention, Mamba, attention
-    assert layers_of(granite, "in_proj.weight") == [] and layers_of(granite, "experts.gate_up_proj") == [0, 1, 2, 3]
+    assert layers_of(granite, "in_proj.weight") == []
+    assert layers_of(granite, "experts.gate_up_proj") == [0, 1, 2, 3]
 
 
 def test_only_the_mamba_layer_right_before_attention_is_kept():
@@ -47,7 +50,8 @@ def test_only_the_mamba_layer_right_before_attention_is_kept():
 def test_fp8_takes_all_kinds():
     found = resolved("fp8")
     assert set(found.values()) == {"fp8"}
-    assert layers_of(found, "in_proj.weight") == [0, 4] and layers_of(found, "q_proj.weight") == [2, 6]
+    assert layers_of(found, "in_proj.weight") == [0, 4]
+    assert layers_of(found, "q_proj.weight") == [2, 6]
     assert "lm_head.weight" not in found
 
 
@@ -71,7 +75,8 @@ def test_names_go_before_patterns_and_patterns_before_kinds():
 def test_what_is_kept_goes_before_everything():
     recipe = Recipe.of({"*": "fp8"}).keeping("attention", "*.layers.0.*")
     encodings = recipe.resolve(get_architecture("nemotron_h"), CONFIGS["nemotron"]())
-    assert layers_of(encodings, "q_proj.weight") == [] and layers_of(encodings, "in_proj.weight") == [4]
+    assert layers_of(encodings, "q_proj.weight") == []
+    assert layers_of(encodings, "in_proj.weight") == [4]
     assert Recipe.of("fp8").keeping().to_dict() == "fp8"
     assert Recipe.of("fp8").keeping("attention").to_dict()["attention"] is None
 
@@ -152,17 +157,18 @@ def test_sizes_off_the_blocks_are_refused_with_and_without_a_name():
     odd = ElasticConfig.from_parent(parent, {"odd": {"expert_ffn": 24}})
     with pytest.raises(ElasticConfigError, match=r"'?odd'?.*experts\.down_proj in nvfp4.*expert_ffn"):
         quantized_config(odd, "nvfp4")
-    assert quantized_config(odd, "fp8").encodings and not odd.encodings
-    section = ElasticConfig.from_parent(
-        parent, {"small": {"expert_ffn": 16}, "large": {"expert_ffn": 32, "hidden": 48}}
-    )
-    between = {**section.elastic, "interpolated": [{"sizes": {"expert_ffn": 24, "hidden": 48}}]}
-    between["axes"] = {**between["axes"], "expert_ffn": {"choices": [32, 24, 16], "policy": "prefix"}}
-    between["budgets"] = {"small": {"sizes": {"expert_ffn": 16, "hidden": 48}}, "large": {"sizes": {"hidden": 48}}}
-    between.pop("version")
-    family = ElasticConfig(parent_config=parent, elastic=between)
+    assert quantized_config(odd, "fp8").encodings
+    assert not odd.encodings
+    family = ElasticConfig.from_parent(parent, {"large": {"hidden": 48}, "small": {"hidden": 48, "expert_ffn": 16}})
+    section = {
+        "axes": family.axes,
+        "budgets": family.budgets,
+        "interpolated": [{"sizes": {"hidden": 48, "expert_ffn": 24}}],
+    }
+    section["axes"]["expert_ffn"]["choices"] = [32, 24, 16]
+    between = ElasticConfig(parent_config=parent, elastic=section)
     with pytest.raises(ElasticConfigError, match=r"interpolated\[0\].*expert_ffn"):
-        quantized_config(family, "nvfp4")
+        quantized_config(between, "nvfp4")
 
 
 def test_what_others_read_as_one_matrix_is_one_group():
@@ -173,12 +179,14 @@ def test_what_others_read_as_one_matrix_is_one_group():
     assert sum(map(len, fused_groups(rules))) == len(rules)
 
 
-def test_the_section_says_the_recipe_and_what_it_came_to():
+def test_the_section_says_the_recipe_and_what_it_came_to(tmp_path: Path):
     elastic = quantized_config(ElasticConfig.from_parent(CONFIGS["nemotron"](), BUDGETS["nemotron"]), "nvfp4")
     section = elastic.elastic["quantization"]
-    assert section["recipe"] == "nvfp4" and section["version"] == 1
+    assert section["recipe"] == "nvfp4"
+    assert section["version"] == 1
     assert section["tensors"]["nvfp4"]["model.layers.{layer}.mixer.experts.up_proj"] == [1, 3, 7]
-    again = ElasticConfig.from_dict(json.loads(elastic.to_json_string()))
+    elastic.save_pretrained(tmp_path)
+    again = ElasticConfig.from_pretrained(tmp_path)
     assert again.encodings == elastic.encodings
     kept = Recipe.of("fp8").keeping("attention")
     assert quantized_config(elastic, kept).elastic["quantization"]["recipe"]["attention"] is None
