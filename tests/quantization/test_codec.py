@@ -69,9 +69,11 @@ def test_nvfp4_is_that_of_compressed_tensors(dtype):
     expected = theirs(weight.float(), "nvfp4")
     packed, scale, last = encode(weight, "nvfp4", choose=False)
     assert same(last, expected["weight_global_scale"])
-    assert same(scale, expected["weight_scale"]) and len(scale.float().unique()) > 60
+    assert same(scale, expected["weight_scale"])
+    assert len(scale.float().unique()) > 60
     assert 0 < scale.float()[scale.float() > 0].min() < 2**-6  # subnormal
-    assert same(packed, expected["weight_packed"]) and len((packed % 16).unique()) == 16
+    assert same(packed, expected["weight_packed"])
+    assert len((packed % 16).unique()) == 16
     assert same(decode((packed, scale, last), "nvfp4", torch.bfloat16), expected["decoded"])
 
 
@@ -79,11 +81,15 @@ def test_stacks_are_their_experts():
     weight = random_weight(3, 24, 64) * torch.tensor([1.0, 30.0, 0.01]).view(3, 1, 1)
     packed, scale, last = encode(weight, "nvfp4", choose=False)
     codes, scales = encode(weight, "fp8")
-    assert packed.shape == (3, 24, 32) and scale.shape == (3, 24, 4) and last.shape == (3, 1)
-    assert codes.shape == weight.shape and scales.shape == (3, 24, 1)
+    assert packed.shape == (3, 24, 32)
+    assert scale.shape == (3, 24, 4)
+    assert last.shape == (3, 1)
+    assert codes.shape == weight.shape
+    assert scales.shape == (3, 24, 1)
     for expert in range(3):
         expected = theirs(weight[expert], "nvfp4")
-        assert same(packed[expert], expected["weight_packed"]) and same(scale[expert], expected["weight_scale"])
+        assert same(packed[expert], expected["weight_packed"])
+        assert same(scale[expert], expected["weight_scale"])
         assert same(last[expert], expected["weight_global_scale"])
         assert same(codes[expert], encode(weight[expert], "fp8")[0])
     for parts, name in (((packed, scale, last), "nvfp4"), ((codes, scales), "fp8")):
@@ -96,12 +102,14 @@ def test_fp8_is_that_of_compressed_tensors(dtype):
     weight = random_weight(40, 160, dtype=dtype)
     codes, scale = encode(weight, "fp8")
     expected = theirs(weight.float(), "fp8", scale)
-    assert same(codes, expected["weight"]) and len(bits(codes).unique()) > 240
+    assert same(codes, expected["weight"])
+    assert len(bits(codes).unique()) > 240
     assert same(decode((codes, scale), "fp8", torch.float32), expected["decoded"])
     exact = theirs(weight.float(), "fp8")["weight_scale"]
     down = (bits(exact).view(torch.int32) & ~0xFFFF).view(torch.float32)
     step = torch.where(down == exact, 0, 2.0 ** (exact.log2().floor() - 7))  # bfloat16 has seven digits
-    assert same(scale, down + step) and (scale > exact).any()
+    assert same(scale, down + step)
+    assert (scale > exact).any()
     assert same(scale.bfloat16().float(), scale)
 
 
@@ -208,7 +216,8 @@ def test_blocks_take_the_scale_with_the_smaller_error():
     six, found = (errors(rounded(weight, "nvfp4", global_scale=last, choose=choose)) for choose in (False, True))
     assert (found <= six * (1 + 1e-6)).all()
     assert 0.2 < (found < six).float().mean() < 0.8
-    assert (448 / 2 < encode(weight, "nvfp4")[1].float().max()) and encode(weight, "nvfp4")[1].float().isfinite().all()
+    assert encode(weight, "nvfp4")[1].float().max() > 448 / 2
+    assert encode(weight, "nvfp4")[1].float().isfinite().all()
 
 
 @pytest.mark.parametrize("format", ["nvfp4", "fp8"])
@@ -224,13 +233,15 @@ def test_a_slice_chooses_what_the_whole_chose(format):
     if format == "nvfp4":
         for stop in (32, 48, 496):
             packed, scale, _ = encode(weight[:, 16:stop], format, global_scale=last)
-            assert same(packed, whole[0][:, 8 : stop // 2]) and same(scale, whole[1][:, 1 : stop // 16])
+            assert same(packed, whole[0][:, 8 : stop // 2])
+            assert same(scale, whole[1][:, 1 : stop // 16])
 
 
 def test_weights_share_a_global_scale():
     q, k = random_weight(32, 64), 3 * random_weight(16, 64, seed=1)
     assert same(global_scale_of(q, k), global_scale_of(torch.cat([q, k])))
-    assert same(global_scale_of(q, -k), global_scale_of(k)) and not same(global_scale_of(q, k), global_scale_of(q))
+    assert same(global_scale_of(q, -k), global_scale_of(k))
+    assert not same(global_scale_of(q, k), global_scale_of(q))
     stacks = torch.stack([q, 2 * q]), torch.stack([5 * q, q])
     assert same(global_scale_of(*stacks), torch.stack([global_scale_of(5 * q), global_scale_of(2 * q)]))
 
@@ -243,11 +254,13 @@ def test_segments_have_global_scales_of_their_own():
     for expert in range(2):
         for segment, rows in enumerate((slice(0, 8), slice(8, 24))):
             alone = encode(gate_up[expert, rows], "nvfp4", global_scale=last[expert, segment : segment + 1])
-            assert same(parts[0][expert, rows], alone[0]) and same(parts[1][expert, rows], alone[1])
+            assert same(parts[0][expert, rows], alone[0])
+            assert same(parts[1][expert, rows], alone[1])
             found = decode(parts, "nvfp4", torch.float32, segments=(8, 16))
             assert same(found[expert, rows], decode(alone, "nvfp4", torch.float32))
     both = encode(gate_up, "nvfp4", segments=(8, 16))
-    assert both[2].shape == (2, 2) and same(both[0], encode(gate_up, "nvfp4")[0])
+    assert both[2].shape == (2, 2)
+    assert same(both[0], encode(gate_up, "nvfp4")[0])
     assert same(rounded(gate_up, "nvfp4", segments=(8, 16)), rounded(gate_up, "nvfp4"))
 
 
@@ -263,7 +276,8 @@ def test_one_scale_for_all_and_factors():
     assert same(decode((codes[1], scale[1].reshape(())), "fp8-tensor", torch.float32), expected[1])
     halves = torch.stack([scale[:, 0], 2 * scale[:, 0]], -1)
     found = decode((codes, halves), "fp8-tensor", torch.float32, segments=(16, 8))
-    assert same(found[:, :16], expected[:, :16]) and same(found[:, 16:], 2 * expected[:, 16:])
+    assert same(found[:, :16], expected[:, :16])
+    assert same(found[:, 16:], 2 * expected[:, 16:])
     assert same(decode((codes, scale.bfloat16()), "fp8-tensor", torch.float32), codes.float() * scale.bfloat16().float()[..., None])  # fmt: skip
     packed, scales, last = encode(weight, "nvfp4")
     factor = 1 / last
@@ -281,7 +295,8 @@ def test_rounding_is_encoding_and_decoding(format, dtype):
         for choose in (True, False):
             found = rounded(weight, format, choose=choose)
             assert same(found, decode(encode(weight, format, choose=choose), format, dtype))
-            assert not torch.equal(found, weight) and not found.requires_grad
+            assert not torch.equal(found, weight)
+            assert not found.requires_grad
             largest = weight.abs().max().item()
             assert (found - weight).abs().max() < (0.2 if format == "nvfp4" else 0.04) * largest
 
@@ -295,7 +310,8 @@ def test_bands_change_nothing(format, monkeypatch):
     monkeypatch.setattr(codec, "_BAND", 7 * 64)
     assert all(same(found, part) for found, part in zip(encode(weight, format), parts, strict=True))
     assert same(rounded(weight, format).float(), expected.bfloat16().float())
-    assert decode(parts, format, torch.float32, out=out) is out and same(out, expected)
+    assert decode(parts, format, torch.float32, out=out) is out
+    assert same(out, expected)
     narrow = decode([part[:, 2:5] if part.dim() == 3 else part for part in parts], format, torch.float32)
     assert same(narrow, expected[:, 2:5])
     monkeypatch.setattr(codec, "_BAND", 1)  # a row at least
@@ -332,11 +348,13 @@ def test_zeros_and_what_is_too_small():
     for shape in ((4, 32), (2, 4, 32)):
         for format in ("nvfp4", "fp8"):
             parts = encode(torch.zeros(shape), format)
-            assert all(part.float().isfinite().all() for part in parts) and (parts[1].float() > 0).all()
+            assert all(part.float().isfinite().all() for part in parts)
+            assert (parts[1].float() > 0).all()
             assert not decode(parts, format, torch.float32).any()
     assert encode(torch.zeros(4, 32), "nvfp4")[2].item() == 1.0  # as compressed-tensors has it
     tiny = torch.full((1, 16), 1e-35)
-    assert rounded(tiny, "nvfp4").sum() > 0 and rounded(tiny, "fp8").allclose(tiny, rtol=0.1)
+    assert rounded(tiny, "nvfp4").sum() > 0
+    assert rounded(tiny, "fp8").allclose(tiny, rtol=0.1)
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------
