@@ -12,6 +12,7 @@ from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_availab
 from trl import SFTConfig
 
 from hf_elastic.errors import ElasticConfigError
+from hf_elastic.quantization.recipes import Recipe
 
 from .curriculum import steps_of
 from .losses import HIDDEN_LOSSES
@@ -50,6 +51,12 @@ class ElasticDistillationConfig(SFTConfig):
         handover_token (`str`, *optional*):
             Where rows are cut: before the last such token, `"</think>"` for example, which the second budget then reads, as in generation. Rows
             without it, and all rows by default, are cut at the same random share of their length.
+        quantization (`str` or `dict`, *optional*):
+            Train the weights that a quantised checkpoint will hold: `"nvfp4"`, `"fp8"`, a recipe or a file with one, as [`hf_elastic.quantize`] takes
+            them. Every forward pass of the model rounds the parent's weights with their current scales, before a budget cuts them; gradients pass as
+            if nothing was rounded (arXiv 2511.16664). Evaluation is of the rounded weights, too. What is saved is not rounded: quantise it
+            after the run with the same recipe. The teacher is never rounded.
+        quantization_start (`float`, *optional*, defaults to 0.0): Share of the steps, in [0, 1), after which rounding begins.
         router_targets (`dict[str, str | float | dict]`, *optional*):
             Learn the sizes: per budget what it may cost, a share of the parent's parameters (`0.5`, `"50%"`, `"50% active"`) or `"12B"`,
             `"2.1B active"`, `"24GB"`, or a memory with caches, `{"memory": "24GB", "context_length": 32768, "batch_size": 4, "dtype": "bfloat16"}`. The model then
@@ -73,6 +80,7 @@ class ElasticDistillationConfig(SFTConfig):
     _VALID_DICT_FIELDS = [
         *SFTConfig._VALID_DICT_FIELDS,
         "budget_probabilities",
+        "quantization",
         "router_targets",
         "teacher_model_init_kwargs",
         "stages",
@@ -101,6 +109,12 @@ class ElasticDistillationConfig(SFTConfig):
     )
     handover_token: str | None = field(
         default=None, metadata={"help": "Token before which rows of such batches are cut, at random by default."}
+    )
+    quantization: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Train for quantised weights: nvfp4, fp8, or a recipe."}
+    )
+    quantization_start: float = field(
+        default=0.0, metadata={"help": "Share of the steps after which rounding begins, in [0, 1)."}
     )
 
     router_targets: dict[str, Any] | str | None = field(
@@ -145,6 +159,7 @@ class ElasticDistillationConfig(SFTConfig):
             raise ElasticConfigError(f"loss_chunk_size={self.loss_chunk_size} must be at least 1.")
         self._check_hidden_loss()
         self._check_handover()
+        self._check_quantization()
         if self.freeze_router:
             if self.router_steps or self.freeze_model:
                 what = f"router_steps={self.router_steps}" if self.router_steps else "freeze_model=True"
@@ -195,6 +210,21 @@ class ElasticDistillationConfig(SFTConfig):
             raise ElasticConfigError(
                 f"hidden_loss_weight={self.hidden_loss_weight} does not work with router_targets: while sizes are mixed, there is no hidden "
                 "state of one size. Learn the sizes first, and train the model with the decided budgets in a second run."
+            )
+
+    def _check_quantization(self) -> None:
+        if not 0 <= self.quantization_start < 1:
+            raise ElasticConfigError(f"quantization_start={self.quantization_start} must be in [0, 1).")
+        if self.quantization is None:
+            if self.quantization_start:
+                raise ElasticConfigError(
+                    f"quantization_start={self.quantization_start} would be ignored: there is no quantization. Set it, or leave the start out."
+                )
+            return
+        self.quantization = Recipe.of(self.quantization).to_dict()
+        if self.freeze_model:
+            raise ElasticConfigError(
+                "quantization needs weights that are trained; freeze_model=True trains the router alone."
             )
 
     @property

@@ -39,6 +39,7 @@ from .handover import CUT, Handovers, handed_over, refuse_checkpointing, split_r
 from .lora import as_teacher, base_of, check_adapters, whole_head_of
 from .losses import chunked_divergence, summed_hidden_distance
 from .optimizing import OptimizingMixin
+from .quantizing import Quantizing
 from .reporting import EvaluateAtTheEnd, ReportingMixin
 from .routing import Routing
 from .teacher import check_same_channels, load_teacher, prepare_teacher
@@ -134,6 +135,7 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
         self._adapted = peft_config is not None or given is not model
         if self._adapted and args.freeze_model:
             raise ElasticConfigError("freeze_model=True trains the router alone: leave out the adapters.")
+        self.quantizing = Quantizing(model, args, self._adapted) if args.quantization is not None else None
         teacher = load_teacher(teacher_model, model, args.teacher_model_init_kwargs, adapters=self._adapted)
         if args.hidden_loss_weight > 0:
             check_layers(args.hidden_loss_layers, model.submodel.depth)
@@ -324,6 +326,8 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
     @contextmanager
     def _at(self, budget: str) -> Iterator[None]:
         """Run at a budget of the model, or at a mixture that the router draws for it."""
+        if self.quantizing is not None:
+            self.quantizing.at(self.state.global_step, self.state.max_steps)
         if self._undecided and self.state.global_step >= self.args.router_steps:
             self._undecided.decide()
         routing = self._undecided

@@ -17,6 +17,8 @@ from trl import SFTTrainer
 from hf_elastic.configuration.budgets import FULL
 from hf_elastic.errors import HFElasticError
 
+from .quantizing import Quantizing
+
 
 class EvaluateAtTheEnd(TrainerCallback):
     """Evaluates once, after the last step: for an evaluation dataset without `eval_strategy`, which upstream would not look at."""
@@ -29,6 +31,8 @@ class EvaluateAtTheEnd(TrainerCallback):
 
 class ReportingMixin(SFTTrainer):
     """Metrics and evaluation of [`ElasticDistillationTrainer`]."""
+
+    quantizing: Quantizing | None
 
     def _init_reporting(self, eval_budgets: list[str]) -> None:
         self._eval_budgets = eval_budgets
@@ -107,6 +111,8 @@ class ReportingMixin(SFTTrainer):
     ) -> tuple[torch.Tensor, None, None]:
         """Evaluate every budget on the batch; the loss is their mean, see `evaluation_loop`."""
         inputs = self._prepare_inputs(inputs)
+        if self.quantizing is not None:
+            self.quantizing.at(self.state.global_step, self.state.max_steps)
         losses = []
         with torch.no_grad():
             for budget in [n for n in self._eval_budgets if not self._undecided or n == FULL]:

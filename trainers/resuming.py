@@ -96,6 +96,8 @@ def training_state(
             "hidden_loss": args.hidden_loss,
             "hidden_loss_layers": None if layers is None else sorted(layers),
         }
+    if args.quantization is not None:
+        state |= {"quantization": args.quantization, "quantization_start": args.quantization_start}
     if args.freeze_model:
         state["freeze_model"] = True
     if args.handover_token is not None:

@@ -86,7 +86,7 @@ def _delta_net(prefix: str, c: PreTrainedConfig, layer: int) -> Iterator[TensorR
     value, per_head = dim(keys, heads, width), dim(keys, heads)
     outs = {"q": dim(*key), "k": dim(*key), "v": gated, "g": value, "a": per_head, "b": per_head}
     for name, out in outs.items():
-        facts: dict[str, Any] = {"kind": "linear_attention"} if name in "qkvg" else {}
+        facts: dict[str, Any] = {"kind": "linear_attention", "fused": "in_proj_qkvg"} if name in "qkvg" else {}
         yield from blocks.linear(f"{prefix}.{name}_proj", layer, out, blocks.HIDDEN, **facts)
     conv = dim(q_conv1d=key, k_conv1d=key, v_conv1d=(keys, heads, width))
     disk = f"{prefix}.{{segment}}.weight"

@@ -68,7 +68,7 @@ def test_every_budget_computes_with_the_rounded_weights_of_the_parent(pair, budg
         model.train(train)
         model.zero_grad()
         model.round_weights(rounds)
-        with model.computing(budget):
+        with torch.enable_grad(), model.computing(budget):
             logits = model(ids).logits
             logits.square().sum().backward()
         results.append((logits, {name: parameter.grad for name, parameter in model.named_parameters()}))
