@@ -19,9 +19,7 @@ from .checkpoint import Checkpoint
 from .opening import open_headers
 
 MODELOPT_NAME = "hf_quant_config.json"
-READABLE = (
-    "compressed-tensors with the formats nvfp4-pack-quantized and float-quantized (one scale per row or per tensor), and modelopt with FP8 and NVFP4"
-)
+READABLE = "compressed-tensors with the formats nvfp4-pack-quantized and float-quantized (one scale per row or per tensor), and modelopt with FP8 and NVFP4"
 _FORMATS = {None, "dense", "nvfp4-pack-quantized", "float-quantized", "naive-quantized", "mixed-precision"}
 _ALGORITHMS = {None, "FP8", "NVFP4", "W4A16_NVFP4", "MIXED_PRECISION"}
 
