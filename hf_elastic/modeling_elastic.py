@@ -48,6 +48,7 @@ from .checkpoints.opening import open_checkpoint
 from .checkpoints.origin import cut_from, loaded_from
 from .checkpoints.packing import read_codes, refuse_unpackable, without_weights
 from .checkpoints.passengers import not_passengers, open_passengers
+from .checkpoints.released import with_encodings
 from .checkpoints.saving import SavingMixin
 from .configuration.budgets import Budget
 from .configuration.hosting import HOST
@@ -204,10 +205,11 @@ class ElasticPreTrainedModel(
             pretrained_model_name_or_path = os.path.join(pretrained_model_name_or_path, hub.pop("subfolder"))
         hub = pinned(pretrained_model_name_or_path, hub)
         elastic = load_config(pretrained_model_name_or_path, config, elastic_config, hub)
+        plain, variant = elastic_config is not None, kwargs.pop("variant", None)
+        elastic = with_encodings(pretrained_model_name_or_path, elastic, variant, plain=plain, **hub)
         stock_kwargs = checked_kwargs(kwargs)
         dtype = load_dtype(stock_kwargs, elastic)
         submodel = resolve_for_loading(elastic, budget, dtype, kwargs.get("device_map"), kwargs.get("max_memory"))
-        variant = kwargs.pop("variant", None)
         concrete = concrete_class(cls, elastic.parent_config)
         head = concrete._stock_class is elastic.architecture.causal_class
         ignored = elastic.architecture.ignored(concrete)
