@@ -6,7 +6,7 @@ Files are checked by their headers before a byte of weights is read; pickle file
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -226,6 +226,17 @@ class Checkpoint:
             for piece in stored_pieces(architecture, config, submodel, self.encodings)
             if not piece.copy_of and (head or is_base(piece.rule.name, architecture))
         }
+
+    def matrices(self, piece: Piece, architecture: Architecture) -> Callable[..., Block | Joined]:
+        """What gives a part of what is kept of a tensor, not read yet: of one expert, by its number in the parent, if that is given, and of some of
+        its rows (ranges in the parent) if those are."""
+        sources, runs = self._sources(piece, architecture), piece.runs
+
+        def at(expert: int | None = None, rows: list[Run] | None = None) -> Block | Joined:
+            outer, inner = ([], runs) if expert is None else ([[(expert, expert + 1)]], runs[1:])
+            return self.block(sources, [*outer, inner[0] if rows is None else rows, *inner[1:]])
+
+        return at
 
     def _part(self, piece: Piece, architecture: Architecture) -> Block | Joined:
         return self.block(self._sources(piece, architecture), piece.runs)
