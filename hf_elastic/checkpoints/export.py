@@ -116,23 +116,44 @@ class ExportMixin:
         self, config: PreTrainedConfig, submodel: Submodel, directory: Path, whole: bool = False
     ) -> None:
         """`whole`: that of the larger model, with the size in it."""
-        architecture = self.elastic_config.architecture
-        stock = architecture.causal_class if self.can_generate() else architecture.base_class  # type: ignore[attr-defined]
-        config.architectures = [stock.__name__]
         config.dtype = self.dtype  # type: ignore[attr-defined]
-        written = exported_fields(config, architecture)
-        if whole and (host := self.elastic_config.host) is not None:
-            around = host.fields_at(self.elastic_config.host_config, submodel.at(None))
-            inner = {
-                key: value for key, value in written.items() if key not in ("architectures", "transformers_version")
-            }
-            version = written.get("transformers_version")
-            written = {**around, "dtype": written["dtype"], "transformers_version": version, host.section: inner}
-        written[CUT_FROM] = self._cut_from(submodel)  # type: ignore[attr-defined]
-        if groups := left_out(self.elastic_config):
-            written[LEFT_OUT] = groups
-        text = json.dumps(written, indent=2, sort_keys=True) + "\n"
-        (directory / "config.json").write_text(text, encoding="utf-8")
+        origin, causal = self._cut_from(submodel), self.can_generate()  # type: ignore[attr-defined]
+        write_stock_config(self.elastic_config, config, submodel, directory, origin, causal=causal, whole=whole)
+
+
+def write_stock_config(
+    elastic: ElasticConfig,
+    config: PreTrainedConfig,
+    submodel: Submodel,
+    directory: Path,
+    origin: dict[str, Any],
+    *,
+    causal: bool = True,
+    whole: bool = False,
+) -> None:
+    """Write the `config.json` of a size as a plain checkpoint.
+
+    Args:
+        elastic (`ElasticConfig`): What it is a size of.
+        config (`PreTrainedConfig`): Its stock config.
+        origin (`dict`): What it says of where it is from, see [`hf_elastic.checkpoints.origin`].
+        causal (`bool`, *optional*, defaults to `True`): With a head.
+        whole (`bool`, *optional*, defaults to `False`): That of the larger model, with the size in it.
+    """
+    architecture = elastic.architecture
+    stock = architecture.causal_class if causal else architecture.base_class
+    config.architectures = [stock.__name__]
+    written = exported_fields(config, architecture)
+    if whole and (host := elastic.host) is not None:
+        around = host.fields_at(elastic.host_config, submodel.at(None))
+        inner = {key: value for key, value in written.items() if key not in ("architectures", "transformers_version")}
+        version = written.get("transformers_version")
+        written = {**around, "dtype": written["dtype"], "transformers_version": version, host.section: inner}
+    written[CUT_FROM] = origin
+    if groups := left_out(elastic):
+        written[LEFT_OUT] = groups
+    text = json.dumps(written, indent=2, sort_keys=True) + "\n"
+    (directory / "config.json").write_text(text, encoding="utf-8")
 
 
 def exported_fields(config: PreTrainedConfig, architecture: Architecture) -> dict[str, Any]:

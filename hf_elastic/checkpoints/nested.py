@@ -133,11 +133,11 @@ def _contents(source: Checkpoint, sources: list[Names], part: Part) -> dict[str,
     content: dict[str, Readable] = {}
     for index, names in zip(indices_of(part.region[0]) if leading else (0,), part.names, strict=True):
         for name, start, stop in zip(names, bounds, bounds[1:], strict=False):
-            content[name] = source.block([sources[index]], [_between(rows, start, stop), *inner])
+            content[name] = source.block([sources[index]], [between(rows, start, stop), *inner])
     return content
 
 
-def _between(runs: Sequence[Run], start: int, stop: int) -> list[Run]:
+def between(runs: Sequence[Run], start: int, stop: int) -> list[Run]:
     """The ranges at the positions between two."""
     found = []
     for run, place in places_of(runs):

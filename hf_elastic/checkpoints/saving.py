@@ -150,16 +150,9 @@ class SavingMixin:
     def _nest(
         self, folder: Path, elastic: ElasticConfig, max_shard_size: int | str | None
     ) -> dict[str, dict[str, int]]:
-        """Turn a folder in the stock layout into the nested one; returns the files per budget."""
-        stock = find_files(folder)
-        files = write_nested(folder, Checkpoint(stock), elastic, max_shard_size or "5GB")
-        for file in (*stock, folder / INDEX_NAME):
-            file.unlink(missing_ok=True)
+        files, place = nest(folder, elastic, max_shard_size or "5GB")
         smallest = list(elastic.family().values())[-1]
-        place = (folder / next(iter(files[next(iter(files))]))).parent
         self._write_stock_config(elastic.stock_config(smallest), smallest, place)  # type: ignore[attr-defined]
-        if (generation := folder / "generation_config.json").exists():
-            shutil.copyfile(generation, place / generation.name)
         return files
 
     def _cut_from(self, submodel: Submodel) -> dict[str, Any]:
@@ -201,17 +194,38 @@ class SavingMixin:
         return {rule.name for rule in self.elastic_config.architecture.rules(self.config) if rule.copy_of}  # type: ignore[attr-defined]
 
     def _written_config(self, elastic: ElasticConfig, files: dict[str, dict[str, int]] | None = None) -> ElasticConfig:
-        elastic.dtype = self.dtype  # type: ignore[attr-defined]
-        elastic.parent_config.dtype = self.dtype  # type: ignore[attr-defined]
-        facade = "ElasticForCausalLM" if self.can_generate() else "ElasticModel"  # type: ignore[attr-defined]
-        elastic.architectures = [facade]
-        elastic.auto_map = dict(AUTO_MAP)
-        if files is None:
-            return elastic
-        written = copy.copy(elastic)
-        section = {key: value for key, value in elastic.elastic.items() if key != "version"}
-        written.elastic = checked_section(elastic.parent_config, {**section, "files": files})
-        return written
+        return written_config(elastic, self.dtype, files, causal=self.can_generate())  # type: ignore[attr-defined]
+
+
+def nest(folder: Path, elastic: ElasticConfig, max_shard_size: int | str) -> tuple[dict[str, dict[str, int]], Path]:
+    """Turn the weights of a folder in the stock layout into the nested one.
+
+    Returns:
+        The files per budget, and the folder of the smallest, which is a plain checkpoint but for its `config.json`.
+    """
+    stock = find_files(folder)
+    files = write_nested(folder, Checkpoint(stock, elastic.encodings), elastic, max_shard_size)
+    for file in (*stock, folder / INDEX_NAME):
+        file.unlink(missing_ok=True)
+    place = (folder / next(iter(files[next(iter(files))]))).parent
+    if (generation := folder / "generation_config.json").exists():
+        shutil.copyfile(generation, place / generation.name)
+    return files, place
+
+
+def written_config(
+    elastic: ElasticConfig, dtype: torch.dtype, files: dict[str, dict[str, int]] | None = None, *, causal: bool = True
+) -> ElasticConfig:
+    """The config of a checkpoint that is written, with the files of the nested layout if it is in that."""
+    elastic.dtype = elastic.parent_config.dtype = dtype
+    elastic.architectures = ["ElasticForCausalLM" if causal else "ElasticModel"]
+    elastic.auto_map = dict(AUTO_MAP)
+    if files is None:
+        return elastic
+    written = copy.copy(elastic)
+    section = {key: value for key, value in elastic.elastic.items() if key != "version"}
+    written.elastic = checked_section(elastic.parent_config, {**section, "files": files})
+    return written
 
 
 def check_layout(layout: Any, kwargs: Mapping[str, Any]) -> None:
