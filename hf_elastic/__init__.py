@@ -13,6 +13,7 @@ from ._version import __version__
 from .adapters.slices import load_adapter, slice_adapter
 from .adapters.targets import lora_targets
 from .architectures.registration import register_architecture
+from .checkpoints.quantizing import quantize_checkpoint
 from .configuration_elastic import ElasticConfig
 from .elastification.elastify import elastify
 from .elastification.importance import Scores, score
@@ -69,6 +70,7 @@ __all__ = [
     "load_adapter",
     "lora_targets",
     "masked_model",
+    "quantize_checkpoint",
     "recover",
     "register_architecture",
     "render_card",

@@ -16,7 +16,7 @@ from typing import Any
 from ._version import __version__
 from .errors import BudgetWarning, PortabilityWarning
 
-COMMANDS = ("lab", "plan", "elastify", "train", "slice", "export", "generate", "evaluate", "push")
+COMMANDS = ("lab", "plan", "elastify", "train", "slice", "quantize", "export", "generate", "evaluate", "push")
 
 _OVERVIEW = """\
 One LLM checkpoint that holds many sizes of a model.
@@ -39,7 +39,10 @@ one size of a family:
   hf-elastic generate family "Why is the sky blue?" --budget half
   hf-elastic export family half --budget half
 
-model, family, trained and half are folders; where one is read, a Hub repository (org/name) does as well.
+all sizes in 8 bits:
+  hf-elastic quantize trained small --format fp8
+
+model, family, trained, half and small are folders; where one is read, a Hub repository (org/name) does as well.
 `hf-elastic COMMAND --help` says more of a command.
 """
 

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from hf_elastic import ElasticConfig
+from hf_elastic.architectures import get_architecture
 
 WIDTHS = {
     "hidden_size": 64,
@@ -66,7 +67,13 @@ def quantizable_parent(name: str, dtype: torch.dtype = torch.bfloat16) -> PreTra
     config: PreTrainedConfig = CONFIGS[name]()
     model: PreTrainedModel = _CLASSES[config.model_type](config).eval()
     randomize(model)
-    return model.to(dtype)
+    model.to(dtype)
+    for rule in get_architecture(config.model_type).rules(config):
+        if rule.fp32:
+            owner, _, leaf = rule.name.rpartition(".")
+            module = model.get_submodule(owner)
+            setattr(module, leaf, getattr(module, leaf).float())
+    return model
 
 
 def quantizable_family(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:

@@ -11,11 +11,11 @@ from chats import WORDS, save_parent, write_chats
 
 from hf_elastic.cli import COMMANDS, build_parser, main
 
-RUN = ("elastify", "plan", "slice", "export", "generate", "evaluate", "push")
+RUN = ("elastify", "plan", "slice", "quantize", "export", "generate", "evaluate", "push")
 """Commands whose examples run here, one on what another has made. `train` runs in `test_first_path`, `lab` in its own tests."""
 
-NOT_HERE = ("--upload", "--task", "--thinking")
-"""What sends something, needs lm-eval's data or a model that thinks."""
+NOT_HERE = ("--upload", "--task", "--thinking", "nvfp4")
+"""What sends something, needs lm-eval's data, a model that thinks, or sizes at multiples of 16."""
 
 
 def help_of(command: str | None, capsys: pytest.CaptureFixture[str]) -> str:
