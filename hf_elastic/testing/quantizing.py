@@ -6,6 +6,7 @@ blocks and rows anew, by the definitions in [`hf_elastic.testing.formats`].
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -14,16 +15,19 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from ..architectures.axes import TensorRule, take
 from ..architectures.encodings import ENCODINGS
 from ..architectures.pieces import Piece, pieces, stored_pieces
 from ..architectures.submodel import Submodel
 from ..checkpoints.checkpoint import Checkpoint
-from ..checkpoints.quantizing import quantize_checkpoint
+from ..checkpoints.opening import open_checkpoint
+from ..checkpoints.quantizing import quantize_checkpoint, slice_checkpoint
+from ..checkpoints.saving import Layout
 from ..configuration_elastic import ElasticConfig
 from ..errors import ElasticConfigError
+from ..storage.reading import Readable
 from ..submodels.slicing import slice_state_dict
 from . import formats
 from .blocks import Blocks
@@ -112,20 +116,22 @@ class Quantised:
         """The family, quantised from its files."""
         return self.written("stock")
 
-    def written(self, layout: Any) -> Path:
+    def written(self, layout: Layout) -> Path:
         recipe = dict.fromkeys(self.encodings, self.format)
         folder = self.subject.folder / f"{self.format}-{layout}"
         quantize_checkpoint(self.subject.checkpoint, folder, recipe, layout=layout, progress=False)
         return folder
 
     @cached_property
-    def live(self) -> Any:
-        return AutoModelForCausalLM.from_pretrained(self.checkpoint)
+    def files(self) -> Checkpoint:
+        """The files of the family."""
+        elastic = ElasticConfig.from_pretrained(self.checkpoint)
+        return open_checkpoint(self.checkpoint, elastic, self.architecture.full(self.config))
 
     @cached_property
-    def files(self) -> Checkpoint:
-        elastic = ElasticConfig.from_pretrained(self.checkpoint)
-        return Checkpoint(sorted(self.checkpoint.glob("*.safetensors")), elastic.encodings)
+    def live(self) -> Any:
+        """The family, loaded."""
+        return AutoModelForCausalLM.from_pretrained(self.checkpoint)
 
     def pieces(self, submodel: Submodel) -> Iterator[tuple[Piece, str | None]]:
         """Tensors of a size, and for those that are quantised the name of the parent's."""
@@ -167,57 +173,101 @@ class Quantised:
                 continue
             tensor, full = stored[piece.target.name], piece.rule.shape(piece.full)
             least += tensor.nbytes
-            most += tensor.nbytes if len(full) == 1 else tensor.nbytes // tensor.shape[-1] * full[-1]
+            rows = 1 + int(piece.rule.stacked)  # what is not cut in files
+            most += tensor.nbytes * math.prod(full[rows:]) // math.prod(tensor.shape[rows:])
         return least, most
 
 
 def quantised(subject: Subject) -> Iterator[Deviation]:
-    """A size of a quantised family is the parent's codes, cut: loaded from files, live, in bfloat16, and read in no more bytes than it has."""
+    """A size of a quantised family is the parent's codes, cut: read from files, in no more bytes than its rows have, and live."""
     for made in _families(subject):
         for case in made.subject.cases.said:
             named = Case(f"{case.name}, {made.format}", case.sizes, case.submodel)
             weights, stored = made.expected(case)
-            loaded = AutoModelForCausalLM.from_pretrained(made.checkpoint, budget=case.submodel)
-            yield same_weights(named, loaded.state_dict(), weights)
-            with made.live.at(case.submodel) as view:
-                yield same_weights(named, view.state_dict(), weights)
             arguments = (made.architecture, made.config, case.submodel)
-            codes = {name: part[...] for name, part in made.files.coded_slice(*arguments).items()}
-            yield same_weights(named, codes, stored)
+            yield same_weights(named, _read(made.files.lazy_slice(*arguments)), _own(made, case, weights))
+            yield same_weights(named, _read(made.files.coded_slice(*arguments)), stored)
             read = sum(stop - start for runs in made.files.extents(*arguments).values() for start, stop in runs)
             least, most = made.bytes(case.submodel, stored)
             right = least <= read <= most
             yield Deviation(
                 named.name, wrong="" if right else f"{read} bytes are read, its rows have {least} to {most}"
             )
-            if case.name in ("all axes", "whole"):
-                half = AutoModelForCausalLM.from_pretrained(
-                    made.checkpoint, budget=case.submodel, dtype=torch.bfloat16
-                )
-                yield same_weights(named, half.state_dict(), _half(half, weights))
+            with made.live.at(case.submodel) as view:
+                yield same_weights(named, view.state_dict(), weights)
+
+
+def quantised_elsewhere(subject: Subject) -> Iterator[Deviation]:
+    """So it is in the nested layout, in that of modelopt, in bfloat16, packed in memory, and cut from file to file."""
+    for made in _families(subject):
+        small, whole = made.subject.small, made.subject.cases.said[0]
+        nested, theirs = made.written("nested"), Modelopt(made)
+        for case in (small, whole):
+            weights, _ = made.expected(case)
+            own = _own(made, case, weights)
+            yield same_weights(_in(case, made.format, "nested"), _opened(nested, case.submodel), own)
+            expected = _own(made, case, theirs.expected(case))
+            yield same_weights(_in(case, made.format, "modelopt"), _opened(theirs.folder, case.submodel), expected)
+        weights, stored = made.expected(small)
+        loaded = AutoModelForCausalLM.from_pretrained(made.checkpoint, budget="small", dtype=torch.bfloat16)
+        half = {name: weights[name].to(tensor.dtype) for name, tensor in loaded.state_dict().items()}
+        yield same_weights(_in(small, made.format, "bfloat16"), loaded.state_dict(), half)
+        yield from _cut_on_disk(made, small, stored)
+        yield from _packed(made, small, stored)
+
+
+def _cut_on_disk(made: Quantised, case: Case, stored: Mapping[str, torch.Tensor]) -> Iterator[Deviation]:
+    folder = made.subject.folder / f"{made.format}-cut"
+    slice_checkpoint(made.checkpoint, folder, "small", progress=False)
+    elastic = ElasticConfig.from_pretrained(folder)
+    full = elastic.architecture.full(elastic.parent_config)
+    found = open_checkpoint(folder, elastic, full).coded_slice(elastic.architecture, elastic.parent_config, full)
+    yield same_weights(_in(case, made.format, "cut on disk"), _read(found), dict(stored))
+
+
+def _packed(made: Quantised, case: Case, stored: Mapping[str, torch.Tensor]) -> Iterator[Deviation]:
+    if any(len(piece.rule.shared_by) > 1 for piece, name in made.pieces(case.submodel) if name is not None):
+        return  # refused, see `hf_elastic.submodels.packed`
+    packed = AutoModelForCausalLM.from_pretrained(made.checkpoint, packed=True)
+    with packed.at(case.submodel) as view:
+        modules, found = dict(view.named_modules()), {}
+        for piece, name in made.pieces(case.submodel):
+            if name is not None:
+                owner, leaf = modules[piece.target.module], piece.target.name.rpartition(".")[2]
+                base = f"{piece.target.name.removesuffix('.weight')}."
+                parts = owner.companions_of(leaf)  # type: ignore[operator]
+                found |= {f"{base}{suffix}": part for suffix, part in zip(SUFFIXES[made.format], parts, strict=True)}
+    yield same_weights(_in(case, made.format, "packed"), found, {name: stored[name] for name in found})
 
 
 def _families(subject: Subject) -> Iterator[Quantised]:
+    """Of each format, made once for all checks."""
     for format, suited in (("fp8", subject), ("nvfp4", subject.in_blocks)):
-        yield Quantised(suited, format)
+        if format not in suited.made:
+            suited.made[format] = Quantised(suited, format)
+        yield suited.made[format]
 
 
-def _half(model: PreTrainedModel, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: weights[name].to(tensor.dtype) for name, tensor in model.state_dict().items()}
+def _in(case: Case, format: str, form: str) -> Case:
+    return Case(f"{case.name}, {format}, {form}", case.sizes, case.submodel)
 
 
-def quantised_layouts(subject: Subject) -> Iterator[Deviation]:
-    """The nested layout and that of modelopt hold the same."""
-    for made in _families(subject):
-        nested, theirs = made.written("nested"), Modelopt(made)
-        for case, budget in ((made.subject.small, "small"), (made.subject.cases.said[0], None)):
-            named = Case(f"{case.name}, {made.format}", case.sizes, case.submodel)
-            weights, _ = made.expected(case)
-            loaded = AutoModelForCausalLM.from_pretrained(nested, budget=budget)
-            yield same_weights(named, loaded.state_dict(), weights)
-            named = Case(f"{case.name}, {MODELOPT[made.format]}", case.sizes, case.submodel)
-            loaded = AutoModelForCausalLM.from_pretrained(theirs.folder, budget=budget)
-            yield same_weights(named, loaded.state_dict(), theirs.expected(case))
+def _read(lazy: Mapping[str, Readable]) -> dict[str, torch.Tensor]:
+    return {name: part[...] for name, part in lazy.items()}
+
+
+def _opened(folder: Path, submodel: Submodel) -> dict[str, torch.Tensor]:
+    """A size, read as loading it does."""
+    elastic = ElasticConfig.from_pretrained(folder)
+    found = open_checkpoint(folder, elastic, submodel)
+    return _read(found.lazy_slice(elastic.architecture, elastic.parent_config, submodel))
+
+
+def _own(made: Quantised, case: Case, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Without those that are stored under another name."""
+    return {
+        piece.target.name: weights[piece.target.name] for piece, _ in made.pieces(case.submodel) if not piece.copy_of
+    }
 
 
 class Modelopt:
@@ -270,7 +320,9 @@ class Modelopt:
             lengths = [shape[0] for shape in rule.stored_shapes(full)] if rule.parted else [len(whole)]
             for segment, part in zip(rule.segments, whole.split(lengths), strict=True):
                 scalar = part.numel() == 1 and rule.dtypes and not (rule.apart and part.dim() > 1)
-                found[rule.disk_name(expert, segment)] = part.reshape(()) if scalar else part.contiguous()
+                found[rule.disk_name(expert, segment)] = (
+                    part.clone().reshape(()) if scalar else part.clone(memory_format=torch.contiguous_format)
+                )
         return found
 
 
@@ -280,7 +332,7 @@ def refused(subject: Subject) -> Iterator[Deviation]:
     blocks, config = Blocks(suited.parent.config, "nvfp4"), suited.parent.config
     full = suited.architecture.full(config)
     for axis, _ in full.items:
-        for size in list(smaller_sizes(suited.architecture, config, full, axis))[:12]:
+        for size in _either(blocks, axis, list(smaller_sizes(suited.architecture, config, full, axis))):
             submodel = Submodel(
                 tuple((n, _cut(v, size) if n == axis else v) for n, v in full.items), full.layers, full.depth
             )
@@ -293,6 +345,12 @@ def refused(subject: Subject) -> Iterator[Deviation]:
             yield Deviation(
                 f"{axis}={size}", wrong="" if right else f"parts of blocks of {broken[:2]}; it was said: {said!r}"
             )
+
+
+def _either(blocks: Blocks, axis: str, sizes: list[int]) -> Iterator[int]:
+    """One that leaves whole blocks, and two that do not."""
+    for whole, most in ((True, 1), (False, 2)):
+        yield from [size for size in sizes if blocks.leaves_whole(axis, size) is whole][:most]
 
 
 def _cut(whole: int | tuple[int | None, ...], size: int) -> int | tuple[int | None, ...]:

@@ -51,6 +51,7 @@ class Subject:
         self.ids = torch.randint(1, config.vocab_size, TOKENS, generator=generator)
         self.cases = cases_of(self.architecture, self.parent.config, each_axis, blocks)
         self._seed, self._each_axis = seed, each_axis
+        self.made: dict[str, Any] = {}  # what checks share, by name
         for name, sizes in (budgets or {}).items():
             submodel = self.architecture.submodel(self.parent.config, sizes, name)
             self.cases.said.append(Case(f"budget {name}", dict(sizes), submodel))
