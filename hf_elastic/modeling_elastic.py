@@ -46,7 +46,9 @@ from .checkpoints.loading import (
 from .checkpoints.memory import resolve_for_loading
 from .checkpoints.opening import open_checkpoint
 from .checkpoints.origin import cut_from, loaded_from
+from .checkpoints.packing import read_codes, refuse_unpackable, without_weights
 from .checkpoints.passengers import not_passengers, open_passengers
+from .checkpoints.released import with_encodings
 from .checkpoints.saving import SavingMixin
 from .configuration.budgets import Budget
 from .configuration.hosting import HOST
@@ -65,6 +67,7 @@ from .storage.sources import pinned
 from .submodels.adapters import AdaptableMixin
 from .submodels.buffers import set_buffers
 from .submodels.loaded_from import WHERE, LoadedFrom, name_stock
+from .submodels.packed import pack
 from .submodels.slicing import use_eager_experts_if_misaligned
 from .submodels.switching import SwitchingMixin
 
@@ -154,6 +157,7 @@ class ElasticPreTrainedModel(
         budget: Budget | Submodel = None,
         elastic_config: Any = None,
         verify: bool = False,
+        packed: bool = False,
         **kwargs: Any,
     ) -> Any:
         r"""
@@ -172,6 +176,9 @@ class ElasticPreTrainedModel(
             verify (`bool`, *optional*, defaults to `False`):
                 Compare all weights with their checksums, also those that lie in the cache already: with the Hub's, and of parts of files and
                 folders with those that `save_pretrained` wrote. Parts of which there are none are not taken; whole files are fetched.
+            packed (`bool`, *optional*, defaults to `False`):
+                Of a quantised checkpoint, keep the codes in memory and decode weights whenever they are used: less memory, slower, for inference
+                only; see [`hf_elastic.submodels.packed`]. Otherwise weights are decoded while they are read, and it is a model like others.
             kwargs:
                 As in `PreTrainedModel.from_pretrained` (`dtype`, `device_map`, `attn_implementation`, `output_loading_info`, Hub
                 arguments, ...). Fields of the parent's config override it.
@@ -198,10 +205,11 @@ class ElasticPreTrainedModel(
             pretrained_model_name_or_path = os.path.join(pretrained_model_name_or_path, hub.pop("subfolder"))
         hub = pinned(pretrained_model_name_or_path, hub)
         elastic = load_config(pretrained_model_name_or_path, config, elastic_config, hub)
+        plain, variant = elastic_config is not None, kwargs.pop("variant", None)
+        elastic = with_encodings(pretrained_model_name_or_path, elastic, variant, plain=plain, **hub)
         stock_kwargs = checked_kwargs(kwargs)
         dtype = load_dtype(stock_kwargs, elastic)
         submodel = resolve_for_loading(elastic, budget, dtype, kwargs.get("device_map"), kwargs.get("max_memory"))
-        variant = kwargs.pop("variant", None)
         concrete = concrete_class(cls, elastic.parent_config)
         head = concrete._stock_class is elastic.architecture.causal_class
         ignored = elastic.architecture.ignored(concrete)
@@ -211,7 +219,12 @@ class ElasticPreTrainedModel(
         dtype = dtype or checkpoint.dtype()
         lazy = checkpoint.lazy_slice(elastic.architecture, elastic.parent_config, submodel, head=head)
         sliced = elastic.restrict(submodel)
-        if decoded := bool(sliced.encodings):
+        decoded = False
+        if packed:
+            refuse_unpackable(sliced, pretrained_model_name_or_path, stock_kwargs)
+            lazy = without_weights(lazy, sliced.encodings)
+        elif sliced.encodings:
+            decoded = True
             sliced = sliced.quantized(None)  # its weights are decoded while they are read
         whole = submodel == elastic.architecture.full(elastic.parent_config)
         if not whole or hasattr(elastic, CUT_FROM):
@@ -224,6 +237,8 @@ class ElasticPreTrainedModel(
         stock_kwargs["dtype"] = dtype
         stock_kwargs.setdefault("generation_config", generation_config(concrete, pretrained_model_name_or_path, hub))
         want_info = stock_kwargs.pop("output_loading_info", False)
+        if packed:
+            stock._experts_implementation = "eager"
         use_eager_experts_if_misaligned(stock, elastic.architecture, dtype)
         model, info = PreTrainedModel.from_pretrained.__func__(
             concrete, None, *model_args, config=stock, state_dict=lazy, output_loading_info=True, **stock_kwargs
@@ -232,6 +247,9 @@ class ElasticPreTrainedModel(
         model.__dict__.pop("_weight_conversions", None)
         refuse_incomplete(info, pretrained_model_name_or_path)
         set_buffers(model)
+        if packed:
+            coded = checkpoint.coded_slice(elastic.architecture, elastic.parent_config, submodel, head=head)
+            pack(model, elastic.architecture, read_codes(coded, sliced), sliced.encodings)
         model._hub_kwargs = {key: hub[key] for key in WHERE if key in hub}
         name = LoadedFrom(
             str(pretrained_model_name_or_path),

@@ -15,20 +15,22 @@ from transformers import PreTrainedConfig
 
 from ..architectures import Architecture
 from ..architectures.axes import Run, TensorRule, indices_of, places_of, shape_of
-from ..architectures.encodings import Encoding
+from ..architectures.encodings import ENCODINGS, Encoding
 from ..architectures.pieces import Piece, companions, pieces, stored_pieces
 from ..architectures.submodel import Submodel
 from ..configuration.leaving_out import ignored_names
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ElasticConfigError
 from ..storage.reading import Block, Joined, Places, Readable
 from ..storage.tensor_file import TensorFile
-from .decoding import Decoded, decoded
+from .decoding import Decoded, decoded, wrong_scales
 from .names import Names, is_base, stored_names
 
 Shapes = list[tuple[str, tuple[int, ...]]]
 """Tensors that one of the parent is stored as: their names and shapes."""
 
 ROTARY = r"rotary_emb\.inv_freq$"  # computed, but saved by old versions
+OF_ACTIVATIONS = r"\.(input_scale|input_global_scale|output_scale|[qkv]_scale)$"
+"""Scales of activations and of the KV cache in quantised checkpoints. Weights are all that is read: they are multiplied in the type of the model."""
 _SLACK = 100_000  # numbers; of so few every tensor is compared, and named
 
 
@@ -116,7 +118,8 @@ class Checkpoint:
                 problems += self._problems(rule, stored)
         strange = self._where.keys() - known
         self.ignored = ignored_names(strange, ignored)
-        unknown = sorted(strange - set(self.ignored) - set(ignored_names(strange, (ROTARY,))))
+        silently = (ROTARY, OF_ACTIVATIONS) if self.encodings else (ROTARY,)
+        unknown = sorted(strange - set(self.ignored) - set(ignored_names(strange, silently)))
         problems += [f"{key} belongs to no part of this {architecture.model_type}" for key in unknown]
         if problems:
             raise CheckpointError(
@@ -136,6 +139,43 @@ class Checkpoint:
         types = {self._stored_dtype(key) for key, _ in stored if key in self._where}
         if len(types) > 1:
             yield f"the parts of {rule.name} are stored as {' and '.join(sorted(types))}"
+
+    def encoding_of(self, piece: Piece, architecture: Architecture) -> Encoding | None:
+        """What a weight of the parent is stored in, by the names and types of what is there; `None` if it is stored whole, or not at all."""
+        for encoding in ENCODINGS.values():
+            codes, scale, *_ = companions(piece, encoding)
+            try:
+                code_name, scale_name = (self._sources(part, architecture)[0][0] for part in (codes, scale))
+            except ElasticConfigError:  # it is no whole number of blocks
+                continue
+            if code_name not in self or self._stored_dtype(code_name) not in codes.rule.dtypes:
+                continue
+            shapes = [self._where[name].shapes[name] for name in (code_name, scale_name) if name in self]
+            per_row = (
+                len({len(shape) for shape in shapes}) == 1
+            )  # one scale for a matrix has no dimension for its rows
+            if encoding.format != "fp8" or per_row == (encoding.name == "fp8"):
+                return encoding
+        return None
+
+    def check_scales(
+        self, architecture: Architecture, config: PreTrainedConfig, submodel: Submodel, *, head: bool = True
+    ) -> None:
+        """Read the scales of all weights of a submodel that are stored in few bits, and compare them with what scales can be.
+
+        Raises:
+            `CheckpointError`: one is 0, negative, NaN or infinite. Of the scales of blocks single ones may be 0, with codes that are, too.
+        """
+        for piece in pieces(architecture, config, submodel):
+            encoding = self.encodings.get(piece.rule.stored.name)
+            if encoding is None or piece.copy_of or not (head or is_base(piece.rule.name, architecture)):
+                continue
+            for part in list(companions(piece, encoding))[1:]:
+                if wrong := wrong_scales(self._part(part, architecture)[...]):
+                    raise CheckpointError(
+                        f"{part.rule.name} holds scales that are {wrong}; no weight was decoded. The file is damaged, or was written by a program "
+                        "that failed: fetch or quantise it again."
+                    )
 
     def _held(self, architecture: Architecture, config: PreTrainedConfig) -> Submodel:
         """The submodel that the files should hold."""

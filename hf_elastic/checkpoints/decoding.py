@@ -65,3 +65,20 @@ def decoded(
     rule = piece.rule
     rows = [shape[0] for shape in rule.stored_shapes(piece.kept)] if rule.parted else [piece.shape[-2]]
     return Decoded(encoding, piece.shape, dtype, parts, tuple(rows))
+
+
+def wrong_scales(scales: torch.Tensor) -> str | None:
+    """What is wrong with scales; `None` if nothing is. A block of zeros may have the scale 0 in E4M3, whole matrices may not."""
+    if scales.dtype == torch.float8_e4m3fn:  # as bytes: there are many of them
+        codes = scales.view(torch.uint8).flatten(-2)
+        if ((codes & 0x7F) == 0x7F).any():
+            return "NaN"
+        if (codes > 0x80).any():
+            return "negative"
+        return None if codes.any(-1).all() else "0 in a whole matrix"
+    values = scales.float()
+    if values.isnan().any():
+        return "NaN"
+    if values.isinf().any():
+        return "infinite"
+    return "0 or negative" if (values <= 0).any() else None

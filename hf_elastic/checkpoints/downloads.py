@@ -1,4 +1,4 @@
-"""Bytes that loading a size fetches from the Hub, counted from a config alone."""
+"""Bytes that a size has in files and that loading it fetches from the Hub: counted from a config alone, or from headers of files."""
 
 from __future__ import annotations
 
@@ -8,15 +8,33 @@ from ..architectures.encodings import itemsize
 from ..architectures.pieces import Piece, stored_pieces
 from ..architectures.submodel import Submodel
 from ..configuration_elastic import ElasticConfig
+from ..storage.streaming import size_of
+from .checkpoint import Checkpoint
 from .nested import levels_for
 
 
-def download_bytes(elastic: ElasticConfig, submodel: Submodel) -> int:
+def stored_bytes(elastic: ElasticConfig, submodel: Submodel, files: Checkpoint | None = None) -> int:
+    """Of the tensors of one size as they are stored.
+
+    Args:
+        files (`Checkpoint`, *optional*): The files; without, all that is not stored as codes and scales counts in the type that the config says.
+    """
+    if files is None:
+        return elastic.cost_model()(submodel).stored_bytes(elastic.load_dtype)
+    return sum(map(size_of, files.coded_slice(elastic.architecture, elastic.parent_config, submodel).values()))
+
+
+def download_bytes(elastic: ElasticConfig, submodel: Submodel, files: Checkpoint | None = None) -> int:
     """Of one size: its files in the nested layout, otherwise the rows of tensors that it keeps a part of, without headers and what is fetched along.
 
-    Rows are whole where columns are cut, because ranges of a file are fetched. What is not stored as codes and scales is counted in the
-    type that the config says.
+    Rows are whole where columns are cut, because ranges of a file are fetched.
+
+    Args:
+        files (`Checkpoint`, *optional*): As in `stored_bytes`.
     """
+    if files is not None:
+        extents = files.extents(elastic.architecture, elastic.parent_config, submodel)
+        return sum(stop - start for ranges in extents.values() for start, stop in ranges)
     if "files" in elastic.elastic:
         return sum(sum(elastic.elastic["files"][level].values()) for level in levels_for(elastic, submodel))
     stored = stored_pieces(elastic.architecture, elastic.parent_config, submodel, elastic.encodings)

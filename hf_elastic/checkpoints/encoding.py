@@ -11,7 +11,7 @@ import torch
 from ..architectures import Architecture
 from ..architectures.axes import Run, Sizes, TensorRule, indices_of
 from ..architectures.encodings import Encoding
-from ..architectures.pieces import Piece, pieces
+from ..architectures.pieces import Piece, companions, pieces
 from ..architectures.submodel import Submodel
 from ..configuration_elastic import ElasticConfig
 from ..errors import CheckpointError, ElasticConfigError
@@ -78,7 +78,7 @@ def encoded_content(
     *,
     head: bool = True,
 ) -> dict[str, Readable]:
-    """Everything that a size is stored as in the stock layout, by the Hub's names.
+    """Everything that a size is stored as in the stock layout, by the Hub's names. What the source stores as codes and scales stays as it is.
 
     Args:
         source ([`Checkpoint`]): The parent's weights.
@@ -101,7 +101,10 @@ def encoded_content(
     content: dict[str, Readable] = {}
     for piece in kept:
         name = piece.target.name
-        if (encoding := encodings.get(name)) is None:
+        if (coded := source.encodings.get(piece.rule.stored.name)) is not None:
+            for part in companions(piece, coded):
+                content |= _plain(part, architecture, source.matrices(part, architecture))
+        elif (encoding := encodings.get(name)) is None:
             content |= _plain(piece, architecture, weights[name])
         else:
             made = Making(piece, encoding, weights[name], fused[name])

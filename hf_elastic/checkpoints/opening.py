@@ -59,7 +59,21 @@ def open_checkpoint(
     """
 
     refuse_interrupted(repo, hub.get("subfolder"))  # with a config that was given, weights alone would do
+    checkpoint = _opened(repo, elastic, submodel, variant, head, ignored, verify, hub)
+    checkpoint.check_scales(elastic.architecture, elastic.parent_config, submodel, head=head)
+    return checkpoint
 
+
+def _opened(
+    repo: str | os.PathLike[str],
+    elastic: ElasticConfig,
+    submodel: Submodel,
+    variant: str | None,
+    head: bool,
+    ignored: Iterable[str],
+    verify: bool,
+    hub: dict[str, Any],
+) -> Checkpoint:
     def check(checkpoint: Checkpoint) -> Checkpoint:
         checkpoint.check(elastic.architecture, elastic.parent_config, head=head, ignored=ignored)
         return checkpoint
@@ -89,6 +103,22 @@ def open_checkpoint(
         return check(Checkpoint(find_files(repo, variant, verify=verify, **hub), elastic.encodings))
 
 
+def open_headers(repo: str | os.PathLike[str], variant: str | None = None, **hub: Any) -> Checkpoint:
+    """The files of a checkpoint in the stock layout, of which only names, types and shapes are to be read: no more of them is fetched from the Hub.
+
+    Raises:
+        `CheckpointError`: there are none, or one is damaged.
+    """
+    if os.path.isdir(repo) or hub.get("force_download") or commit_of(hub) is None:
+        return Checkpoint(find_files(repo, variant, **hub))
+    try:
+        files = _parts(str(repo), variant, hub, verify=False)
+    except RangesRefused as refusal:
+        logger.warning("whole files are fetched: %s", refusal)
+        return Checkpoint(find_files(repo, variant, **hub))
+    return Checkpoint([file.path if isinstance(file, PartialFile) else file for file in files.values()])
+
+
 def _fetch_parts(
     repo: str,
     variant: str | None,
@@ -102,6 +132,22 @@ def _fetch_parts(
     Args:
         needs: Gives per file the ranges of bytes that are needed, from headers alone.
     """
+    index = with_variant(INDEX_NAME, variant)
+    files = _parts(repo, variant, hub, verify)
+    paths = {name: file.path if isinstance(file, PartialFile) else file for name, file in files.items()}
+    extents = needs(Checkpoint(list(paths.values()), elastic.encodings))
+    for name, file in files.items():
+        if isinstance(file, PartialFile):
+            ranges = extents.get(file.path, [])
+            if file.missing(ranges) > MOSTLY * file.size:
+                paths[name] = fetched(repo, name, index, hub)
+            else:
+                file.fetch(ranges)
+    return list(paths.values())
+
+
+def _parts(repo: str, variant: str | None, hub: dict[str, Any], verify: bool) -> dict[str, Path | PartialFile]:
+    """The files of a Hub repository in the stock layout by name: those that are in the ordinary cache, and parts of the others, at first their headers."""
     single, index = with_variant(SINGLE_NAME, variant), with_variant(INDEX_NAME, variant)
 
     @cache
@@ -120,24 +166,15 @@ def _fetch_parts(
         return file
 
     try:
-        files = {single: part(single)}  # first, as upstream does where a repository holds both
+        return {single: part(single)}  # first, as upstream does where a repository holds both
     except FileNotFoundError:
         listing = find_file(repo, index, hub)
         if listing is None:
             raise no_weights(repo, hub) from None
-        files = {}
+        files: dict[str, Path | PartialFile] = {}
         for name in shard_names(listing):
             try:
                 files[name] = part(name)
             except FileNotFoundError as error:
                 raise CheckpointError(f"{error} {index} lists it; the checkpoint is incomplete.") from error
-    paths = {name: file.path if isinstance(file, PartialFile) else file for name, file in files.items()}
-    extents = needs(Checkpoint(list(paths.values()), elastic.encodings))
-    for name, file in files.items():
-        if isinstance(file, PartialFile):
-            ranges = extents.get(file.path, [])
-            if file.missing(ranges) > MOSTLY * file.size:
-                paths[name] = fetched(repo, name, index, hub)
-            else:
-                file.fetch(ranges)
-    return list(paths.values())
+        return files

@@ -30,10 +30,12 @@ from ..storage.tokenizer_files import tokenizer_files
 from .encoding import encoded_content
 from .export import write_stock_config
 from .loading import load_config
+from .memory import resolve_for_loading
 from .nested import FOLDER
 from .opening import open_checkpoint
 from .origin import cut_from
 from .passengers import not_passengers, open_passengers, processor_files
+from .released import with_encodings
 from .replacing import checked_target, replacing
 from .saving import Layout, check_layout, nest, written_config
 
@@ -86,6 +88,56 @@ def quantize_checkpoint(
     elastic = _config(repo, elastic_config, hub)
     submodel = elastic.resolve(budget)
     written = _written(elastic, submodel, taken, repo, hub)
+    options = {"layout": layout, "max_shard_size": max_shard_size, "verify": verify, "progress": progress}
+    _write(repo, output, elastic, submodel, written, "quantize", hub, **options)
+
+
+def slice_checkpoint(
+    repo: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    budget: Budget | Submodel,
+    *,
+    layout: Layout = "stock",
+    elastic_config: Any = None,
+    max_shard_size: int | str = "5GB",
+    verify: bool = False,
+    progress: bool = True,
+    **hub: Any,
+) -> None:
+    """Write one size of a checkpoint, and what nests in it, into a new folder, from file to file: what is stored in few bits stays so.
+
+    Args and errors are those of `quantize_checkpoint`; a plain checkpoint that another program quantised becomes an elastic one.
+    """
+    check_layout(layout, {})
+    checked_target(output)
+    _refuse_same(repo, output, hub)
+    hub = pinned(repo, hub)
+    elastic = load_config(repo, None, elastic_config, hub)
+    elastic = with_encodings(repo, elastic, plain=elastic_config is not None, **hub)
+    submodel = resolve_for_loading(elastic, budget, None)
+    written = elastic.restrict(submodel)
+    written.parent_config.__dict__.pop("quantization_config", None)  # of the whole parent, with its numbers of layers
+    if submodel != elastic.architecture.full(elastic.parent_config) or hasattr(elastic, CUT_FROM):
+        written.cut_from = cut_from(elastic, submodel, repo, hub)
+    options = {"layout": layout, "max_shard_size": max_shard_size, "verify": verify, "progress": progress}
+    _write(repo, output, elastic, submodel, written, "slice", hub, **options)
+
+
+def _write(
+    repo: Any,
+    output: Any,
+    elastic: ElasticConfig,
+    submodel: Submodel,
+    written: ElasticConfig,
+    what: str,
+    hub: dict[str, Any],
+    *,
+    layout: Any,
+    max_shard_size: Any,
+    verify: Any,
+    progress: Any,
+) -> None:
+    """A size of a checkpoint with the config `written`, and all that is beside it. `what` is what the bar says."""
     causal = elastic.architectures != ["ElasticModel"]
     architecture = elastic.architecture
     stock = architecture.causal_class if causal else architecture.base_class
@@ -99,7 +151,7 @@ def quantize_checkpoint(
     content = encoded_content(source, elastic, submodel, written.encodings, head=causal)
     with replacing(output) as scratch:
         total = sum(map(size_of, content.values()))
-        with tqdm(total=total, unit="B", unit_scale=True, desc="quantize", disable=not progress) as bar:
+        with tqdm(total=total, unit="B", unit_scale=True, desc=what, disable=not progress) as bar:
             write_shards(scratch, "model", content, max_shard_size, bar.update)
         for name, path in beside.items():
             shutil.copyfile(path, scratch / name)

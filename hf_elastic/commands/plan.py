@@ -35,6 +35,7 @@ from .recipes import defaults
 
 if TYPE_CHECKING:
     from ..architectures.submodel import Submodel
+    from ..checkpoints.checkpoint import Checkpoint
     from ..configuration_elastic import ElasticConfig
 
 
@@ -95,8 +96,8 @@ def run(args: argparse.Namespace) -> None:
     memory = {key: value for key, value in keys.items() if value is not None}
     run_keys = {"length": args.length, "gpus": args.gpus, "rank": args.rank, "rows": args.batch_size}
     _refuse_stray(args, memory)
-    elastic = _config(args.repo, args.elastic_config, hub)
-    budgets = plan(elastic, parse_sizes(args.size), args.budget)
+    elastic, files = _config(args.repo, args.elastic_config, hub)
+    budgets = plan(elastic, parse_sizes(args.size), args.budget, files)
     found = fits(elastic, memory, args.packed) if args.fits is not None else {}
     trained: dict[str, Any] = {}
     if args.training:
@@ -130,17 +131,29 @@ def _refuse_stray(args: argparse.Namespace, memory: dict[str, Any]) -> None:
         raise ElasticConfigError("--rank is of adapters, which --training full has none of; give --training lora.")
 
 
-def _config(repo: str, described: str | None, hub: dict[str, Any]) -> ElasticConfig:
+def _config(repo: str, described: str | None, hub: dict[str, Any]) -> tuple[ElasticConfig, Checkpoint | None]:
+    """The config, and the files of a checkpoint in few bits whose config does not say which weights are, of which headers are read."""
     from ..checkpoints.described import described_config
+    from ..checkpoints.released import released
     from ..configuration_elastic import read_config
+    from ..storage.sources import pinned
 
-    return read_config(repo, plain=True, **hub) if described is None else described_config(repo, described, **hub)
+    elastic = read_config(repo, plain=True, **hub) if described is None else described_config(repo, described, **hub)
+    elastic, files = released(repo, elastic, plain=not elastic.axes or described is not None, **pinned(repo, hub))
+    if files is not None:
+        files.check(elastic.architecture, elastic.parent_config, ignored=elastic.architecture.ignored())
+    return elastic, files
 
 
 def plan(
-    repo: str | ElasticConfig, sizes: dict[str, Any] | None = None, budgets: Sequence[str] = ()
+    repo: str | ElasticConfig,
+    sizes: dict[str, Any] | None = None,
+    budgets: Sequence[str] = (),
+    files: Checkpoint | None = None,
 ) -> list[dict[str, Any]]:
     """Cost and sizes of every size of a checkpoint, of what `budgets` select, and of `sizes` under the name `custom` if there are any.
+
+    With `files`, whose headers are read, bytes that are stored and fetched are counted from these.
 
     Returns:
         `list[dict]`: `name` (`None` for sizes between budgets), `total_params`, `active_params`, `weight_bytes` per dtype (decoded),
@@ -149,11 +162,13 @@ def plan(
         text as name.
     """
     from ..architectures.portability import portability
-    from ..checkpoints.downloads import download_bytes
-    from ..configuration_elastic import read_config
+    from ..checkpoints.downloads import download_bytes, stored_bytes
     from ..elastification.search import sizes_from_spec
 
-    elastic = read_config(repo, plain=True) if isinstance(repo, str) else repo
+    if isinstance(repo, str):
+        elastic, files = _config(repo, None, {})
+    else:
+        elastic = repo
     members = elastic.chain()
     members += [(budget, elastic.resolve(budget)) for budget in budgets]
     if sizes:
@@ -169,8 +184,8 @@ def plan(
         return [o._asdict() for o in portability(table, elastic.parent_config, member, elastic.load_dtype)]
 
     def bytes_of(member: Submodel) -> dict[str, Any]:
-        stored = count(member).stored_bytes(elastic.load_dtype)
-        return {"stored_bytes": stored, "download_bytes": download_bytes(elastic, member), "formats": formats}
+        stored, fetched = stored_bytes(elastic, member, files), download_bytes(elastic, member, files)
+        return {"stored_bytes": stored, "download_bytes": fetched, "formats": formats}
 
     return [
         {

@@ -1,6 +1,6 @@
 """Save one size of an elastic checkpoint as an elastic checkpoint that still nests the smaller sizes.
 
-For a plain checkpoint of one size use `hf-elastic export`.
+For a plain checkpoint of one size use `hf-elastic export`. Weights that are stored in few bits stay so: their codes and scales are cut.
 
   hf-elastic slice family family-half --budget half
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 
+from ..errors import ElasticConfigError
 from .common import add_source, check_config, check_dtype, check_output, check_source, save_with_tokenizer
 
 
@@ -26,6 +27,11 @@ def run(args: argparse.Namespace) -> None:
     check_output(args.output, args.repo)
     args.dtype = check_dtype(args.dtype)
     check_config(args.repo)
+    if _is_coded(args):
+        _slice_coded(args)
+        print(render(plan(args.output)))
+        print(f"saved to {args.output}")
+        return
     tokenizer = optional_tokenizer(args.repo)
     model = ElasticForCausalLM.from_pretrained(
         args.repo,
@@ -37,3 +43,33 @@ def run(args: argparse.Namespace) -> None:
     save_with_tokenizer(model, tokenizer, args.output)
     print(render(plan(args.output)))
     print(f"saved to {args.output}")
+
+
+def _is_coded(args: argparse.Namespace) -> bool:
+    """Whether weights are stored in few bits."""
+    from ..checkpoints.loading import load_config
+    from ..checkpoints.released import quantization_of
+
+    elastic = load_config(args.repo, None, args.elastic_config, {})
+    return (
+        bool(elastic.encodings) or quantization_of(args.repo, elastic, {}, args.elastic_config is not None) is not None
+    )
+
+
+def _slice_coded(args: argparse.Namespace) -> None:
+    from ..checkpoints.quantizing import slice_checkpoint
+    from ..storage.checksums import has_checksums
+
+    if args.dtype != "auto":
+        raise ElasticConfigError(
+            f"--dtype {args.dtype}: weights of {args.repo} are stored in few bits and stay as they are; leave it out. To decode them, load the size with "
+            "from_pretrained(..., budget=...) and save it with save_pretrained."
+        )
+    slice_checkpoint(
+        args.repo,
+        args.output,
+        args.budget,
+        elastic_config=args.elastic_config,
+        verify=has_checksums(args.repo),
+        progress=False,
+    )

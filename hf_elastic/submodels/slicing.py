@@ -20,6 +20,7 @@ from .bound import Bound, view_parameter
 from .buffers import share_constant_buffers
 from .masking import is_layer_norm
 from .offloading import Offloaded, follow_hooks, is_fetched
+from .packed import PackedModule, bind_packed
 
 logger = logging.getLogger(__name__)
 
@@ -163,6 +164,9 @@ def bind_views(
             continue
         owner, _, leaf = source.rpartition(".")
         holder = parent.get_submodule(owner)
+        if isinstance(holder, PackedModule) and leaf in holder.held:
+            bound += bind_packed(piece, holder, leaf, tree.get_submodule(name.rpartition(".")[0]), owner)
+            continue
         tensor: torch.Tensor = getattr(holder, leaf)
         if hasattr(tensor, "full_tensor"):
             raise ElasticConfigError(

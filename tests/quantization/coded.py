@@ -156,11 +156,12 @@ def write_released(
     encodings: Mapping[str, Encoding],
     fields: Mapping[str, Any],
     extra: Mapping[str, torch.Tensor],
+    *,
+    scalars: bool = False,
 ) -> PreTrainedModel:
     """A plain checkpoint in few bits, as other programs write it: no section, but these fields in `config.json`, and more tensors."""
     model, _ = family(name)
     folder.mkdir(parents=True, exist_ok=True)
-    scalars = any(encoding.name.endswith("modelopt") for encoding in encodings.values())
     save_file(
         {**tensors_of(model, encodings, scalars), **extra}, folder / "model.safetensors", metadata={"format": "pt"}
     )
