@@ -209,19 +209,21 @@ class ElasticPreTrainedModel(
         elastic = with_encodings(pretrained_model_name_or_path, elastic, variant, plain=plain, **hub)
         stock_kwargs = checked_kwargs(kwargs)
         dtype = load_dtype(stock_kwargs, elastic)
-        submodel = resolve_for_loading(elastic, budget, dtype, kwargs.get("device_map"), kwargs.get("max_memory"))
+        where = kwargs.get("device_map"), kwargs.get("max_memory")
+        submodel = resolve_for_loading(elastic, budget, dtype, *where, packed=packed)
         concrete = concrete_class(cls, elastic.parent_config)
         head = concrete._stock_class is elastic.architecture.causal_class
         ignored = elastic.architecture.ignored(concrete)
+        if packed:
+            refuse_unpackable(elastic, pretrained_model_name_or_path, stock_kwargs, head)
         checkpoint = open_checkpoint(
             pretrained_model_name_or_path, elastic, submodel, variant, head=head, ignored=ignored, verify=verify, **hub
         )
         dtype = dtype or checkpoint.dtype()
-        lazy = checkpoint.lazy_slice(elastic.architecture, elastic.parent_config, submodel, head=head)
+        lazy = checkpoint.lazy_slice(elastic.architecture, elastic.parent_config, submodel, head=head, dtype=dtype)
         sliced = elastic.restrict(submodel)
         decoded = False
         if packed:
-            refuse_unpackable(sliced, pretrained_model_name_or_path, stock_kwargs, head)
             lazy = without_weights(lazy, sliced.encodings)
         elif sliced.encodings:
             decoded = True
@@ -279,8 +281,7 @@ class ElasticPreTrainedModel(
         }
         if old.interpolated:
             section["interpolated"] = [{"sizes": entry["sizes"]} for entry in old.interpolated]
-        if "handover" in old.elastic:
-            section["handover"] = old.elastic["handover"]
+        section |= {key: old.elastic[key] for key in ("handover", "quantization") if key in old.elastic}
         self.elastic_config = ElasticConfig(parent_config=self.config, elastic=section)
         for key in (CUT_FROM, LEFT_OUT, HOST):
             if hasattr(old, key):
