@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -18,7 +18,6 @@ from ..errors import CheckpointError, ElasticConfigError
 from ..quantization.codec import encode, global_scale_of
 from ..quantization.recipes import fused_groups
 from ..storage.reading import Block, Readable
-from .checkpoint import Checkpoint
 from .names import is_base, stored_names
 from .nested import between
 
@@ -26,6 +25,14 @@ Matrix = Callable[..., Readable]
 """Gives a matrix of a weight, not read yet: [`Checkpoint.matrices`]."""
 
 _TYPES = {"U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn, "F32": torch.float32}
+
+
+class Source(Protocol):
+    """Where weights come from: a [`hf_elastic.checkpoints.checkpoint.Checkpoint`], or a packed model."""
+
+    encodings: dict[str, Encoding]
+
+    def matrices(self, piece: Piece, architecture: Architecture) -> Matrix: ...
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,7 @@ class Latest:
 
 
 def encoded_content(
-    source: Checkpoint,
+    source: Source,
     elastic: ElasticConfig,
     submodel: Submodel,
     encodings: Mapping[str, Encoding],
@@ -81,7 +88,7 @@ def encoded_content(
     """Everything that a size is stored as in the stock layout, by the Hub's names. What the source stores as codes and scales stays as it is.
 
     Args:
-        source ([`Checkpoint`]): The parent's weights.
+        source ([`Source`]): The parent's weights.
         elastic (`ElasticConfig`): Its config.
         submodel (`Submodel`): The size.
         encodings (`dict[str, Encoding]`): What its weights become, by their names in the live model of that size.
@@ -199,7 +206,8 @@ def _largest(weight: torch.Tensor) -> torch.Tensor:
 
 def _encoded(made: Making, architecture: Architecture, latest: Latest) -> dict[str, Readable]:
     """The companions of a weight, by the names that they have on disk."""
-    piece, content = made.piece, {}
+    piece = made.piece
+    content: dict[str, Readable] = {}
     for new, expert in _experts(piece):
         source = (made.matrix(expert),)
         for i, companion in enumerate(made.encoding.companions):

@@ -189,7 +189,7 @@ def _patterns(rules: Sequence[TensorRule], architecture: Architecture, stack: st
         for module in _modules(rule):
             key = _from_layer(module, architecture).replace("{use}", str(rule.use)), stack if _is_stack(rule) else "$"
             layers.setdefault(key, []).append(str(rule.layer))
-    patterns = {}
+    patterns: dict[str, Any] = {}
     for (module, end), numbers in layers.items():
         number = "|".join(dict.fromkeys(numbers))
         spelled = re.escape(module).replace(r"\{layer\}", f"({number})" if "|" in number else number)

@@ -399,10 +399,16 @@ def damaged(format: str, part: int, value: float, at: int = 3) -> list[torch.Ten
     return parts
 
 
-@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
-@pytest.mark.parametrize(("format", "part"), [("nvfp4", 1), ("nvfp4", 2), ("fp8", 1)])
+@pytest.mark.parametrize(
+    ("format", "part", "value"),
+    [
+        (format, part, value)
+        for format, part in (("nvfp4", 1), ("nvfp4", 2), ("fp8", 1))
+        for value in (0.0, -1.0, float("nan"), *([] if (format, part) == ("nvfp4", 1) else [float("inf")]))
+    ],
+)
 def test_damaged_scales(format, part, value):
-    message = "NaN or infinite" if value else "are 0 where codes are not|negative, NaN or infinite"  # E4M3: inf is NaN
+    message = "NaN or infinite" if value else "are 0 where codes are not|negative, NaN or infinite"
     with pytest.raises(CheckpointError, match=message):
         decode(damaged(format, part, value), format, torch.bfloat16)
 
