@@ -18,7 +18,7 @@ from ..architectures.cost import CostModel
 from ..architectures.portability import check_portable, portable_choices
 from ..architectures.submodel import LAYERS, Submodel
 from ..checkpoints.devices import scoring_device
-from ..checkpoints.loading import checked_parent, load_stock
+from ..checkpoints.loading import checked_parent, load_stock, refuse_quantized
 from ..checkpoints.passengers import not_passengers, parent_inside, passengers_beside
 from ..configuration.budgets import Limit, is_limit, parse_limit, warn_if_far
 from ..configuration.leaving_out import ignored_beside, note_left_out
@@ -94,7 +94,7 @@ def elastify(
             `model.importance_scores` holds the scores.
 
     Raises:
-        `ElasticConfigError`: axes, budgets or scores that do not fit the parent, or a target that no choice meets.
+        `ElasticConfigError`: axes, budgets or scores that do not fit the parent, a target that no choice meets, or the parent is quantised.
         `UnsupportedArchitectureError`: no table for the parent.
         `CheckpointError`: the parent's files lack tensors, or hold others than its config says.
     """
@@ -107,6 +107,7 @@ def elastify(
             f"dtype={shown(dtype)} is for a parent that is loaded here; this one is there, cast it before."
         )
     model = checked_parent(_load_parent(parent, dtype) if loaded else parent)  # type: ignore[arg-type]
+    refuse_quantized(model)
     inside = parent_inside(model)
     model = model if inside is None else inside[0]
     scoring_device(model, device)

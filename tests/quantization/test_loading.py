@@ -276,7 +276,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("layout", ["stock", "nested"])
 def test_a_size_fetches_its_codes_and_no_others(layout, verify, folder, local_hub, tmp_path, monkeypatch):
     monkeypatch.setattr(fetching, "_GAP", 0)  # in tiny files everything is near
-    monkeypatch.setattr(fetching, "MOSTLY", 2)
+    monkeypatch.setattr("hf_elastic.checkpoints.opening.MOSTLY", 2)  # parts, however many
     local_hub.commit("org/family", folder / layout)
     elastic = ElasticConfig.from_pretrained(folder / layout)
     for size in ("small", "half"):
