@@ -143,6 +143,7 @@ def _write(
     stock = architecture.causal_class if causal else architecture.base_class
     ignored = architecture.ignored(stock)
     source = open_checkpoint(repo, elastic, submodel, head=causal, ignored=ignored, verify=verify, **hub)
+    source.refuse_unequal(elastic.architecture, elastic.parent_config, submodel)
     note_left_out(written, not_passengers(elastic.host, source.ignored), repo)
     dtype = elastic.dtype if isinstance(elastic.dtype, torch.dtype) else source.dtype()
     beside = files_beside(repo, hub)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from compressed_tensors.utils.match import is_match
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PreTrainedModel
 
-from hf_elastic import ElasticForCausalLM
+from hf_elastic import CheckpointError, ElasticForCausalLM
 from hf_elastic.checkpoints.exporting import export_checkpoint
 from hf_elastic.submodels.slicing import slice_state_dict
 
@@ -38,6 +39,21 @@ def assert_slices(folder: Path, whole: dict[str, torch.Tensor], budgets: dict[st
         assert state.keys() >= cut.keys()
         for name, tensor in cut.items():
             assert torch.equal(state[name], tensor.to(state[name].dtype)), (budget, name)
+
+
+def one_by_one(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Tensors by the Hub's names, experts as those name them that quantise: one by one, gate and up apart."""
+    content: dict[str, torch.Tensor] = {}
+    for key, tensor in tensors_of(model, {}).items():
+        module, _, leaf = key.removesuffix(".weight").rpartition(".")
+        parts = {"input_linear": ("gate", "up"), "output_linear": ("down",)}.get(leaf)
+        if parts is None or tensor.dim() < 3:
+            content[key] = tensor
+            continue
+        for expert, matrix in enumerate(tensor):
+            names = [f"{module}.experts.{expert}.{part}_proj.weight" for part in parts]
+            content |= dict(zip(names, matrix.chunk(len(parts)), strict=True))
+    return content
 
 
 # -- compressed-tensors writes -----------------------------------------------------------------------------------------
@@ -117,22 +133,48 @@ HALF = {
     "shared_expert_ffn": 16,
     "ffn": 32,
 }
-MODELOPT_BUDGETS = {"half": HALF, "small": HALF | {"layers": [0, 2, 3], "mamba_heads": 2, "attention_heads": 1}}
+SMALL = HALF | {"layers": [0, 2, 3], "mamba_heads": 2, "attention_heads": 1}
+MODELOPT = {
+    "modelopt-fp8": {"half": HALF, "small": SMALL},
+    "modelopt-nvfp4": {"half": HALF, "small": SMALL},
+    "modelopt-granite-nvfp4": {"half": {"expert_ffn": 16, "experts": 3, "shared_expert_ffn": 16}},
+}
 
 
-@pytest.mark.parametrize("format", ["fp8", "nvfp4"])
-def test_what_modelopt_writes(format):
+@pytest.mark.parametrize("name", MODELOPT)
+def test_what_modelopt_writes(name):
     """Every tensor is what modelopt's own classes make of it; the file was written by `files/make_modelopt.py`."""
-    folder = FILES / f"modelopt-{format}"
+    folder = FILES / name
     said = json.loads((folder / "decoded.json").read_text())
     model = load(folder, elastic_config={})
-    hub = tensors_of(model, {})
+    hub = one_by_one(model)
     found = {
         name.removesuffix(".weight"): hashlib.sha256((tensor.bfloat16() + 0).view(torch.int16).numpy().tobytes())
         for name, tensor in hub.items()
     }
     assert {name: digest.hexdigest() for name, digest in found.items()} == said
-    assert_slices(folder, model.state_dict(), MODELOPT_BUDGETS)
+    assert_slices(folder, model.state_dict(), MODELOPT[name])
+
+
+def test_parts_of_a_matrix_with_scales_of_their_own(tmp_path):
+    """Gate and up of experts, stored one by one: decoded each by its own; codes of the live matrix have one scale for both."""
+    shutil.copytree(FILES / "modelopt-granite-nvfp4", tmp_path / "parts")
+    file = tmp_path / "parts/model.safetensors"
+    content = load_file(file)
+    before = load(tmp_path / "parts", elastic_config={}).state_dict()
+    content["model.layers.1.block_sparse_moe.experts.2.up_proj.weight_scale_2"] *= 2
+    save_file(content, file, metadata={"format": "pt"})
+    after = load(tmp_path / "parts", elastic_config={}).state_dict()
+    stack = "model.layers.1.block_sparse_moe.experts.gate_up_proj"
+    before[stack][2, 32:] *= 2
+    assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
+    for refused in (
+        lambda: load(tmp_path / "parts", elastic_config={}, packed=True),
+        lambda: export_checkpoint(tmp_path / "parts", tmp_path / "out", elastic_config={}, progress=False),
+    ):
+        with pytest.raises(CheckpointError, match=rf"the parts of {stack} \(gate, up\) are stored with scales of"):
+            refused()
+    assert not (tmp_path / "out").exists()
 
 
 # -- we write ----------------------------------------------------------------------------------------------------------
@@ -165,21 +207,26 @@ def test_compressed_tensors_reads_what_we_write(name, recipe, budget, tmp_path):
     linear = torch.nn.Linear(1, 1, device="meta")
     assert len(coded) > 5
     assert not any(is_match(module, linear, ignored) for module in coded for ignored in said["ignore"])
-    live = tensors_of(model, {})
-    stacks = {key for key in live if live[key].dim() == 3 and "conv1d" not in key}
-    for key, tensor in live.items():
+    for key, tensor in one_by_one(model).items():
         module = key.removesuffix(".weight")
-        if module in values:
-            assert torch.equal(values.pop(module), tensor), key
-        elif key in content:
-            assert torch.equal(content[key], tensor), key
-        else:  # granite: a stack of gate|up and one of down, exported one by one
-            assert key in stacks
-            of, parts = (".input_linear", ("gate", "up")) if ".input_linear" in key else (".output_linear", ("down",))
-            for expert, matrix in enumerate(tensor):
-                names = [f"{module.removesuffix(of)}.experts.{expert}.{part}_proj" for part in parts]
-                assert torch.equal(torch.cat([values.pop(part) for part in names]), matrix), names
+        assert torch.equal(values.pop(module) if module in values else content[key], tensor), key
     assert not values
+
+
+@pytest.mark.parametrize("recipe", ["nvfp4", "fp8"])
+@pytest.mark.parametrize("name", ["nemotron", "granite"])
+def test_we_read_what_we_write(name, recipe, tmp_path):
+    """An export is a quantised checkpoint like any other: decoded, packed, and exported again, which gives the same file."""
+    model = exported(tmp_path, name, recipe, "small")
+    folder, ids = tmp_path / "export", torch.arange(12)[None]
+    found = load(folder, elastic_config={}).state_dict()
+    assert all(torch.equal(found[key], tensor) for key, tensor in model.state_dict().items())
+    packed = [load(tmp_path / "family", budget="small", packed=True), load(folder, elastic_config={}, packed=True)]
+    assert torch.equal(*(one(ids).logits for one in packed))
+    export_checkpoint(folder, tmp_path / "again", elastic_config={}, progress=False)
+    first, second = (load_file(tmp_path / where / "model.safetensors") for where in ("export", "again"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(tensor.view(torch.uint8), second[key].view(torch.uint8)) for key, tensor in first.items())
 
 
 UPSTREAM = "huggingface/transformers#48371: experts in NVFP4 are loaded without their global scale"
