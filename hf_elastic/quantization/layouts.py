@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
@@ -20,11 +20,11 @@ from transformers import PreTrainedConfig
 from .._version import __version__
 from ..architectures import Architecture
 from ..architectures.axes import TensorRule
+from ..architectures.coded_programs import CodedLayout
 from ..architectures.encodings import ENCODINGS, NVFP4_BLOCK, Encoding
 from ..architectures.hosts import Host
 from ..errors import ElasticConfigError, ExportError, did_you_mean, shown
 
-CodedLayout = Literal["compressed-tensors", "modelopt"]
 LAYOUTS: tuple[CodedLayout, ...] = ("compressed-tensors", "modelopt")
 MODELOPT_FILE = "hf_quant_config.json"
 """Which readers of modelopt's layout look for beside `config.json`."""
