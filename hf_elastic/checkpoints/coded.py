@@ -162,7 +162,7 @@ def _decoded(
         for segment, (start, stop), shape in segments_of(rule, piece.kept):
 
             def make(expert: int | None = expert, start: int = start, stop: int = stop) -> torch.Tensor:
-                (weight,) = latest(expert, lambda: whole(expert))
+                (weight,) = latest((rule.name, expert), lambda: whole(expert))
                 return weight if rule.segments == (None,) else weight[start:stop]
 
             content[stored_names(rule, architecture, new, segment)[0]] = Computed(shape, dtype, make, ())
