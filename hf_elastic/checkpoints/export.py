@@ -17,9 +17,11 @@ from ..architectures.portability import warn_if_not_portable
 from ..architectures.submodel import Submodel
 from ..configuration.budgets import Budget
 from ..configuration.leaving_out import LEFT_OUT, left_out
+from ..configuration.quantized import renumbered
 from ..configuration.section import CUT_FROM
 from ..configuration_elastic import ElasticConfig
 from ..errors import ExportError, refuse_misspelt
+from ..quantization.layouts import CodedLayout, quantization_config
 from ..storage.tokenizer_files import read_tokenizer_file, tokenizer_files
 from .origin import cut_from, named, refuse_loss
 from .passengers import Passengers, add_shard, processor_files, within
@@ -130,6 +132,7 @@ def write_stock_config(
     *,
     causal: bool = True,
     whole: bool = False,
+    coded_layout: CodedLayout = "compressed-tensors",
 ) -> None:
     """Write the `config.json` of a size as a plain checkpoint.
 
@@ -139,6 +142,7 @@ def write_stock_config(
         origin (`dict`): What it says of where it is from, see [`hf_elastic.checkpoints.origin`].
         causal (`bool`, *optional*, defaults to `True`): With a head.
         whole (`bool`, *optional*, defaults to `False`): That of the larger model, with the size in it.
+        coded_layout (`str`, *optional*, defaults to `"compressed-tensors"`): Of what is stored in few bits, if anything is.
     """
     architecture = elastic.architecture
     stock = architecture.causal_class if causal else architecture.base_class
@@ -149,6 +153,11 @@ def write_stock_config(
         inner = {key: value for key, value in written.items() if key not in ("architectures", "transformers_version")}
         version = written.get("transformers_version")
         written = {**around, "dtype": written["dtype"], "transformers_version": version, host.section: inner}
+    coded = renumbered(architecture, elastic.parent_config, elastic.encodings, submodel)
+    written.pop("quantization_config", None)
+    if coded:
+        host = elastic.host if whole else None
+        written["quantization_config"] = quantization_config(coded, architecture, config, coded_layout, host)
     written[CUT_FROM] = origin
     if groups := left_out(elastic):
         written[LEFT_OUT] = groups

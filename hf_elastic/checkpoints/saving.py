@@ -19,6 +19,7 @@ from ..configuration.remote_code import AUTO_MAP, write_module
 from ..configuration.section import CUT_FROM, checked_section
 from ..configuration_elastic import ElasticConfig
 from ..errors import CheckpointError, ElasticConfigError, refuse_misspelt, users_level
+from ..quantization.layouts import quantization_config
 from ..routing.router import BudgetRouter
 from ..storage.checksums import write_checksums
 from ..storage.files import INDEX_NAME, find_files
@@ -225,6 +226,9 @@ def written_config(
     elastic.dtype = elastic.parent_config.dtype = dtype
     elastic.architectures = ["ElasticForCausalLM" if causal else "ElasticModel"]
     elastic.auto_map = dict(AUTO_MAP)
+    elastic.__dict__.pop("quantization_config", None)
+    if encodings := elastic.encodings:  # for others: what is read here is the section
+        elastic.quantization_config = quantization_config(encodings, elastic.architecture, elastic.parent_config)
     if files is None:
         return elastic
     written = copy.copy(elastic)
