@@ -110,24 +110,24 @@ def encoded_content(
         name = piece.target.name
         if (coded := source.encodings.get(piece.rule.stored.name)) is not None:
             for part in companions(piece, coded):
-                content |= _plain(part, architecture, source.matrices(part, architecture))
+                content |= plain(part, architecture, source.matrices(part, architecture))
         elif (encoding := encodings.get(name)) is None:
-            content |= _plain(piece, architecture, weights[name])
+            content |= plain(piece, architecture, weights[name])
         else:
             made = Making(piece, encoding, weights[name], fused[name])
             content |= _encoded(made, architecture, latest)
     return content
 
 
-def _plain(piece: Piece, architecture: Architecture, matrix: Matrix) -> dict[str, Readable]:
+def plain(piece: Piece, architecture: Architecture, matrix: Matrix) -> dict[str, Readable]:
     """A tensor that stays as it is."""
     rule = piece.target
     if not rule.apart:
         return {stored_names(rule, architecture)[0]: matrix()}
     content: dict[str, Readable] = {}
     along = piece.runs[int(rule.stacked)]
-    for new, expert in _experts(piece):
-        for segment, (start, stop), shape in _segments(rule, piece.kept):
+    for new, expert in experts_of(piece):
+        for segment, (start, stop), shape in segments_of(rule, piece.kept):
             name = stored_names(rule, architecture, new, segment)[0]
             content[name] = _shaped(matrix(expert, between(along, start, stop)), shape)
     return content
@@ -140,12 +140,12 @@ def _shaped(part: Readable, shape: tuple[int, ...]) -> Readable:
     return Computed(shape, part.dtype, lambda: part[...].view(shape), (part,))
 
 
-def _experts(piece: Piece) -> list[tuple[int | None, int | None]]:
+def experts_of(piece: Piece) -> list[tuple[int | None, int | None]]:
     """Those that are stored by themselves: their numbers here and in the parent."""
     return list(enumerate(indices_of(piece.runs[0]))) if piece.target.stacked else [(None, None)]
 
 
-def _segments(rule: TensorRule, sizes: Sizes) -> list[tuple[str | None, Run, tuple[int, ...]]]:
+def segments_of(rule: TensorRule, sizes: Sizes) -> list[tuple[str | None, Run, tuple[int, ...]]]:
     """What a tensor, or one expert of it, is stored as: names, which rows, and shapes."""
     along = rule.dims[int(rule.stacked)]
     spans = [(0, along.size(sizes)) if name is None else along.span(name, sizes) for name in rule.segments]
@@ -208,12 +208,12 @@ def _encoded(made: Making, architecture: Architecture, latest: Latest) -> dict[s
     """The companions of a weight, by the names that they have on disk."""
     piece = made.piece
     content: dict[str, Readable] = {}
-    for new, expert in _experts(piece):
+    for new, expert in experts_of(piece):
         source = (made.matrix(expert),)
         for i, companion in enumerate(made.encoding.companions):
             rule = companion.rule(piece.target)
             dtype = _TYPES[rule.dtypes[0]]
-            for segment, (start, stop), shape in _segments(rule, piece.kept):
+            for segment, (start, stop), shape in segments_of(rule, piece.kept):
 
                 def make(
                     expert: int | None = expert, i: int = i, start: int = start, stop: int = stop

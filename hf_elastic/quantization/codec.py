@@ -50,7 +50,8 @@ def global_scale_of(*weights: torch.Tensor, choose: bool = True) -> torch.Tensor
 
     Args:
         weights (`torch.Tensor`): `[rows, columns]`, or stacks `[experts, rows, columns]` of as many experts.
-        choose (`bool`, *optional*, defaults to `True`): As `encode` takes it: `256 * 6 / max |w|`, otherwise `448 * 6 / max |w|`.
+        choose (`bool`, *optional*, defaults to `True`): As `encode` takes it: `256 * 6 / max |w|` and from there down to a power of
+            2, with which bfloat16 holds every weight that a code stands for, and whose reciprocal is exact; otherwise `448 * 6 / max |w|`.
 
     Returns:
         `torch.Tensor`: float32, `[1]`, or `[experts, 1]`.
@@ -62,7 +63,13 @@ def global_scale_of(*weights: torch.Tensor, choose: bool = True) -> torch.Tensor
     largest = torch.stack(ends).amax(0).float()
     _refuse_infinite(largest)
     scale = (_LARGEST_SCALE if choose else _E4M3_MAX) * _E2M1_MAX / largest.clamp(min=torch.finfo(torch.float32).tiny)
-    return torch.where(scale.isfinite(), scale, 1.0).unsqueeze(-1)
+    scale = torch.where(scale.isfinite(), scale, 1.0).unsqueeze(-1)
+    return _power_of_two(scale) if choose else scale
+
+
+def _power_of_two(scale: torch.Tensor) -> torch.Tensor:
+    """The largest one that is no larger."""
+    return (scale.view(torch.int32) & 0x7F800000).view(torch.float32)
 
 
 def encode(

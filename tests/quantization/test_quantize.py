@@ -59,7 +59,8 @@ def reference(weights: dict[str, torch.Tensor], name: str, format: str) -> torch
     weight, shared = weights[name], None
     if format == "nvfp4" and name.rsplit(".", 2)[-2] in ("q_proj", "k_proj", "v_proj"):
         owner = name.rsplit(".", 2)[0]
-        shared = 256 * 6 / max(weights[f"{owner}.{part}_proj.weight"].abs().max() for part in "qkv").float().view(1)
+        largest = max(weights[f"{owner}.{part}_proj.weight"].abs().max() for part in "qkv").float().view(1)
+        shared = 2 ** (256 * 6 / largest).log2().floor()
     matrices = weight if weight.dim() == 3 else weight[None]
     made = [decode(encode(matrix, format, global_scale=shared), format, weight.dtype) for matrix in matrices]
     return torch.stack(made).view(weight.shape)
