@@ -11,7 +11,8 @@ at the layer. Readers of modelopt match the names of the Hub repository, with wi
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -127,6 +128,35 @@ def quantization_config(
         "ignore": _patterns(plain, architecture, r"(\..*)?$")
         + ([] if host is None else [_beside(name) for name in host.passengers]),
     }
+
+
+def encodings_said(
+    said: Mapping[str, Any], architecture: Architecture, config: PreTrainedConfig
+) -> dict[str, Encoding]:
+    """The encodings that `quantization_config` gives, for a section that it made: by the names of the weights in the live model of a stock config."""
+    found = {}
+    for rule in architecture.rules(config):
+        if rule.kind is None or rule.copy_of is not None:
+            continue
+        *_, module = [name.format(layer=rule.layer, use=rule.use) for name in _modules(rule)]
+        inside = f"{module}.0.up_proj" if _is_stack(rule) else module
+        if said["quant_method"] == "modelopt":
+            if not any(fnmatchcase(inside, pattern) for pattern in said["ignore"]):
+                found[rule.name] = ENCODINGS["nvfp4-modelopt"]
+        elif not _matches(inside, said["ignore"]):
+            for group in said["config_groups"].values():
+                if group["targets"] == ["Linear"] or _matches(inside, group["targets"]):
+                    found[rule.name] = ENCODINGS[_name_of(group["weights"])]
+    return found
+
+
+def _matches(module: str, patterns: Iterable[str]) -> bool:
+    return any(re.match(pattern.removeprefix("re:"), module) for pattern in patterns)
+
+
+def _name_of(weights: Mapping[str, Any]) -> str:
+    facts = ("num_bits", "strategy")
+    return next(name for name, known in _WEIGHTS.items() if all(known[fact] == weights[fact] for fact in facts))
 
 
 def relabelled(scales: torch.Tensor, source: Encoding) -> torch.Tensor | None:

@@ -9,9 +9,10 @@ import pytest
 import torch
 from cases import granite, nemotron, randomize
 from quantized import CONFIGS, WIDTHS, quantizable_family, stored
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig
 
-from hf_elastic import ElasticConfig, ElasticForCausalLM
+from hf_elastic import ElasticConfig, ElasticForCausalLM, render_card
 from hf_elastic.architectures import get_architecture
 from hf_elastic.architectures.pieces import pieces
 from hf_elastic.checkpoints.exporting import export_checkpoint
@@ -231,6 +232,63 @@ def test_plain_transformers_reads_dense_nvfp4(name, tmp_path):
     assert not differing(model, ElasticForCausalLM.from_pretrained(tmp_path / "q", budget=dict(cut)))
 
 
+RECIPES = {
+    "dense in two formats": ({"mamba": "fp8", "mlp": "nvfp4", "experts": "fp8"}, "does not load it"),
+    "experts in NVFP4": ({"mamba": "fp8", "experts": "nvfp4"}, "computes wrong results"),
+    "experts in FP8": ({"mamba": "nvfp4", "mlp": "nvfp4", "experts": "fp8"}, None),
+    "experts whole beside NVFP4": ({"mamba": "nvfp4"}, "leaves weights at random"),
+    "experts whole beside FP8": ({"mamba": "fp8"}, None),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_notes_on_plain_transformers_are_true(recipe, tmp_path):
+    """What exports say of it, and what it does: both change when it is mended."""
+    wanted, does = RECIPES[recipe]
+    family_of(nemotron("ME-E", **WIDTHS), tmp_path / "plain", {})
+    quantize_checkpoint(tmp_path / "plain", tmp_path / "q", wanted, progress=False)
+    obstacles = export_checkpoint(tmp_path / "q", tmp_path / "out", progress=False)
+    said = [obstacle.does for obstacle in obstacles if obstacle.program == "plain transformers"]
+    assert len(said) == (does is not None)
+    assert not said or said[0].startswith(does)
+    try:
+        model, info = loaded_by_transformers(tmp_path / "out")
+    except RuntimeError:
+        happens = "does not load it"
+    else:
+        wrong = differing(model, ElasticForCausalLM.from_pretrained(tmp_path / "q"))
+        happens = "leaves weights at random" if info["missing_keys"] else "computes wrong results" if wrong else None
+    assert happens == does
+
+
+def test_global_scales_that_differ_are_said(tmp_path):
+    """Those of other programs may: vLLM takes the largest for a matrix that it makes of several."""
+    config = nemotron("M*-", **WIDTHS)
+    family_of(config, tmp_path / "plain", {})
+    quantize_checkpoint(tmp_path / "plain", tmp_path / "q", {"attention": "nvfp4"}, progress=False)
+    assert not any(o.program == "vLLM" for o in export_checkpoint(tmp_path / "q", tmp_path / "a", progress=False))
+    (path,) = (tmp_path / "q").glob("*.safetensors")
+    tensors = load_file(path)
+    tensors["backbone.layers.1.mixer.k_proj.weight_global_scale"] *= 2
+    save_file(tensors, path, metadata={"format": "pt"})
+    for file in (tmp_path / "q").glob("*checksums*"):
+        file.unlink()
+    (obstacle,) = [o for o in export_checkpoint(tmp_path / "q", tmp_path / "b", progress=False) if o.program == "vLLM"]
+    assert "layers.1.mixer.q_proj" in obstacle.why
+    assert "their global scales differ" in obstacle.why
+
+
+def test_the_card_says_it(families, tmp_path):
+    made, cut = families("nemotron", ALL), dict(CUTS["nemotron"][-1])
+    export_checkpoint(made.quantised, tmp_path / "out", cut, progress=False)
+    card = str(render_card(AutoConfig.from_pretrained(tmp_path / "out")))
+    assert "plain transformers computes wrong results without an error (it leaves the global scale out" in card
+    assert "plain transformers computes wrong results" in str(
+        render_card(ElasticConfig.from_pretrained(made.quantised))
+    )
+
+
 @pytest.mark.parametrize("layout", ["compressed-tensors", "modelopt"])
 @pytest.mark.parametrize("name", PARENTS)
 def test_a_packed_model_exports_the_same(name, layout, families, tmp_path):
@@ -322,8 +380,6 @@ def test_refused_before_anything_is_written(families, tmp_path):
 
 
 def test_damaged_scales_are_not_exported(families, tmp_path):
-    from safetensors.torch import load_file, save_file
-
     made = families("granite", ALL)
     shutil.copytree(made.quantised, tmp_path / "q")
     (path,) = (tmp_path / "q").glob("*.safetensors")
