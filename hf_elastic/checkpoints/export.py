@@ -28,9 +28,9 @@ from ..quantization.layouts import (
     MODELOPT_FILE,
     CodedLayout,
     check_coded_layout,
+    coded_in,
     modelopt_file,
     quantization_config,
-    stored_layout,
 )
 from ..storage.reading import Readable
 from ..storage.streaming import write_shards
@@ -229,7 +229,7 @@ def write_stock_config(
         coded ([`Coded`], *optional*): What weights are stored in; as in the family if not given.
     """
     architecture, host = elastic.architecture, elastic.host if whole else None
-    coded = Coded(elastic.encodings, stored_layout(elastic.encodings)) if coded is None else coded
+    coded = coded_in(elastic.encodings) if coded is None else coded
     stock = architecture.causal_class if causal else architecture.base_class
     config.architectures = [stock.__name__]
     written = exported_fields(config, architecture)

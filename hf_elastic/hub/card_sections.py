@@ -12,7 +12,6 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .._version import __version__
-from ..architectures.coded_programs import Coded
 from ..architectures.cost import WEIGHT_DTYPES, Cost
 from ..architectures.portability import portability, words
 from ..architectures.submodel import LAYERS, Submodel
@@ -24,7 +23,7 @@ from ..configuration.leaving_out import left_out
 from ..configuration.quantized import QUANTIZATION
 from ..configuration_elastic import ElasticConfig
 from ..errors import ElasticConfigError
-from ..quantization.layouts import stored_layout
+from ..quantization.layouts import coded_in
 from .card_results import Results, table
 
 DOWNLOADS = {
@@ -204,7 +203,7 @@ def limits(source: Any, elastic: ElasticConfig, read: Sequence[Results], plain: 
         which = "Its sizes" if plain else f"The sizes of {', '.join(layered)}"
         lines.append(f"- {which} differ per layer: stock classes of transformers cannot load that, hf_elastic does.")
     told: dict[str, list[str]] = {}
-    coded = Coded(elastic.encodings, stored_layout(elastic.encodings))
+    coded = coded_in(elastic.encodings)
     for name, member in elastic.family().items():
         if name not in layered:
             found = portability(elastic.architecture, elastic.parent_config, member, elastic.load_dtype, coded)

@@ -21,9 +21,10 @@ from transformers import PreTrainedConfig
 from .._version import __version__
 from ..architectures import Architecture
 from ..architectures.axes import TensorRule
-from ..architectures.coded_programs import CodedLayout
+from ..architectures.coded_programs import Coded, CodedLayout
 from ..architectures.encodings import ENCODINGS, NVFP4_BLOCK, Encoding
 from ..architectures.hosts import Host
+from ..configuration_elastic import ElasticConfig
 from ..errors import ElasticConfigError, ExportError, did_you_mean, shown
 
 LAYOUTS: tuple[CodedLayout, ...] = ("compressed-tensors", "modelopt")
@@ -62,6 +63,11 @@ def stored_layout(encodings: Mapping[str, Encoding]) -> CodedLayout:
     """The layout that codes and scales are in."""
     modelopt = any(encoding.name == "nvfp4-modelopt" for encoding in encodings.values())
     return "modelopt" if modelopt else "compressed-tensors"
+
+
+def coded_in(encodings: Mapping[str, Encoding]) -> Coded:
+    """What an export is stored in that has codes and scales as they are."""
+    return Coded(encodings, stored_layout(encodings))
 
 
 def in_layout(encoding: Encoding, layout: CodedLayout) -> Encoding:
@@ -148,6 +154,15 @@ def encodings_said(
                 if group["targets"] == ["Linear"] or _matches(inside, group["targets"]):
                     found[rule.name] = ENCODINGS[_name_of(group["weights"])]
     return found
+
+
+def with_said(elastic: ElasticConfig, exported: PreTrainedConfig) -> ElasticConfig:
+    """The elastic config of an export, with the encodings that its `config.json` gives."""
+    said = getattr(exported, "quantization_config", None)
+    if not said:
+        return elastic
+    said = said if isinstance(said, dict) else said.to_dict()
+    return elastic.quantized(encodings_said(said, elastic.architecture, elastic.parent_config))
 
 
 def _matches(module: str, patterns: Iterable[str]) -> bool:
