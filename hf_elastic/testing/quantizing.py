@@ -55,7 +55,8 @@ MODELOPT = {"nvfp4": "nvfp4-modelopt", "fp8": "fp8-tensor"}
 def kinds(subject: Subject) -> Iterator[Deviation]:
     """Only weights of linear layers and of experts can be quantised, and those that others make one matrix of have one global scale."""
     modules = dict(subject.parent.named_modules())
-    weights = [rule for rule in subject.architecture.rules(subject.parent.config) if rule.kind is not None]
+    rules = subject.architecture.rules(subject.parent.config)
+    weights = [rule for rule in rules if rule.kind is not None]
     if not weights:
         raise NotApplicable("the table says of no weight what kind it is, so none can be quantised")
     for rule in weights:
@@ -67,9 +68,14 @@ def kinds(subject: Subject) -> Iterator[Deviation]:
         )
         if "embed" in rule.module or rule.module == "lm_head" or rule.routes:
             yield Deviation(rule.name, wrong=f"has kind={rule.kind!r}; embeddings, heads and routers are kept")
-    for group in merged(weights):
-        said = {rule.fused for rule in group}
-        if len(group) > 1 and (len(said) > 1 or None in said):
+    matrices = [rule for rule in rules if isinstance(modules.get(rule.module), nn.Linear) and len(rule.dims) == 2]
+    for group in merged(matrices):
+        kept = [rule.name for rule in group if rule.kind is None]
+        if 0 < len(kept) < len(group):
+            yield Deviation(
+                kept[0], wrong=f"has no kind=, others of one matrix with it have: {[r.name for r in group]}"
+            )
+        elif len(group) > 1 and not kept and (len({r.fused for r in group}) > 1 or group[0].fused is None):
             yield Deviation(group[0].name, wrong=f"is one matrix with {[r.name for r in group[1:]]} elsewhere: fused=")
 
 
