@@ -66,7 +66,9 @@ def main() -> int:
         for name, folder in folders.items():
             seconds = in_child(_prepare, folder, folders["bf16"], name, parent, budgets).seconds
             if name != "bf16":
-                report.measure(f"{name}: time of quantising {parent.hidden_size} wide, from file to file", "s", [seconds])
+                report.measure(
+                    f"{name}: time of quantising {parent.hidden_size} wide, from file to file", "s", [seconds]
+                )
         held = 3 * ElasticConfig.from_pretrained(folders["bf16"]).costs()["full"].weight_bytes(torch.bfloat16)
         with backed_memory(held):
             load(report, folders, 2 if options.quick else 7)

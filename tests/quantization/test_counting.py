@@ -86,6 +86,16 @@ def test_the_published_widths(recipe, most):
         assert plain.costs()[name].stored_bytes(torch.bfloat16) == cost.weight_bytes(torch.bfloat16)
 
 
+def _computed(model) -> int:
+    """Bytes of buffers that are not saved."""
+    return sum(
+        buffer.nbytes
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name in module._non_persistent_buffers_set and "codes" not in name and "scale" not in name
+    )
+
+
 def test_memory_is_what_will_be_held(folders):
     elastic = ElasticConfig.from_pretrained(folders("nemotron"))
     costs = elastic.costs()
@@ -102,6 +112,12 @@ def test_memory_is_what_will_be_held(folders):
         elastic.resolve({"memory": stored["small"]})
     model = ElasticForCausalLM.from_pretrained(folders("nemotron"), budget=room)
     assert sum(tensor.nbytes for tensor in model.state_dict().values()) == decoded["half"]
+    packed = ElasticForCausalLM.from_pretrained(folders("nemotron"), budget=room, packed=True)
+    assert sum(tensor.nbytes for tensor in (*packed.parameters(), *packed.buffers())) == stored["full"] + _computed(
+        packed
+    )
+    with packed.at({"memory": stored["full"] - 1}):
+        assert packed.budget == "half", "of what is held, not of what is decoded"
     caches = {"context_length": 16, "batch_size": 2}
     found = fits(elastic, {**room, **caches}, packed=True)
     kept = {name: cost.cache_bytes(16, 2) for name, cost in costs.items()}

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cases import nemotron
 from coded import BUDGETS, codes_of, encodings_of, family, file_bytes, tensors_of, write_family, write_released
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_elastic import CheckpointError, ElasticConfig, ElasticConfigError, ElasticForCausalLM
 from hf_elastic.architectures.encodings import ENCODINGS
+from hf_elastic.architectures.pieces import stored_pieces
 from hf_elastic.checkpoints.checkpoint import Checkpoint
 from hf_elastic.checkpoints.quantizing import slice_checkpoint
 from hf_elastic.cli import main
 from hf_elastic.commands.plan import plan
+from hf_elastic.quantization.recipes import quantized_config
 from hf_elastic.storage import checksums, fetching
 from hf_elastic.submodels.slicing import slice_state_dict
 
@@ -392,3 +397,66 @@ def test_tensors_of_both_kinds_are_written_by_name(folder):
         torch.equal(copied[weight].view(torch.uint8), tensor.view(torch.uint8)) for weight, tensor in written.items()
     )
     assert elastic.budgets
+
+
+# Memory
+
+_MEASURED = """
+import sys
+from hf_elastic import ElasticForCausalLM
+
+def memory(what):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
+
+ElasticForCausalLM.from_pretrained(sys.argv[1])  # imports what loading needs
+open("/proc/self/clear_refs", "w").write("5")  # the highest value from here on
+before = memory("VmRSS:")
+model = ElasticForCausalLM.from_pretrained(sys.argv[2], budget=sys.argv[3])
+held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+print(memory("VmHWM:") - before, held)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+@pytest.mark.parametrize("format", ["nvfp4", "fp8"])
+def test_loading_takes_little_more_memory_than_the_weights(format, folder, tmp_path):
+    config = nemotron(
+        "ME*EME",
+        hidden_size=1024,
+        vocab_size=1024,
+        mamba_num_heads=16,
+        mamba_head_dim=64,
+        num_attention_heads=16,
+        head_dim=64,
+        n_routed_experts=32,
+        moe_intermediate_size=1024,
+        moe_shared_expert_intermediate_size=1024,
+        dtype="bfloat16",
+    )
+    plain = ElasticConfig.from_parent(config, {"half": {"hidden": 768, "expert_ffn": 768}})
+    elastic = quantized_config(plain, format)
+    random = torch.Generator().manual_seed(0)
+    types = {"U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn, "F32": torch.float32}
+    content = {}
+    for piece in stored_pieces(elastic.architecture, config, elastic.submodel("full"), elastic.encodings):
+        rule = piece.rule
+        dtype = types[rule.dtypes[0]] if rule.dtypes else torch.float32 if rule.fp32 else torch.bfloat16
+        for expert in range(piece.shape[0]) if rule.stacked else (None,):
+            shape = piece.shape[1:] if rule.stacked else piece.shape
+            tensor = torch.ones(shape, dtype=dtype)
+            if dtype.itemsize == 1:  # codes, and scales of blocks: any bytes that are no NaN and not negative
+                tensor = torch.randint(1, 120, shape, dtype=torch.uint8, generator=random).view(dtype)
+            content[rule.disk_name(expert)] = tensor
+    save_file(content, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    elastic.save_pretrained(tmp_path)
+    script = tmp_path / "measured.py"
+    script.write_text(_MEASURED)
+    for budget in ("full", "half"):
+        weights = elastic.costs()[budget].weight_bytes(torch.bfloat16)
+        command = [sys.executable, str(script), str(folder / "stock"), str(tmp_path), budget]
+        peak, held = map(int, subprocess.run(command, capture_output=True, check=True, text=True).stdout.split())
+        assert weights <= held < 1.001 * weights, "with buffers that are not saved"
+        assert weights > 200e6
+        assert 0.98 * weights < peak <= 1.15 * weights
