@@ -41,7 +41,7 @@ style: $(VENV)/installed
 	$(BIN)/ruff format .
 
 benchmarks: $(VENV)/installed  ## Rewrites benchmarks/results
-	for script in loading switching training nested_layout hub_fetch; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+	for script in loading switching training nested_layout hub_fetch quantization_codec; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 	$(BIN)/python benchmarks/report.py
 
 evidence: $(VENV)/installed  ## The lab's training runs, about three hours; finished runs are kept in benchmarks/.runs

@@ -24,7 +24,7 @@ DOCUMENTS = (
 )
 
 GROUPS = {
-    "Loading and downloading": ("loading", "nested_layout", "hub_fetch"),
+    "Loading and downloading": ("loading", "nested_layout", "hub_fetch", "quantization_codec"),
     "Running": ("switching", "gpu", "handover", "speculation"),
     "Training": (
         "training",

@@ -39,6 +39,7 @@ from .hub.cards import render_card
 from .modeling_elastic import ElasticForCausalLM, ElasticModel
 from .storage.exchanging import recover
 from .submodels.masking import masked_model
+from .submodels.quantizing import quantize
 
 __all__ = [
     "BudgetWarning",
@@ -70,6 +71,7 @@ __all__ = [
     "load_adapter",
     "lora_targets",
     "masked_model",
+    "quantize",
     "quantize_checkpoint",
     "recover",
     "register_architecture",

@@ -222,7 +222,7 @@ class ElasticPreTrainedModel(
         sliced = elastic.restrict(submodel)
         decoded = False
         if packed:
-            refuse_unpackable(sliced, pretrained_model_name_or_path, stock_kwargs)
+            refuse_unpackable(sliced, pretrained_model_name_or_path, stock_kwargs, head)
             lazy = without_weights(lazy, sliced.encodings)
         elif sliced.encodings:
             decoded = True

@@ -19,7 +19,6 @@ from hf_elastic.adapters.slices import FAMILY_FILE
 from hf_elastic.checkpoints.replacing import replacing, write_error
 from hf_elastic.routing.router import ROUTER_FILE
 
-from .quantizing import Quantizing
 from .resuming import (
     STATE_FILE,
     check_adapter,
@@ -41,8 +40,6 @@ uploads it."""
 class CheckpointsMixin(SFTTrainer):
     """Saving and resuming of [`ElasticDistillationTrainer`]."""
 
-    quantizing: Quantizing | None
-
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in `Trainer`. `resume_from_checkpoint=True` takes the last checkpoint that was saved completely. If the run ends, or a
         callback ends it, before `router_steps`, the router decides as it is then."""
@@ -51,11 +48,7 @@ class CheckpointsMixin(SFTTrainer):
                 put_back(Path(self.args.output_dir or "."))
             self.accelerator.wait_for_everyone()
             resume_from_checkpoint = last_complete(self.args.output_dir)
-        try:
-            result = super().train(resume_from_checkpoint, *args, **kwargs)
-        finally:
-            if self.quantizing is not None:
-                self.quantizing.stop()
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
         if self._undecided:
             if self.state.global_step < self.args.router_steps:
                 logger.warning(

@@ -13,6 +13,7 @@ from hf_elastic import ElasticForCausalLM
 from hf_elastic.errors import ElasticConfigError, TokenizerError, shown
 from hf_elastic.generation.texts import check_tokens, unknown_token
 from hf_elastic.submodels.adapters import attached
+from hf_elastic.submodels.packed import refuse_packed
 
 from .elastic_distillation_config import ElasticDistillationConfig
 from .lora import base_of, check_attached
@@ -130,6 +131,7 @@ def check_model(model: Any) -> ElasticForCausalLM:
         raise ElasticConfigError(
             f"model must be an ElasticForCausalLM, got {type(base).__name__}; make one with elastify()."
         )
+    refuse_packed(base, "training")
     if base is not model:
         check_attached(model)
     elif attached(model):

@@ -54,9 +54,10 @@ class ElasticDistillationConfig(SFTConfig):
         quantization (`str` or `dict`, *optional*):
             Train the weights that a quantised checkpoint will hold: `"nvfp4"`, `"fp8"`, a recipe or a file with one, as [`hf_elastic.quantize`] takes
             them. Every forward pass of the model rounds the parent's weights with their current scales, before a budget cuts them; gradients pass as
-            if nothing was rounded (arXiv 2511.16664). Evaluation is of the rounded weights, too. What is saved is not rounded: quantise it
-            after the run with the same recipe. The teacher is never rounded.
-        quantization_start (`float`, *optional*, defaults to 0.0): Share of the steps, in [0, 1), after which rounding begins.
+            if nothing was rounded (arXiv 2511.16664). Evaluation is always of the rounded weights, so that its numbers are those of the checkpoint
+            that will be written. What is saved is not rounded: quantise it after the run with the same recipe. The teacher is never rounded.
+        quantization_start (`float`, *optional*, defaults to 0.0):
+            After how many steps training begins to round: a share of all steps below 1, from 1 on a number of steps.
         router_targets (`dict[str, str | float | dict]`, *optional*):
             Learn the sizes: per budget what it may cost, a share of the parent's parameters (`0.5`, `"50%"`, `"50% active"`) or `"12B"`,
             `"2.1B active"`, `"24GB"`, or a memory with caches, `{"memory": "24GB", "context_length": 32768, "batch_size": 4, "dtype": "bfloat16"}`. The model then
@@ -114,7 +115,7 @@ class ElasticDistillationConfig(SFTConfig):
         default=None, metadata={"help": "Train for quantised weights: nvfp4, fp8, or a recipe."}
     )
     quantization_start: float = field(
-        default=0.0, metadata={"help": "Share of the steps after which rounding begins, in [0, 1)."}
+        default=0.0, metadata={"help": "Steps before rounding begins: a share below 1, from 1 on a number."}
     )
 
     router_targets: dict[str, Any] | str | None = field(
@@ -213,8 +214,11 @@ class ElasticDistillationConfig(SFTConfig):
             )
 
     def _check_quantization(self) -> None:
-        if not 0 <= self.quantization_start < 1:
-            raise ElasticConfigError(f"quantization_start={self.quantization_start} must be in [0, 1).")
+        start = self.quantization_start
+        if not (0 <= start < 1 or (start < math.inf and start == int(start) >= 1)):
+            raise ElasticConfigError(
+                f"quantization_start={start} must be a share of the steps in [0, 1), or a whole number of steps."
+            )
         if self.quantization is None:
             if self.quantization_start:
                 raise ElasticConfigError(

@@ -136,6 +136,8 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
         if self._adapted and args.freeze_model:
             raise ElasticConfigError("freeze_model=True trains the router alone: leave out the adapters.")
         self.quantizing = Quantizing(model, args, self._adapted) if args.quantization is not None else None
+        if self.quantizing is not None:
+            self._name = f"{self._name}, quantisation-aware ({self.quantizing})"
         teacher = load_teacher(teacher_model, model, args.teacher_model_init_kwargs, adapters=self._adapted)
         if args.hidden_loss_weight > 0:
             check_layers(args.hidden_loss_layers, model.submodel.depth)
@@ -326,17 +328,13 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
     @contextmanager
     def _at(self, budget: str) -> Iterator[None]:
         """Run at a budget of the model, or at a mixture that the router draws for it."""
-        if self.quantizing is not None:
-            self.quantizing.at(self.state.global_step, self.state.max_steps)
         if self._undecided and self.state.global_step >= self.args.router_steps:
             self._undecided.decide()
-        routing = self._undecided
-        if routing is not None:
-            with routing.at(budget, self.state.global_step, self._micro_batch):
-                yield
-        else:
-            with self._elastic.computing(budget):
-                yield
+        routing, step = self._undecided, self.state.global_step
+        quantizing = nullcontext() if self.quantizing is None else self.quantizing.training(step, self.state.max_steps)
+        computing = self._elastic.computing(budget) if routing is None else routing.at(budget, step, self._micro_batch)
+        with quantizing, computing:
+            yield
 
     @property
     def _elastic(self) -> ElasticForCausalLM:

@@ -2,49 +2,108 @@
 
 from __future__ import annotations
 
-from peft import PeftConfig
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
-from hf_elastic import ElasticForCausalLM
-from hf_elastic.errors import ElasticConfigError
-from hf_elastic.quantization.recipes import Recipe
+from hf_elastic import ElasticConfig, ElasticForCausalLM
+from hf_elastic.architectures.encodings import Encoding
+from hf_elastic.architectures.submodel import LAYERS
+from hf_elastic.configuration.quantized import refuse_off_blocks
+from hf_elastic.errors import ElasticConfigError, shown
+from hf_elastic.quantization.recipes import Recipe, quantized_config
 
 from .elastic_distillation_config import ElasticDistillationConfig
 
 
 class Quantizing:
-    """Rounds the weights of a model from a step on.
+    """Rounds the weights of a model while a micro-batch is trained or evaluated.
 
     Args:
         model ([`ElasticForCausalLM`]): The model that is trained.
         args ([`ElasticDistillationConfig`]): With a `quantization`.
-        adapted (`PeftConfig` or `bool`): Whether adapters are trained.
+        adapted (`bool`): Whether adapters are trained.
 
     Raises:
-        `ElasticConfigError`: the recipe does not fit the model, a budget is cut off the blocks of the format, or adapters are trained.
+        `ElasticConfigError`: the recipe does not fit the model, a budget or a choice of an axis is cut off the blocks of the format, adapters are
+            trained, or rounding would begin after the run.
     """
 
-    def __init__(self, model: ElasticForCausalLM, args: ElasticDistillationConfig, adapted: PeftConfig | bool | None):
+    def __init__(self, model: ElasticForCausalLM, args: ElasticDistillationConfig, adapted: bool):
         if adapted:
             raise ElasticConfigError(
-                f"quantization={args.quantization!r} does not work with adapters: rounding the frozen weights teaches them nothing, and an adapter "
-                "that is merged later is rounded anew. Merge the adapter first, or train all weights."
+                f"quantization={shown(args.quantization)} does not work with adapters: no step would change the weights that are rounded, and an "
+                "adapter that is merged is rounded with them, which nothing trained it for. Quantise the family first and train the adapter on the "
+                "result, which computes with the rounded weights as it is; or train all weights."
             )
         if args.torch_compile:
-            raise ElasticConfigError("quantization does not work with torch_compile=True; leave one of them out.")
+            raise ElasticConfigError(
+                "quantization does not work with torch_compile=True: compiled arithmetic may round the other way where a weight lies between two "
+                "codes, and the run would train other weights than are written. Leave one of them out."
+            )
         self._model, self._start = model, args.quantization_start
+        self.recipe = Recipe.of(args.quantization)
         config = model.elastic_config
-        self.encodings = Recipe.of(args.quantization).resolve(config.architecture, config.parent_config)
-        config.quantized(self.encodings)  # refuses sizes that are cut off the blocks
-        self.running = False
+        self.encodings = self.recipe.resolve(config.architecture, config.parent_config)
+        quantized_config(config, self.recipe)
+        if args.router_targets or args.freeze_router:
+            _refuse_choices(config, self.encodings)
+        if 0 < args.max_steps <= self._start:
+            raise ElasticConfigError(
+                f"quantization_start={self._start:g}, but the run has {args.max_steps} steps, none of which would be rounded; begin earlier."
+            )
 
-    def at(self, step: int, steps: int) -> None:
-        """Round from now on, if it is time. The step is the number of those that were made."""
-        running = step >= self._start * steps
-        if running != self.running:
-            self._model.round_weights(self.encodings if running else None)
-            self.running = running
+    @contextmanager
+    def training(self, step: int, steps: int) -> Iterator[None]:
+        """Round inside a `with` block, if it is time.
 
-    def stop(self) -> None:
-        """Leave the model computing with the weights that it has."""
-        self._model.round_weights(None)
-        self.running = False
+        Args:
+            step (`int`): Steps that were made.
+            steps (`int`): Of the whole run.
+        """
+        with self.rounding(step >= first_step(self._start, steps)):
+            yield
+
+    @contextmanager
+    def rounding(self, rounds: bool = True) -> Iterator[None]:
+        """Have `computing` and mixtures round the weights inside a `with` block, and compute with them as they are after it."""
+        self._model.round_weights(self.encodings if rounds else None)
+        try:
+            yield
+        finally:
+            self._model.round_weights(None)
+
+    def __str__(self) -> str:
+        """For people: `nvfp4`, or what becomes of what."""
+        given: Any = self.recipe.to_dict()
+        if isinstance(given, str):
+            return given
+        return ", ".join(f"{name}: {format or 'as it is'}" for name, format in given.items())
+
+
+def first_step(start: float, steps: int) -> int:
+    """How many steps are made before weights are rounded.
+
+    Args:
+        start (`float`): A share of the steps below 1, from 1 on a number of steps.
+        steps (`int`): Of the whole run.
+    """
+    return math.ceil(start * steps) if start < 1 else int(start)
+
+
+def _refuse_choices(config: ElasticConfig, encodings: Mapping[str, Encoding]) -> None:
+    """Raise for a choice of an axis that a router could decide for, and that is cut off the blocks of a format."""
+    architecture, parent = config.architecture, config.parent_config
+    whole = {
+        LAYERS,
+        *architecture.per_token,
+        *architecture.per_token.values(),
+    }  # layers and experts are taken as they are
+    sizes = {
+        f"axis {axis}, choice {size}": architecture.submodel(parent, {axis: size}, f"axes[{axis!r}].choices")
+        for axis, entry in config.axes.items()
+        for size in entry["choices"]
+        if axis not in whole
+    }
+    refuse_off_blocks(architecture, parent, encodings, sizes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -111,10 +111,8 @@ class ReportingMixin(SFTTrainer):
     ) -> tuple[torch.Tensor, None, None]:
         """Evaluate every budget on the batch; the loss is their mean, see `evaluation_loop`."""
         inputs = self._prepare_inputs(inputs)
-        if self.quantizing is not None:
-            self.quantizing.at(self.state.global_step, self.state.max_steps)
         losses = []
-        with torch.no_grad():
+        with torch.no_grad(), nullcontext() if self.quantizing is None else self.quantizing.rounding():
             for budget in [n for n in self._eval_budgets if not self._undecided or n == FULL]:
                 with self._elastic.computing(budget), self._named(budget):
                     losses.append(self.compute_loss(model, inputs))

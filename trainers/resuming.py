@@ -20,6 +20,7 @@ from hf_elastic.storage.json_files import read_json
 
 from .curriculum import Curriculum
 from .elastic_distillation_config import ElasticDistillationConfig
+from .quantizing import first_step
 
 logger = logging.get_logger(__name__)
 
@@ -97,7 +98,9 @@ def training_state(
             "hidden_loss_layers": None if layers is None else sorted(layers),
         }
     if args.quantization is not None:
-        state |= {"quantization": args.quantization, "quantization_start": args.quantization_start}
+        start = args.quantization_start
+        start = first_step(start, args.max_steps) if args.max_steps > 0 else start
+        state |= {"quantization": args.quantization, "quantization_start": start}
     if args.freeze_model:
         state["freeze_model"] = True
     if args.handover_token is not None:
@@ -135,6 +138,9 @@ def check_training(folder: str, ours: Mapping[str, Any]) -> int:
     ):
         raise CheckpointError(f"{Path(folder) / STATE_FILE} lists no stages; it is damaged or incomplete.")
     past = [{**run, "stages": _until(run["stages"], state.global_step)} for run in (theirs, ours)]
+    for run in past:
+        if isinstance(start := run.get("quantization_start"), (int, float)):  # one that is still to come may be moved
+            run["quantization_start"] = min(start, state.global_step)
     for group in ("arguments", "router_arguments"):
         found = [run.pop(group, None) for run in past]
         if None not in found:  # it was saved before there were any, or the router is frozen

@@ -320,6 +320,9 @@ class TensorRule:
             Name of the one matrix that other programs make of it and its neighbours in the module that owns theirs (`"qkv_proj"`); quantised,
             they have one global scale.
         dtypes (`tuple[str, ...]`, *optional*): Types in which a companion of a quantised weight can be stored, by the names of safetensors.
+        coded (`str`, *optional*):
+            As `disk`, in exports in which it is quantised, if other programs want it under other names there: experts one by one that are stacked
+            in the parent's repository.
     """
 
     template: str
@@ -341,6 +344,7 @@ class TensorRule:
     kind: str | None = None
     fused: str | None = None
     dtypes: tuple[str, ...] = ()
+    coded: str | None = None
 
     def __post_init__(self) -> None:
         if self.norm is True:

@@ -93,10 +93,12 @@ class GraniteMoeHybrid(Architecture):
 def _moe(prefix: str, layer: int) -> Iterator[TensorRule]:
     experts, ffn = dim(Cut("experts")), (Cut("expert_ffn", within="experts"),)
     dims = (experts, dim(gate=ffn, up=ffn), blocks.HIDDEN)
-    disk = f"{prefix}.input_linear.weight"
-    yield TensorRule(f"{prefix}.experts.gate_up_proj", dims, layer, disk=disk, routed=True, kind="experts")
+    facts: dict[str, Any] = {"routed": True, "kind": "experts"}
+    disk, coded = f"{prefix}.input_linear.weight", f"{prefix}.experts.{{expert}}"
+    gates = f"{coded}.{{segment}}_proj.weight"
+    yield TensorRule(f"{prefix}.experts.gate_up_proj", dims, layer, disk=disk, coded=gates, **facts)
     out = (dim(Cut("experts", gated=True)), blocks.RESIDUAL, dim(Cut("expert_ffn", within="experts", gated=True)))
     disk = f"{prefix}.output_linear.weight"
-    yield TensorRule(f"{prefix}.experts.down_proj", out, layer, disk=disk, routed=True, kind="experts")
+    yield TensorRule(f"{prefix}.experts.down_proj", out, layer, disk=disk, coded=f"{coded}.down_proj.weight", **facts)
     disk = f"{prefix}.router.layer.weight"
     yield TensorRule(f"{prefix}.router.weight", (experts, blocks.HIDDEN), layer, disk=disk, routes=True)

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 
 from ..errors import ElasticConfigError, PortabilityWarning, users_level
 from . import Architecture
+from .coded_programs import Coded, coded_obstacles
 from .obstacles import EVERY, REFUSES, Obstacle
 from .submodel import Submodel
 
@@ -22,7 +23,11 @@ _PLURAL = {"does": "do", "computes": "compute", "raises": "raise"}
 
 
 def portability(
-    architecture: Architecture, config: PreTrainedConfig, submodel: Submodel, dtype: torch.dtype | None = None
+    architecture: Architecture,
+    config: PreTrainedConfig,
+    submodel: Submodel,
+    dtype: torch.dtype | None = None,
+    coded: Coded | None = None,
 ) -> list[Obstacle]:
     """The programs that do not run an export of a submodel, as far as they are known; empty if all do.
 
@@ -30,12 +35,15 @@ def portability(
         config (`PreTrainedConfig`): The parent's config.
         submodel (`Submodel`): Checked sizes.
         dtype (`torch.dtype`, *optional*): Of the export's weights; defaults to the config's.
+        coded ([`Coded`], *optional*): Which of them are in few bits instead.
     """
     layered = architecture.differing(submodel)
     if layered:
         why = f"{' and '.join(layered)} {'differ' if len(layered) > 1 else 'differs'} from layer to layer"
         return [Obstacle(EVERY, REFUSES, why)]
     found = list(architecture.obstacles(config, submodel))
+    if coded is not None:
+        found += coded_obstacles(architecture, config, submodel, coded)
     dtype = dtype or config.dtype
     dtype = dtype if isinstance(dtype, torch.dtype) else torch.get_default_dtype()
     if misaligned := misaligned_experts(architecture, config, submodel, dtype):
@@ -136,9 +144,14 @@ def _clause(programs: list[str], does: str) -> str:
 
 
 def warn_if_not_portable(
-    architecture: Architecture, config: PreTrainedConfig, submodel: Submodel, dtype: torch.dtype, what: str
+    architecture: Architecture,
+    config: PreTrainedConfig,
+    submodel: Submodel,
+    dtype: torch.dtype,
+    what: str,
+    coded: Coded | None = None,
 ) -> None:
     """Warn, at the user's line, of what other programs make of a size that is written for them; `what` says which one in words."""
-    if obstacles := portability(architecture, config, submodel, dtype):
+    if obstacles := portability(architecture, config, submodel, dtype, coded):
         text = f"{what} is not for every program: {words(obstacles)}."
         warnings.warn(text, PortabilityWarning, stacklevel=users_level())

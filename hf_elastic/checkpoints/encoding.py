@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -18,7 +18,6 @@ from ..errors import CheckpointError, ElasticConfigError
 from ..quantization.codec import encode, global_scale_of
 from ..quantization.recipes import fused_groups
 from ..storage.reading import Block, Readable
-from .checkpoint import Checkpoint
 from .names import is_base, stored_names
 from .nested import between
 
@@ -26,6 +25,14 @@ Matrix = Callable[..., Readable]
 """Gives a matrix of a weight, not read yet: [`Checkpoint.matrices`]."""
 
 _TYPES = {"U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn, "F32": torch.float32}
+
+
+class Source(Protocol):
+    """Where weights come from: a [`hf_elastic.checkpoints.checkpoint.Checkpoint`], or a packed model."""
+
+    encodings: dict[str, Encoding]
+
+    def matrices(self, piece: Piece, architecture: Architecture) -> Matrix: ...
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,7 @@ class Latest:
 
 
 def encoded_content(
-    source: Checkpoint,
+    source: Source,
     elastic: ElasticConfig,
     submodel: Submodel,
     encodings: Mapping[str, Encoding],
@@ -81,7 +88,7 @@ def encoded_content(
     """Everything that a size is stored as in the stock layout, by the Hub's names. What the source stores as codes and scales stays as it is.
 
     Args:
-        source ([`Checkpoint`]): The parent's weights.
+        source ([`Source`]): The parent's weights.
         elastic (`ElasticConfig`): Its config.
         submodel (`Submodel`): The size.
         encodings (`dict[str, Encoding]`): What its weights become, by their names in the live model of that size.
@@ -103,24 +110,24 @@ def encoded_content(
         name = piece.target.name
         if (coded := source.encodings.get(piece.rule.stored.name)) is not None:
             for part in companions(piece, coded):
-                content |= _plain(part, architecture, source.matrices(part, architecture))
+                content |= plain(part, architecture, source.matrices(part, architecture))
         elif (encoding := encodings.get(name)) is None:
-            content |= _plain(piece, architecture, weights[name])
+            content |= plain(piece, architecture, weights[name])
         else:
             made = Making(piece, encoding, weights[name], fused[name])
             content |= _encoded(made, architecture, latest)
     return content
 
 
-def _plain(piece: Piece, architecture: Architecture, matrix: Matrix) -> dict[str, Readable]:
+def plain(piece: Piece, architecture: Architecture, matrix: Matrix) -> dict[str, Readable]:
     """A tensor that stays as it is."""
     rule = piece.target
     if not rule.apart:
         return {stored_names(rule, architecture)[0]: matrix()}
     content: dict[str, Readable] = {}
     along = piece.runs[int(rule.stacked)]
-    for new, expert in _experts(piece):
-        for segment, (start, stop), shape in _segments(rule, piece.kept):
+    for new, expert in experts_of(piece):
+        for segment, (start, stop), shape in segments_of(rule, piece.kept):
             name = stored_names(rule, architecture, new, segment)[0]
             content[name] = _shaped(matrix(expert, between(along, start, stop)), shape)
     return content
@@ -133,12 +140,12 @@ def _shaped(part: Readable, shape: tuple[int, ...]) -> Readable:
     return Computed(shape, part.dtype, lambda: part[...].view(shape), (part,))
 
 
-def _experts(piece: Piece) -> list[tuple[int | None, int | None]]:
+def experts_of(piece: Piece) -> list[tuple[int | None, int | None]]:
     """Those that are stored by themselves: their numbers here and in the parent."""
     return list(enumerate(indices_of(piece.runs[0]))) if piece.target.stacked else [(None, None)]
 
 
-def _segments(rule: TensorRule, sizes: Sizes) -> list[tuple[str | None, Run, tuple[int, ...]]]:
+def segments_of(rule: TensorRule, sizes: Sizes) -> list[tuple[str | None, Run, tuple[int, ...]]]:
     """What a tensor, or one expert of it, is stored as: names, which rows, and shapes."""
     along = rule.dims[int(rule.stacked)]
     spans = [(0, along.size(sizes)) if name is None else along.span(name, sizes) for name in rule.segments]
@@ -199,13 +206,14 @@ def _largest(weight: torch.Tensor) -> torch.Tensor:
 
 def _encoded(made: Making, architecture: Architecture, latest: Latest) -> dict[str, Readable]:
     """The companions of a weight, by the names that they have on disk."""
-    piece, content = made.piece, {}
-    for new, expert in _experts(piece):
+    piece = made.piece
+    content: dict[str, Readable] = {}
+    for new, expert in experts_of(piece):
         source = (made.matrix(expert),)
         for i, companion in enumerate(made.encoding.companions):
             rule = companion.rule(piece.target)
             dtype = _TYPES[rule.dtypes[0]]
-            for segment, (start, stop), shape in _segments(rule, piece.kept):
+            for segment, (start, stop), shape in segments_of(rule, piece.kept):
 
                 def make(
                     expert: int | None = expert, i: int = i, start: int = start, stop: int = stop

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,28 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..architectures import Architecture
+from ..architectures.coded_programs import Coded
+from ..architectures.hosts import Host
 from ..architectures.portability import warn_if_not_portable
 from ..architectures.submodel import Submodel
 from ..configuration.budgets import Budget
 from ..configuration.leaving_out import LEFT_OUT, left_out
+from ..configuration.quantized import renumbered
 from ..configuration.section import CUT_FROM
 from ..configuration_elastic import ElasticConfig
 from ..errors import ExportError, refuse_misspelt
+from ..quantization.layouts import (
+    MODELOPT_FILE,
+    CodedLayout,
+    check_coded_layout,
+    modelopt_file,
+    quantization_config,
+    stored_layout,
+)
+from ..storage.reading import Readable
+from ..storage.streaming import write_shards
 from ..storage.tokenizer_files import read_tokenizer_file, tokenizer_files
+from .coded import coded_content, decoded_content, held_tensors, matrices_in
 from .origin import cut_from, named, refuse_loss
 from .passengers import Passengers, add_shard, processor_files, within
 from .replacing import checked_target, replacing
@@ -39,6 +54,8 @@ class ExportMixin:
         heterogeneous: bool = False,
         text_only: bool = False,
         tokenizer: Any = None,
+        quantized: bool | None = None,
+        layout: CodedLayout | None = None,
         **kwargs: Any,
     ) -> None:
         """Write one size as a plain checkpoint in the parent's Hub layout.
@@ -55,26 +72,26 @@ class ExportMixin:
                 classes record but do not build from, so loading them needs this package: `ElasticForCausalLM.from_pretrained`.
             text_only (`bool`, *optional*, defaults to `False`): Write the parent at this size alone, without the rest of the larger model.
             tokenizer (*optional*): Tokenizer to save along.
+            quantized (`bool`, *optional*):
+                Of a packed model (`from_pretrained(..., packed=True)`), write codes and scales as they are, the default, or with `False` weights in
+                the model's type. Other models hold weights; [`hf_elastic.export_checkpoint`] writes codes from files.
+            layout (`str`, *optional*, defaults to `"compressed-tensors"`):
+                Of codes and scales: or `"modelopt"`, which holds NVFP4; see [`hf_elastic.quantization.layouts`].
             kwargs: As in `PreTrainedModel.save_pretrained` (`max_shard_size`, ...).
 
         Warns:
             `PortabilityWarning`: programs are known that do not run this size, or run it wrongly; see [`hf_elastic.architectures.portability`].
 
         Raises:
-            `ExportError`: sizes differ per layer and `heterogeneous` is not set. Nothing is written.
+            `ExportError`: sizes differ per layer and `heterogeneous` is not set, codes are asked for that there are not, or that the layout does not
+                hold. Nothing is written.
             `ElasticConfigError`: the folder holds the family that this model was loaded from.
             `CheckpointError`: tokenizer files beside the checkpoint are damaged. Nothing is written.
         """
-        refuse_misspelt(kwargs, "budget", "heterogeneous", "text_only")
+        refuse_misspelt(kwargs, "budget", "heterogeneous", "text_only", "quantized", "layout")
         submodel = self.submodel if budget is None else self.elastic_config.resolve(budget)  # type: ignore[attr-defined]
-        config = self.elastic_config.stock_config(submodel)
-        if config.is_heterogeneous and not heterogeneous:
-            layers = sorted(config._heterogeneity_spec.per_layer_overrides)
-            raise ExportError(
-                f"sizes differ per layer ({', '.join(sorted(config.per_layer_attributes))} in layers {layers}), which stock "
-                f"{config.model_type} classes cannot load. Choose a budget with one size per axis, save it with save_pretrained, or "
-                "pass heterogeneous=True to write a checkpoint that needs hf_elastic to load."
-            )
+        config = exported_config(self.elastic_config, submodel, heterogeneous)
+        coded = self._coded(quantized, layout)
         passengers = None if text_only else self._aboard(submodel, config.is_heterogeneous)
         checked_target(save_directory)
         refuse_loss(getattr(self, "_loaded_from", None), save_directory)
@@ -82,18 +99,24 @@ class ExportMixin:
         source = str(self.name_or_path)  # type: ignore[attr-defined]
         beside = _tokenizer_beside(source, hub) if tokenizer is None else {}
         beside |= {} if passengers is None else processor_files(source, hub)
-        self._warn_of_programs(self.elastic_config, submodel)
+        packed = self._packed_content(submodel, coded)
+        self._warn_of_programs(self.elastic_config, submodel, coded=coded)
+        whole = self.elastic_config.host if passengers is not None else None
         with self.exposed(submodel), replacing(save_directory) as scratch:  # type: ignore[attr-defined]
-            with within(self, self.elastic_config.host if passengers is not None else None):
-                self._write_stock(scratch, **kwargs)  # type: ignore[attr-defined]
-            self._write_stock_config(config, submodel, scratch, whole=passengers is not None)
+            if packed is not None:
+                write_content(scratch, packed, self.elastic_config.architecture, whole, **kwargs)
+                self.generation_config.save_pretrained(scratch)  # type: ignore[attr-defined]
+            else:
+                with within(self, whole):
+                    self._write_stock(scratch, **kwargs)  # type: ignore[attr-defined]
+            self._write_stock_config(config, submodel, scratch, whole=whole is not None, coded=coded)
             if passengers is not None:
                 add_shard(scratch, passengers)
             if tokenizer is not None:
                 tokenizer.save_pretrained(scratch)
             for name, path in beside.items():
                 shutil.copyfile(path, scratch / name)
-            _for_old_readers(scratch)
+            for_old_readers(scratch)
 
     def _aboard(self, submodel: Submodel, heterogeneous: bool) -> dict[str, torch.Tensor] | None:
         """The passengers of an export at a size; `None` where there are none."""
@@ -107,18 +130,84 @@ class ExportMixin:
             )
         return kept.at(submodel.at(None), self.dtype)  # type: ignore[attr-defined]
 
-    def _warn_of_programs(self, elastic: ElasticConfig, submodel: Submodel, what: str | None = None) -> None:
+    def _coded(self, quantized: bool | None, layout: CodedLayout | None) -> Coded:
+        """What an export is stored in."""
+        encodings = self.elastic_config.encodings
+        if (quantized or layout is not None) and not encodings:
+            raise ExportError(
+                "this model holds weights, not codes, also where it was read from codes. Export codes from the files: hf-elastic export, or "
+                "hf_elastic.export_checkpoint(); or load the model with packed=True."
+            )
+        if quantized is False or not encodings:
+            return Coded({}, "compressed-tensors")
+        return Coded(encodings, check_coded_layout(layout or "compressed-tensors"))
+
+    def _packed_content(self, submodel: Submodel, coded: Coded) -> dict[str, Readable] | None:
+        """What the files of an export hold, if the model holds codes."""
+        elastic = self.elastic_config
+        if not elastic.encodings:
+            return None
+        with self.exposed(None):  # type: ignore[attr-defined]
+            matrices = matrices_in(held_tensors(self, elastic))  # type: ignore[arg-type]
+        head = self.can_generate()  # type: ignore[attr-defined]
+        if coded.encodings:
+            return coded_content(matrices, elastic, submodel, coded.encodings, coded.layout, head=head)
+        dtype: torch.dtype = self.dtype  # type: ignore[attr-defined]
+        return decoded_content(matrices, elastic, submodel, elastic.encodings, dtype, head=head)
+
+    def _warn_of_programs(
+        self, elastic: ElasticConfig, submodel: Submodel, what: str | None = None, coded: Coded | None = None
+    ) -> None:
         what = what or f"exported, size {named(cut_from(elastic, submodel, '', {}))!r}"
         dtype: torch.dtype = self.dtype  # type: ignore[attr-defined]
-        warn_if_not_portable(elastic.architecture, elastic.parent_config, submodel, dtype, what)
+        warn_if_not_portable(elastic.architecture, elastic.parent_config, submodel, dtype, what, coded)
 
     def _write_stock_config(
-        self, config: PreTrainedConfig, submodel: Submodel, directory: Path, whole: bool = False
+        self,
+        config: PreTrainedConfig,
+        submodel: Submodel,
+        directory: Path,
+        whole: bool = False,
+        coded: Coded | None = None,
     ) -> None:
         """`whole`: that of the larger model, with the size in it."""
         config.dtype = self.dtype  # type: ignore[attr-defined]
         origin, causal = self._cut_from(submodel), self.can_generate()  # type: ignore[attr-defined]
-        write_stock_config(self.elastic_config, config, submodel, directory, origin, causal=causal, whole=whole)
+        write_stock_config(
+            self.elastic_config, config, submodel, directory, origin, causal=causal, whole=whole, coded=coded
+        )
+
+
+def exported_config(elastic: ElasticConfig, submodel: Submodel, heterogeneous: bool) -> PreTrainedConfig:
+    """The stock config of a size, or [`ExportError`] if stock classes do not build it and that was not asked for."""
+    config = elastic.stock_config(submodel)
+    if config.is_heterogeneous and not heterogeneous:
+        layers = sorted(config._heterogeneity_spec.per_layer_overrides)
+        raise ExportError(
+            f"sizes differ per layer ({', '.join(sorted(config.per_layer_attributes))} in layers {layers}), which stock "
+            f"{config.model_type} classes cannot load. Choose a budget with one size per axis, save it with save_pretrained, or "
+            "pass heterogeneous=True to write a checkpoint that needs hf_elastic to load."
+        )
+    return config
+
+
+def write_content(
+    folder: Path,
+    content: Mapping[str, Readable],
+    architecture: Architecture,
+    host: Host | None = None,
+    *,
+    max_shard_size: int | str = "5GB",
+    progress: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Write the weights of a plain checkpoint, or of the larger model around it, as the file or files of a stock class."""
+    if host is not None:
+        base = architecture.disk_prefix
+        content = {
+            host.prefix + name.removeprefix(base) if name.startswith(base) else name: part
+            for name, part in content.items()
+        }
+    write_shards(folder, "model", content, max_shard_size, progress)
 
 
 def write_stock_config(
@@ -130,8 +219,9 @@ def write_stock_config(
     *,
     causal: bool = True,
     whole: bool = False,
+    coded: Coded | None = None,
 ) -> None:
-    """Write the `config.json` of a size as a plain checkpoint.
+    """Write the `config.json` of a size as a plain checkpoint, and what readers of its layout look for beside it.
 
     Args:
         elastic (`ElasticConfig`): What it is a size of.
@@ -139,12 +229,15 @@ def write_stock_config(
         origin (`dict`): What it says of where it is from, see [`hf_elastic.checkpoints.origin`].
         causal (`bool`, *optional*, defaults to `True`): With a head.
         whole (`bool`, *optional*, defaults to `False`): That of the larger model, with the size in it.
+        coded ([`Coded`], *optional*): What weights are stored in; as in the family if not given.
     """
-    architecture = elastic.architecture
+    architecture, host = elastic.architecture, elastic.host if whole else None
+    coded = Coded(elastic.encodings, stored_layout(elastic.encodings)) if coded is None else coded
     stock = architecture.causal_class if causal else architecture.base_class
     config.architectures = [stock.__name__]
     written = exported_fields(config, architecture)
-    if whole and (host := elastic.host) is not None:
+    written.pop("quantization_config", None)  # of what it was cut from, with other numbers of layers
+    if host is not None:
         around = host.fields_at(elastic.host_config, submodel.at(None))
         inner = {key: value for key, value in written.items() if key not in ("architectures", "transformers_version")}
         version = written.get("transformers_version")
@@ -152,8 +245,17 @@ def write_stock_config(
     written[CUT_FROM] = origin
     if groups := left_out(elastic):
         written[LEFT_OUT] = groups
-    text = json.dumps(written, indent=2, sort_keys=True) + "\n"
-    (directory / "config.json").write_text(text, encoding="utf-8")
+    if coded.encodings:
+        encodings = renumbered(architecture, elastic.parent_config, coded.encodings, submodel)
+        said = quantization_config(encodings, architecture, config, coded.layout, host)
+        written["quantization_config"] = said
+        if coded.layout == "modelopt":
+            _write_json(directory / MODELOPT_FILE, modelopt_file(said))
+    _write_json(directory / "config.json", written)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def exported_fields(config: PreTrainedConfig, architecture: Architecture) -> dict[str, Any]:
@@ -188,7 +290,7 @@ def _as_json(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _for_old_readers(directory: Path) -> None:
+def for_old_readers(directory: Path) -> None:
     """Name the tokenizer's class as versions before transformers 5 do; later ones read that, too."""
     path = directory / "tokenizer_config.json"
     if not path.exists():

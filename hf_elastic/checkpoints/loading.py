@@ -256,6 +256,7 @@ def load_stock(repo: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
 
     Raises:
         `CheckpointError`: names the tensors that are missing, unknown or of another shape; for supported architectures before any is read.
+        `ElasticConfigError`: its weights are quantised.
     """
     architecture, loader = None, AutoModelForCausalLM
     if not (kwargs.get("gguf_file") or kwargs.get("config")):
@@ -267,8 +268,10 @@ def load_stock(repo: str | os.PathLike[str], **kwargs: Any) -> PreTrainedModel:
         if around is not None and fields["model_type"] not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             host = get_architecture(parent["model_type"]).host(fields["model_type"])
             loader = host.whole_class  # type: ignore[union-attr]
+        if fields.get("quantization_config"):
+            raise quantized_parent(repo)
         files = _weight_files(repo, kwargs.get("variant"), hub)
-        if architecture is not None and files and not fields.get("quantization_config"):
+        if architecture is not None and files:
             Checkpoint(files).check(architecture, parent_from_dict(fields), ignored=architecture.ignored())
     if architecture is not None:
         old = {rf"\b{re.escape(before)}$": now for now, before in architecture.old_names.items()}
@@ -304,6 +307,26 @@ def _weight_files(repo: Any, variant: str | None, hub: dict[str, Any]) -> list[P
         if os.path.isdir(repo) and find_file(repo, name, hub) is None:
             raise missing(name, PICKLED_INDEX)
     return []
+
+
+def quantized_parent(where: Any) -> ElasticConfigError:
+    """What to say to a parent whose weights are codes, or were."""
+    return ElasticConfigError(
+        f"{where} is quantised, and sorting would move weights out of the blocks that share a scale. Make the checkpoint elastic that it was quantised "
+        "from, in 16 or 32 bits, and quantise that: hf-elastic elastify, then hf-elastic quantize."
+    )
+
+
+def refuse_quantized(model: PreTrainedModel) -> None:
+    """Raise [`ElasticConfigError`] for a live parent whose weights are codes, of whatever library, or were when they were loaded."""
+    coded = getattr(model, "hf_quantizer", None) or getattr(model.config, "quantization_config", None)
+    if (
+        coded
+        or getattr(model, "_decoded_from", None)
+        or getattr(model, "elastic_config", None)
+        and model.elastic_config.encodings
+    ):
+        raise quantized_parent(model.name_or_path or "the parent")
 
 
 def checked_parent(parent: Any) -> PreTrainedModel:

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
+from ..architectures import Architecture
+from ..architectures.axes import Run, TensorRule, take
 from ..architectures.encodings import Encoding
-from ..architectures.pieces import companions, pieces
+from ..architectures.pieces import Piece, companions, pieces
 from ..configuration_elastic import ElasticConfig
 from ..errors import ElasticConfigError
 from ..storage.reading import Block, Readable
+from ..storage.streaming import write_shards
+from ..submodels.packed import PackedModule
+from .encoding import encoded_content
 
 
-def refuse_unpackable(elastic: ElasticConfig, repo: Any, kwargs: Mapping[str, Any]) -> None:
+def refuse_unpackable(elastic: ElasticConfig, repo: Any, kwargs: Mapping[str, Any], causal: bool) -> None:
     """Raise [`ElasticConfigError`] for what `packed=True` cannot be honoured for."""
+    if not causal:
+        raise ElasticConfigError(
+            "packed=True is for causal models; load it with ElasticForCausalLM, or without packed."
+        )
     if not elastic.encodings:
         raise ElasticConfigError(
             f"packed=True, but {repo} is not quantised: its weights are no codes. Quantise it first (hf-elastic quantize), or load it without packed."
@@ -62,3 +73,68 @@ def read_codes(coded: Mapping[str, Readable], elastic: ElasticConfig) -> Iterato
         if piece.rule.name in encodings and not piece.copy_of:
             names = [part.rule.name for part in companions(piece, encodings[piece.rule.name])]
             yield piece.rule.name, {name: coded[name][...] for name in names}
+
+
+@dataclass(frozen=True)
+class InMemory(Readable):
+    """A tensor that is there already."""
+
+    tensor: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return self.tensor.dtype
+
+    def leaves(self) -> Iterator[Block]:
+        return iter(())
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self.tensor.detach().cpu()[index]
+
+
+class HeldCodes:
+    """The tensors of a packed model that runs everything it has, as [`hf_elastic.checkpoints.encoding`] takes those of a checkpoint.
+
+    Args:
+        model (`PreTrainedModel`): The model.
+        rules (`list[TensorRule]`): Of all its tensors.
+    """
+
+    def __init__(self, model: PreTrainedModel, rules: Iterable[TensorRule]):
+        self.encodings: dict[str, Encoding] = {}
+        self._tensors: dict[str, torch.Tensor] = dict(model.state_dict())
+        for rule in rules:
+            owner, _, leaf = rule.name.rpartition(".")
+            module = model.get_submodule(owner)
+            if isinstance(module, PackedModule) and leaf in module.held:
+                self.encodings[rule.name] = module.held[leaf].encoding
+                names = [companion.rule(rule).name for companion in self.encodings[rule.name].companions]
+                self._tensors |= dict(zip(names, module.companions_of(leaf), strict=True))
+
+    def matrices(self, piece: Piece, architecture: Architecture) -> Callable[..., Readable]:
+        """As `Checkpoint.matrices`."""
+
+        def at(expert: int | None = None, rows: list[Run] | None = None) -> Readable:
+            tensor = self._tensors[piece.rule.name]
+            part = tensor if expert is None else tensor[expert : expert + 1]
+            if rows is not None:
+                part = take(part, [*([[(0, 1)]] if expert is not None else []), rows])
+            return InMemory(part)
+
+        return at
+
+
+def write_codes(model: Any, directory: Path, max_shard_size: int | str) -> None:
+    """Write the weights of a packed model, as they are, the configs of transformers beside them."""
+    architecture, config = model.architecture, model.config
+    held = HeldCodes(model, (rule for rule in architecture.rules(config) if not rule.copy_of))
+    elastic = model.elastic_config.restrict(model.submodel)
+    content = encoded_content(held, elastic, architecture.full(config), {})
+    directory.mkdir(parents=True, exist_ok=True)
+    write_shards(directory, "model", content, max_shard_size)
+    if (generation := getattr(model, "generation_config", None)) is not None:
+        generation.save_pretrained(directory)

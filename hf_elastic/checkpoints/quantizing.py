@@ -83,7 +83,7 @@ def quantize_checkpoint(
     check_layout(layout, {})
     taken = Recipe.of(recipe).keeping(*keep)
     checked_target(output)
-    _refuse_same(repo, output, hub)
+    refuse_same(repo, output, hub)
     hub = pinned(repo, hub)
     elastic = _config(repo, elastic_config, hub)
     submodel = elastic.resolve(budget)
@@ -110,7 +110,7 @@ def slice_checkpoint(
     """
     check_layout(layout, {})
     checked_target(output)
-    _refuse_same(repo, output, hub)
+    refuse_same(repo, output, hub)
     hub = pinned(repo, hub)
     elastic = load_config(repo, None, elastic_config, hub)
     elastic = with_encodings(repo, elastic, plain=elastic_config is not None, **hub)
@@ -145,7 +145,7 @@ def _write(
     source = open_checkpoint(repo, elastic, submodel, head=causal, ignored=ignored, verify=verify, **hub)
     note_left_out(written, not_passengers(elastic.host, source.ignored), repo)
     dtype = elastic.dtype if isinstance(elastic.dtype, torch.dtype) else source.dtype()
-    beside = _beside(repo, hub)
+    beside = files_beside(repo, hub)
     router = read_router(written, repo, verify=verify, **hub)
     passengers = open_passengers(repo, elastic, hub, verify)
     content = encoded_content(source, elastic, submodel, written.encodings, head=causal)
@@ -198,17 +198,18 @@ def _written(
     return made
 
 
-def _refuse_same(repo: Any, output: Any, hub: dict[str, Any]) -> None:
+def refuse_same(repo: Any, output: Any, hub: dict[str, Any]) -> None:
+    """Raise [`ElasticConfigError`] where a result would replace what it is made of."""
     source, target = (os.path.realpath(path) for path in (os.path.join(repo, hub.get("subfolder") or ""), output))
     if os.path.isdir(source) and (target == source or Path(target).is_relative_to(Path(source, FOLDER))):
         raise ElasticConfigError(
-            f"{output} {'is' if target == source else 'belongs to'} the checkpoint that is read, and what is quantised does not replace it: give "
+            f"{output} {'is' if target == source else 'belongs to'} the checkpoint that is read, and the result does not replace it: give "
             "another folder."
         )
 
 
-def _beside(repo: Any, hub: dict[str, Any]) -> dict[str, Path]:
-    """Tokenizer and generation config."""
+def files_beside(repo: Any, hub: dict[str, Any]) -> dict[str, Path]:
+    """Tokenizer and generation config of a checkpoint."""
     files = tokenizer_files(repo, hub)
     if (generation := find_file(repo, GENERATION_CONFIG_NAME, hub)) is not None:
         files[GENERATION_CONFIG_NAME] = generation

@@ -22,9 +22,11 @@ from ..errors import CheckpointError, ElasticConfigError, refuse_misspelt, users
 from ..routing.router import BudgetRouter
 from ..storage.checksums import write_checksums
 from ..storage.files import INDEX_NAME, find_files
+from ..submodels.packed import is_packed
 from .checkpoint import Checkpoint
 from .nested import FOLDER, folder_names, write_nested
 from .origin import cut_from, refuse_loss
+from .packing import write_codes
 from .passengers import Passengers, processor_files
 from .replacing import checked_target, replacing
 
@@ -175,6 +177,9 @@ class SavingMixin:
 
     def _write_stock(self, directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """The stock class's save; it writes the class's name into the config, which has to stay the stock one's."""
+        if is_packed(self):  # type: ignore[arg-type]
+            write_codes(self, Path(directory), kwargs.get("max_shard_size") or "5GB")
+            return
         architectures = self.config.architectures  # type: ignore[attr-defined]
         views = self._active != self._full or "_taken_as" in self.__dict__  # type: ignore[attr-defined]
         if kwargs.get("state_dict") is None and views:

@@ -188,3 +188,12 @@ def markers(args: argparse.Namespace) -> dict[str, Any]:
 
 def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON for machines instead of text")
+
+
+def is_coded(repo: str, described: str | None) -> bool:
+    """Whether the weights of a checkpoint are stored in few bits."""
+    from ..checkpoints.loading import load_config
+    from ..checkpoints.released import quantization_of
+
+    elastic = load_config(repo, None, described, {})
+    return bool(elastic.encodings) or quantization_of(repo, elastic, {}, described is not None) is not None

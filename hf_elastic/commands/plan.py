@@ -18,7 +18,7 @@ A row without a name is a size that a router found between two budgets; limits (
   hf-elastic plan model --size hidden=0.5                            # a size that nobody has made yet
   hf-elastic plan family --budget half                               # what a budget selects
   hf-elastic plan family --fits 24GB --context 4096 --dtype bf16     # the largest size for a GPU of 24 GB
-  hf-elastic plan family-nvfp4 --fits 24GB --packed                  # ... with the codes of its weights in memory
+  hf-elastic plan family-fp8 --fits 24GB --packed                    # ... with the codes of its weights in memory
   hf-elastic plan model --training lora --rank 16 --length 4096        # the memory that training takes
 """
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 
 from ..errors import ElasticConfigError
-from .common import add_source, check_config, check_dtype, check_output, check_source, save_with_tokenizer
+from .common import add_source, check_config, check_dtype, check_output, check_source, is_coded, save_with_tokenizer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> None:
     check_output(args.output, args.repo)
     args.dtype = check_dtype(args.dtype)
     check_config(args.repo)
-    if _is_coded(args):
+    if is_coded(args.repo, args.elastic_config):
         _slice_coded(args)
         print(render(plan(args.output)))
         print(f"saved to {args.output}")
@@ -43,17 +43,6 @@ def run(args: argparse.Namespace) -> None:
     save_with_tokenizer(model, tokenizer, args.output)
     print(render(plan(args.output)))
     print(f"saved to {args.output}")
-
-
-def _is_coded(args: argparse.Namespace) -> bool:
-    """Whether weights are stored in few bits."""
-    from ..checkpoints.loading import load_config
-    from ..checkpoints.released import quantization_of
-
-    elastic = load_config(args.repo, None, args.elastic_config, {})
-    return (
-        bool(elastic.encodings) or quantization_of(args.repo, elastic, {}, args.elastic_config is not None) is not None
-    )
 
 
 def _slice_coded(args: argparse.Namespace) -> None:

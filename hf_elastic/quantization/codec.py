@@ -30,11 +30,10 @@ _FACTOR = "nvfp4-modelopt"  # multiplies by the global scale, where compressed-t
 
 @cache
 def _words(device: torch.device) -> torch.Tensor:
-    """Per byte its two values, the low half first, as bfloat16 in one word: `(256,)`."""
+    """Per byte its two values, the low half first, in one word that is looked up at once: `(256,)`."""
     levels = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], device=device)
     values = torch.cat([levels, -levels])
-    pairs = torch.stack([values.repeat(16), values.repeat_interleave(16)], -1)
-    return pairs.bfloat16().view(torch.int32).flatten()
+    return torch.stack([values.repeat(16), values.repeat_interleave(16)], -1).view(torch.int64).flatten()
 
 
 @cache
@@ -51,7 +50,8 @@ def global_scale_of(*weights: torch.Tensor, choose: bool = True) -> torch.Tensor
 
     Args:
         weights (`torch.Tensor`): `[rows, columns]`, or stacks `[experts, rows, columns]` of as many experts.
-        choose (`bool`, *optional*, defaults to `True`): As `encode` takes it: `256 * 6 / max |w|`, otherwise `448 * 6 / max |w|`.
+        choose (`bool`, *optional*, defaults to `True`): As `encode` takes it: `256 * 6 / max |w|` and from there down to a power of
+            2, with which bfloat16 holds every weight that a code stands for, and whose reciprocal is exact; otherwise `448 * 6 / max |w|`.
 
     Returns:
         `torch.Tensor`: float32, `[1]`, or `[experts, 1]`.
@@ -63,7 +63,13 @@ def global_scale_of(*weights: torch.Tensor, choose: bool = True) -> torch.Tensor
     largest = torch.stack(ends).amax(0).float()
     _refuse_infinite(largest)
     scale = (_LARGEST_SCALE if choose else _E4M3_MAX) * _E2M1_MAX / largest.clamp(min=torch.finfo(torch.float32).tiny)
-    return torch.where(scale.isfinite(), scale, 1.0).unsqueeze(-1)
+    scale = torch.where(scale.isfinite(), scale, 1.0).unsqueeze(-1)
+    return _power_of_two(scale) if choose else scale
+
+
+def _power_of_two(scale: torch.Tensor) -> torch.Tensor:
+    """The largest one that is no larger."""
+    return (scale.view(torch.int32) & 0x7F800000).view(torch.float32)
 
 
 def encode(
@@ -285,61 +291,69 @@ def decode(
     Raises:
         `CheckpointError`: shapes disagree; scales are negative, NaN or infinite, or 0 where codes are not; or codes are NaN.
     """
-    codes, scale, *last = parts
-    four = encoding.startswith("nvfp4")
+    codes, four = parts[0], encoding.startswith("nvfp4")
     shape = (*codes.shape[:-1], codes.shape[-1] * (2 if four else 1))
-    experts, rows = math.prod(shape[:-2]), shape[-2]
-    count, lengths = experts * rows, tuple(segments or (rows,))
-    along = last[0] if four else scale if encoding == "fp8-tensor" else None
-    if along is not None and (along.numel() != experts * len(lengths) or sum(lengths) != rows):
-        raise CheckpointError(
-            f"codes of shape {tuple(codes.shape)} have {along.numel()} scales, not one for each of {experts} x {len(lengths)} matrices."
-        )
-    if encoding != "fp8-tensor" and scale.numel() * (BLOCK if four else shape[-1]) != count * shape[-1]:
-        raise CheckpointError(
-            f"codes of shape {tuple(codes.shape)} and scales of shape {tuple(scale.shape)} do not belong together."
-        )
-    if along is not None:
-        along = _per_row(along, experts, lengths)
-        _refuse_scales(along)
+    scales, along = _scales_of_rows(parts, encoding, shape, segments)
     out = torch.empty(shape, dtype=dtype, device=codes.device) if out is None else out
-    flat, codes = out.view(count, shape[-1]), codes.reshape(count, -1)
-    scale = codes.new_empty(count, 0) if encoding == "fp8-tensor" else scale.reshape(count, -1)
+    flat = out.view(-1, shape[-1])
+    codes = codes.reshape(len(flat), -1)
     for band in _bands(flat):
-        if not four:
-            step = scale[band].float() if along is None else along[band]
-        elif encoding == _FACTOR:
-            step = scale[band].float() * along[band]
-        else:
-            step = scale[band].float() / along[band]
-        _refuse_scales(step)
-        (_decode_nvfp4 if four else _decode_fp8)(codes[band], step, flat[band])
+        step = _steps(scales, along, band, encoding)
+        zeros = _refuse_scales(step)
+        values, step = _values(codes[band], step, four)
+        if zeros and ((step == 0) & (values != 0)).any():
+            raise CheckpointError("scales are 0 where codes are not; the file is damaged.")
+        flat[band].view(values.shape).copy_(values.mul_(step))
     return out
 
 
-def _decode_nvfp4(codes: torch.Tensor, step: torch.Tensor, out: torch.Tensor) -> None:
-    words = _words(codes.device).index_select(0, codes.flatten().int())
-    values = words.view(torch.bfloat16).view(len(codes), -1, BLOCK)
-    if not step.all():
-        _refuse_lost((step == 0)[..., None] & (values != 0))
-    out.view(len(codes), -1, BLOCK).copy_(values.float().mul_(step[..., None]))
+def _scales_of_rows(
+    parts: Sequence[torch.Tensor], encoding: str, shape: tuple[int, ...], segments: Sequence[int] | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The scales of the elements of all rows, `[rows, ...]`, and those of whole matrices for every row, `[rows, 1]`, where there are such."""
+    codes, scale, *last = parts
+    experts, lengths = math.prod(shape[:-2]), tuple(segments or (shape[-2],))
+    along = last[0] if last else scale if encoding == "fp8-tensor" else None
+    if along is not None:
+        if along.numel() != experts * len(lengths) or sum(lengths) != shape[-2]:
+            raise CheckpointError(
+                f"codes of shape {tuple(codes.shape)} have {along.numel()} scales, not one for each of {experts} x {len(lengths)} matrices."
+            )
+        along = _per_row(along, experts, lengths)
+        _refuse_scales(along)
+    if encoding == "fp8-tensor":
+        return None, along
+    expected = (*shape[:-1], shape[-1] // BLOCK if last else 1)
+    if tuple(scale.shape) != expected or (last and shape[-1] % BLOCK):
+        raise CheckpointError(
+            f"codes of shape {tuple(codes.shape)} and scales of shape {tuple(scale.shape)} do not belong together."
+        )
+    return scale.reshape(-1, expected[-1]), along
 
 
-def _decode_fp8(codes: torch.Tensor, step: torch.Tensor, out: torch.Tensor) -> None:
+def _steps(scales: torch.Tensor | None, along: torch.Tensor | None, band: slice, encoding: str) -> torch.Tensor:
+    """By what the codes of some rows are multiplied."""
+    if scales is None or along is None:
+        return (along if scales is None else scales)[band].float()  # type: ignore[index]
+    fine, whole = scales[band].float(), along[band]
+    return fine * whole if encoding == _FACTOR else fine / whole
+
+
+def _values(codes: torch.Tensor, step: torch.Tensor, four: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the codes of some rows stand for, to be multiplied by the steps, which are given a shape for that."""
+    if four:
+        words = _words(codes.device).index_select(0, codes.flatten().int())
+        return words.view(torch.float32).view(len(step), -1, BLOCK), step.unsqueeze(-1)
     bytes_ = codes.contiguous().view(torch.uint8).flatten()
     values = _e4m3(codes.device).index_select(0, bytes_.int()).view(codes.shape)
     if not values.sum().isfinite():
         raise CheckpointError("codes are NaN; the file is damaged.")
-    if not step.all():
-        _refuse_lost((step == 0) & (values != 0))
-    out.copy_(values.mul_(step))
+    return values, step
 
 
-def _refuse_scales(step: torch.Tensor) -> None:
-    if step.numel() and not (step.isfinite().all() and (step >= 0).all()):
+def _refuse_scales(scales: torch.Tensor) -> bool:
+    """Whether some are 0."""
+    low, high = (end.item() for end in torch.aminmax(scales))  # NaN if one is
+    if not (low >= 0 and high < math.inf):
         raise CheckpointError("scales are negative, NaN or infinite; the file is damaged.")
-
-
-def _refuse_lost(lost: torch.Tensor) -> None:
-    if lost.any():
-        raise CheckpointError("scales are 0 where codes are not; the file is damaged.")
+    return low == 0

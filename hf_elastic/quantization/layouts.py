@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+import torch
 from transformers import PreTrainedConfig
 
 from .._version import __version__
@@ -54,6 +55,12 @@ def check_coded_layout(layout: Any) -> CodedLayout:
             f"layout={shown(layout)} must be {' or '.join(map(repr, LAYOUTS))}.{did_you_mean(str(layout), LAYOUTS)}"
         )
     return layout  # type: ignore[no-any-return]
+
+
+def stored_layout(encodings: Mapping[str, Encoding]) -> CodedLayout:
+    """The layout that codes and scales are in."""
+    modelopt = any(encoding.name == "nvfp4-modelopt" for encoding in encodings.values())
+    return "modelopt" if modelopt else "compressed-tensors"
 
 
 def in_layout(encoding: Encoding, layout: CodedLayout) -> Encoding:
@@ -120,6 +127,34 @@ def quantization_config(
         "ignore": _patterns(plain, architecture, r"(\..*)?$")
         + ([] if host is None else [_beside(name) for name in host.passengers]),
     }
+
+
+def relabelled(scales: torch.Tensor, source: Encoding) -> torch.Tensor | None:
+    """Global scales of NVFP4 in the words of the other layout: factors for the divisors of compressed-tensors, divisors for the factors of modelopt.
+
+    Args:
+        scales (`torch.Tensor`): float32 of any shape.
+        source ([`Encoding`]): Whose they are.
+
+    Returns:
+        `torch.Tensor`: Of that shape, the numbers in float32 next to `1 / x` with which every code at every scale of a block becomes the same weight in
+            bfloat16; `None` if there is none for one of them.
+    """
+    given = scales.float().flatten()
+    steps = torch.tensor([0, 1, -1, 2, -2, 3, -3], dtype=torch.int32)
+    tried = ((1 / given).view(torch.int32)[:, None] + steps).view(torch.float32)  # [scales, candidates]
+    blocks = torch.arange(1, 127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    codes = torch.tensor([1.0, 1.5])  # the others are these, times powers of 2
+
+    def weights(scale: torch.Tensor, divides: bool) -> torch.Tensor:
+        step = blocks / scale[..., None] if divides else blocks * scale[..., None]
+        return (codes * step[..., None]).bfloat16()
+
+    divides = source.name == "nvfp4"
+    same = (weights(tried, not divides) == weights(given, divides)[:, None]).all(-1).all(-1)
+    if not same.any(-1).all():
+        return None
+    return tried.gather(-1, same.int().argmax(-1, keepdim=True)).view(scales.shape)
 
 
 def modelopt_file(said: Mapping[str, Any]) -> dict[str, Any]:
@@ -189,7 +224,7 @@ def _patterns(rules: Sequence[TensorRule], architecture: Architecture, stack: st
         for module in _modules(rule):
             key = _from_layer(module, architecture).replace("{use}", str(rule.use)), stack if _is_stack(rule) else "$"
             layers.setdefault(key, []).append(str(rule.layer))
-    patterns = {}
+    patterns: dict[str, Any] = {}
     for (module, end), numbers in layers.items():
         number = "|".join(dict.fromkeys(numbers))
         spelled = re.escape(module).replace(r"\{layer\}", f"({number})" if "|" in number else number)

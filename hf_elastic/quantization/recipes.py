@@ -123,7 +123,7 @@ class Recipe:
             _check_entry(entry, weights, names)
         chosen = {rule.name: self._format(rule, fed) for rule in weights.values()}
         self._refuse_idle(weights, fed)
-        encodings = {name: ENCODINGS[chosen[name]] for name in weights if chosen[name] is not None}
+        encodings = {name: ENCODINGS[format] for name in weights if (format := chosen[name]) is not None}
         if not encodings:
             there = ", ".join(dict.fromkeys(str(rule.kind) for rule in weights.values())) or "none"
             raise ElasticConfigError(

@@ -27,7 +27,7 @@ def write_shards(
     stem: str,
     content: Mapping[str, Readable],
     max_shard_size: int | str,
-    progress: Callable[[int], None] = lambda count: None,
+    progress: Callable[[int], object] = lambda count: None,
 ) -> dict[str, list[str]]:
     """Write tensors into one or more files, and a list of them if they are several and called `model`.
 
@@ -58,23 +58,25 @@ def write_shards(
 
 
 def write_tensors(
-    path: Path, content: Mapping[str, Readable], progress: Callable[[int], None] = lambda count: None
+    path: Path, content: Mapping[str, Readable], progress: Callable[[int], object] = lambda count: None
 ) -> None:
-    """Write one safetensors file."""
+    """Write one safetensors file. Large elements lie first in it, so that all are aligned; they are written in the order of `content`."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    places: dict[str, int] = {}
     offset = 0
-    for name, part in content.items():
-        header[name] = {
-            "dtype": _NAMES[part.dtype],
-            "shape": list(part.shape),
-            "data_offsets": [offset, offset := offset + size_of(part)],
-        }
+    for name, part in sorted(content.items(), key=lambda item: -item[1].dtype.itemsize):
+        places[name] = offset
+        offset += size_of(part)
+        offsets = [places[name], offset]
+        header[name] = {"dtype": _NAMES[part.dtype], "shape": list(part.shape), "data_offsets": offsets}
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
+    start = 8 + len(encoded)
     with open(path, "wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for part in content.values():
+        for name, part in content.items():
             tensor = part[...].contiguous()
+            file.seek(start + places[name])
             file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
             progress(tensor.nbytes)
 

@@ -10,12 +10,14 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..architectures import Architecture
+from ..architectures.cost import CostModel
 from ..architectures.submodel import Submodel
 from ..configuration_elastic import ElasticConfig
 from ..errors import ElasticConfigError
 from .adapters import attached
 from .loaded_from import name_at
 from .members import Member
+from .packed import is_packed
 from .rounding import Rounding
 from .slicing import bind_views, build_meta, use_eager_experts_if_misaligned
 from .stencils import Unit, install, make_units, uninstall
@@ -230,8 +232,10 @@ class LiveMixin:
         yield from super().named_children() if tree is None else tree.named_children()  # type: ignore[misc]
 
     def num_parameters(self, *args: Any, **kwargs: Any) -> int:
-        """As `PreTrainedModel.num_parameters`, of the active budget."""
+        """As `PreTrainedModel.num_parameters`, of the active budget; codes count as the weights that they stand for."""
         submodel: Submodel = self.submodel  # type: ignore[attr-defined]
+        if is_packed(self) and not any((*args, *kwargs.values())):  # type: ignore[arg-type]
+            return CostModel(self.elastic_config.parent_config)(submodel).total_params
         if submodel == self._active and self._family_tree is None:
             return super().num_parameters(*args, **kwargs)  # type: ignore[misc]
         tree = self._members[submodel].tree

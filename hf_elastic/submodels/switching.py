@@ -21,6 +21,7 @@ from ..configuration.section import CUT_FROM
 from ..configuration_elastic import ElasticConfig
 from ..errors import BusyError, CheckpointError, ElasticConfigError, HFElasticError, shown
 from .adapters import attached
+from .packed import refuse_packed
 from .rounding import Rounding
 from .running import RunningMixin
 from .sharing import COMPILED, Users
@@ -154,6 +155,7 @@ class SwitchingMixin(RunningMixin):
     def computing(self, budget: Budget | Submodel) -> Iterator[Any]:
         """Compute at a budget on the parent's own modules inside a `with` block, in evaluation mode too; for trainers, whose wrappers
         and shards hold on to these modules."""
+        refuse_packed(self, "computing on the parent's own modules, as trainers do,")  # type: ignore[arg-type]
         with self._by(self._train_at, budget):
             yield self
 
@@ -214,6 +216,8 @@ class SwitchingMixin(RunningMixin):
 
     def train(self, mode: bool = True) -> Any:
         """As `nn.Module.train`; the active budget stays active, in the other mode's way."""
+        if mode:
+            refuse_packed(self, "training")  # type: ignore[arg-type]
         active = self.__dict__.get("_active")
         if active is None or active == self._full or mode == self.training or self._computing:
             return super().train(mode)  # type: ignore[misc]

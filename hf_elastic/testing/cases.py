@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 from ..architectures import Architecture
 from ..architectures.submodel import LAYERS, Submodel
 from ..errors import ElasticConfigError
+from .blocks import Blocks
 
 
 @dataclass(frozen=True)
@@ -30,34 +31,40 @@ class Cases:
     Args:
         said (`list[Case]`): The whole, every axis alone, per layer, all together, fewer layers, both.
         unsaid (`list[str]`): What was tried without success, with the reason.
-        per_axis (`dict[str, int]`): The smallest number of steps (`step_of`) that could be taken off an axis alone.
+        blocks (`Blocks`, *optional*): Only sizes that leave whole blocks of these weights.
     """
 
     said: list[Case] = field(default_factory=list)
     unsaid: list[str] = field(default_factory=list)
+    blocks: Blocks | None = None
 
     def named(self, *beginnings: str) -> list[Case]:
         return [case for case in self.said if case.name.startswith(beginnings)]
 
 
-def cases_of(architecture: Architecture, config: PreTrainedConfig, each_axis: bool = True) -> Cases:
+def cases_of(
+    architecture: Architecture, config: PreTrainedConfig, each_axis: bool = True, blocks: Blocks | None = None
+) -> Cases:
     """The cases of a config.
 
     Args:
         each_axis (`bool`, *optional*, defaults to `True`): Also every axis by itself, which says where something is wrong.
+        blocks (`Blocks`, *optional*): Only sizes that leave whole blocks of these weights; an axis without any is among what is not said.
 
     Raises:
         `ElasticConfigError`: an axis that nothing can be cut from, so that nobody could check it.
     """
-    found, full = Cases(), architecture.full(config)
+    found, full = Cases(blocks=blocks), architecture.full(config)
+    smaller_of = {axis: _smaller(found, architecture, config, full, axis) for axis, _ in full.items}
     _add(found, architecture, config, "whole", [{}])
     if each_axis:
-        for axis, _ in full.items:
-            smaller = list(smaller_sizes(architecture, config, full, axis))
-            if not _add(found, architecture, config, axis, ({axis: size} for size in smaller)):
-                _add_with_others(found, architecture, config, full, axis, smaller)
-    _add_per_layer(found, architecture, config, full)
-    together = [dict(sizes) for sizes in _together(architecture, config, full)]
+        for axis, smaller in smaller_of.items():
+            if blocks is not None and not smaller:
+                found.unsaid.append(f"{axis}: no smaller size leaves whole blocks")
+            elif not _add(found, architecture, config, axis, ({axis: size} for size in smaller)):
+                _add_with_others(found, architecture, config, axis, smaller_of)
+    _add_per_layer(found, architecture, config, full, smaller_of)
+    together = [dict(sizes) for sizes in _together(smaller_of)]
     _add(found, architecture, config, "all axes", together)
     depths = list(_depths(architecture, config, full.depth))
     _add(found, architecture, config, "fewer layers", ({LAYERS: kept} for kept in depths))
@@ -66,18 +73,36 @@ def cases_of(architecture: Architecture, config: PreTrainedConfig, each_axis: bo
     return found
 
 
-def _add_per_layer(found: Cases, architecture: Architecture, config: PreTrainedConfig, full: Submodel) -> None:
+def _smaller(
+    found: Cases, architecture: Architecture, config: PreTrainedConfig, full: Submodel, axis: str
+) -> list[int]:
+    sizes = smaller_sizes(architecture, config, full, axis)
+    return [size for size in sizes if found.blocks is None or found.blocks.leaves_whole(axis, size)]
+
+
+def _checked(found: Cases, architecture: Architecture, config: PreTrainedConfig, sizes: Any, name: str) -> Submodel:
+    submodel = architecture.submodel(config, sizes, name)
+    if found.blocks is not None:
+        found.blocks.refuse(submodel)
+    return submodel
+
+
+def _add_per_layer(
+    found: Cases,
+    architecture: Architecture,
+    config: PreTrainedConfig,
+    full: Submodel,
+    smaller_of: dict[str, list[int]],
+) -> None:
     """Other sizes in other layers: of all axes that the stock config can say it of together, and the others by themselves."""
     joined: dict[str, Any] = {}
     for axis, whole in full.items:
         if isinstance(whole, int):
             continue
-        tries = list(
-            _per_layer(architecture, config, full, axis, list(smaller_sizes(architecture, config, full, axis)))
-        )
+        tries = list(_per_layer(architecture, config, full, axis, smaller_of[axis]))
         for sizes in tries:
             try:
-                architecture.submodel(config, joined | sizes)
+                _checked(found, architecture, config, joined | sizes, "the submodel")
             except ElasticConfigError:
                 continue
             joined |= sizes
@@ -93,7 +118,7 @@ def _add(found: Cases, architecture: Architecture, config: PreTrainedConfig, nam
     reason = "nothing to try"
     for sizes in tries:
         try:
-            submodel = architecture.submodel(config, sizes, name)
+            submodel = _checked(found, architecture, config, sizes, name)
         except ElasticConfigError as error:
             reason = str(error)
         else:
@@ -104,17 +129,21 @@ def _add(found: Cases, architecture: Architecture, config: PreTrainedConfig, nam
 
 
 def _add_with_others(
-    found: Cases, architecture: Architecture, config: PreTrainedConfig, full: Submodel, axis: str, smaller: list[int]
+    found: Cases,
+    architecture: Architecture,
+    config: PreTrainedConfig,
+    axis: str,
+    smaller_of: dict[str, list[int]],
 ) -> None:
     """An axis that the stock config ties to another one: cut both."""
     tries = (
         {axis: size, other: also}
-        for other, _ in full.items
+        for other, others in smaller_of.items()
         if other != axis
-        for size in smaller
-        for also in smaller_sizes(architecture, config, full, other)
+        for size in smaller_of[axis]
+        for also in others
     )
-    if not _add(found, architecture, config, f"{axis} with another", tries):
+    if not _add(found, architecture, config, f"{axis} with another", tries) and found.blocks is None:
         raise ElasticConfigError(
             f"{architecture.model_type}: nothing can be cut from axis {axis!r} in this config, so it cannot be checked; give a config that leaves "
             "room, or leave the axis out."
@@ -146,9 +175,8 @@ def _per_layer(
         yield {axis: {layer: size for block, size in picked.items() for layer in block}}
 
 
-def _together(architecture: Architecture, config: PreTrainedConfig, full: Submodel) -> Iterator[dict[str, int]]:
+def _together(choices: dict[str, list[int]]) -> Iterator[dict[str, int]]:
     """All axes smaller at once: the first choices that go together, axis by axis."""
-    choices = {axis: list(smaller_sizes(architecture, config, full, axis)) for axis, _ in full.items}
     draw = random.Random(0)
     for attempt in range(300):
         width = 1 + attempt // 20

@@ -21,6 +21,7 @@ from .adapting import adapters
 from .cases import Case
 from .deviations import LOGITS, Deviation, NotApplicable, same_logits, same_weights
 from .generating import caches_counted, decoding, handed_over
+from .quantizing import kinds, quantised, quantised_elsewhere, refused
 from .subject import Subject
 from .training import gradients, soft
 
@@ -170,5 +171,9 @@ CHECKS: dict[str, Check] = {
     "gradients at a budget": gradients,
     "decided mixture = submodel": soft,
     "adapters at a budget": adapters,
+    "kinds of weights": kinds,
+    "sizes off the blocks are refused": refused,
+    "quantised = sliced": quantised,
+    "quantised in other forms = sliced": quantised_elsewhere,
 }
 """Every check by the name that it has in reports."""

@@ -15,6 +15,7 @@ from ..architectures import get_architecture
 from ..elastification.elastify import elastify
 from ..modeling_elastic import ElasticForCausalLM
 from ..submodels.masking import masked_model
+from .blocks import Blocks, config_in_blocks
 from .cases import Case, cases_of
 from .models import random_model
 
@@ -31,6 +32,7 @@ class Subject:
         folder (`Path`): Where to save.
         each_axis (`bool`, *optional*, defaults to `True`): Also every axis by itself.
         budgets (`dict[str, dict]`, *optional*): Further sizes to check.
+        blocks (`Blocks`, *optional*): Only sizes that leave whole blocks of these weights.
     """
 
     def __init__(
@@ -40,13 +42,16 @@ class Subject:
         folder: Path,
         each_axis: bool = True,
         budgets: Mapping[str, Mapping[str, Any]] | None = None,
+        blocks: Blocks | None = None,
     ):
         self.architecture = get_architecture(config.model_type)
         self.parent = random_model(config, seed)
         self.folder = folder
         generator = torch.Generator().manual_seed(seed)
         self.ids = torch.randint(1, config.vocab_size, TOKENS, generator=generator)
-        self.cases = cases_of(self.architecture, self.parent.config, each_axis)
+        self.cases = cases_of(self.architecture, self.parent.config, each_axis, blocks)
+        self._seed, self._each_axis = seed, each_axis
+        self.made: dict[str, Any] = {}  # what checks share, by name
         for name, sizes in (budgets or {}).items():
             submodel = self.architecture.submodel(self.parent.config, sizes, name)
             self.cases.said.append(Case(f"budget {name}", dict(sizes), submodel))
@@ -75,6 +80,13 @@ class Subject:
     def live(self) -> ElasticForCausalLM:
         """The family, loaded; whoever takes a size of it goes back to the whole."""
         return ElasticForCausalLM.from_pretrained(self.checkpoint)
+
+    @cached_property
+    def in_blocks(self) -> Subject:
+        """The same, in sizes that NVFP4 can hold."""
+        config, folder = config_in_blocks(self.parent.config), self.folder / "in_blocks"
+        folder.mkdir()
+        return Subject(config, self._seed, folder, self._each_axis, blocks=Blocks(config, "nvfp4"))
 
     def slice(self, case: Case) -> ElasticForCausalLM:
         """A case, loaded from disk."""

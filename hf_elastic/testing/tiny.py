@@ -76,7 +76,7 @@ TINY: dict[str, tuple[dict[str, Any], ...]] = {
             "hybrid_override_pattern": "ME*E-M",
         },
         {"hybrid_override_pattern": "M-M*-"},
-        {"moe_latent_size": 20, "topk_group": 2, "use_conv_bias": False, "mlp_bias": True, "use_bias": True},
+        {"moe_latent_size": 16, "topk_group": 2, "use_conv_bias": False, "mlp_bias": True, "use_bias": True},
     ),
     "granitemoehybrid": (
         _COMMON
@@ -310,7 +310,7 @@ TINY: dict[str, tuple[dict[str, Any], ...]] = {
                 "kda_layers": [1, 3],
                 "full_attn_layers": [2, 4],
             },
-            "q_lora_rank": 10,
+            "q_lora_rank": 16,
             "n_shared_experts": 1,
             "n_group": 1,
             "norm_topk_prob": False,
@@ -329,3 +329,42 @@ TINY: dict[str, tuple[dict[str, Any], ...]] = {
     ),
 }
 """Per `model_type` the fields of a tiny model, and of its variants."""
+
+_IN_BLOCKS: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 8, "head_dim": 8}
+_DELTA = _IN_BLOCKS | {"linear_num_value_heads": 4, "linear_value_head_dim": 32}
+_MAMBA = _IN_BLOCKS | {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_expand": 2, "mamba_d_ssm": 128}
+_MOE = {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
+
+BLOCKS: dict[str, dict[str, Any]] = {
+    "nemotron_h": _IN_BLOCKS
+    | {
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 32,
+        "moe_intermediate_size": 32,
+        "moe_shared_expert_intermediate_size": 32,
+    },
+    "granitemoehybrid": _MAMBA | {"intermediate_size": 32, "shared_intermediate_size": 32},
+    "bamba": _MAMBA,
+    "falcon_h1": _MAMBA,
+    "lfm2": _IN_BLOCKS | {"block_auto_adjust_ff_dim": False},
+    "lfm2_moe": _IN_BLOCKS | _MOE,
+    "qwen3_next": _DELTA | _MOE,
+    "qwen3_5_text": _DELTA,
+    "qwen3_5_moe_text": _DELTA | _MOE,
+    "jamba": _IN_BLOCKS | {"intermediate_size": 32, "mamba_expand": 2},
+    "zamba2": {name: value for name, value in _IN_BLOCKS.items() if name != "head_dim"}
+    | {"num_key_value_heads": 8, "n_mamba_heads": 4, "mamba_expand": 2},
+    "olmo_hybrid": _DELTA,
+    "kimi_linear": _IN_BLOCKS
+    | {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "kv_lora_rank": 16,
+        "v_head_dim": 32,
+        "moe_intermediate_size": 32,
+    },
+    "mixtral": _IN_BLOCKS | {"intermediate_size": 32},
+    "qwen3_moe": _IN_BLOCKS | _MOE,
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"), _IN_BLOCKS),
+}
+"""What the same models have in other sizes, so that 16 neighbours of every row can share a scale: at the whole size, and at a smaller one of every axis."""

@@ -13,6 +13,8 @@ from hf_elastic.architectures.cost import CostModel
 from hf_elastic.architectures.registry import TABLES
 from hf_elastic.submodels.slicing import build_meta, check_table
 from hf_elastic.testing import check_architecture
+from hf_elastic.testing.blocks import Blocks, config_in_blocks
+from hf_elastic.testing.checks import CHECKS
 from hf_elastic.testing.conformance import a_subject
 from hf_elastic.testing.deviations import LOGITS
 from hf_elastic.testing.models import tiny_config
@@ -28,12 +30,45 @@ VARIANTS = [
     for name in TINY
     for i in range(len(TINY[name]))
 ]
+QUANTISED = [name for name in CHECKS if "quantised" in name or "blocks" in name]
 RANDOM = 200  # of every table; 0.1 seconds each
 
 
 @pytest.mark.parametrize(("model_type", "variant"), VARIANTS)
 def test_whatever_way_a_size_is_reached_it_is_the_same_model(model_type, variant):
-    check_architecture(model_type, variant=variant, each_axis=False)
+    checks = [name for name in CHECKS if name not in QUANTISED]
+    check_architecture(model_type, variant=variant, each_axis=False, checks=checks)
+
+
+@pytest.mark.parametrize("model_type", ["nemotron_h", "granitemoehybrid"])
+def test_a_size_of_a_quantised_family_is_the_family_cut(model_type):
+    report = check_architecture(model_type, each_axis=False, checks=QUANTISED)
+    assert [result.cases > 9 and not result.skipped for result in report.results] == [True] * len(QUANTISED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", TINY)
+def test_every_axis_of_a_quantised_family(model_type):
+    report = check_architecture(model_type, checks=QUANTISED)
+    assert [result.cases > 9 and not result.skipped for result in report.results] == [True] * len(QUANTISED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model_type", "variant"), [("nemotron_h", 2), ("kimi_linear", 1), ("zamba2", 1), ("jamba", 2)]
+)
+def test_quantised_families_of_other_variants(model_type, variant):
+    check_architecture(model_type, variant=variant, each_axis=False, checks=QUANTISED)
+
+
+@pytest.mark.parametrize("model_type", TINY)
+def test_all_weights_of_the_tiny_models_are_quantised_by_the_kit(model_type):
+    for variant in range(len(TINY[model_type])):
+        config = config_in_blocks(tiny_config(model_type, variant))
+        for format in ("nvfp4", "fp8"):
+            blocks = Blocks(config, format)
+            assert not blocks.left_out
+            assert len(blocks.encodings) > 10
 
 
 @pytest.mark.slow

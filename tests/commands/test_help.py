@@ -11,7 +11,7 @@ from chats import WORDS, save_parent, write_chats
 
 from hf_elastic.cli import COMMANDS, build_parser, main
 
-RUN = ("elastify", "plan", "slice", "quantize", "export", "generate", "evaluate", "push")
+RUN = ("elastify", "quantize", "plan", "slice", "export", "generate", "evaluate", "push")
 """Commands whose examples run here, one on what another has made. `train` runs in `test_first_path`, `lab` in its own tests."""
 
 NOT_HERE = ("--upload", "--task", "--thinking", "nvfp4")

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from hf_elastic import ElasticConfig, ElasticForCausalLM, ElasticModel, elastify, quantize_checkpoint
 from hf_elastic.architectures.axes import TensorRule
 from hf_elastic.checkpoints import encoding as encoding_module
+from hf_elastic.cli import main
 from hf_elastic.errors import CheckpointError, ElasticConfigError
 from hf_elastic.quantization.codec import decode, encode, global_scale_of
 
@@ -58,7 +59,8 @@ def reference(weights: dict[str, torch.Tensor], name: str, format: str) -> torch
     weight, shared = weights[name], None
     if format == "nvfp4" and name.rsplit(".", 2)[-2] in ("q_proj", "k_proj", "v_proj"):
         owner = name.rsplit(".", 2)[0]
-        shared = 256 * 6 / max(weights[f"{owner}.{part}_proj.weight"].abs().max() for part in "qkv").float().view(1)
+        largest = max(weights[f"{owner}.{part}_proj.weight"].abs().max() for part in "qkv").float().view(1)
+        shared = 2 ** (256 * 6 / largest).log2().floor()
     matrices = weight if weight.dim() == 3 else weight[None]
     made = [decode(encode(matrix, format, global_scale=shared), format, weight.dtype) for matrix in matrices]
     return torch.stack(made).view(weight.shape)
@@ -317,3 +319,24 @@ def test_a_full_disk_leaves_what_was_there(families, quantized, tmp_path, listin
         quantize_checkpoint(families("nemotron"), out, "nvfp4", progress=False)
     assert count == 20
     assert listing(out) == before
+
+
+def test_a_quantised_parent_is_not_sorted(quantized, tmp_path, listing):
+    plain = tmp_path / "plain"
+    quantizable_parent("nemotron").save_pretrained(plain)
+    config = json.loads((plain / "config.json").read_text())
+    (plain / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
+    budgets = {"half": {"expert_ffn": 16}}
+    with pytest.raises(
+        ElasticConfigError, match="plain is quantised, and sorting would move weights out of the blocks"
+    ):
+        elastify(plain, budgets=budgets, sort=False)
+    assert main(["elastify", str(plain), str(tmp_path / "out"), "--no-sort", "--budget", "half:expert_ffn=16"]) == 2
+    assert not (tmp_path / "out").exists()
+    decoded = ElasticForCausalLM.from_pretrained(quantized("nemotron"))
+    with pytest.raises(ElasticConfigError, match="is quantised.*hf-elastic elastify, then hf-elastic quantize"):
+        elastify(decoded, budgets=budgets, sort=False)
+    live = quantizable_parent("nemotron")
+    live.config.quantization_config = {"quant_method": "bitsandbytes"}
+    with pytest.raises(ElasticConfigError, match="is quantised"):
+        elastify(live, budgets=budgets, sort=False)
