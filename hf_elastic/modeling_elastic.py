@@ -218,7 +218,7 @@ class ElasticPreTrainedModel(
             pretrained_model_name_or_path, elastic, submodel, variant, head=head, ignored=ignored, verify=verify, **hub
         )
         dtype = dtype or checkpoint.dtype()
-        lazy = checkpoint.lazy_slice(elastic.architecture, elastic.parent_config, submodel, head=head)
+        lazy = checkpoint.lazy_slice(elastic.architecture, elastic.parent_config, submodel, head=head, dtype=dtype)
         sliced = elastic.restrict(submodel)
         decoded = False
         if packed:
