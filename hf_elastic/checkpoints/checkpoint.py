@@ -176,6 +176,13 @@ class Checkpoint:
                         f"{part.rule.name} holds scales that are {wrong}; no weight was decoded. The file is damaged, or was written by a program "
                         "that failed: fetch or quantise it again."
                     )
+            for part, name, other in self._repeats(piece, architecture):
+                one, two = (block[...].flatten() for block in self.whole([name, other]).values())
+                if not torch.equal(one, two):
+                    raise CheckpointError(
+                        f"{name} is {one.tolist()} and {other} {two.tolist()}: matrices that are one in {part.rule.name} have to have one scale. "
+                        "Quantise the checkpoint again with a scale that they share."
+                    )
 
     def _held(self, architecture: Architecture, config: PreTrainedConfig) -> Submodel:
         """The submodel that the files should hold."""
@@ -206,10 +213,27 @@ class Checkpoint:
             required = not piece.copy_of and (head or is_base(piece.rule.name, architecture))
             sources, rule = self._sources(piece, architecture), self._under(piece.rule, architecture)
             whole = len(sources) == len(sources[0]) == 1 and sources[0][0] in stored_names(rule, architecture)
-            shapes = [piece.shape] if whole else piece.rule.stored_shapes(piece.full)
+            shapes = [piece.shape] if whole else rule.stored_shapes(piece.full)
             if piece.copy_of:  # some files have a tensor that layers share under the name of each
                 yield piece.rule, [(name, piece.shape) for name in stored_names(piece.rule, architecture)], False
             yield piece.rule, [pair for names in sources for pair in self._shaped(names, shapes)], required
+        for piece in pieces(architecture, config, architecture.full(config)):
+            for part, _, name in self._repeats(piece, architecture):
+                yield part.rule, [(name, (1,))], head or is_base(piece.rule.name, architecture)
+
+    def _repeats(self, weight: Piece, architecture: Architecture) -> Iterator[tuple[Piece, str, str]]:
+        """Scales that are stored several times, because matrices that are one here are several in the files: which, the name that is read, and another."""
+        encoding, coded = self.encodings.get(weight.rule.stored.name), weight.rule.coded
+        if encoding is None or coded is None or weight.rule.parted:
+            return
+        segments = replace(weight.rule, disk=coded).segments
+        for part in companions(weight, encoding):
+            rule = self._under(part.rule, architecture)
+            if rule.disk != rule.coded or len(rule.segments) == len(segments):
+                continue
+            for expert in indices_of(part.runs[0]):
+                first, *others = (self._present(stored_names(rule, architecture, expert, name)) for name in segments)
+                yield from ((part, first, other) for other in others)
 
     def _shaped(self, names: Names, shapes: list[tuple[int, ...]]) -> Shapes:
         """Names with their shapes: segments may be cut into equal parts, which stock classes save, whatever they were loaded as."""
@@ -247,7 +271,10 @@ class Checkpoint:
     ) -> dict[Path, list[Run]]:
         """Per file the ranges of bytes that `lazy_slice` of the same arguments reads."""
         ranges: dict[Path, list[Run]] = {}
-        for _, part in self._parts(architecture, config, submodel, head, None):
+        read: list[Readable] = [part for _, part in self._parts(architecture, config, submodel, head, None)]
+        for piece in pieces(architecture, config, submodel):  # that are only compared
+            read += self.whole(name for _, _, name in self._repeats(piece, architecture)).values()
+        for part in read:
             for block in part.leaves():
                 ranges.setdefault(block.file.path, []).extend(block.extent)
         return ranges
@@ -357,9 +384,15 @@ class Checkpoint:
         ]
 
     def _under(self, rule: TensorRule, architecture: Architecture) -> TensorRule:
-        """Of a tensor that layers share, the rule whose name the files have; stock classes write the first."""
+        """The rule with the name that the files have: of a tensor that layers share (stock classes write the first), or that is called otherwise where it
+        is quantised."""
         each = (replace(rule, layer=layer) for layer in rule.shared_by)
-        return next((one for one in each if self._present(stored_names(one, architecture)) in self), rule.stored)
+        found = next((one for one in each if self._present(stored_names(one, architecture)) in self), rule.stored)
+        if found.coded is None or self._present(stored_names(found, architecture)) in self:
+            return found
+        named = replace(found, disk=found.coded)
+        first = stored_names(named, architecture, 0 if named.stacked else None, named.segments[0])
+        return named if self._present(first) in self else found
 
     def _present(self, names: Names) -> str:
         return next((name for name in names if name in self), names[0])

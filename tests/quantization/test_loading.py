@@ -55,11 +55,15 @@ LAYOUTS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
-def release(folder: Path, name: str, layout: str, **extra: torch.Tensor) -> tuple[PreTrainedModel, dict[str, str]]:
+def release(
+    folder: Path, name: str, layout: str, renamed: bool = False, **extra: torch.Tensor
+) -> tuple[PreTrainedModel, dict[str, str]]:
     """A checkpoint as another program writes it, and what every weight of it is stored in."""
     recipe, encoding, fields = LAYOUTS[layout]
     encodings = encodings_of(family(name)[0], recipe, **{recipe: encoding})
-    model = write_released(folder, name, encodings, fields, extra, scalars=layout.startswith("modelopt"))
+    model = write_released(
+        folder, name, encodings, fields, extra, scalars=layout.startswith("modelopt"), renamed=renamed
+    )
     if not fields:
         about = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}}
         (folder / "hf_quant_config.json").write_text(json.dumps(about))
@@ -100,11 +104,18 @@ def assert_slice(model: PreTrainedModel, whole: dict[str, torch.Tensor], elastic
 
 @pytest.mark.parametrize(
     ("name", "layout"),
-    [*(("nemotron", layout) for layout in LAYOUTS), ("granite", "nvfp4"), ("granite", "modelopt-fp8")],
+    [
+        *(("nemotron", layout) for layout in LAYOUTS),
+        ("granite", "nvfp4"),
+        ("granite", "modelopt-fp8"),
+        ("granite, one by one", "fp8"),
+        ("granite, one by one", "modelopt-nvfp4"),
+    ],
 )
 def test_released_checkpoints_are_what_their_layout_says(name, layout, tmp_path):
     beside = {f"{IN_PROJ}.input_scale": torch.ones(()), "backbone.layers.2.mixer.k_proj.k_scale": torch.ones(1)}
-    parent, encodings = release(tmp_path, name, layout, **beside)
+    name, _, renamed = name.partition(", ")
+    parent, encodings = release(tmp_path, name, layout, bool(renamed), **beside)
     _, elastic = family(name)
     whole = decoded_state(parent, encodings)
     moved = sum(not torch.equal(whole[weight], parent.state_dict()[weight]) for weight in encodings)
@@ -260,6 +271,23 @@ def test_a_section_of_a_newer_version_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(fields))
     with pytest.raises(ElasticConfigError, match="quantised in format 2, this hf_elastic reads up to 1"):
         load(tmp_path)
+
+
+def test_matrices_that_are_one_here_have_to_share_a_scale(tmp_path, monkeypatch, local_hub):
+    """Experts of this parent are stacks of gate and up, which other programs store one by one, each with its scales."""
+    parent, encodings = release(tmp_path / "repo", "granite", "nvfp4", renamed=True)
+    monkeypatch.setattr("hf_elastic.checkpoints.opening.MOSTLY", 2)  # parts, however many
+    local_hub.commit("org/one", tmp_path / "repo")
+    fetched = load("org/one", elastic_config=BUDGETS["granite"], budget="small", cache_dir=tmp_path / "cache")
+    assert_slice(fetched, decoded_state(parent, encodings), family("granite")[1], "small")
+    slice_checkpoint(tmp_path / "repo", tmp_path / "nested", None, layout="nested", elastic_config=BUDGETS["granite"])
+    assert_slice(load(tmp_path / "nested"), decoded_state(parent, encodings), family("granite")[1], None)
+    file = tmp_path / "repo/model.safetensors"
+    content = load_file(file)
+    content["model.layers.1.block_sparse_moe.experts.2.up_proj.weight_global_scale"] *= 2
+    save_file(content, file)
+    with pytest.raises(CheckpointError, match=r"experts\.2\.gate_proj.*experts\.2\.up_proj.*have to have one scale"):
+        load(tmp_path / "repo", elastic_config=BUDGETS["granite"], budget="half")
 
 
 # Only what a size needs is fetched
@@ -420,8 +448,8 @@ print(memory("VmHWM:") - before, held)
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
-@pytest.mark.parametrize("format", ["nvfp4", "fp8"])
-def test_loading_takes_little_more_memory_than_the_weights(format, folder, tmp_path):
+@pytest.mark.parametrize(("format", "budget"), [("nvfp4", "full"), ("fp8", "half")])
+def test_loading_takes_little_more_memory_than_the_weights(format, budget, folder, tmp_path):
     config = nemotron(
         "ME*EME",
         hidden_size=1024,
@@ -453,10 +481,9 @@ def test_loading_takes_little_more_memory_than_the_weights(format, folder, tmp_p
     elastic.save_pretrained(tmp_path)
     script = tmp_path / "measured.py"
     script.write_text(_MEASURED)
-    for budget in ("full", "half"):
-        weights = elastic.costs()[budget].weight_bytes(torch.bfloat16)
-        command = [sys.executable, str(script), str(folder / "stock"), str(tmp_path), budget]
-        peak, held = map(int, subprocess.run(command, capture_output=True, check=True, text=True).stdout.split())
-        assert weights <= held < 1.001 * weights, "with buffers that are not saved"
-        assert weights > 200e6
-        assert 0.98 * weights < peak <= 1.15 * weights
+    weights = elastic.costs()[budget].weight_bytes(torch.bfloat16)
+    command = [sys.executable, str(script), str(folder / "stock"), str(tmp_path), budget]
+    peak, held = map(int, subprocess.run(command, capture_output=True, check=True, text=True).stdout.split())
+    assert weights <= held < 1.001 * weights, "with buffers that are not saved"
+    assert weights > 200e6
+    assert 0.98 * weights < peak <= 1.15 * weights
