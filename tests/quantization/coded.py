@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,9 @@ BUDGETS: dict[str, dict[str, dict[str, Any]]] = {
 _CLASSES = {"nemotron_h": NemotronHForCausalLM, "granitemoehybrid": GraniteMoeHybridForCausalLM}
 
 
+@cache
 def family(name: str, seed: int = 0) -> tuple[PreTrainedModel, ElasticConfig]:
-    """A stock parent in bfloat16 in which every tensor is random, and the config of a family of it."""
+    """A stock parent in bfloat16 in which every tensor is random, and the config of a family of it; not to be changed."""
     config = CONFIGS[name]()
     model = _CLASSES[config.model_type](config).eval()
     randomize(model, seed)
@@ -79,8 +81,21 @@ def family(name: str, seed: int = 0) -> tuple[PreTrainedModel, ElasticConfig]:
     return model, ElasticConfig.from_parent(model.config, BUDGETS[name])
 
 
+_codes: dict[tuple[int, tuple[tuple[str, str], ...]], dict[str, tuple[torch.Tensor, ...]]] = {}
+
+
 def codes_of(model: PreTrainedModel, encodings: Mapping[str, Encoding]) -> dict[str, tuple[torch.Tensor, ...]]:
     """The companions of every encoded weight, in the order of its encoding; matrices that others fuse have one global scale."""
+    key = (
+        id(model),
+        tuple((name, encoding.name) for name, encoding in encodings.items()),
+    )  # models of `family` live on
+    if key not in _codes:
+        _codes[key] = _made_codes(model, encodings)
+    return _codes[key]
+
+
+def _made_codes(model: PreTrainedModel, encodings: Mapping[str, Encoding]) -> dict[str, tuple[torch.Tensor, ...]]:
     architecture, config, state = get_architecture(model.config.model_type), model.config, model.state_dict()
     made: dict[str, tuple[torch.Tensor, ...]] = {}
     for group in fused_groups(rule for rule in architecture.rules(config) if rule.name in encodings):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from coded import BUDGETS, family, file_bytes, write_family
+from coded import family, file_bytes, write_family
 from nano_v3 import nano_v3
 
 from hf_elastic import ElasticConfig, ElasticConfigError, ElasticForCausalLM, UnknownBudgetError
@@ -39,8 +39,15 @@ def folders(tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("recipe", ["nvfp4", "fp8"])
-@pytest.mark.parametrize("name", list(BUDGETS))
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [
+        ("nemotron", "nvfp4"),
+        ("granite", "fp8"),
+        pytest.param("nemotron", "fp8", marks=pytest.mark.slow),
+        pytest.param("granite", "nvfp4", marks=pytest.mark.slow),
+    ],
+)
 def test_bytes_are_those_of_the_files_and_of_the_models(name, recipe, folders, tmp_path):
     folder = folders(name, recipe)
     elastic = ElasticConfig.from_pretrained(folder)

@@ -105,11 +105,11 @@ def assert_slice(model: PreTrainedModel, whole: dict[str, torch.Tensor], elastic
 @pytest.mark.parametrize(
     ("name", "layout"),
     [
-        *(("nemotron", layout) for layout in LAYOUTS),
-        ("granite", "nvfp4"),
-        ("granite", "modelopt-fp8"),
-        ("granite, one by one", "fp8"),
+        ("nemotron", "nvfp4"),
         ("granite, one by one", "modelopt-nvfp4"),
+        *(pytest.param("nemotron", layout, marks=pytest.mark.slow) for layout in LAYOUTS if layout != "nvfp4"),
+        *(pytest.param("granite", layout, marks=pytest.mark.slow) for layout in ("nvfp4", "modelopt-fp8")),
+        pytest.param("granite, one by one", "fp8", marks=pytest.mark.slow),
     ],
 )
 def test_released_checkpoints_are_what_their_layout_says(name, layout, tmp_path):
@@ -305,8 +305,15 @@ def folder(tmp_path_factory) -> Path:
     return made
 
 
-@pytest.mark.parametrize("verify", [False, True])
-@pytest.mark.parametrize("layout", ["stock", "nested"])
+@pytest.mark.parametrize(
+    ("layout", "verify"),
+    [
+        ("stock", False),
+        ("nested", True),
+        pytest.param("stock", True, marks=pytest.mark.slow),
+        pytest.param("nested", False, marks=pytest.mark.slow),
+    ],
+)
 def test_a_size_fetches_its_codes_and_no_others(layout, verify, folder, local_hub, tmp_path, monkeypatch):
     monkeypatch.setattr(fetching, "_GAP", 0)  # in tiny files everything is near
     monkeypatch.setattr("hf_elastic.checkpoints.opening.MOSTLY", 2)  # parts, however many
@@ -348,7 +355,7 @@ def test_a_changed_code_is_found_by_checksums(folder, tmp_path):
 # Slices stay quantised, decoded models do not
 
 
-@pytest.mark.parametrize("layout", ["stock", "nested"])
+@pytest.mark.parametrize("layout", [pytest.param("stock", marks=pytest.mark.slow), "nested"])
 def test_a_slice_of_a_quantised_family_is_one(layout, folder, tmp_path, capsys):
     assert main(["slice", str(folder / layout), str(tmp_path / "half"), "--budget", "half"]) == 0
     assert main(["slice", str(tmp_path / "half"), str(tmp_path / "small"), "--budget", "small"]) == 0
@@ -384,7 +391,7 @@ def test_a_slice_of_a_released_checkpoint_is_an_elastic_one(tmp_path):
     assert_slice(load(tmp_path / "half", budget="small"), whole, elastic, "small")
 
 
-@pytest.mark.parametrize("name", list(BUDGETS))
+@pytest.mark.parametrize("name", ["nemotron", pytest.param("granite", marks=pytest.mark.slow)])
 def test_a_decoded_model_is_saved_as_a_plain_one(name, tmp_path):
     write_family(tmp_path / "coded", name)
     model = load(tmp_path / "coded", budget="half", device_map="cpu")
