@@ -221,6 +221,12 @@ class Checkpoint:
             for part, _, name in self._repeats(piece, architecture):
                 yield part.rule, [(name, (1,))], head or is_base(piece.rule.name, architecture)
 
+    def compared(self, architecture: Architecture, config: PreTrainedConfig, submodel: Submodel) -> list[Readable]:
+        """What a submodel is stored as besides `coded_slice`: scales that only have to be the same as others."""
+        kept = pieces(architecture, config, submodel)
+        names = [name for piece in kept for _, _, name in self._repeats(piece, architecture)]
+        return list(self.whole(names).values())
+
     def _repeats(self, weight: Piece, architecture: Architecture) -> Iterator[tuple[Piece, str, str]]:
         """Scales that are stored several times, because matrices that are one here are several in the files: which, the name that is read, and another."""
         encoding, coded = self.encodings.get(weight.rule.stored.name), weight.rule.coded
@@ -272,9 +278,7 @@ class Checkpoint:
         """Per file the ranges of bytes that `lazy_slice` of the same arguments reads."""
         ranges: dict[Path, list[Run]] = {}
         read: list[Readable] = [part for _, part in self._parts(architecture, config, submodel, head, None)]
-        for piece in pieces(architecture, config, submodel):  # that are only compared
-            read += self.whole(name for _, _, name in self._repeats(piece, architecture)).values()
-        for part in read:
+        for part in read + self.compared(architecture, config, submodel):
             for block in part.leaves():
                 ranges.setdefault(block.file.path, []).extend(block.extent)
         return ranges

@@ -9,16 +9,19 @@ import pytest
 import torch
 from coded import family, file_bytes, write_family
 from nano_v3 import nano_v3
+from transformers import AutoConfig
 
 from hf_elastic import ElasticConfig, ElasticConfigError, ElasticForCausalLM, UnknownBudgetError
 from hf_elastic.checkpoints.checkpoint import Checkpoint
 from hf_elastic.checkpoints.downloads import download_bytes
+from hf_elastic.checkpoints.exporting import export_checkpoint
 from hf_elastic.checkpoints.nested import levels_for, write_nested
 from hf_elastic.cli import main
 from hf_elastic.commands.plan import fits, plan
 from hf_elastic.configuration.budgets import format_bytes
 from hf_elastic.configuration.known import KNOWN
 from hf_elastic.hub.cards import render_card
+from hf_elastic.hub.publishing import prepare_upload
 from hf_elastic.quantization.recipes import quantized_config
 
 GIB = 2**30
@@ -203,3 +206,20 @@ def test_the_card_says_bytes_and_format(folders):
     plain_text = str(render_card(plain))
     assert "few bits" not in plain_text
     assert "stored, " not in plain_text
+
+
+@pytest.mark.parametrize("name", [pytest.param("nemotron", marks=pytest.mark.slow), "granite"])
+def test_an_export_in_few_bits_is_counted_from_its_headers(name, folders, tmp_path, local_hub):
+    export_checkpoint(folders(name), tmp_path / "half", "half", progress=False)
+    config = AutoConfig.from_pretrained(tmp_path / "half")
+    with pytest.raises(ElasticConfigError, match="counts what its files hold: give"):
+        render_card(config)
+    text = str(render_card(config, folder=tmp_path / "half"))
+    stored = ElasticConfig.from_pretrained(folders(name)).costs()["half"].stored_bytes(torch.bfloat16)
+    (full,) = plan(str(tmp_path / "half"))
+    assert full["stored_bytes"] == full["download_bytes"] == file_bytes(tmp_path / "half")
+    assert stored <= full["stored_bytes"] < 1.01 * stored, "experts one by one have a scale more"
+    assert f"| {format_bytes(stored)} |" in text
+    assert "A program that decodes them" in text
+    upload = prepare_upload(tmp_path / "half", "me/half")
+    assert "stored in nvfp4" in str(upload.card)
