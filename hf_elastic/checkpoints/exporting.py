@@ -94,6 +94,7 @@ def export_checkpoint(
     ignored = architecture.ignored(stock)
     source = open_checkpoint(repo, elastic, submodel, head=causal, ignored=ignored, verify=verify, **hub)
     source.check_scales(architecture, elastic.parent_config, submodel, head=causal)
+    source.refuse_unequal(architecture, elastic.parent_config, submodel)
     note_left_out(elastic, not_passengers(elastic.host, source.ignored), repo)
     config.dtype = elastic.dtype if isinstance(elastic.dtype, torch.dtype) else source.dtype()
     coded = Coded(elastic.encodings, layout)

@@ -152,6 +152,21 @@ def test_sizes_are_cut_from_the_codes(quantized):
         assert all(torch.equal(cut[key], tensor) for key, tensor in whole.state_dict().items())
 
 
+def test_a_repository_is_quantised_as_a_folder_is(families, quantized, tmp_path, local_hub):
+    local_hub.commit("me/family", families("nemotron"))
+    quantize_checkpoint("me/family", tmp_path / "out", "nvfp4", cache_dir=tmp_path / "cache", progress=False)
+    ours, theirs = stored(tmp_path / "out"), stored(quantized("nemotron"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key].view(torch.uint8), theirs[key].view(torch.uint8)) for key in ours)
+    quantize_checkpoint(
+        "me/family", tmp_path / "mid", "fp8", budget="mid", cache_dir=tmp_path / "cache", progress=False
+    )
+    cut = json.loads((tmp_path / "mid" / "config.json").read_text())["cut_from"]
+    assert cut["family"] == "me/family"
+    with pytest.raises(TypeError, match="unexpected argument 'formt'"):
+        quantize_checkpoint("me/family", tmp_path / "x", "fp8", formt="nvfp4")
+
+
 def test_shards_have_an_index_and_hold_the_same(families, quantized, tmp_path):
     quantize_checkpoint(families("nemotron"), tmp_path, "nvfp4", max_shard_size="60KB", progress=False)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
