@@ -76,6 +76,12 @@ class Checkpoint:
             found[name] = self._stored_block(name, [[(0, size)] for size in shape], [None for _ in shape])
         return found
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        types = _DTYPES | _CODES
+        return sum(math.prod(file.shapes[key]) * types[file.dtypes[key]].itemsize for key, file in self._where.items())
+
     def _stored_shape(self, key: str) -> tuple[int, ...]:
         return self._where[key].shapes[key] or (1,)
 
