@@ -65,7 +65,7 @@ def measure_stored(
     entries = []
     for name, cost in ElasticConfig.from_pretrained(folder).costs().items():
         model = ElasticForCausalLM.from_pretrained(folder, budget=name, dtype=dtype).eval()
-        rates = evaluate(model, tokenizer, letters=letters, count=count, seed=seed, batch_size=200)
+        rates = evaluate(model, tokenizer, letters=letters, count=count, seed=seed, batch_size=min(count, 500))
         entries.append(
             {
                 "name": name,

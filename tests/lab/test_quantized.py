@@ -61,7 +61,7 @@ def test_what_is_measured_is_the_slice_of_rounded_weights(blocks, tmp_path):
     """Against a model whose weights were put there by hand."""
     family, tokenizer = blocks
     write_quantized(family, tokenizer, tmp_path, "fp8")
-    options = {"count": 3, "letters": 4}
+    options = {"count": 2, "letters": 2}
     measured = {entry["name"]: entry for entry in measure_stored(tmp_path, tokenizer, family, **options)}
     assert list(measured) == ["full", *BLOCKS]
     elastic = ElasticConfig.from_pretrained(tmp_path)
@@ -71,8 +71,8 @@ def test_what_is_measured_is_the_slice_of_rounded_weights(blocks, tmp_path):
             if name in elastic.encodings:
                 weight.copy_(decode(encode(weight, "fp8"), "fp8", torch.float32))
     assert elastic.encodings
-    source = problems("heldout", 4, 1)
-    ids = torch.tensor(tokenizer([next(source).text + EOS for _ in range(3)])["input_ids"])
+    source = problems("heldout", 2, 1)
+    ids = torch.tensor(tokenizer([next(source).text + EOS for _ in range(2)])["input_ids"])
     start = ids[0].tolist().index(tokenizer.convert_tokens_to_ids("<think>"))
     counted = CostModel(family.elastic_config.parent_config)
     for name in ("full", "quarter"):
