@@ -239,6 +239,7 @@ class ElasticPreTrainedModel(
         stock_kwargs.setdefault("generation_config", generation_config(concrete, pretrained_model_name_or_path, hub))
         want_info = stock_kwargs.pop("output_loading_info", False)
         if packed:
+            checkpoint.refuse_unequal(elastic.architecture, elastic.parent_config, submodel)
             stock._experts_implementation = "eager"
         use_eager_experts_if_misaligned(stock, elastic.architecture, dtype)
         model, info = PreTrainedModel.from_pretrained.__func__(

@@ -40,19 +40,20 @@ class Companion:
     def rule(self, rule: TensorRule) -> TensorRule:
         """It, as a rule of the table, for the weight of a rule."""
         *outer, rows, columns = rule.dims
+        coded = None if rule.coded is None else _named(rule.coded, self.suffix)
+        if self.rows == self.columns == 0 and coded is not None and not rule.parted:
+            coded = coded.replace("{segment}", str(rows.segments[0][0]))  # one for all: that of the first
         if self.rows == 0:
-            own = rows.segments if rule.parted and len(rule.dims) - 2 == int(rule.stacked) else ()
-            if rule.coded is not None and "{segment}" in rule.coded and not rule.parted:
-                own = rows.segments[:1]  # one for all of them, and in such files the others are the same
-            rows = Dim(tuple((name, (1,)) for name, _ in own)) if own else dim(1)
+            own = rows if rule.parted and len(rule.dims) - 2 == int(rule.stacked) else None
+            rows = dim(1) if own is None else Dim(tuple((name, (1,)) for name, _ in own.segments))
         inner = [rows] if self.rows == self.columns == 0 else [rows, _per(columns, self.columns)]
         return replace(
             rule,
             template=_named(rule.template, self.suffix),
             disk=None if rule.disk is None else _named(rule.disk, self.suffix),
-            coded=None if rule.coded is None else _named(rule.coded, self.suffix),
             dims=(*outer, *inner),
             dtypes=self.dtypes,
+            coded=coded,
         )
 
 

@@ -23,6 +23,7 @@ from ..configuration.leaving_out import left_out
 from ..configuration.quantized import QUANTIZATION
 from ..configuration_elastic import ElasticConfig
 from ..errors import ElasticConfigError
+from ..quantization.layouts import coded_in
 from .card_results import Results, table
 
 DOWNLOADS = {
@@ -204,9 +205,10 @@ def limits(source: Any, elastic: ElasticConfig, read: Sequence[Results], plain: 
         which = "Its sizes" if plain else f"The sizes of {', '.join(layered)}"
         lines.append(f"- {which} differ per layer: stock classes of transformers cannot load that, hf_elastic does.")
     told: dict[str, list[str]] = {}
+    coded = coded_in(elastic.encodings)
     for name, member in elastic.family().items():
         if name not in layered:
-            found = portability(elastic.architecture, elastic.parent_config, member, elastic.load_dtype)
+            found = portability(elastic.architecture, elastic.parent_config, member, elastic.load_dtype, coded)
             told.setdefault(words(found), []).append(name)
     for text, names in told.items():
         if text:

@@ -21,6 +21,7 @@ from ..checkpoints.released import with_encodings
 from ..configuration.section import CUT_FROM
 from ..configuration_elastic import ElasticConfig
 from ..errors import ElasticConfigError
+from ..quantization.layouts import with_said
 from .card_results import read_all
 from .card_sections import (
     DOWNLOADS,
@@ -176,7 +177,7 @@ def _subject(source: PreTrainedConfig | PreTrainedModel) -> tuple[ElasticConfig,
             f"a card is of an elastic checkpoint, or of an export of one (whose config.json has `{CUT_FROM}`), and this {type(source).__name__} is of neither; "
             "hf_elastic.elastify() makes a checkpoint elastic, `hf-elastic export` writes one size of it again."
         )
-    return ElasticConfig.from_parent(source, {}), dict(origin)
+    return with_said(ElasticConfig.from_parent(source, {}), source), dict(origin)
 
 
 def _base_model(given: str | None) -> str | None:
