@@ -308,6 +308,16 @@ class Checkpoint:
             else:
                 yield piece.target.name, self._decoded(piece, architecture, encoding, dtype or self.dtype())
 
+    def stored_parts(
+        self, architecture: Architecture, config: PreTrainedConfig, submodel: Submodel
+    ) -> Iterator[Readable]:
+        """Everything that a submodel is in the files."""
+        for piece in pieces(architecture, config, submodel):
+            if not piece.copy_of:
+                encoding = self.encodings.get(piece.rule.stored.name)
+                for part in companions(self._as_stored(piece, encoding, architecture), encoding):
+                    yield self._part(part, architecture)
+
     def coded_slice(
         self, architecture: Architecture, config: PreTrainedConfig, submodel: Submodel, *, head: bool = True
     ) -> dict[str, Readable]:
@@ -317,14 +327,6 @@ class Checkpoint:
             for piece in stored_pieces(architecture, config, submodel, self.encodings)
             if not piece.copy_of and (head or is_base(piece.rule.name, architecture))
         }
-
-    def as_stored(self, architecture: Architecture, config: PreTrainedConfig, submodel: Submodel) -> Iterator[Readable]:
-        """Everything that a submodel is read from, as what it is in the files."""
-        for piece in pieces(architecture, config, submodel):
-            encoding = self.encodings.get(piece.rule.stored.name)
-            for part in companions(self._as_stored(piece, encoding, architecture), encoding):
-                if not part.copy_of:
-                    yield self._part(part, architecture)
 
     def matrices(self, piece: Piece, architecture: Architecture) -> Callable[..., Block | Joined]:
         """What gives a part of what is kept of a tensor, not read yet: of one expert, by its number in the parent, if that is given, and of some of

@@ -212,7 +212,7 @@ def test_the_card_says_bytes_and_format(folders):
 def test_an_export_in_few_bits_is_counted_from_its_headers(name, folders, tmp_path, local_hub):
     export_checkpoint(folders(name), tmp_path / "half", "half", progress=False)
     config = AutoConfig.from_pretrained(tmp_path / "half")
-    text = str(render_card(config, folder=tmp_path / "half"))
+    text = str(render_card(config))
     stored = ElasticConfig.from_pretrained(folders(name)).costs()["half"].stored_bytes(torch.bfloat16)
     (full,) = plan(str(tmp_path / "half"))
     assert full["stored_bytes"] == full["download_bytes"] == file_bytes(tmp_path / "half")

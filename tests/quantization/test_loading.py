@@ -292,6 +292,9 @@ def test_matrices_that_are_one_here_can_have_scales_of_their_own(tmp_path, monke
     assert torch.equal(other[name][2], torch.cat([before[:rows], before[rows:] / 2]))
     with pytest.raises(CheckpointError, match="are stored with scales of their own"):
         load(tmp_path / "repo", elastic_config=BUDGETS["granite"], budget="half", packed=True)
+    with pytest.raises(CheckpointError, match="stored with scales of their own"):
+        slice_checkpoint(tmp_path / "repo", tmp_path / "half", "half", elastic_config=BUDGETS["granite"])
+    assert not (tmp_path / "half").exists()
 
 
 # Only what a size needs is fetched
