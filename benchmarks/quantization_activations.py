@@ -20,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from time import process_time
 from typing import Any
@@ -80,7 +81,7 @@ def hook(find: Callable[[str], nn.Module], names: Any) -> list[Any]:
     handles = []
     for name in names:
         path, _, leaf = name.rpartition(".")
-        module = find(path)
+        module: Any = find(path)
         if leaf == "down_proj":  # a stack of experts, which has no module for either matrix
             handles.append(module.act_fn.register_forward_hook(output_rounded))
         else:
@@ -104,7 +105,8 @@ class RoundInputs(TrainerCallback):
                 for unit in family._stencils[family.submodel]:
                     prefix = f"model.layers.{layers.get(id(unit.module))}."
                     inside = [name.removeprefix(prefix) for name in encodings if name.startswith(prefix)]
-                    hook(unit.stencil.get_submodule, inside)
+                    if unit.stencil is not None:
+                        hook(unit.stencil.get_submodule, inside)
         family.round_weights(None)
 
 
@@ -232,7 +234,7 @@ def stepping(quick: bool, tokens: int) -> Iterator[dict[str, Callable[[], float]
             return process_time() - start
 
         yield {
-            f"{budget}, {'rounded' if rounds else 'plain'}": lambda budget=budget, rounds=rounds: step(budget, rounds)
+            f"{budget}, {'rounded' if rounds else 'plain'}": partial(step, budget, rounds)
             for budget in ("full", "half")
             for rounds in (False, True)
         }
