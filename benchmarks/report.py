@@ -1,7 +1,7 @@
 """Write what README, docs and model cards say of results from the files in `results/`, so that no number there is typed by hand.
 
 `python benchmarks/report.py` rewrites the blocks between markers (`<!-- results:begin -->` to `<!-- results:end -->`, and the same for
-`numbers`, `family`, `ablations`, `bytes`, `phases` and `handover`) and draws the charts of `docs/assets/`; `--check` only tells whether the texts are up to date.
+`numbers`, `family`, `ablations`, `bytes`, `phases`, `handover` and `formats`) and draws the charts of `docs/assets/`; `--check` only tells whether the texts are up to date.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ DOCUMENTS = (
     ROOT / "README.md",
     ROOT / "docs" / "measured.md",
     ROOT / "docs" / "evidence.md",
+    ROOT / "docs" / "quantization.md",
     ROOT / "model_cards" / "lab_family.md",
 )
 
@@ -34,7 +35,7 @@ GROUPS = {
         "ablation_depth",
         "ablation_router",
     ),
-    "How good": ("lab_family", "byte_lm", "phases"),
+    "How good": ("lab_family", "byte_lm", "phases", "quantization_accuracy"),
 }
 """Result files in the order of `docs/measured.md`."""
 
@@ -247,6 +248,50 @@ def handover(results: Path) -> str:
     )
 
 
+def formats(results: Path) -> str:
+    """Whole answers and divergence of every size in every format, and bytes."""
+    if (result := load(results / "quantization_accuracy.json")) is None:
+        return "Not measured yet.\n"
+    found = by_name(result)
+    sizes = list(dict.fromkeys(name.split(": ")[1].partition(",")[0] for name in found if ": " in name))
+    whole = found[f"float32: {sizes[0]}, exact"]
+    shares = [found[f"float32: {size}, exact"]["active_params"] / whole["active_params"] for size in sizes]
+    rows = []
+    for way, done in FORMATS.items():
+        cells = [f"{_spread(found[f'{way}: {size}, exact'], 3)} · {_mean_kl(found, way, size)}" for size in sizes]
+        rows.append([way, *cells, done])
+    stored = {
+        way: [f"{found[f'{way}: {size}, exact']['stored_bytes'] / 1000:.0f}" for size in sizes]
+        for way in ("bfloat16", "fp8", "nvfp4", "nvfp4, everything")
+    }
+    text = _table(["", *(f"{size} ({share:.0%})" for size, share in zip(sizes, shares, strict=True)), ""], rows)
+    seeds = ", ".join(map(str, found[f"nvfp4, distilled: {sizes[0]}, exact"]["seeds"]))
+    error = (0.99 * 0.01 / whole["problems"]) ** 0.5
+    about = (
+        f"Share of {whole['problems']} held-out problems whose whole answer is right · divergence from the whole model in nats per token; "
+        f"`nvfp4, distilled`: mean of seeds {seeds} (range). The standard error of a rate of 0.99 is {error:.3f}. In brackets behind sizes: active "
+        "parameters. Kilobytes of the weights of these sizes: "
+        + "; ".join(f"{way} {' / '.join(numbers)}" for way, numbers in stored.items())
+    )
+    return f"{text}\n\n{about}.\n\n{_conditions(result)}\n"
+
+
+def _mean_kl(found: Mapping[str, Any], way: str, size: str) -> str:
+    return f"{found[f'{way}: {size}, kl']['mean']:.4f}"
+
+
+FORMATS = {
+    "float32": "Nothing is quantised; all below but the next row compute in float32, too.",
+    "bfloat16": "The same weights, computed with in bfloat16.",
+    "fp8": "Every kind of weight in FP8 by calibration alone: nothing is trained.",
+    "nvfp4": "The default recipe by calibration alone; attention and the Mamba layer that feeds it are kept.",
+    "nvfp4, everything": "The same with attention and that layer in 4 bits as well.",
+    "nvfp4, distilled": "The default recipe after 150 steps of distillation of the rounded weights.",
+    "nvfp4, everything, distilled": "Everything in 4 bits after 150 such steps, one seed.",
+    "nvfp4, not rounded": "The control: as many steps without rounding, then the default recipe, one seed.",
+}
+"""Rows of the table of formats, and what was done."""
+
 _BLOCKS: Mapping[str, Callable[[Path], str]] = {
     "results": claims,
     "numbers": numbers,
@@ -255,6 +300,7 @@ _BLOCKS: Mapping[str, Callable[[Path], str]] = {
     "bytes": byte_lm,
     "phases": phases,
     "handover": handover,
+    "formats": formats,
 }
 
 
@@ -266,11 +312,11 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
 
 
-def _spread(entry: Result | None) -> str:
+def _spread(entry: Result | None, digits: int = 2) -> str:
     if entry is None:
         return ""
     low, high = min(entry["runs"]), max(entry["runs"])
-    return f"{entry['mean']:.2f}" + (f" ({low:.2f}–{high:.2f})" if low < high else "")
+    return f"{entry['mean']:.{digits}f}" + (f" ({low:.{digits}f}–{high:.{digits}f})" if low < high else "")
 
 
 def _rates(found: Mapping[str, Any], name: str) -> list[str]:

@@ -13,6 +13,7 @@ from ._version import __version__
 from .adapters.slices import load_adapter, slice_adapter
 from .adapters.targets import lora_targets
 from .architectures.registration import register_architecture
+from .checkpoints.exporting import export_checkpoint
 from .checkpoints.quantizing import quantize_checkpoint
 from .configuration_elastic import ElasticConfig
 from .elastification.elastify import elastify
@@ -68,6 +69,7 @@ __all__ = [
     "UnsupportedArchitectureError",
     "__version__",
     "elastify",
+    "export_checkpoint",
     "load_adapter",
     "lora_targets",
     "masked_model",

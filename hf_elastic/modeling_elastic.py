@@ -209,8 +209,8 @@ class ElasticPreTrainedModel(
         elastic = with_encodings(pretrained_model_name_or_path, elastic, variant, plain=plain, **hub)
         stock_kwargs = checked_kwargs(kwargs)
         dtype = load_dtype(stock_kwargs, elastic)
-        where = kwargs.get("device_map"), kwargs.get("max_memory")
-        submodel = resolve_for_loading(elastic, budget, dtype, *where, packed=packed)
+        places = (kwargs.get("device_map"), kwargs.get("max_memory"))
+        submodel = resolve_for_loading(elastic, budget, dtype, *places, packed=packed)
         concrete = concrete_class(cls, elastic.parent_config)
         head = concrete._stock_class is elastic.architecture.causal_class
         ignored = elastic.architecture.ignored(concrete)
@@ -240,6 +240,7 @@ class ElasticPreTrainedModel(
         stock_kwargs.setdefault("generation_config", generation_config(concrete, pretrained_model_name_or_path, hub))
         want_info = stock_kwargs.pop("output_loading_info", False)
         if packed:
+            checkpoint.refuse_unequal(elastic.architecture, elastic.parent_config, submodel)
             stock._experts_implementation = "eager"
         use_eager_experts_if_misaligned(stock, elastic.architecture, dtype)
         model, info = PreTrainedModel.from_pretrained.__func__(

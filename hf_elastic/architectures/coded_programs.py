@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from transformers import PreTrainedConfig
 
@@ -15,6 +16,9 @@ from .encodings import Encoding
 from .obstacles import REFUSES, SILENT, Obstacle
 from .pieces import Piece, pieces
 from .submodel import Submodel
+
+CodedLayout = Literal["compressed-tensors", "modelopt"]
+"""Whose words codes and scales are in, see [`hf_elastic.quantization.layouts`]."""
 
 TRANSFORMERS = "plain transformers"
 RANDOM = "leaves weights at random, with a warning"
@@ -28,11 +32,11 @@ class Coded:
 
     Args:
         encodings (`dict[str, Encoding]`): Of the parent's weights that are codes and scales, by their live names; none of a plain export.
-        layout (`str`): Whose words they are in, see [`hf_elastic.quantization.layouts`].
+        layout (`str`, *optional*, defaults to `"compressed-tensors"`): Whose words they are in; or `"modelopt"`.
     """
 
     encodings: Mapping[str, Encoding]
-    layout: str = "compressed-tensors"
+    layout: CodedLayout = "compressed-tensors"
 
 
 def coded_obstacles(

@@ -40,6 +40,9 @@ class Companion:
     def rule(self, rule: TensorRule) -> TensorRule:
         """It, as a rule of the table, for the weight of a rule."""
         *outer, rows, columns = rule.dims
+        coded = None if rule.coded is None else _named(rule.coded, self.suffix)
+        if self.rows == self.columns == 0 and coded is not None and not rule.parted:
+            coded = coded.replace("{segment}", str(rows.segments[0][0]))  # one for all: that of the first
         if self.rows == 0:
             own = rows if rule.parted and len(rule.dims) - 2 == int(rule.stacked) else None
             rows = dim(1) if own is None else Dim(tuple((name, (1,)) for name, _ in own.segments))
@@ -50,6 +53,7 @@ class Companion:
             disk=None if rule.disk is None else _named(rule.disk, self.suffix),
             dims=(*outer, *inner),
             dtypes=self.dtypes,
+            coded=coded,
         )
 
 

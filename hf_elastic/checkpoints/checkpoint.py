@@ -76,6 +76,12 @@ class Checkpoint:
             found[name] = self._stored_block(name, [[(0, size)] for size in shape], [None for _ in shape])
         return found
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        types = _DTYPES | _CODES
+        return sum(math.prod(file.shapes[key]) * types[file.dtypes[key]].itemsize for key, file in self._where.items())
+
     def _stored_shape(self, key: str) -> tuple[int, ...]:
         return self._where[key].shapes[key] or (1,)
 
@@ -143,7 +149,7 @@ class Checkpoint:
     def encoding_of(self, piece: Piece, architecture: Architecture) -> Encoding | None:
         """What a weight of the parent is stored in, by the names and types of what is there; `None` if it is stored whole, or not at all."""
         for encoding in ENCODINGS.values():
-            codes, scale, *_ = companions(piece, encoding)
+            codes, scale, *_ = companions(self._as_stored(piece, encoding, architecture), encoding)
             try:
                 code_name, scale_name = (self._sources(part, architecture)[0][0] for part in (codes, scale))
             except ElasticConfigError:  # it is no whole number of blocks
@@ -170,12 +176,32 @@ class Checkpoint:
             encoding = self.encodings.get(piece.rule.stored.name)
             if encoding is None or piece.copy_of or not (head or is_base(piece.rule.name, architecture)):
                 continue
-            for part in list(companions(piece, encoding))[1:]:
+            for part in list(companions(self._as_stored(piece, encoding, architecture), encoding))[1:]:
                 if wrong := wrong_scales(self._part(part, architecture)[...]):
                     raise CheckpointError(
                         f"{part.rule.name} holds scales that are {wrong}; no weight was decoded. The file is damaged, or was written by a program "
                         "that failed: fetch or quantise it again."
                     )
+
+    def refuse_unequal(self, architecture: Architecture, config: PreTrainedConfig, submodel: Submodel) -> None:
+        """Refuse experts whose matrices are stored in parts with scales of their own, where codes are kept: the live matrix has one for all of it.
+
+        Raises:
+            `CheckpointError`: names the first.
+        """
+        for piece in pieces(architecture, config, submodel):
+            encoding = self.encodings.get(piece.rule.stored.name)
+            if encoding is None or piece.rule.coded is None:
+                continue
+            *_, last = companions(self._as_stored(piece, encoding, architecture), encoding)
+            if not last.rule.parted or encoding.companions[-1].rows:
+                continue
+            scales = self._part(last, architecture)[...]
+            if not (scales == scales[:, :1]).all():
+                raise CheckpointError(
+                    f"the parts of {piece.rule.name} ({', '.join(map(str, last.rule.segments))}) are stored with scales of their own, and here it is one "
+                    "matrix, with one. Load the checkpoint decoded (packed=False), and quantise that."
+                )
 
     def _held(self, architecture: Architecture, config: PreTrainedConfig) -> Submodel:
         """The submodel that the files should hold."""
@@ -202,7 +228,7 @@ class Checkpoint:
         self, architecture: Architecture, config: PreTrainedConfig, head: bool
     ) -> Iterator[tuple[TensorRule, Shapes, bool]]:
         """Every tensor that may be in the files: what it is stored as, and whether it has to be there."""
-        for piece in stored_pieces(architecture, config, architecture.full(config), self.encodings):
+        for piece in self._stored_pieces(architecture, config):
             required = not piece.copy_of and (head or is_base(piece.rule.name, architecture))
             sources, rule = self._sources(piece, architecture), self._under(piece.rule, architecture)
             whole = len(sources) == len(sources[0]) == 1 and sources[0][0] in stored_names(rule, architecture)
@@ -210,6 +236,19 @@ class Checkpoint:
             if piece.copy_of:  # some files have a tensor that layers share under the name of each
                 yield piece.rule, [(name, piece.shape) for name in stored_names(piece.rule, architecture)], False
             yield piece.rule, [pair for names in sources for pair in self._shaped(names, shapes)], required
+
+    def _stored_pieces(self, architecture: Architecture, config: PreTrainedConfig) -> Iterator[Piece]:
+        """Everything of the parent, as what it is in the files."""
+        for piece in pieces(architecture, config, architecture.full(config)):
+            encoding = self.encodings.get(piece.rule.stored.name)
+            yield from companions(self._as_stored(piece, encoding, architecture), encoding)
+
+    def _as_stored(self, piece: Piece, encoding: Encoding | None, architecture: Architecture) -> Piece:
+        """A weight under the names that the files have: those that other programs want where it is quantised (`TensorRule.coded`), if these are there."""
+        if piece.rule.coded is None:
+            return piece
+        other = replace(piece, rule=replace(piece.rule, disk=piece.rule.coded))
+        return other if self._sources(next(companions(other, encoding)), architecture)[0][0] in self else piece
 
     def _shaped(self, names: Names, shapes: list[tuple[int, ...]]) -> Shapes:
         """Names with their shapes: segments may be cut into equal parts, which stock classes save, whatever they were loaded as."""
@@ -238,22 +277,27 @@ class Checkpoint:
             config (`PreTrainedConfig`): The parent's stock config.
             submodel (`Submodel`): What to keep.
             head (`bool`, *optional*, defaults to `True`): `False` leaves out what only the causal model has.
-            dtype (`torch.dtype`, *optional*): What encoded weights are decoded to; `dtype()` if not given.
+            dtype (`torch.dtype`, *optional*): What encoded weights are decoded into, with one rounding; defaults to the type of other weights.
         """
-        return dict(self._parts(architecture, config, submodel, head, dtype or self.dtype()))
+        return dict(self._parts(architecture, config, submodel, head, dtype))
 
     def extents(
         self, architecture: Architecture, config: PreTrainedConfig, submodel: Submodel, *, head: bool = True
     ) -> dict[Path, list[Run]]:
         """Per file the ranges of bytes that `lazy_slice` of the same arguments reads."""
         ranges: dict[Path, list[Run]] = {}
-        for _, part in self._parts(architecture, config, submodel, head, self.dtype()):
+        for _, part in self._parts(architecture, config, submodel, head, None):
             for block in part.leaves():
                 ranges.setdefault(block.file.path, []).extend(block.extent)
         return ranges
 
     def _parts(
-        self, architecture: Architecture, config: PreTrainedConfig, submodel: Submodel, head: bool, dtype: torch.dtype
+        self,
+        architecture: Architecture,
+        config: PreTrainedConfig,
+        submodel: Submodel,
+        head: bool,
+        dtype: torch.dtype | None,
     ) -> Iterator[tuple[str, Readable]]:
         for piece in pieces(architecture, config, submodel):
             if piece.copy_of or not (head or is_base(piece.rule.name, architecture)):
@@ -262,12 +306,22 @@ class Checkpoint:
             if encoding is None:
                 yield piece.target.name, self._part(piece, architecture)
             else:
-                yield piece.target.name, self._decoded(piece, architecture, encoding, dtype)
+                yield piece.target.name, self._decoded(piece, architecture, encoding, dtype or self.dtype())
+
+    def stored_parts(
+        self, architecture: Architecture, config: PreTrainedConfig, submodel: Submodel
+    ) -> Iterator[Readable]:
+        """Everything that a submodel is in the files."""
+        for piece in pieces(architecture, config, submodel):
+            if not piece.copy_of:
+                encoding = self.encodings.get(piece.rule.stored.name)
+                for part in companions(self._as_stored(piece, encoding, architecture), encoding):
+                    yield self._part(part, architecture)
 
     def coded_slice(
         self, architecture: Architecture, config: PreTrainedConfig, submodel: Submodel, *, head: bool = True
     ) -> dict[str, Readable]:
-        """As `lazy_slice`, but with the companions of encoded weights as they are stored, under their live names."""
+        """As `lazy_slice`, but with the companions of encoded weights as they are stored, under their live names. Call `refuse_unequal` first."""
         return {
             piece.target.name: self._part(piece, architecture)
             for piece in stored_pieces(architecture, config, submodel, self.encodings)
@@ -289,6 +343,7 @@ class Checkpoint:
         return self.block(self._sources(piece, architecture), piece.runs)
 
     def _decoded(self, piece: Piece, architecture: Architecture, encoding: Encoding, dtype: torch.dtype) -> Decoded:
+        piece = self._as_stored(piece, encoding, architecture)
         stored = [(self._sources(part, architecture), part.runs) for part in companions(piece, encoding)]
 
         def at(index: int | None) -> list[Readable]:
@@ -344,6 +399,9 @@ class Checkpoint:
         """Names under which a tensor of the parent is stored, whatever is kept of it: one entry, or one per expert, each with a name per segment."""
         rule = self._under(piece.rule, architecture)
         whole = self._present(stored_names(rule, architecture))
+        if whole not in self and rule.coded is not None and not rule.apart:
+            one_by_one = self._sources(replace(piece, rule=replace(rule, disk=rule.coded)), architecture)
+            return one_by_one if one_by_one[0][0] in self else [(whole,)]
         if whole in self or not rule.apart:  # all are stored as in the live model after save_original_format=False
             return [(whole,)]
         return [

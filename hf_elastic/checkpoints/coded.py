@@ -6,16 +6,14 @@ multiplies by one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from ..architectures import Architecture
-from ..architectures.axes import TensorRule, shape_of, take
+from ..architectures.axes import TensorRule
 from ..architectures.encodings import Companion, Encoding
 from ..architectures.pieces import Piece, companions, pieces
 from ..architectures.submodel import Submodel
@@ -25,18 +23,14 @@ from ..quantization.codec import decode
 from ..quantization.layouts import CodedLayout, in_layout, relabelled
 from ..quantization.recipes import fused_groups
 from ..storage.reading import Readable
-from .encoding import Computed, Latest, Matrix, experts_of, plain, segments_of
+from .encoding import Computed, Latest, Matrix, Source, experts_of, plain, segments_of
 from .names import is_base, stored_names
-
-Matrices = Callable[[Piece], Matrix]
-"""Gives what is kept of a tensor of the parent, not read yet, as [`Checkpoint.matrices`] does."""
 
 
 def coded_content(
-    matrices: Matrices,
+    source: Source,
     elastic: ElasticConfig,
     submodel: Submodel,
-    encodings: Mapping[str, Encoding],
     layout: CodedLayout,
     *,
     head: bool = True,
@@ -44,10 +38,9 @@ def coded_content(
     """Everything that a size is stored as in a layout, by the Hub's names.
 
     Args:
-        matrices (`Callable`): Where the parent's tensors are from.
+        source ([`Source`]): The parent's tensors.
         elastic (`ElasticConfig`): Its config.
         submodel (`Submodel`): The size.
-        encodings (`dict[str, Encoding]`): Of the parent's weights that are stored in few bits, by their live names.
         layout (`str`): `"compressed-tensors"` or `"modelopt"`.
         head (`bool`, *optional*, defaults to `True`): `False` leaves out what only the causal model has.
 
@@ -55,37 +48,38 @@ def coded_content(
         `ExportError`: the layout does not hold the same numbers. Only global scales were read.
     """
     content: dict[str, Readable] = {}
-    for piece, encoding in _kept(elastic, submodel, encodings, head):
+    architecture = elastic.architecture
+    for piece, encoding in _kept(source, elastic, submodel, head):
         if encoding is None:
-            content |= plain(piece, elastic.architecture, matrices(piece))
+            content |= plain(piece, architecture, source.matrices(piece, architecture))
             continue
         written, rule = in_layout(encoding, layout), coded_rule(piece.target)
         for mine, theirs in zip(encoding.companions, written.companions, strict=True):
             part = replace(piece, rule=mine.rule(piece.rule), target=theirs.rule(rule))
             if mine.rows == mine.columns == 0:
                 change = None if written == encoding else partial(relabelled, source=encoding)
-                content |= _global_scales(part, theirs, elastic.architecture, matrices(part), change)
+                content |= _global_scales(part, theirs, architecture, source.matrices(part, architecture), change)
             else:
-                content |= plain(part, elastic.architecture, matrices(part))
+                content |= plain(part, architecture, source.matrices(part, architecture))
     return content
 
 
 def decoded_content(
-    matrices: Matrices,
+    source: Source,
     elastic: ElasticConfig,
     submodel: Submodel,
-    encodings: Mapping[str, Encoding],
     dtype: torch.dtype,
     *,
     head: bool = True,
 ) -> dict[str, Readable]:
     """Everything that a size is stored as when it is not quantised, decoded when it is read; arguments are those of `coded_content`."""
     content: dict[str, Readable] = {}
-    for piece, encoding in _kept(elastic, submodel, encodings, head):
+    architecture = elastic.architecture
+    for piece, encoding in _kept(source, elastic, submodel, head):
         if encoding is None:
-            content |= plain(piece, elastic.architecture, matrices(piece))
+            content |= plain(piece, architecture, source.matrices(piece, architecture))
         else:
-            content |= _decoded(piece, encoding, elastic.architecture, matrices, dtype)
+            content |= _decoded(piece, encoding, architecture, source, dtype)
     return content
 
 
@@ -94,46 +88,15 @@ def coded_rule(rule: TensorRule) -> TensorRule:
     return rule if rule.coded is None else replace(rule, disk=rule.coded)
 
 
-def matrices_in(tensors: Mapping[str, torch.Tensor]) -> Matrices:
-    """Tensors of a parent that are in memory, by their live names."""
-
-    def of(piece: Piece) -> Matrix:
-        tensor = tensors[piece.rule.stored.name]
-
-        def at(expert: int | None = None, rows: list[tuple[int, int]] | None = None) -> Readable:
-            outer, inner = ([], piece.runs) if expert is None else ([[(expert, expert + 1)]], piece.runs[1:])
-            runs = [*outer, inner[0] if rows is None else rows, *inner[1:]]
-            return Computed(shape_of(runs), tensor.dtype, lambda: take(tensor, runs).cpu(), ())
-
-        return at
-
-    return of
-
-
-def held_tensors(model: PreTrainedModel, elastic: ElasticConfig) -> dict[str, torch.Tensor]:
-    """All that a packed model holds, by live names: companions in their own types in the place of weights."""
-    tensors = dict(model.state_dict())
-    full = elastic.architecture.full(elastic.parent_config)
-    for piece, encoding in _kept(elastic, full, elastic.encodings, True):
-        if encoding is not None:
-            owner, _, leaf = piece.rule.name.rpartition(".")
-            module: Any = model.get_submodule(owner)
-            names = [part.rule.name for part in companions(piece, encoding)]
-            tensors |= dict(zip(names, module.companions_of(leaf), strict=True))
-    return tensors
-
-
-def unequal_scales(
-    matrices: Matrices, elastic: ElasticConfig, submodel: Submodel, encodings: Mapping[str, Encoding]
-) -> list[str]:
+def unequal_scales(source: Source, elastic: ElasticConfig, submodel: Submodel) -> list[str]:
     """Names of weights in few bits that other programs make one matrix of, and whose global scales differ, so that no scale is that of all."""
     scales: dict[str, torch.Tensor] = {}
     kept = {}
-    for piece, encoding in _kept(elastic, submodel, encodings, True):
+    for piece, encoding in _kept(source, elastic, submodel, True):
         if encoding is not None and encoding.format == "nvfp4":
             *_, last = companions(piece, encoding)
             kept[piece.target.name] = piece.target
-            scales[piece.target.name] = matrices(last)()[...]
+            scales[piece.target.name] = source.matrices(last, elastic.architecture)()[...]
     odd = [name for name, scale in scales.items() if scale.dim() > 1 and not (scale == scale[:, :1]).all()]
     for group in fused_groups(kept.values()):
         names = [rule.name for rule in group]
@@ -143,12 +106,12 @@ def unequal_scales(
 
 
 def _kept(
-    elastic: ElasticConfig, submodel: Submodel, encodings: Mapping[str, Encoding], head: bool
+    source: Source, elastic: ElasticConfig, submodel: Submodel, head: bool
 ) -> Iterator[tuple[Piece, Encoding | None]]:
     architecture = elastic.architecture
     for piece in pieces(architecture, elastic.parent_config, submodel):
         if not piece.copy_of and (head or is_base(piece.rule.name, architecture)):
-            yield piece, encodings.get(piece.rule.stored.name)
+            yield piece, source.encodings.get(piece.rule.stored.name)
 
 
 def _global_scales(
@@ -183,10 +146,10 @@ def _given(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
 
 
 def _decoded(
-    piece: Piece, encoding: Encoding, architecture: Architecture, matrices: Matrices, dtype: torch.dtype
+    piece: Piece, encoding: Encoding, architecture: Architecture, source: Source, dtype: torch.dtype
 ) -> dict[str, Readable]:
     rule, latest = piece.target, Latest()
-    parts = [matrices(part) for part in companions(piece, encoding)]
+    parts = [source.matrices(part, architecture) for part in companions(piece, encoding)]
     rows = [shape[0] for shape in rule.stored_shapes(piece.kept)] if rule.parted else [piece.shape[-2]]
     content: dict[str, Readable] = {}
 
@@ -199,7 +162,7 @@ def _decoded(
         for segment, (start, stop), shape in segments_of(rule, piece.kept):
 
             def make(expert: int | None = expert, start: int = start, stop: int = stop) -> torch.Tensor:
-                (weight,) = latest(expert, lambda: whole(expert))
+                (weight,) = latest((rule.name, expert), lambda: whole(expert))
                 return weight if rule.segments == (None,) else weight[start:stop]
 
             content[stored_names(rule, architecture, new, segment)[0]] = Computed(shape, dtype, make, ())

@@ -28,15 +28,16 @@ from ..quantization.layouts import (
     MODELOPT_FILE,
     CodedLayout,
     check_coded_layout,
+    coded_in,
     modelopt_file,
     quantization_config,
-    stored_layout,
 )
 from ..storage.reading import Readable
 from ..storage.streaming import write_shards
 from ..storage.tokenizer_files import read_tokenizer_file, tokenizer_files
-from .coded import coded_content, decoded_content, held_tensors, matrices_in
+from .coded import coded_content, decoded_content
 from .origin import cut_from, named, refuse_loss
+from .packing import HeldCodes
 from .passengers import Passengers, add_shard, processor_files, within
 from .replacing import checked_target, replacing
 
@@ -99,12 +100,11 @@ class ExportMixin:
         source = str(self.name_or_path)  # type: ignore[attr-defined]
         beside = _tokenizer_beside(source, hub) if tokenizer is None else {}
         beside |= {} if passengers is None else processor_files(source, hub)
-        packed = self._packed_content(submodel, coded)
         self._warn_of_programs(self.elastic_config, submodel, coded=coded)
         whole = self.elastic_config.host if passengers is not None else None
         with self.exposed(submodel), replacing(save_directory) as scratch:  # type: ignore[attr-defined]
-            if packed is not None:
-                write_content(scratch, packed, self.elastic_config.architecture, whole, **kwargs)
+            if self.elastic_config.encodings:
+                write_content(scratch, self._packed_content(coded), self.elastic_config.architecture, whole, **kwargs)
                 self.generation_config.save_pretrained(scratch)  # type: ignore[attr-defined]
             else:
                 with within(self, whole):
@@ -142,18 +142,15 @@ class ExportMixin:
             return Coded({}, "compressed-tensors")
         return Coded(encodings, check_coded_layout(layout or "compressed-tensors"))
 
-    def _packed_content(self, submodel: Submodel, coded: Coded) -> dict[str, Readable] | None:
-        """What the files of an export hold, if the model holds codes."""
-        elastic = self.elastic_config
-        if not elastic.encodings:
-            return None
-        with self.exposed(None):  # type: ignore[attr-defined]
-            matrices = matrices_in(held_tensors(self, elastic))  # type: ignore[arg-type]
-        head = self.can_generate()  # type: ignore[attr-defined]
+    def _packed_content(self, coded: Coded) -> dict[str, Readable]:
+        """What the files of an export hold, of a model that holds codes and is at that size."""
+        elastic = self.elastic_config.restrict(self.submodel)  # type: ignore[attr-defined]
+        architecture, config = elastic.architecture, elastic.parent_config
+        held = HeldCodes(self, (rule for rule in architecture.rules(config) if not rule.copy_of))  # type: ignore[arg-type]
         if coded.encodings:
-            return coded_content(matrices, elastic, submodel, coded.encodings, coded.layout, head=head)
+            return coded_content(held, elastic, architecture.full(config), coded.layout)
         dtype: torch.dtype = self.dtype  # type: ignore[attr-defined]
-        return decoded_content(matrices, elastic, submodel, elastic.encodings, dtype, head=head)
+        return decoded_content(held, elastic, architecture.full(config), dtype)
 
     def _warn_of_programs(
         self, elastic: ElasticConfig, submodel: Submodel, what: str | None = None, coded: Coded | None = None
@@ -198,7 +195,7 @@ def write_content(
     host: Host | None = None,
     *,
     max_shard_size: int | str = "5GB",
-    progress: Callable[[int], None] = lambda count: None,
+    progress: Callable[[int], object] = lambda count: None,
 ) -> None:
     """Write the weights of a plain checkpoint, or of the larger model around it, as the file or files of a stock class."""
     if host is not None:
@@ -232,7 +229,7 @@ def write_stock_config(
         coded ([`Coded`], *optional*): What weights are stored in; as in the family if not given.
     """
     architecture, host = elastic.architecture, elastic.host if whole else None
-    coded = Coded(elastic.encodings, stored_layout(elastic.encodings)) if coded is None else coded
+    coded = coded_in(elastic.encodings) if coded is None else coded
     stock = architecture.causal_class if causal else architecture.base_class
     config.architectures = [stock.__name__]
     written = exported_fields(config, architecture)

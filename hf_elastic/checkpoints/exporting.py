@@ -94,16 +94,14 @@ def export_checkpoint(
     ignored = architecture.ignored(stock)
     source = open_checkpoint(repo, elastic, submodel, head=causal, ignored=ignored, verify=verify, **hub)
     source.check_scales(architecture, elastic.parent_config, submodel, head=causal)
+    source.refuse_unequal(architecture, elastic.parent_config, submodel)
     note_left_out(elastic, not_passengers(elastic.host, source.ignored), repo)
     config.dtype = elastic.dtype if isinstance(elastic.dtype, torch.dtype) else source.dtype()
     coded = Coded(elastic.encodings, layout)
 
-    def matrices(piece: Any) -> Any:
-        return source.matrices(piece, architecture)
-
-    content = coded_content(matrices, elastic, submodel, elastic.encodings, layout, head=causal)
+    content = coded_content(source, elastic, submodel, layout, head=causal)
     obstacles = portability(architecture, elastic.parent_config, submodel, config.dtype, coded)
-    if odd := unequal_scales(matrices, elastic, submodel, elastic.encodings):
+    if odd := unequal_scales(source, elastic, submodel):
         why = f"{', '.join(odd[:3])} ... are one matrix there, and their global scales differ, of which it takes the largest"
         obstacles.append(Obstacle("vLLM", SILENT, why))
     beside = files_beside(repo, hub)

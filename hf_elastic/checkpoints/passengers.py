@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,11 @@ from ..errors import CheckpointError
 from ..storage.checksums import verify_files
 from ..storage.files import INDEX_NAME, SINGLE_NAME, find_file, find_files
 from ..storage.sources import pinned
+from ..storage.streaming import write_tensors
 from ..submodels.buffers import share_constant_buffers
 from ..submodels.slicing import build_meta
 from .checkpoint import Checkpoint
+from .encoding import Computed
 
 PASSENGERS = "passengers.safetensors"
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
@@ -83,16 +85,21 @@ class Passengers:
         Args:
             sizes (`dict[str, int]`): Of the parent's global axes.
         """
-        cut = {}
-        for name, stored in self.tensors.items():
-            rule = self.host.rule(name, tuple(stored.shape))
-            ordered = rule.permute(stored[...], self._sizes, self._orders)
-            cut[name] = rule.narrow(ordered, self._sizes, sizes).to(dtype).contiguous()
-        return cut
+        return {name: self._at(name, sizes, dtype) for name in self.tensors}
+
+    def _at(self, name: str, sizes: Sizes, dtype: torch.dtype) -> torch.Tensor:
+        stored = self.tensors[name]
+        rule = self.host.rule(name, tuple(stored.shape))
+        ordered = rule.permute(stored[...], self._sizes, self._orders)
+        return rule.narrow(ordered, self._sizes, sizes).to(dtype).contiguous()
 
     def save(self, folder: Path, sizes: Sizes, dtype: torch.dtype, beside: Mapping[str, Path]) -> None:
-        """Write them for a size, into a file of their own, and the files that go with them, as [`processor_files`] finds them."""
-        save_file(self.at(sizes, dtype), folder / PASSENGERS, metadata={"format": "pt"})
+        """Write them for a size, one after the other, into a file of their own, and the files that go with them, as [`processor_files`] finds them."""
+        content = {}
+        for name, stored in self.tensors.items():
+            shape = self.host.rule(name, tuple(stored.shape)).shape(sizes)
+            content[name] = Computed(shape, dtype, partial(self._at, name, sizes, dtype), ())
+        write_tensors(folder / PASSENGERS, content)
         for name, path in beside.items():
             shutil.copyfile(path, folder / name)
 
@@ -258,9 +265,7 @@ def add_shard(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
         (folder / old).rename(folder / new)
     save_file(tensors, folder / names[-1], metadata={"format": "pt"})
     weight_map = {name: renamed[file] for name, file in weight_map.items()} | dict.fromkeys(tensors, names[-1])
-    held = Checkpoint([folder / name for name in names])
-    blocks = held.whole(held).values()
-    metadata = {"total_size": sum(math.prod(block.shape) * block.dtype.itemsize for block in blocks)}
+    metadata = {"total_size": Checkpoint([folder / name for name in names]).nbytes}
     text = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
     index.write_text(text, encoding="utf-8")
 

@@ -45,7 +45,7 @@ def quantize_checkpoint(
     output: str | os.PathLike[str],
     recipe: Any,
     *,
-    keep: Iterable[str] = (),
+    keep: str | Iterable[str] = (),
     budget: Budget | Submodel = None,
     layout: Layout = "stock",
     elastic_config: Any = None,
@@ -63,7 +63,7 @@ def quantize_checkpoint(
         output (`str` or `os.PathLike`): Folder to write into. If writing fails, what it held before is untouched.
         recipe (`str`, `os.PathLike`, `dict` or [`Recipe`]):
             `"nvfp4"`, `"fp8"`, a YAML or JSON file, or entries, see [`hf_elastic.quantization.recipes`].
-        keep (`Iterable[str]`, *optional*): Kinds, names or patterns of weights that stay as they are, whatever the recipe says.
+        keep (`str` or `Iterable[str]`, *optional*): Kinds, names or patterns of weights that stay as they are, whatever the recipe says.
         budget (*optional*): Only this size and what nests in it, as [`hf_elastic.configuration.budgets`] has it; scales are then those of this size.
         layout (`str`, *optional*, defaults to `"stock"`): `"stock"` or `"nested"`, as `save_pretrained` takes it; for the latter there is room needed for
             the result twice.
@@ -81,7 +81,7 @@ def quantize_checkpoint(
     if unknown := [name for name in hub if name not in HUB_ARGUMENTS]:
         raise TypeError(f"unexpected argument {unknown[0]!r} of quantize_checkpoint.")
     check_layout(layout, {})
-    taken = Recipe.of(recipe).keeping(*keep)
+    taken = Recipe.of(recipe, keep)
     checked_target(output)
     refuse_same(repo, output, hub)
     hub = pinned(repo, hub)
@@ -143,6 +143,7 @@ def _write(
     stock = architecture.causal_class if causal else architecture.base_class
     ignored = architecture.ignored(stock)
     source = open_checkpoint(repo, elastic, submodel, head=causal, ignored=ignored, verify=verify, **hub)
+    source.refuse_unequal(elastic.architecture, elastic.parent_config, submodel)
     note_left_out(written, not_passengers(elastic.host, source.ignored), repo)
     dtype = elastic.dtype if isinstance(elastic.dtype, torch.dtype) else source.dtype()
     beside = files_beside(repo, hub)

@@ -19,6 +19,7 @@ from ..configuration.remote_code import AUTO_MAP, write_module
 from ..configuration.section import CUT_FROM, checked_section
 from ..configuration_elastic import ElasticConfig
 from ..errors import CheckpointError, ElasticConfigError, refuse_misspelt, users_level
+from ..quantization.layouts import quantization_config, stored_layout
 from ..routing.router import BudgetRouter
 from ..storage.checksums import write_checksums
 from ..storage.files import INDEX_NAME, find_files
@@ -225,6 +226,10 @@ def written_config(
     elastic.dtype = elastic.parent_config.dtype = dtype
     elastic.architectures = ["ElasticForCausalLM" if causal else "ElasticModel"]
     elastic.auto_map = dict(AUTO_MAP)
+    elastic.__dict__.pop("quantization_config", None)
+    if encodings := elastic.encodings:  # for others: what is read here is the section
+        parent, layout = elastic.parent_config, stored_layout(encodings)
+        elastic.quantization_config = quantization_config(encodings, elastic.architecture, parent, layout)
     if files is None:
         return elastic
     written = copy.copy(elastic)

@@ -22,7 +22,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="only sizes that every program runs that runs PARENT (llama.cpp, vLLM, ...)",
     )
+    parser.add_argument(
+        "--for",
+        dest="formats",
+        action="append",
+        metavar="FORMAT",
+        help="only sizes that can be held in nvfp4, nvfp4-gguf (llama.cpp) or fp8 later; may be given several times",
+    )
+    parser.add_argument(
+        "--multiple-of",
+        action="append",
+        default=[],
+        metavar="N|AXIS=N",
+        help="what widths given as shares are rounded to, all or one (default: 8); may be given several times",
+    )
     parser.add_argument("--samples", type=int, default=1024, help="calibration rows (default: 1024)")
     parser.add_argument("--batch-size", type=int, default=8, help="rows per forward pass (default: 8)")
     parser.add_argument("--max-length", type=int, help="cut rows to this many tokens")
@@ -106,11 +120,28 @@ def run(args: argparse.Namespace) -> None:
             options["tokenizer"] = load_tokenizer(args.parent) if tokenizer is None else tokenizer
     options |= {"dtype": args.dtype, "device": args.device}
     options |= {"scores": args.scores, "sort": not args.no_sort, "portable": args.portable}
+    options |= {"formats": args.formats, "multiple_of": _multiples(args.multiple_of)}
     with _kept_scores(args.save_scores) if data is not None else nullcontext() as save_scores:
         model = elastify(args.parent, data, axes, budgets, save_scores=save_scores, **options)
         save_with_tokenizer(model, tokenizer, args.output)
     print(render(plan(args.output)))
     print(f"saved to {args.output}")
+
+
+def _multiples(given: Sequence[str]) -> int | dict[str, int]:
+    """What --multiple-of says: one number for all widths, or one per axis."""
+    if len(given) == 1 and "=" not in given[0]:
+        return _number(given[0])
+    if any("=" not in entry for entry in given):
+        raise ElasticConfigError("--multiple-of takes one number for all widths, or AXIS=N for each axis.")
+    return {axis: _number(number) for axis, _, number in (entry.partition("=") for entry in given)} or 8
+
+
+def _number(text: str) -> int:
+    """A whole number of `--multiple-of`."""
+    if not text.isdecimal() or int(text) < 1:
+        raise ElasticConfigError(f"--multiple-of={text} must be a whole number of at least 1.")
+    return int(text)
 
 
 @contextmanager

@@ -164,6 +164,7 @@ def plan(
     from ..architectures.portability import portability
     from ..checkpoints.downloads import download_bytes, stored_bytes
     from ..elastification.search import sizes_from_spec
+    from ..quantization.layouts import coded_in
 
     if isinstance(repo, str):
         elastic, files = _config(repo, None, {})
@@ -178,10 +179,10 @@ def plan(
         members.append(("custom", elastic.resolve(submodel)))
     count = elastic.cost_model()
     formats = list(dict.fromkeys(encoding.format for encoding in elastic.encodings.values()))
-    table = elastic.architecture
+    table, coded = elastic.architecture, coded_in(elastic.encodings)
 
     def obstacles(member: Submodel) -> list[dict[str, str]]:
-        return [o._asdict() for o in portability(table, elastic.parent_config, member, elastic.load_dtype)]
+        return [o._asdict() for o in portability(table, elastic.parent_config, member, elastic.load_dtype, coded)]
 
     def bytes_of(member: Submodel) -> dict[str, Any]:
         stored, fetched = stored_bytes(elastic, member, files), download_bytes(elastic, member, files)

@@ -140,6 +140,7 @@ def describe(upload: Upload) -> str:
     from ..architectures.portability import portability, words
     from ..configuration_elastic import ElasticConfig
     from ..hub.card_sections import download_words
+    from ..quantization.layouts import coded_in, with_said
     from .plan import obstacle_notes, plan
 
     sizes = upload.sizes
@@ -154,8 +155,9 @@ def describe(upload: Upload) -> str:
         parts.append(table([["size", "download"], *downloads], right=frozenset({1})))
         parts += obstacle_notes(plan(upload.config))
     else:
-        whole = ElasticConfig.from_parent(upload.config, {})
-        if obstacles := portability(whole.architecture, upload.config, list(whole.family().values())[0]):
+        whole = with_said(ElasticConfig.from_parent(upload.config, {}), upload.config)
+        (member,), coded = whole.family().values(), coded_in(whole.encodings)
+        if obstacles := portability(whole.architecture, upload.config, member, coded=coded):
             parts.append(f"not for every program: {words(obstacles)}")
     parts.append(upload.readme if upload.card is None else f"{upload.readme}:\n{upload.card.data.to_yaml()}")
     return "\n\n".join(parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Mapping
 from importlib import resources
@@ -107,6 +108,15 @@ def tell_after(trainer: Any, output: str, merged: bool) -> str:
         said.append(
             f"Saved to {output}: an adapter, without the family. For that merge it: merge_adapter: true, or PeftModel.from_pretrained(family, "
             f"{output!r}).merge_and_unload()."
+        )
+    elif (recipe := trainer.args.quantization) is not None:
+        how = (
+            f"--format {recipe}"
+            if isinstance(recipe, str)
+            else f"--recipe FILE, with {json.dumps(recipe)} in FILE.json"
+        )
+        said.append(
+            f"Saved to {folder}: the weights that were rounded, not rounded. Next: hf-elastic quantize {folder} {folder}-quantized {how}"
         )
     else:
         said.append(

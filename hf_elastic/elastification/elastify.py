@@ -29,6 +29,7 @@ from ..modeling_elastic import ElasticForCausalLM, concrete_class
 from ..submodels.buffers import check_buffers, share_constant_buffers
 from ..submodels.slicing import build_meta, check_table
 from .importance import Scores, score
+from .multiples import Multiples
 from .search import BudgetSearch, default_choices, round_depth, sizes_from_spec
 from .sorting import Orders, orders_from_scores, sort_state_dict
 
@@ -45,7 +46,8 @@ def elastify(
     *,
     scores: Scores | str | os.PathLike[str] | None = None,
     sort: bool = True,
-    multiple_of: int = 8,
+    multiple_of: int | Mapping[str, int] = 8,
+    formats: str | Sequence[str] | None = None,
     portable: bool = False,
     save_scores: str | os.PathLike[str] | None = None,
     dtype: str | torch.dtype = "auto",
@@ -77,7 +79,10 @@ def elastify(
             Budgets are nested. Targets are searched from large to small, each inside the budget before it.
         scores ([`Scores`] or path, *optional*): Reuse these instead of scoring.
         sort (`bool`, *optional*, defaults to `True`): `False` for a parent whose weights are sorted already.
-        multiple_of (`int`, *optional*, defaults to 8): Widths given as shares are rounded to this.
+        multiple_of (`int` or `dict[str, int]`, *optional*, defaults to 8): Widths given as shares are rounded to this; or per axis to a number of its own.
+        formats (`str` or `list[str]`, *optional*):
+            Formats in which every size shall be held once the family is quantised: `"nvfp4"`, `"nvfp4-gguf"` (llama.cpp, Marlin kernels) or `"fp8"`. Sizes
+            that are searched or given as shares keep to their blocks, see [`hf_elastic.architectures.alignment`]; others are refused.
         portable (`bool`, *optional*, defaults to `False`):
             Keep to sizes that every program that runs the parent can run as well (see [`hf_elastic.architectures.portability`]): others are not searched, and
             refused where they are given. Granite's `hidden`, `attention_heads` and `mamba_heads` are then cut by one share.
@@ -123,8 +128,7 @@ def elastify(
     budgets = {} if budgets is None else budgets
     if not isinstance(budgets, Mapping):
         raise ElasticConfigError(f"budgets={shown(budgets)} must be a dict from name to sizes or target.")
-    if isinstance(multiple_of, bool) or not isinstance(multiple_of, int) or multiple_of < 1:
-        raise ElasticConfigError(f"multiple_of={shown(multiple_of)} must be a whole number of at least 1.")
+    multiples = Multiples.of(architecture, model.config, multiple_of, formats)
     if not (scores is None or isinstance(scores, (Scores, str, os.PathLike))):
         raise ElasticConfigError(
             f"scores={shown(scores)} must be Scores, or the path of a file that Scores.save wrote."
@@ -135,13 +139,14 @@ def elastify(
         raise ElasticConfigError("portable=True needs budgets: a router learns the size of every axis by itself.")
     if save_scores is not None and (scores is not None or calibration is None):
         raise ElasticConfigError("save_scores= needs calibration=, and no scores=: it keeps what is scored here.")
-    choices = _choices(architecture, model.config, axes, multiple_of)
+    choices = _choices(architecture, model.config, axes, multiples)
     if portable:
         named = {axis for axis, sizes in axes.items() if sizes is not None} if isinstance(axes, Mapping) else set()
         choices = portable_choices(architecture, model.config, choices, named)
+        choices = multiples.only(choices, architecture.one_share)
     only = model.dtype if portable else None
     wanted = sorted(_axes_used(architecture, architecture.available_axes(model.config), budgets, choices))
-    _check_before_scoring(architecture, model, budgets, choices, multiple_of, only)
+    _check_before_scoring(architecture, model, budgets, choices, multiples, only)
     if scores is None and calibration is not None:
         scores = score(
             model,
@@ -159,7 +164,7 @@ def elastify(
             "give calibration= or scores= to sort by (--calibration FILE, --scores FILE), or sort=False (--no-sort) for a parent that is sorted already."
         )
     ranking = architecture.keepable_ranking(model.config, scores.layer_ranking) if scores and scores.layers else None
-    submodels = _resolve(architecture, model, budgets, choices, scores, ranking, multiple_of, only)
+    submodels = _resolve(architecture, model, budgets, choices, scores, ranking, multiples, only)
     config = _elastic_config(model.config, submodels, choices, ranking)
     orders: Orders = {}
     if sort and scores is not None:
@@ -207,7 +212,7 @@ def _refuse_elastic(model: PreTrainedModel) -> None:
 
 
 def _choices(
-    architecture: Architecture, config: PreTrainedConfig, axes: Axes | None, multiple_of: int
+    architecture: Architecture, config: PreTrainedConfig, axes: Axes | None, multiples: Multiples
 ) -> dict[str, list[int]]:
     """Sizes to choose from per axis the user named, the parent's own included."""
     if axes is None:
@@ -223,7 +228,7 @@ def _choices(
             if axis not in full:
                 raise ElasticConfigError(f"axes: no layer of this {config.model_type} parent has axis {axis!r}.")
         if sizes is None:
-            choices[axis] = default_choices(architecture, config, axis, multiple_of)
+            choices[axis] = default_choices(architecture, config, axis, multiples)
             continue
         numbers = isinstance(sizes, Sequence) and all(
             isinstance(s, (int, float)) and not isinstance(s, bool) for s in sizes
@@ -238,7 +243,8 @@ def _choices(
             if axis == LAYERS:
                 resolved.add(round_depth(architecture, config, size) if isinstance(size, float) else size)
             else:
-                resolved |= set(sizes_from_spec(architecture, config, {axis: size}, None, multiple_of).values())
+                resolved |= set(sizes_from_spec(architecture, config, {axis: size}, None, multiples).values())
+        multiples.check_choices(axis, sorted(resolved), largest)
         choices[axis] = sorted(resolved, reverse=True)
     return choices
 
@@ -271,14 +277,14 @@ def _check_before_scoring(
     model: PreTrainedModel,
     budgets: Mapping[str, Any],
     choices: dict[str, list[int]],
-    multiple_of: int,
+    multiples: Multiples,
     portable: torch.dtype | None,
 ) -> None:
     """Refuse what needs no scores to be refused; scoring a large parent takes long."""
     for name in budgets:
         check_name(name, f"budget {name!r}")
     ranking = architecture.keepable_ranking(model.config, range(architecture.depth(model.config)))
-    submodels = _given(architecture, model, budgets, ranking, multiple_of)
+    submodels = _given(architecture, model, budgets, ranking, multiples)
     limits = _targets(architecture, model, budgets)
     # Which layers a number of them keeps is not known yet, and so not what nests.
     unknown = any(not is_limit(spec) and isinstance(spec.get(LAYERS), (int, float)) for spec in budgets.values())
@@ -297,7 +303,7 @@ def _given(
     model: PreTrainedModel,
     budgets: Mapping[str, Any],
     ranking: list[int] | None,
-    multiple_of: int,
+    multiples: Multiples,
 ) -> dict[str, Submodel]:
     """Submodels of the budgets that are given by sizes."""
     full = architecture.full(model.config)
@@ -305,11 +311,12 @@ def _given(
     for name, spec in budgets.items():
         if is_limit(spec):
             continue
-        sizes = sizes_from_spec(architecture, model.config, spec, ranking, multiple_of)
+        sizes = sizes_from_spec(architecture, model.config, spec, ranking, multiples)
         submodels[name] = architecture.submodel(model.config, sizes, f"budget {name!r}")
+        multiples.check(architecture, model.config, submodels[name], f"budget {name!r}")
         if submodels[name] == full and any(isinstance(size, float) and size < 1 for size in spec.values()):
             raise ElasticConfigError(
-                f"budget {name!r}={dict(spec)!r} cuts nothing, as widths are rounded to multiples of {multiple_of}; give sizes "
+                f"budget {name!r}={dict(spec)!r} cuts nothing, as widths are rounded to multiples of {multiples.widths}; give sizes "
                 "(whole numbers), or a smaller multiple_of."
             )
     return submodels
@@ -344,11 +351,11 @@ def _resolve(
     choices: dict[str, list[int]],
     scores: Scores | None,
     ranking: list[int] | None,
-    multiple_of: int,
+    multiples: Multiples,
     portable: torch.dtype | None,
 ) -> dict[str, Submodel]:
     """Submodels of all budgets; targets from large to small, so that each nests in the one before."""
-    given = _given(architecture, model, budgets, ranking, multiple_of)
+    given = _given(architecture, model, budgets, ranking, multiples)
     targets = _targets(architecture, model, budgets)
     submodels = dict(given)
     for name, member in given.items() if portable is not None else ():  # again: which layers stay is known only now

@@ -17,6 +17,7 @@ from ..architectures.submodel import LAYERS, Submodel, first_layers
 from ..configuration.budgets import Limit, format_count, unit_hint
 from ..errors import ElasticConfigError, UnknownBudgetError
 from .importance import Scores
+from .multiples import Multiples
 from .sorting import ranked
 
 MAX_COMBINATIONS = 500_000
@@ -28,14 +29,15 @@ def round_size(
     config: PreTrainedConfig,
     axis: str,
     ratio: float,
-    multiple_of: int,
+    multiple_of: int | Multiples,
     full: int | None = None,
 ) -> int:
     """The allowed size nearest to a share of the parent's: a multiple of the axis's groups, and of `multiple_of` for widths.
 
-    Widths of a multiple of 8 keep expert kernels and 16-bit loads aligned; a parent whose own width is not one is cut freely.
+    A parent whose own width is no multiple of one number for all is cut freely.
 
     Args:
+        multiple_of (`int` or [`Multiples`]): One number for all widths, or all that is known.
         full (`int`, *optional*): The size that it is a share of; defaults to the parent's largest.
     """
     if isinstance(ratio, bool) or not 0 < ratio <= 1:
@@ -47,8 +49,8 @@ def round_size(
         if spec.groups
         else 1
     )
-    if not architecture.counts(axis) and full % multiple_of == 0:
-        step = math.lcm(step, multiple_of)
+    multiples = multiple_of if isinstance(multiple_of, Multiples) else Multiples(multiple_of)
+    step = min(full, multiples.step(architecture, axis, full, step))
     return max(step, min(full, round(full * ratio / step) * step))
 
 
@@ -67,7 +69,7 @@ def sizes_from_spec(
     config: PreTrainedConfig,
     spec: Mapping[str, Any],
     ranking: Sequence[int] | None,
-    multiple_of: int,
+    multiple_of: int | Multiples,
 ) -> dict[str, Any]:
     """Sizes with the ratios in them resolved; `layers` may be a count or a ratio, which the ranking turns into layers."""
     sizes: dict[str, Any] = {}
@@ -94,7 +96,9 @@ def sizes_from_spec(
     return sizes
 
 
-def default_choices(architecture: Architecture, config: PreTrainedConfig, axis: str, multiple_of: int) -> list[int]:
+def default_choices(
+    architecture: Architecture, config: PreTrainedConfig, axis: str, multiple_of: int | Multiples
+) -> list[int]:
     """Sizes to search over if the user gives none, largest first."""
     if axis == LAYERS:
         return sorted({round_depth(architecture, config, ratio) for ratio in DEFAULT_RATIOS}, reverse=True)

@@ -1,8 +1,8 @@
 """Results files as tables of a model card: no number is typed, and every table says which file it is from.
 
-Three kinds are read: `plans.json` of `hf-elastic evaluate`; results of a benchmark, `{"measurements": [{"name", "unit", "median", "runs"}], ...}`; and
-records of a training with an evaluation of every budget, `{"evaluation": {"budgets": [{"name", "exact", ...}]}, ...}`. All may have `machine`,
-`versions` and `commit`.
+Four kinds are read: `plans.json` of `hf-elastic evaluate`; results of a benchmark, `{"measurements": [{"name", "unit", "median", "runs"}], ...}`;
+records of a training with an evaluation of every budget, `{"evaluation": {"budgets": [{"name", "exact", ...}]}, ...}`; and evaluations of every budget
+in several formats, `{"formats": {"nvfp4": [{"name", "exact", ...}], ...}, ...}`. All may have `machine`, `versions` and `commit`.
 """
 
 from __future__ import annotations
@@ -77,12 +77,12 @@ def _read(given: str, family: Mapping[str, Cost]) -> Results:
         data = parse_json(content)
     except (OSError, ValueError, RecursionError) as error:
         raise ElasticConfigError(f"{path} cannot be read as a results file: {error}") from error
-    readers = {"points": _plans, "measurements": _measurements, "evaluation": _evaluation}
+    readers = {"points": _plans, "measurements": _measurements, "evaluation": _evaluation, "formats": _formats}
     kind = next((key for key in readers if isinstance(data, dict) and key in data), None)
     if kind is None:
         raise ElasticConfigError(
-            f"{path} is no results file: it has none of {', '.join(readers)}. Give plans.json of `hf-elastic evaluate`, a benchmark's results, or a "
-            "record of a training with its evaluation."
+            f"{path} is no results file: it has none of {', '.join(readers)}. Give plans.json of `hf-elastic evaluate`, a benchmark's results, a "
+            "record of a training with its evaluation, or evaluations in several formats."
         )
     if pattern and kind != "measurements":
         raise ElasticConfigError(
@@ -176,6 +176,29 @@ def _evaluation(data: Mapping[str, Any], family: Mapping[str, Cost], path: Path,
     said = ", ".join(f"{key} {value}" for key, value in about.items())
     heading = f"### {path.stem}\n\n{said}\n\n" if said else f"### {path.stem}\n\n"
     return [heading + table(["size", *rates], rows)], [], {entry["name"] for entry in entries}
+
+
+def _formats(data: Mapping[str, Any], family: Mapping[str, Cost], path: Path, _: str) -> _Read:
+    """A table per rate, with a column per format."""
+    formats = data["formats"]
+    first = next(iter(formats.values()))
+    names = [entry["name"] for entry in first]
+    for way, entries in formats.items():
+        if [entry["name"] for entry in entries] != names:
+            raise ElasticConfigError(f"{path} measures other budgets in {way!r} than in {next(iter(formats))!r}.")
+        for entry in entries:
+            _known(entry["name"], family, path)
+            _same_counts(entry, entry["name"], family[entry["name"]], path)
+    rates = [key for key, value in first[0].items() if isinstance(value, float)]
+    about = {key: value for key, value in data.items() if isinstance(value, (int, float, str)) and key != "commit"}
+    said = ", ".join(f"{key} {value}" for key, value in about.items())
+    tables = []
+    for rate in rates:
+        columns = [{entry["name"]: number(entry[rate]) for entry in entries} for entries in formats.values()]
+        rows = [[name, *(column[name] for column in columns)] for name in names]
+        tables.append(f"{rate}:\n\n{table(['size', *formats], rows)}")
+    parts = [f"### {path.stem}", *([said] if said else []), *tables]
+    return ["\n\n".join(parts)], [], set(names)
 
 
 def _known(budget: str, family: Mapping[str, Cost], path: Path) -> None:

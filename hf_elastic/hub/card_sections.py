@@ -23,6 +23,7 @@ from ..configuration.leaving_out import left_out
 from ..configuration.quantized import QUANTIZATION
 from ..configuration_elastic import ElasticConfig
 from ..errors import ElasticConfigError
+from ..quantization.layouts import coded_in
 from .card_results import Results, table
 
 DOWNLOADS = {
@@ -77,7 +78,7 @@ def stored_formats(elastic: ElasticConfig) -> list[str]:
     return list(dict.fromkeys(encoding.format for encoding in elastic.encodings.values()))
 
 
-def stored_words(elastic: ElasticConfig) -> str:
+def stored_words(elastic: ElasticConfig, plain: bool) -> str:
     """What the column of stored bytes is, and how weights are held when they are loaded; empty if none are stored in few bits."""
     if not (encodings := elastic.encodings):
         return ""
@@ -86,10 +87,12 @@ def stored_words(elastic: ElasticConfig) -> str:
     share, dtype = cost.coded_elements / cost.total_params, str(elastic.load_dtype).removeprefix("torch.")
     recipe = elastic.elastic[QUANTIZATION].get("recipe")
     said = f" Recipe: `{json.dumps(recipe)}`." if recipe is not None else ""
+    what = f"{len(encodings)} weights, {share:.1%} of the parameters, are stored in {' and '.join(stored_formats(elastic))}, the rest in {dtype}"
+    if plain:
+        return f"{what}: the column *stored*. A program that decodes them holds what the columns by type say.{said}"
     return (
-        f"{len(encodings)} weights, {share:.1%} of the parameters, are stored in {' and '.join(stored_formats(elastic))}, the rest in {dtype}: "
-        "the column *stored*. They are decoded when they are loaded, and then take what the columns by type say; with `packed=True` they stay as they are "
-        f"stored.{said}"
+        f"{what}: the column *stored*. They are decoded when they are loaded, and then take what the columns by type say; with `packed=True` they stay as "
+        f"they are stored.{said}"
     )
 
 
@@ -202,9 +205,10 @@ def limits(source: Any, elastic: ElasticConfig, read: Sequence[Results], plain: 
         which = "Its sizes" if plain else f"The sizes of {', '.join(layered)}"
         lines.append(f"- {which} differ per layer: stock classes of transformers cannot load that, hf_elastic does.")
     told: dict[str, list[str]] = {}
+    coded = coded_in(elastic.encodings)
     for name, member in elastic.family().items():
         if name not in layered:
-            found = portability(elastic.architecture, elastic.parent_config, member, elastic.load_dtype)
+            found = portability(elastic.architecture, elastic.parent_config, member, elastic.load_dtype, coded)
             told.setdefault(words(found), []).append(name)
     for text, names in told.items():
         if text:

@@ -11,8 +11,9 @@ at the layer. Readers of modelopt match the names of the Hub repository, with wi
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
@@ -20,11 +21,12 @@ from transformers import PreTrainedConfig
 from .._version import __version__
 from ..architectures import Architecture
 from ..architectures.axes import TensorRule
+from ..architectures.coded_programs import Coded, CodedLayout
 from ..architectures.encodings import ENCODINGS, NVFP4_BLOCK, Encoding
 from ..architectures.hosts import Host
+from ..configuration_elastic import ElasticConfig
 from ..errors import ElasticConfigError, ExportError, did_you_mean, shown
 
-CodedLayout = Literal["compressed-tensors", "modelopt"]
 LAYOUTS: tuple[CodedLayout, ...] = ("compressed-tensors", "modelopt")
 MODELOPT_FILE = "hf_quant_config.json"
 """Which readers of modelopt's layout look for beside `config.json`."""
@@ -61,6 +63,11 @@ def stored_layout(encodings: Mapping[str, Encoding]) -> CodedLayout:
     """The layout that codes and scales are in."""
     modelopt = any(encoding.name == "nvfp4-modelopt" for encoding in encodings.values())
     return "modelopt" if modelopt else "compressed-tensors"
+
+
+def coded_in(encodings: Mapping[str, Encoding]) -> Coded:
+    """What an export is stored in that has codes and scales as they are."""
+    return Coded(encodings, stored_layout(encodings))
 
 
 def in_layout(encoding: Encoding, layout: CodedLayout) -> Encoding:
@@ -127,6 +134,44 @@ def quantization_config(
         "ignore": _patterns(plain, architecture, r"(\..*)?$")
         + ([] if host is None else [_beside(name) for name in host.passengers]),
     }
+
+
+def encodings_said(
+    said: Mapping[str, Any], architecture: Architecture, config: PreTrainedConfig
+) -> dict[str, Encoding]:
+    """The encodings that `quantization_config` gives, for a section that it made: by the names of the weights in the live model of a stock config."""
+    found = {}
+    for rule in architecture.rules(config):
+        if rule.kind is None or rule.copy_of is not None:
+            continue
+        *_, module = [name.format(layer=rule.layer, use=rule.use) for name in _modules(rule)]
+        inside = f"{module}.0.up_proj" if _is_stack(rule) else module
+        if said["quant_method"] == "modelopt":
+            if not any(fnmatchcase(inside, pattern) for pattern in said["ignore"]):
+                found[rule.name] = ENCODINGS["nvfp4-modelopt"]
+        elif not _matches(inside, said["ignore"]):
+            for group in said["config_groups"].values():
+                if group["targets"] == ["Linear"] or _matches(inside, group["targets"]):
+                    found[rule.name] = ENCODINGS[_name_of(group["weights"])]
+    return found
+
+
+def with_said(elastic: ElasticConfig, exported: PreTrainedConfig) -> ElasticConfig:
+    """The elastic config of an export, with the encodings that its `config.json` gives."""
+    said = getattr(exported, "quantization_config", None)
+    if not said:
+        return elastic
+    said = said if isinstance(said, dict) else said.to_dict()
+    return elastic.quantized(encodings_said(said, elastic.architecture, elastic.parent_config))
+
+
+def _matches(module: str, patterns: Iterable[str]) -> bool:
+    return any(re.match(pattern.removeprefix("re:"), module) for pattern in patterns)
+
+
+def _name_of(weights: Mapping[str, Any]) -> str:
+    facts = ("num_bits", "strategy")
+    return next(name for name, known in _WEIGHTS.items() if all(known[fact] == weights[fact] for fact in facts))
 
 
 def relabelled(scales: torch.Tensor, source: Encoding) -> torch.Tensor | None:

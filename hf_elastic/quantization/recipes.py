@@ -75,15 +75,23 @@ class Recipe:
     given: str | None = None
 
     @classmethod
-    def of(cls, recipe: Any) -> Recipe:
+    def of(cls, recipe: Any, keep: str | Iterable[str] = ()) -> Recipe:
         """A recipe from what a user gives.
 
         Args:
             recipe (`str`, `os.PathLike`, `dict` or `Recipe`): The name of a format, a YAML or JSON file, or entries.
+            keep (`str` or `Iterable[str]`, *optional*): What is kept as it is besides.
 
         Raises:
             `ElasticConfigError`: there is no such format or file, or the entries are none.
         """
+        names = [keep] if isinstance(keep, str) else list(keep)
+        if odd := [name for name in names if not isinstance(name, str)]:
+            raise ElasticConfigError(f"keep has {shown(odd[0])}; it takes kinds, names or patterns of weights.")
+        return cls._of(recipe).keeping(*names)
+
+    @classmethod
+    def _of(cls, recipe: Any) -> Recipe:
         if isinstance(recipe, Recipe):
             return recipe
         if isinstance(recipe, str) and recipe in SHIPPED:

@@ -136,7 +136,7 @@ def _packed_class(stock: type[nn.Module], leaves: tuple[str, ...]) -> type[Packe
 
 def _empty_module(stock: type[nn.Module], leaves: tuple[str, ...]) -> PackedModule:
     made = _packed_class(stock, leaves)
-    return made.__new__(made)
+    return object.__new__(made)
 
 
 def is_packed(model: nn.Module) -> bool:

@@ -23,7 +23,7 @@ Coded = Iterator[tuple[str, dict[str, torch.Tensor]]]
 
 
 @torch.no_grad()
-def quantize(model: Any, recipe: Any, *, keep: Iterable[str] = (), again: bool = False) -> Any:
+def quantize(model: Any, recipe: Any, *, keep: str | Iterable[str] = (), again: bool = False) -> Any:
     """Quantise a family in place: from now on it holds codes and scales, and decodes weights when they are used.
 
     It is for inference: `save_pretrained`, `export` and the nested layout write the codes as they are, and its sizes are the codes, cut. What is
@@ -33,7 +33,7 @@ def quantize(model: Any, recipe: Any, *, keep: Iterable[str] = (), again: bool =
         model ([`ElasticForCausalLM`] or [`ElasticModel`]): With everything that is loaded as its active size.
         recipe (`str`, `os.PathLike`, `dict` or [`Recipe`]):
             `"nvfp4"`, `"fp8"`, a YAML or JSON file, or entries, see [`hf_elastic.quantization.recipes`].
-        keep (`Iterable[str]`, *optional*): Kinds, names or patterns of weights that stay as they are, whatever the recipe says.
+        keep (`str` or `Iterable[str]`, *optional*): Kinds, names or patterns of weights that stay as they are, whatever the recipe says.
         again (`bool`, *optional*, defaults to `False`):
             Quantise weights, too, that were codes when they were loaded. What is lost adds up, unless they were trained since.
 
@@ -44,7 +44,7 @@ def quantize(model: Any, recipe: Any, *, keep: Iterable[str] = (), again: bool =
         `ElasticConfigError`: it is no family, quantised already, at a smaller size, spread over files, has adapters, or the recipe does not fit. Nothing was
             changed.
     """
-    taken = Recipe.of(recipe).keeping(*keep)
+    taken = Recipe.of(recipe, keep)
     elastic = _checked(model, again)
     made = quantized_config(elastic, taken)
     encodings = made.encodings

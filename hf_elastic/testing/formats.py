@@ -17,9 +17,10 @@ _MOST = {"nvfp4": 256.0 * 6.0, "fp8": 448.0}
 
 
 def global_scale(*weights: torch.Tensor) -> torch.Tensor:
-    """The divisor that matrices, or stacks `[experts, rows, columns]` of them, share in NVFP4: `[1]` or `[experts, 1]`."""
+    """The divisor that matrices, or stacks `[experts, rows, columns]` of them, share in NVFP4, a power of 2: `[1]` or `[experts, 1]`."""
     joined = torch.cat(weights, dim=-2).float()
-    return joined.abs().flatten(-2).amax(-1, keepdim=True).reciprocal() * _MOST["nvfp4"]  # rounded twice, as others do
+    most = _MOST["nvfp4"] / joined.abs().flatten(-2).amax(-1, keepdim=True)
+    return torch.ldexp(torch.ones_like(most), torch.frexp(most).exponent - 1)
 
 
 def nvfp4(weight: torch.Tensor, divisor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

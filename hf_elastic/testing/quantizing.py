@@ -55,7 +55,8 @@ MODELOPT = {"nvfp4": "nvfp4-modelopt", "fp8": "fp8-tensor"}
 def kinds(subject: Subject) -> Iterator[Deviation]:
     """Only weights of linear layers and of experts can be quantised, and those that others make one matrix of have one global scale."""
     modules = dict(subject.parent.named_modules())
-    weights = [rule for rule in subject.architecture.rules(subject.parent.config) if rule.kind is not None]
+    rules = subject.architecture.rules(subject.parent.config)
+    weights = [rule for rule in rules if rule.kind is not None]
     if not weights:
         raise NotApplicable("the table says of no weight what kind it is, so none can be quantised")
     for rule in weights:
@@ -67,9 +68,14 @@ def kinds(subject: Subject) -> Iterator[Deviation]:
         )
         if "embed" in rule.module or rule.module == "lm_head" or rule.routes:
             yield Deviation(rule.name, wrong=f"has kind={rule.kind!r}; embeddings, heads and routers are kept")
-    for group in merged(weights):
-        said = {rule.fused for rule in group}
-        if len(group) > 1 and (len(said) > 1 or None in said):
+    matrices = [rule for rule in rules if isinstance(modules.get(rule.module), nn.Linear) and len(rule.dims) == 2]
+    for group in merged(matrices):
+        kept = [rule.name for rule in group if rule.kind is None]
+        if 0 < len(kept) < len(group):
+            yield Deviation(
+                kept[0], wrong=f"has no kind=, others of one matrix with it have: {[r.name for r in group]}"
+            )
+        elif len(group) > 1 and not kept and (len({r.fused for r in group}) > 1 or group[0].fused is None):
             yield Deviation(group[0].name, wrong=f"is one matrix with {[r.name for r in group[1:]]} elsewhere: fused=")
 
 
@@ -143,7 +149,7 @@ class Quantised:
         """What a size holds: weights by their live names, and what they are stored as."""
         state = self.subject.parent.state_dict()
         weights = slice_state_dict(self.architecture, self.config, state, case.submodel)
-        stored = {}
+        stored: dict[str, torch.Tensor] = {}
         for piece, name in self.pieces(case.submodel):
             target = piece.target.name
             parts = [weights[target]] if name is None else self.coded(piece, weights[target], self.scales[name])
@@ -234,7 +240,7 @@ def _packed(
     packed = AutoModelForCausalLM.from_pretrained(made.checkpoint, packed=True, dtype=torch.bfloat16)
     with packed.at(case.submodel) as view:
         computed = made.subject.logits(view)
-        modules, found = dict(view.named_modules()), {}
+        modules, found = dict(view.named_modules()), dict[str, torch.Tensor]()
         for piece, name in made.pieces(case.submodel):
             if name is not None:
                 owner, leaf = modules[piece.target.module], piece.target.name.rpartition(".")[2]
@@ -280,7 +286,7 @@ class Modelopt:
 
     def __init__(self, made: Quantised):
         self.made, self.folder = made, made.subject.folder / MODELOPT[made.format]
-        encoding, stored = ENCODINGS[MODELOPT[made.format]], {}
+        encoding, stored = ENCODINGS[MODELOPT[made.format]], dict[str, torch.Tensor]()
         self.state = dict(made.subject.parent.state_dict())
         for rule in made.architecture.rules(made.config):
             if rule.copy_of:
@@ -320,7 +326,8 @@ class Modelopt:
 
     def _on_disk(self, rule: TensorRule, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         """A tensor by its names in files, those of experts and segments by themselves."""
-        full, found = self.made.architecture.full(self.made.config).at(rule.layer), {}
+        full = self.made.architecture.full(self.made.config).at(rule.layer)
+        found: dict[str, torch.Tensor] = {}
         for expert, whole in enumerate(tensor) if rule.stacked else [(None, tensor)]:
             lengths = [shape[0] for shape in rule.stored_shapes(full)] if rule.parted else [len(whole)]
             for segment, part in zip(rule.segments, whole.split(lengths), strict=True):

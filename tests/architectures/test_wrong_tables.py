@@ -10,7 +10,10 @@ import pytest
 
 from hf_elastic.architectures import ARCHITECTURES, Architecture, get_architecture
 from hf_elastic.architectures.axes import Cut, Dim, Norm, TensorRule
+from hf_elastic.architectures.encodings import ENCODINGS, Encoding
+from hf_elastic.checkpoints import encoding
 from hf_elastic.errors import HFElasticError
+from hf_elastic.quantization import codec
 from hf_elastic.testing.checks import CHECKS
 from hf_elastic.testing.conformance import a_subject, run_checks
 from hf_elastic.testing.models import tiny_config
@@ -237,3 +240,102 @@ def test_a_router_that_is_not_biased_is_found(model_type, monkeypatch):
             pass
 
     assert found_by(model_type, 0, Wrong(), monkeypatch) == "masked = sliced"
+
+
+# -- what is quantised -------------------------------------------------------------------------------------------------
+
+
+def with_kind(kind) -> Change:
+    return lambda rule: replace(rule, kind=kind)
+
+
+KINDS_WRONG: dict[str, tuple[Callable[[TensorRule], object], Change]] = {
+    "a norm has a kind": (lambda rule: rule.norm, with_kind("mlp")),
+    "a convolution has a kind": (lambda rule: "conv" in rule.template and len(rule.dims) == 3, with_kind("mamba")),
+    "a parameter of a scan has a kind": (lambda rule: rule.template.endswith("A_log"), with_kind("mamba")),
+    "embeddings have a kind": (lambda rule: "embed" in rule.template, with_kind("mlp")),
+    "the head has a kind": (lambda rule: rule.template == "lm_head.weight", with_kind("mlp")),
+    "a router has a kind": (lambda rule: rule.routes, with_kind("experts")),
+    "a bias has a kind": (lambda rule: rule.template.endswith("proj.bias"), with_kind("attention")),
+    "a weight is not said to be of one matrix with others": (
+        lambda rule: rule.fused,
+        lambda rule: replace(rule, fused=None),
+    ),
+    "a weight is of another matrix than its neighbours": (
+        lambda rule: rule.fused,
+        lambda rule: replace(rule, fused="another_proj"),
+    ),
+    "a weight has no kind and its neighbours in one matrix have": (
+        lambda rule: rule.fused and ".k_proj" in rule.template,
+        with_kind(None),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "variant"), [("nemotron_h", 0), ("qwen3_5_moe_text", 0), ("kimi_linear", 1), ("lfm2", 0)]
+)
+def test_a_wrong_kind_is_found(model_type, variant, monkeypatch):
+    config, table = tiny_config(model_type, variant), get_architecture(model_type)
+    rules, made = table.rules(config), 0
+    with a_subject(config, 0, False) as subject:
+        for kind, (where, change) in KINDS_WRONG.items():
+            for template in list(dict.fromkeys(rule.template for rule in rules if where(rule)))[:MOST]:
+                subject.architecture = one_rule_wrong(table, template, change)
+                (result,) = run_checks(subject, ["kinds of weights"])
+                assert result.failures, (kind, template)
+                made += 1
+        subject.architecture = table
+        (result,) = run_checks(subject, ["kinds of weights"])
+        assert not result.failures
+    assert made >= 5
+
+
+def companions(name: str, **fields) -> Encoding:
+    """NVFP4 with another companion of that suffix."""
+    right = ENCODINGS["nvfp4"]
+    changed = (replace(part, **fields) if part.suffix == name else part for part in right.companions)
+    return replace(right, companions=tuple(changed))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        companions("weight_packed", columns=1),
+        companions("weight_packed", columns=4),
+        companions("weight_packed", rows=0),
+        companions("weight_scale", columns=8),
+        companions("weight_scale", columns=0),
+        companions("weight_scale", dtypes=("F32",)),
+        companions("weight_global_scale", rows=1),
+    ],
+    ids=lambda encoding: ", ".join(
+        f"{c.suffix} {c.rows} {c.columns}" for c in encoding.companions if c not in ENCODINGS["nvfp4"].companions
+    ),
+)
+def test_companions_of_a_wrong_shape_are_found(wrong, monkeypatch):
+    monkeypatch.setitem(ENCODINGS, "nvfp4", wrong)
+    with a_subject(tiny_config("mixtral"), 0, False) as subject:
+        results = run_checks(subject, ["sizes off the blocks are refused", "quantised = sliced"])
+        assert any(result.failures for result in results)
+
+
+def test_a_cut_off_the_blocks_that_is_not_refused_is_found(monkeypatch):
+    with a_subject(tiny_config("nemotron_h"), 0, False) as subject:
+        assert subject.in_blocks
+        monkeypatch.setattr(Dim, "_blocks", lambda dim, runs: [(a // dim.per, b // dim.per) for a, b in runs])
+        (result,) = run_checks(subject, ["sizes off the blocks are refused"])
+    assert any("hidden" in failure for failure in result.failures)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("choose", [True, False])
+def test_codes_of_another_program_are_found(choose, monkeypatch):
+    """A codec that decodes what it encodes, so that only an independent one can tell."""
+    most, encode = codec._LARGEST_SCALE, codec.encode
+    monkeypatch.setattr(codec, "_LARGEST_SCALE", most if not choose else 448.0)
+    monkeypatch.setattr(encoding, "encode", lambda *args, **kwargs: encode(*args, **{**kwargs, "choose": choose}))
+    with a_subject(tiny_config("mistral"), 0, False) as subject:
+        (result,) = run_checks(subject, ["quantised = sliced"])
+    assert result.failures

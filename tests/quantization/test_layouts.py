@@ -14,7 +14,7 @@ from hf_elastic.architectures import get_architecture
 from hf_elastic.architectures.encodings import ENCODINGS
 from hf_elastic.configuration.quantized import renumbered
 from hf_elastic.errors import ElasticConfigError, ExportError
-from hf_elastic.quantization.layouts import modelopt_file, quantization_config
+from hf_elastic.quantization.layouts import encodings_said, modelopt_file, quantization_config
 from hf_elastic.quantization.recipes import resolve_recipe
 
 MIXED = {"experts": "nvfp4", "shared_experts": "nvfp4", "mamba": "fp8"}
@@ -106,6 +106,17 @@ def test_modelopt_excludes_by_hub_names(name):
         hub = rule.disk_name(0, "").removesuffix(".weight")
         excluded = any(fnmatchcase(hub, pattern) for pattern in beside["exclude_modules"])
         assert excluded == (rule.name not in made.encodings), hub
+
+
+@pytest.mark.parametrize("recipe", ["nvfp4", "fp8", MIXED, {"attention": "fp8"}, {"experts": "nvfp4"}], ids=str)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_is_said_is_what_is_stored(name, recipe):
+    made = said(name, recipe)
+    assert encodings_said(made.section, made.architecture, made.config) == made.encodings
+    if all(encoding.format == "nvfp4" for encoding in made.encodings.values()):
+        made = said(name, recipe, "modelopt")
+        found = encodings_said(made.section, made.architecture, made.config)
+        assert found == dict.fromkeys(made.encodings, ENCODINGS["nvfp4-modelopt"])
 
 
 def test_unquantised_experts_are_a_wildcard_of_modelopt():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from quantized import quantizable_family, quantizable_parent
+from quantized import quantizable_family, quantizable_parent, stored
 from transformers import AutoModelForCausalLM
 
 from hf_elastic import ElasticConfigError, ElasticForCausalLM, quantize, quantize_checkpoint
@@ -46,6 +46,10 @@ def test_it_is_the_quantised_checkpoint_at_every_size(name, recipe, tmp_path, id
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
         assert torch.equal(live(ids).logits, packed(ids).logits)
+    live.save_pretrained(tmp_path / "saved")
+    ours, theirs = stored(tmp_path / "saved"), stored(tmp_path / "quantized")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key].view(torch.uint8), theirs[key].view(torch.uint8)) for key in ours)
 
 
 def test_weights_are_gone_one_after_the_other(folders, monkeypatch):

@@ -66,9 +66,15 @@ def reference(weights: dict[str, torch.Tensor], name: str, format: str) -> torch
     return torch.stack(made).view(weight.shape)
 
 
-@pytest.mark.parametrize("layout", ["stock", "nested"])
-@pytest.mark.parametrize("recipe", [*FORMATS, {"attention": "nvfp4", "mamba": "fp8", "experts": "nvfp4"}])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "recipe", "layout"),
+    [
+        ("nemotron", "nvfp4", "nested"),
+        ("granite", "nvfp4", "stock"),
+        ("granite", "fp8", "nested"),
+        ("nemotron", {"attention": "nvfp4", "mamba": "fp8", "experts": "nvfp4"}, "stock"),
+    ],
+)
 def test_weights_are_encoded_and_decoded_and_others_are_the_same(name, recipe, layout, families, tmp_path):
     weights = quantizable_parent(name).state_dict()
     quantize_checkpoint(families(name), tmp_path, recipe, layout=layout, progress=False)
@@ -115,8 +121,8 @@ def test_what_others_read_as_one_matrix_has_one_global_scale(families, tmp_path)
     assert torch.equal(shared[0], global_scale_of(torch.cat(parts)))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_nested_source_gives_the_same_files(name, families, quantized, tmp_path):
+def test_a_nested_source_gives_the_same_files(families, quantized, tmp_path):
+    name = "nemotron"
     ElasticForCausalLM.from_pretrained(families(name)).save_pretrained(tmp_path / "nested", layout="nested")
     quantize_checkpoint(tmp_path / "nested", tmp_path / "out", "nvfp4", progress=False)
     ours, theirs = stored(tmp_path / "out"), stored(quantized(name))
@@ -124,8 +130,8 @@ def test_a_nested_source_gives_the_same_files(name, families, quantized, tmp_pat
     assert all(torch.equal(ours[key].view(torch.uint8), theirs[key].view(torch.uint8)) for key in ours)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_budget_is_quantised_as_the_slice_that_it_is(name, families, tmp_path):
+def test_a_budget_is_quantised_as_the_slice_that_it_is(families, tmp_path):
+    name = "nemotron"
     ElasticForCausalLM.from_pretrained(families(name), budget="mid").save_pretrained(tmp_path / "mid")
     quantize_checkpoint(tmp_path / "mid", tmp_path / "a", "nvfp4", progress=False)
     quantize_checkpoint(families(name), tmp_path / "b", "nvfp4", budget="mid", progress=False)
@@ -136,15 +142,29 @@ def test_a_budget_is_quantised_as_the_slice_that_it_is(name, families, tmp_path)
     assert list(ElasticConfig.from_pretrained(tmp_path / "b").budgets) == ["mid", "small"]
 
 
-@pytest.mark.parametrize("layout", ["stock", "nested"])
-def test_sizes_are_cut_from_the_codes(layout, quantized):
+def test_sizes_are_cut_from_the_codes(quantized):
     """Equal to the family decoded whole and cut: the parent's scales."""
-    folder = quantized("nemotron", "nvfp4", layout)
+    folder = quantized("nemotron", "nvfp4")
     whole = ElasticForCausalLM.from_pretrained(folder)
     for budget in ("mid", "small"):
         whole.set_budget(budget)
         cut = ElasticForCausalLM.from_pretrained(folder, budget=budget).state_dict()
         assert all(torch.equal(cut[key], tensor) for key, tensor in whole.state_dict().items())
+
+
+def test_a_repository_is_quantised_as_a_folder_is(families, quantized, tmp_path, local_hub):
+    local_hub.commit("me/family", families("nemotron"))
+    quantize_checkpoint("me/family", tmp_path / "out", "nvfp4", cache_dir=tmp_path / "cache", progress=False)
+    ours, theirs = stored(tmp_path / "out"), stored(quantized("nemotron"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key].view(torch.uint8), theirs[key].view(torch.uint8)) for key in ours)
+    quantize_checkpoint(
+        "me/family", tmp_path / "mid", "fp8", budget="mid", cache_dir=tmp_path / "cache", progress=False
+    )
+    cut = json.loads((tmp_path / "mid" / "config.json").read_text())["cut_from"]
+    assert cut["family"] == "me/family"
+    with pytest.raises(TypeError, match="unexpected argument 'formt'"):
+        quantize_checkpoint("me/family", tmp_path / "x", "fp8", formt="nvfp4")
 
 
 def test_shards_have_an_index_and_hold_the_same(families, quantized, tmp_path):
@@ -197,18 +217,20 @@ def test_what_is_beside_the_weights_comes_along(families, tmp_path):
     family = shutil.copytree(families("nemotron"), tmp_path / "family")
     (family / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}\n')
     (family / "generation_config.json").write_text('{"temperature": 0.4, "do_sample": true}\n')
-    for layout in ("stock", "nested"):
-        out = tmp_path / layout
-        quantize_checkpoint(family, out, "fp8", layout=layout, progress=False)
-        for file in ("tokenizer_config.json", "generation_config.json"):
-            assert (out / file).read_bytes() == (family / file).read_bytes()
-        assert (out / "weights.checksums.json").is_file()
-        assert json.loads((out / "config.json").read_text())["auto_map"]
-        assert ElasticForCausalLM.from_pretrained(out, verify=True).generation_config.temperature == 0.4
+    out = tmp_path / "nested"
+    quantize_checkpoint(family, out, "fp8", layout="nested", progress=False)
+    for file in ("tokenizer_config.json", "generation_config.json"):
+        assert (out / file).read_bytes() == (family / file).read_bytes()
+    assert (out / "weights.checksums.json").is_file()
+    written = json.loads((out / "config.json").read_text())
+    assert written["auto_map"]
+    assert written["quantization_config"]["quant_method"] == "compressed-tensors"
+    assert ElasticForCausalLM.from_pretrained(out, budget="small", verify=True).generation_config.temperature == 0.4
     smallest = tmp_path / "nested" / "budgets" / "small"
     config = json.loads((smallest / "config.json").read_text())
     assert config["architectures"] == ["NemotronHForCausalLM"]
     assert config["hidden_size"] == 32
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
     assert (smallest / "generation_config.json").is_file()
 
 

@@ -77,7 +77,11 @@ def test_what_is_kept_goes_before_everything():
     encodings = recipe.resolve(get_architecture("nemotron_h"), CONFIGS["nemotron"]())
     assert layers_of(encodings, "q_proj.weight") == []
     assert layers_of(encodings, "in_proj.weight") == [4]
+    assert Recipe.of({"*": "fp8"}, keep=["attention", "*.layers.0.*"]) == recipe
+    assert Recipe.of("fp8", keep="attention") == Recipe.of("fp8").keeping("attention")
     assert Recipe.of("fp8").keeping().to_dict() == "fp8"
+    with pytest.raises(ElasticConfigError, match="keep has 3"):
+        Recipe.of("fp8", keep=[3])
     assert Recipe.of("fp8").keeping("attention").to_dict()["attention"] is None
 
 

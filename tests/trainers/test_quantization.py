@@ -88,7 +88,13 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(
+    "run",
+    [
+        pytest.param(run, marks=pytest.mark.slow) if run in ("channels", "hidden_states", "handover") else run
+        for run in RUNS
+    ],
+)
 def test_a_step_is_that_of_the_rounded_weights_and_changes_those_behind_them(run, tmp_path):
     """Losses and gradients are those of a plain run on a family whose weights were rounded beforehand, taught by the parent as it was."""
     name, recipe, fields = RUNS[run]

@@ -13,6 +13,7 @@ import yaml
 from cases import build_parent, parent_config
 from nano_v3 import nano_v3
 from published import granite4_tiny, nano2_9b
+from quantized import quantizable_parent
 from runs import rows, tokenizer
 from safetensors.torch import load_file
 
@@ -23,6 +24,7 @@ from hf_elastic.cli import main
 from hf_elastic.commands.recipes import shipped
 from hf_elastic.commands.train import parse
 from hf_elastic.lab.family import FAMILY
+from hf_elastic.quantization.recipes import quantized_config
 from hf_elastic.submodels.adapters import adaptable, factor_rules
 from hf_elastic.submodels.training_memory import training_memory
 from hf_elastic.trainers import ElasticDistillationConfig
@@ -47,6 +49,7 @@ TINY = {
     "nano2_9b_lora": "nano2",
     "nano3_30b_lora": "nano3",
     "nano2_9b_4b": "nano2",
+    "nano3_30b_nvfp4": "blocks",
     **dict.fromkeys(PUBLISHED, "nano3"),
 }
 # Sizes with the names that any of them draws; multiples of 8, because experts in bfloat16 need rows of 16 bytes.
@@ -60,6 +63,7 @@ SIZES = {
         "third": {"ffn": 16, "expert_ffn": 8},
         "quarter": {"ffn": 8, "expert_ffn": 8},
     },
+    "blocks": {"23b": {"hidden": 48}, "12b": {"hidden": 32, "expert_ffn": 16}},
 }
 
 
@@ -76,7 +80,8 @@ def folders(tmp_path_factory):
     """Tiny families with a tokenizer, and rows, on disk."""
     folder = tmp_path_factory.mktemp("tiny")
     for name, sizes in SIZES.items():
-        elastify(build_parent(name), budgets=sizes, sort=False).save_pretrained(folder / name)
+        parent = quantizable_parent("nemotron", torch.float32) if name == "blocks" else build_parent(name)
+        elastify(parent, budgets=sizes, sort=False).save_pretrained(folder / name)
         tokenizer().save_pretrained(folder / name)
     rows(4).to_json(folder / "rows.jsonl")
     return folder
@@ -132,6 +137,11 @@ def test_every_recipe_trains_a_tiny_family(name, folders, tmp_path, capsys):
         )
         assert told.out.count("'eval_half/kl'") == 2
         assert "an adapter, without the family" in told.out
+    if "quantization" in written:
+        last = f"hf-elastic quantize {output} {output}-quantized --format nvfp4"
+        assert last in told.out
+        assert main(last.split()[1:]) == 0
+        assert ElasticConfig.from_pretrained(f"{output}-quantized").encodings
 
 
 def test_a_recipe_that_does_not_say_it_gets_defaults(tmp_path):
@@ -236,6 +246,28 @@ def test_the_published_run_has_the_published_tokens_lengths_and_batches(name, mo
     assert curriculum.total_steps == args.max_steps
     probabilities = list(curriculum.stage(0).budget_probabilities.values())
     assert probabilities == ([1 / 3] * 3 if name.endswith("1") else [0.5, 0.3, 0.2])
+
+
+def test_the_recipe_for_nvfp4_goes_on_from_the_published_run(monkeypatch):
+    monkeypatch.setattr(ElasticDistillationConfig, "world_size", property(lambda self: GPUS))
+    arguments, _, args = recipe("nano3_30b_nvfp4", "--fsdp", "")
+    before = yaml.safe_load((RECIPES / "nano3_30b_stage2.yaml").read_text(encoding="utf-8"))
+    assert (args.quantization, arguments.model, arguments.teacher) == (
+        "nvfp4",
+        before["output_dir"],
+        before["teacher"],
+    )
+    assert args.stages[0]["budget_probabilities"] == before["stages"][0]["budget_probabilities"]
+    a_step = args.rows_per_step * args.max_length
+    assert args.max_steps == math.ceil(5e9 / a_step)
+    text = (RECIPES / "nano3_30b_nvfp4.yaml").read_text(encoding="utf-8")
+    assert f"= {a_step:,} tokens a step) = {5e9 / a_step:,.1f} -> {args.max_steps:,} steps on {GPUS} GPUs" in text
+    parent = nano_v3()
+    experts = parent.n_routed_experts * 2 * parent.moe_intermediate_size * parent.hidden_size
+    assert f"{parent.n_routed_experts} experts" in text
+    assert f"{parent.moe_intermediate_size:,} x {parent.hidden_size:,} x 4 bytes = {4 * experts / 1e9:.1f} GB" in text
+    budgets = {"23b": {"hidden": 2016}, "12b": {"hidden": 1920, "expert_ffn": 960}}
+    quantized_config(ElasticConfig.from_parent(parent, budgets), args.quantization)  # all sizes are on the blocks
 
 
 def test_the_sizes_in_the_published_recipes_are_those_of_the_published_family():

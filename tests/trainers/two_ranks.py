@@ -14,9 +14,12 @@ sys.path[:0] = [str(Path(__file__).parents[i]) for i in (0, 1)]
 torch.set_num_threads(1)
 
 from adapted import adapted  # noqa: E402
+from quantized import BUDGETS, quantizable_parent  # noqa: E402
 from runs import Recorder, family, rows, trainer  # noqa: E402
 
-from hf_elastic import ElasticConfig  # noqa: E402
+from hf_elastic import ElasticConfig, ElasticForCausalLM, elastify  # noqa: E402
+from hf_elastic.quantization.recipes import resolve_recipe  # noqa: E402
+from hf_elastic.submodels import rounding  # noqa: E402
 
 # A large epsilon, because m / (sqrt(v) + eps) turns float noise in a gradient near zero into a whole step if eps is small.
 ADAM = {"adam_epsilon": 1e-3, "weight_decay": 0.1}
@@ -33,6 +36,8 @@ TRAINED = {
     },
     "only_small": {"budget_probabilities": {"small": 1.0}},
     "lora": {"gradient_accumulation_steps": 2, "seed": 13},
+    # One step: after it, weights that differ in their last bit could be rounded to different codes.
+    "quantized": {"gradient_accumulation_steps": 4, "seed": 13, "quantization": "nvfp4", "max_steps": 1},
 }
 """Runs of the trainer by name."""
 SHARDED = {
@@ -41,13 +46,22 @@ SHARDED = {
     "hidden": (["small"], ["full", "medium"], ["small", "small"]),
     "lora": (["small"], ["full", "small"], ["medium", "full", "small"]),
     "handover": (["full>small"], ["full>large", "small"], ["small>medium", "full", "large>full"]),
+    "quantized": (["mid", "full", "small"],),
 }
 """Budgets per step and micro-batch of the runs on `fully_shard`."""
 
 
 def student(name: str) -> Any:
     """What a run trains: all weights, or adapters that are not zero, with the parent without them as teacher."""
+    if name == "quantized":
+        return quantizable().train()
     return adapted("nano3") if name == "lora" else family().train()
+
+
+def quantizable() -> ElasticForCausalLM:
+    """A family whose sizes are on the blocks of NVFP4."""
+    torch.manual_seed(0)
+    return elastify(quantizable_parent("nemotron", torch.float32), budgets=BUDGETS["nemotron"], sort=False)
 
 
 def train(name: str, folder: Path, ranks: int) -> dict[str, Any]:
@@ -57,12 +71,11 @@ def train(name: str, folder: Path, ranks: int) -> dict[str, Any]:
         student(name),
         dataset=rows(24),
         eval_dataset=rows(8, 1),
-        max_steps=3,
         per_device_train_batch_size=4 // ranks,
         per_device_eval_batch_size=4 // ranks,
         ddp_backend="gloo" if ranks > 1 else None,
         **ADAM,
-        **TRAINED[name],
+        **{"max_steps": 3, **TRAINED[name]},
     )
     recorder = Recorder().watch(made)
     made.train()
@@ -122,7 +135,7 @@ def shard(name: str, rank: int, ranks: int) -> dict[str, Any]:
     from hf_elastic.trainers.losses import chunked_divergence, summed_hidden_distance
     from hf_elastic.trainers.teacher import shard_teacher
 
-    model, teacher = student(name), None if name == "lora" else family()
+    model, teacher = student(name), None if name == "lora" else quantizable() if name == "quantized" else family()
     base, before = base_of(model), nullcontext if teacher else lambda: as_teacher(base)
     if name not in ("accumulated", "handover"):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -145,7 +158,17 @@ def shard(name: str, rank: int, ranks: int) -> dict[str, Any]:
     )
     ids = torch.randint(2, 64, (6, 14), generator=torch.Generator().manual_seed(3))
     everywhere = torch.ones(len(ids[rank::ranks]), ids.shape[1] - 1, dtype=torch.bool)
-    losses = []
+    losses, codes = [], []
+    if name == "quantized":
+        base.round_weights(resolve_recipe("nvfp4", base.architecture, base.elastic_config.parent_config))
+
+        def recorded(
+            weight: torch.Tensor, *args: Any, original: Any = rounding.rounded, **kwargs: Any
+        ) -> torch.Tensor:
+            codes.append(original(weight, *args, **kwargs))
+            return codes[-1]
+
+        rounding.rounded = recorded
     for budgets in SHARDED[name]:
         total = 0.0
         for i, given in enumerate(budgets):
@@ -189,7 +212,14 @@ def shard(name: str, rank: int, ranks: int) -> dict[str, Any]:
         optimizer.zero_grad()
         losses.append(total)
     state = {key: p.full_tensor() if hasattr(p, "full_tensor") else p for key, p in model.named_parameters()}
-    return {"state": {key: p.detach().clone() for key, p in state.items()}, "losses": losses, "kinds": kinds}
+    if name == "quantized":
+        rounding.rounded = rounding.rounded.__kwdefaults__["original"]
+    return {
+        "state": {key: p.detach().clone() for key, p in state.items()},
+        "losses": losses,
+        "kinds": kinds,
+        "rounded": codes,
+    }
 
 
 def on_rank(output: Path, environment: dict[str, str]) -> None:
