@@ -59,7 +59,7 @@ def main() -> int:
     options = arguments(__doc__).parse_args()
     report = Report("quantization", CLAIMS)
     published(report)
-    parent, budgets = published_family(torch.bfloat16, **({"scale": 4, "experts": 16} if options.quick else {}))
+    parent, budgets = published_family(torch.bfloat16, **({"scale": 2, "experts": 16} if options.quick else {}))
     budgets = {name: {axis: size // 16 * 16 for axis, size in sizes.items()} for name, sizes in budgets.items()}
     with tempfile.TemporaryDirectory(prefix="hf-elastic-quantization-") as scratch:
         folders = {name: Path(scratch, name) for name in ("bf16", *FORMATS)}

@@ -316,7 +316,8 @@ class ElasticConfig(InstalledCode, PreTrainedConfig):
             budget: See [`hf_elastic.configuration.budgets`].
             dtype (`torch.dtype`, *optional*): Load dtype for budgets given in bytes, defaults to the checkpoint's.
             packed (`bool`, *optional*, defaults to `False`):
-                For budgets given in bytes, whether weights that are stored in few bits stay so in memory. Otherwise they are decoded.
+                For budgets given in bytes, whether weights that are stored in few bits stay so in memory; otherwise they are decoded. The config of a
+                live model only speaks of weights that did stay so.
 
         Raises:
             `UnknownBudgetError`: no such name, or no member of the family is small enough.

@@ -209,7 +209,8 @@ class ElasticPreTrainedModel(
         elastic = with_encodings(pretrained_model_name_or_path, elastic, variant, plain=plain, **hub)
         stock_kwargs = checked_kwargs(kwargs)
         dtype = load_dtype(stock_kwargs, elastic)
-        submodel = resolve_for_loading(elastic, budget, dtype, kwargs.get("device_map"), kwargs.get("max_memory"))
+        places = (kwargs.get("device_map"), kwargs.get("max_memory"))
+        submodel = resolve_for_loading(elastic, budget, dtype, *places, packed=packed)
         concrete = concrete_class(cls, elastic.parent_config)
         head = concrete._stock_class is elastic.architecture.causal_class
         ignored = elastic.architecture.ignored(concrete)
@@ -217,7 +218,7 @@ class ElasticPreTrainedModel(
             pretrained_model_name_or_path, elastic, submodel, variant, head=head, ignored=ignored, verify=verify, **hub
         )
         dtype = dtype or checkpoint.dtype()
-        lazy = checkpoint.lazy_slice(elastic.architecture, elastic.parent_config, submodel, head=head)
+        lazy = checkpoint.lazy_slice(elastic.architecture, elastic.parent_config, submodel, head=head, dtype=dtype)
         sliced = elastic.restrict(submodel)
         decoded = False
         if packed:

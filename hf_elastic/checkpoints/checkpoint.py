@@ -76,6 +76,12 @@ class Checkpoint:
             found[name] = self._stored_block(name, [[(0, size)] for size in shape], [None for _ in shape])
         return found
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        types = _DTYPES | _CODES
+        return sum(math.prod(file.shapes[key]) * types[file.dtypes[key]].itemsize for key, file in self._where.items())
+
     def _stored_shape(self, key: str) -> tuple[int, ...]:
         return self._where[key].shapes[key] or (1,)
 
@@ -253,7 +259,13 @@ class Checkpoint:
         return list(zip(names, shapes, strict=True))
 
     def lazy_slice(
-        self, architecture: Architecture, config: PreTrainedConfig, submodel: Submodel, *, head: bool = True
+        self,
+        architecture: Architecture,
+        config: PreTrainedConfig,
+        submodel: Submodel,
+        *,
+        head: bool = True,
+        dtype: torch.dtype | None = None,
     ) -> dict[str, Readable]:
         """The submodel as a state dict of unread tensors under the live model's names; encoded weights are decoded when they are read. Call `check` first.
 
@@ -265,21 +277,27 @@ class Checkpoint:
             config (`PreTrainedConfig`): The parent's stock config.
             submodel (`Submodel`): What to keep.
             head (`bool`, *optional*, defaults to `True`): `False` leaves out what only the causal model has.
+            dtype (`torch.dtype`, *optional*): What encoded weights are decoded into, with one rounding; defaults to the type of other weights.
         """
-        return dict(self._parts(architecture, config, submodel, head))
+        return dict(self._parts(architecture, config, submodel, head, dtype))
 
     def extents(
         self, architecture: Architecture, config: PreTrainedConfig, submodel: Submodel, *, head: bool = True
     ) -> dict[Path, list[Run]]:
         """Per file the ranges of bytes that `lazy_slice` of the same arguments reads."""
         ranges: dict[Path, list[Run]] = {}
-        for _, part in self._parts(architecture, config, submodel, head):
+        for _, part in self._parts(architecture, config, submodel, head, None):
             for block in part.leaves():
                 ranges.setdefault(block.file.path, []).extend(block.extent)
         return ranges
 
     def _parts(
-        self, architecture: Architecture, config: PreTrainedConfig, submodel: Submodel, head: bool
+        self,
+        architecture: Architecture,
+        config: PreTrainedConfig,
+        submodel: Submodel,
+        head: bool,
+        dtype: torch.dtype | None,
     ) -> Iterator[tuple[str, Readable]]:
         for piece in pieces(architecture, config, submodel):
             if piece.copy_of or not (head or is_base(piece.rule.name, architecture)):
@@ -288,7 +306,17 @@ class Checkpoint:
             if encoding is None:
                 yield piece.target.name, self._part(piece, architecture)
             else:
-                yield piece.target.name, self._decoded(piece, architecture, encoding)
+                yield piece.target.name, self._decoded(piece, architecture, encoding, dtype or self.dtype())
+
+    def stored_parts(
+        self, architecture: Architecture, config: PreTrainedConfig, submodel: Submodel
+    ) -> Iterator[Readable]:
+        """Everything that a submodel is in the files."""
+        for piece in pieces(architecture, config, submodel):
+            if not piece.copy_of:
+                encoding = self.encodings.get(piece.rule.stored.name)
+                for part in companions(self._as_stored(piece, encoding, architecture), encoding):
+                    yield self._part(part, architecture)
 
     def coded_slice(
         self, architecture: Architecture, config: PreTrainedConfig, submodel: Submodel, *, head: bool = True
@@ -314,7 +342,7 @@ class Checkpoint:
     def _part(self, piece: Piece, architecture: Architecture) -> Block | Joined:
         return self.block(self._sources(piece, architecture), piece.runs)
 
-    def _decoded(self, piece: Piece, architecture: Architecture, encoding: Encoding) -> Decoded:
+    def _decoded(self, piece: Piece, architecture: Architecture, encoding: Encoding, dtype: torch.dtype) -> Decoded:
         piece = self._as_stored(piece, encoding, architecture)
         stored = [(self._sources(part, architecture), part.runs) for part in companions(piece, encoding)]
 
@@ -323,7 +351,7 @@ class Checkpoint:
             first = [] if index is None else [[(index, index + 1)]]
             return [self.block(sources, [*first, *runs[len(first) :]]) for sources, runs in stored]
 
-        return decoded(piece, encoding, at, self.dtype())
+        return decoded(piece, encoding, at, dtype)
 
     def block(self, sources: Sequence[Names], runs: list[list[Run]], places: Places | None = None) -> Block | Joined:
         """A part of a tensor of the parent, not read yet.

@@ -21,7 +21,7 @@ def stored_bytes(elastic: ElasticConfig, submodel: Submodel, files: Checkpoint |
     """
     if files is None:
         return elastic.cost_model()(submodel).stored_bytes(elastic.load_dtype)
-    return sum(map(size_of, files.coded_slice(elastic.architecture, elastic.parent_config, submodel).values()))
+    return sum(map(size_of, files.stored_parts(elastic.architecture, elastic.parent_config, submodel)))
 
 
 def download_bytes(elastic: ElasticConfig, submodel: Submodel, files: Checkpoint | None = None) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -266,9 +265,7 @@ def add_shard(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
         (folder / old).rename(folder / new)
     save_file(tensors, folder / names[-1], metadata={"format": "pt"})
     weight_map = {name: renamed[file] for name, file in weight_map.items()} | dict.fromkeys(tensors, names[-1])
-    held = Checkpoint([folder / name for name in names])
-    blocks = held.whole(held).values()
-    metadata = {"total_size": sum(math.prod(block.shape) * block.dtype.itemsize for block in blocks)}
+    metadata = {"total_size": Checkpoint([folder / name for name in names]).nbytes}
     text = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
     index.write_text(text, encoding="utf-8")
 

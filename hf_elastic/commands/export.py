@@ -5,7 +5,7 @@ What is written is a checkpoint of the stock model, with its tokenizer. To keep 
 Of a quantised family codes and scales are cut and written as they are, for vLLM and other engines; --dequantize writes weights instead.
 
   hf-elastic export family half --budget half
-  hf-elastic export family-4bit half-4bit --budget half --layout modelopt
+  hf-elastic export family-fp8 half-fp8 --budget half
 """
 
 from __future__ import annotations

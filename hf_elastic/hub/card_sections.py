@@ -78,7 +78,7 @@ def stored_formats(elastic: ElasticConfig) -> list[str]:
     return list(dict.fromkeys(encoding.format for encoding in elastic.encodings.values()))
 
 
-def stored_words(elastic: ElasticConfig) -> str:
+def stored_words(elastic: ElasticConfig, plain: bool) -> str:
     """What the column of stored bytes is, and how weights are held when they are loaded; empty if none are stored in few bits."""
     if not (encodings := elastic.encodings):
         return ""
@@ -87,10 +87,12 @@ def stored_words(elastic: ElasticConfig) -> str:
     share, dtype = cost.coded_elements / cost.total_params, str(elastic.load_dtype).removeprefix("torch.")
     recipe = elastic.elastic[QUANTIZATION].get("recipe")
     said = f" Recipe: `{json.dumps(recipe)}`." if recipe is not None else ""
+    what = f"{len(encodings)} weights, {share:.1%} of the parameters, are stored in {' and '.join(stored_formats(elastic))}, the rest in {dtype}"
+    if plain:
+        return f"{what}: the column *stored*. A program that decodes them holds what the columns by type say.{said}"
     return (
-        f"{len(encodings)} weights, {share:.1%} of the parameters, are stored in {' and '.join(stored_formats(elastic))}, the rest in {dtype}: "
-        "the column *stored*. They are decoded when they are loaded, and then take what the columns by type say; with `packed=True` they stay as they are "
-        f"stored.{said}"
+        f"{what}: the column *stored*. They are decoded when they are loaded, and then take what the columns by type say; with `packed=True` they stay as "
+        f"they are stored.{said}"
     )
 
 

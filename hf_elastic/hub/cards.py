@@ -17,6 +17,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..checkpoints.origin import is_repo_id
+from ..checkpoints.released import with_encodings
 from ..configuration.section import CUT_FROM
 from ..configuration_elastic import ElasticConfig
 from ..errors import ElasticConfigError
@@ -60,6 +61,7 @@ _LICENSE = re.compile(r"[a-z0-9][a-z0-9.\-]*")
 def render_card(
     source: PreTrainedConfig | PreTrainedModel,
     *,
+    folder: str | os.PathLike[str] | None = None,
     repo_id: str | None = None,
     base_model: str | None = None,
     license: str | None = None,
@@ -77,6 +79,8 @@ def render_card(
         source ([`ElasticConfig`], `PreTrainedConfig` or model):
             What the card is of. A stock config has to be that of an export, which says under `cut_from` what it was cut from. What a size downloads in
             the nested layout is only known to the config that was written with it, and not to that of a model.
+        folder (`str` or `os.PathLike`, *optional*):
+            Where the checkpoint is. Needed for an export in few bits, of which only the headers of the files say which weights are.
         repo_id (`str`, *optional*): The repository, for the title and the code.
         base_model (`str`, *optional*): Repository of the parent, or of the family for a slice, which knows it by itself if it was cut from a repository.
         license (`str`, *optional*): The Hub's identifier, such as `apache-2.0`; with `other` also `license_name` and `license_link`.
@@ -91,10 +95,16 @@ def render_card(
         `huggingface_hub.ModelCard`: Below its metadata stands a comment by which a push knows it again.
 
     Raises:
-        `ElasticConfigError`: a plain checkpoint that is no export, or an argument that does not fit.
+        `ElasticConfigError`: a plain checkpoint that is no export, an argument that does not fit, or no `folder` where it is needed.
     """
     elastic, origin = _subject(source)
-    plain = source is not elastic and not hasattr(source, "elastic_config")
+    if not elastic.encodings and getattr(elastic.parent_config, "quantization_config", None) is not None:
+        if folder is None:
+            raise ElasticConfigError(
+                "a card of an export in few bits counts what its files hold: give render_card(..., folder=) where they are."
+            )
+        elastic = with_encodings(folder, elastic)
+    plain = not isinstance(source, ElasticConfig) and not hasattr(source, "elastic_config")
     costs = elastic.costs()
     read = read_all(results, costs)
     before: Any = earlier.data if earlier is not None else ModelCardData()
@@ -130,7 +140,7 @@ def render_card(
         "needs_package": elastic.parent_config.is_heterogeneous,
         "sizes": sizes_table(elastic, costs, plain),
         "download": DOWNLOADS["nested" if "files" in elastic.elastic else "plain" if plain else "stock"],
-        "stored": stored_words(elastic),
+        "stored": stored_words(elastic, plain),
         "load": load_code_plain(elastic, costs, repo_id or "REPO")
         if plain
         else load_code(elastic, costs, repo_id or "REPO", source),

@@ -30,6 +30,7 @@ from ..checkpoints.nested import FOLDER
 from ..checkpoints.opening import open_checkpoint
 from ..checkpoints.origin import is_repo_id
 from ..checkpoints.passengers import PASSENGERS, open_passengers
+from ..checkpoints.released import with_encodings
 from ..configuration.parent import parent_from_dict, refuse_adapter
 from ..configuration.remote_code import MODULE
 from ..configuration.section import CUT_FROM
@@ -205,7 +206,7 @@ def prepare_upload(
     about = card.given()
     known = _known([card for card in (local, remote) if card and (is_generated(card) or run_facts(card))])
     _add_license(known, config, about, token, getattr(run and run.data, "base_model", None))
-    rendered = render_card(config, repo_id=repo_id, tags=tags, earlier=known, run=run, **about)
+    rendered = render_card(config, folder=root, repo_id=repo_id, tags=tags, earlier=known, run=run, **about)
     files[README] = str(rendered).encode()
     for entry in card.results:
         path = Path(str(entry).partition(SEPARATOR)[0])
@@ -253,7 +254,7 @@ def read_published(folder: Path) -> PreTrainedConfig:
 
 
 def _check_weights(folder: Path, config: PreTrainedConfig) -> None:
-    elastic = config if isinstance(config, ElasticConfig) else read_config(folder, plain=True)
+    elastic = config if isinstance(config, ElasticConfig) else with_encodings(folder, read_config(folder, plain=True))
     head = has_head(config, elastic)
     ignored = elastic.architecture.ignored()
     full, verify = elastic.architecture.full(elastic.parent_config), has_checksums(folder)

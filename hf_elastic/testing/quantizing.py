@@ -149,7 +149,7 @@ class Quantised:
         """What a size holds: weights by their live names, and what they are stored as."""
         state = self.subject.parent.state_dict()
         weights = slice_state_dict(self.architecture, self.config, state, case.submodel)
-        stored = {}
+        stored: dict[str, torch.Tensor] = {}
         for piece, name in self.pieces(case.submodel):
             target = piece.target.name
             parts = [weights[target]] if name is None else self.coded(piece, weights[target], self.scales[name])
@@ -236,7 +236,7 @@ def _packed(made: Quantised, case: Case, stored: Mapping[str, torch.Tensor]) -> 
         return  # refused, see `hf_elastic.submodels.packed`
     packed = AutoModelForCausalLM.from_pretrained(made.checkpoint, packed=True)
     with packed.at(case.submodel) as view:
-        modules, found = dict(view.named_modules()), {}
+        modules, found = dict(view.named_modules()), dict[str, torch.Tensor]()
         for piece, name in made.pieces(case.submodel):
             if name is not None:
                 owner, leaf = modules[piece.target.module], piece.target.name.rpartition(".")[2]
@@ -281,7 +281,7 @@ class Modelopt:
 
     def __init__(self, made: Quantised):
         self.made, self.folder = made, made.subject.folder / MODELOPT[made.format]
-        encoding, stored = ENCODINGS[MODELOPT[made.format]], {}
+        encoding, stored = ENCODINGS[MODELOPT[made.format]], dict[str, torch.Tensor]()
         self.state = dict(made.subject.parent.state_dict())
         for rule in made.architecture.rules(made.config):
             if rule.copy_of:
@@ -321,7 +321,8 @@ class Modelopt:
 
     def _on_disk(self, rule: TensorRule, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         """A tensor by its names in files, those of experts and segments by themselves."""
-        full, found = self.made.architecture.full(self.made.config).at(rule.layer), {}
+        full = self.made.architecture.full(self.made.config).at(rule.layer)
+        found: dict[str, torch.Tensor] = {}
         for expert, whole in enumerate(tensor) if rule.stacked else [(None, tensor)]:
             lengths = [shape[0] for shape in rule.stored_shapes(full)] if rule.parted else [len(whole)]
             for segment, part in zip(rule.segments, whole.split(lengths), strict=True):

@@ -43,14 +43,14 @@ def test_whatever_way_a_size_is_reached_it_is_the_same_model(model_type, variant
 @pytest.mark.parametrize("model_type", ["nemotron_h", "granitemoehybrid"])
 def test_a_size_of_a_quantised_family_is_the_family_cut(model_type):
     report = check_architecture(model_type, each_axis=False, checks=QUANTISED)
-    assert [result.cases > 9 and not result.skipped for result in report.results] == [True] * len(QUANTISED)
+    assert [result.cases > 5 and not result.skipped for result in report.results] == [True] * len(QUANTISED)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", TINY)
 def test_every_axis_of_a_quantised_family(model_type):
     report = check_architecture(model_type, checks=QUANTISED)
-    assert [result.cases > 9 and not result.skipped for result in report.results] == [True] * len(QUANTISED)
+    assert [result.cases > 5 and not result.skipped for result in report.results] == [True] * len(QUANTISED)
 
 
 @pytest.mark.slow

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +63,9 @@ BUDGETS: dict[str, dict[str, dict[str, Any]]] = {
 _CLASSES = {"nemotron_h": NemotronHForCausalLM, "granitemoehybrid": GraniteMoeHybridForCausalLM}
 
 
+@cache
 def family(name: str, seed: int = 0) -> tuple[PreTrainedModel, ElasticConfig]:
-    """A stock parent in bfloat16 in which every tensor is random, and the config of a family of it."""
+    """A stock parent in bfloat16 in which every tensor is random, and the config of a family of it; not to be changed."""
     config = CONFIGS[name]()
     model = _CLASSES[config.model_type](config).eval()
     randomize(model, seed)
@@ -78,8 +81,21 @@ def family(name: str, seed: int = 0) -> tuple[PreTrainedModel, ElasticConfig]:
     return model, ElasticConfig.from_parent(model.config, BUDGETS[name])
 
 
+_codes: dict[tuple[int, tuple[tuple[str, str], ...]], dict[str, tuple[torch.Tensor, ...]]] = {}
+
+
 def codes_of(model: PreTrainedModel, encodings: Mapping[str, Encoding]) -> dict[str, tuple[torch.Tensor, ...]]:
     """The companions of every encoded weight, in the order of its encoding; matrices that others fuse have one global scale."""
+    key = (
+        id(model),
+        tuple((name, encoding.name) for name, encoding in encodings.items()),
+    )  # models of `family` live on
+    if key not in _codes:
+        _codes[key] = _made_codes(model, encodings)
+    return _codes[key]
+
+
+def _made_codes(model: PreTrainedModel, encodings: Mapping[str, Encoding]) -> dict[str, tuple[torch.Tensor, ...]]:
     architecture, config, state = get_architecture(model.config.model_type), model.config, model.state_dict()
     made: dict[str, tuple[torch.Tensor, ...]] = {}
     for group in fused_groups(rule for rule in architecture.rules(config) if rule.name in encodings):
@@ -99,12 +115,13 @@ def codes_of(model: PreTrainedModel, encodings: Mapping[str, Encoding]) -> dict[
 
 
 def tensors_of(
-    model: PreTrainedModel, encodings: Mapping[str, Encoding], scalars: bool = False
+    model: PreTrainedModel, encodings: Mapping[str, Encoding], scalars: bool = False, renamed: bool = False
 ) -> dict[str, torch.Tensor]:
     """What the file of a checkpoint in the Hub's layout holds, by name.
 
     Args:
         scalars (`bool`, *optional*, defaults to `False`): Scales of whole matrices have no dimensions, as modelopt writes them.
+        renamed (`bool`, *optional*, defaults to `False`): Encoded weights have the names that other programs give them.
     """
     architecture, config, state = get_architecture(model.config.model_type), model.config, model.state_dict()
     coded, content = codes_of(model, encodings), {}
@@ -113,6 +130,8 @@ def tensors_of(
         if rule.copy_of:
             continue
         encoding = encodings.get(rule.name)
+        if renamed and encoding is not None and rule.coded is not None:
+            rule = replace(rule, disk=rule.coded)
         parts = [(rule, state[rule.name])]
         if encoding is not None:
             parts = list(zip(encoding.rules(rule), coded[rule.name], strict=True))
@@ -158,12 +177,15 @@ def write_released(
     extra: Mapping[str, torch.Tensor],
     *,
     scalars: bool = False,
+    renamed: bool = False,
 ) -> PreTrainedModel:
     """A plain checkpoint in few bits, as other programs write it: no section, but these fields in `config.json`, and more tensors."""
     model, _ = family(name)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(
-        {**tensors_of(model, encodings, scalars), **extra}, folder / "model.safetensors", metadata={"format": "pt"}
+        {**tensors_of(model, encodings, scalars, renamed), **extra},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
     )
     written = {**json.loads(model.config.to_json_string()), **fields}
     (folder / "config.json").write_text(json.dumps(written))

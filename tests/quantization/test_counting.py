@@ -7,18 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from coded import BUDGETS, family, file_bytes, write_family
+from coded import family, file_bytes, write_family
 from nano_v3 import nano_v3
+from transformers import AutoConfig
 
 from hf_elastic import ElasticConfig, ElasticConfigError, ElasticForCausalLM, UnknownBudgetError
 from hf_elastic.checkpoints.checkpoint import Checkpoint
 from hf_elastic.checkpoints.downloads import download_bytes
+from hf_elastic.checkpoints.exporting import export_checkpoint
 from hf_elastic.checkpoints.nested import levels_for, write_nested
 from hf_elastic.cli import main
 from hf_elastic.commands.plan import fits, plan
 from hf_elastic.configuration.budgets import format_bytes
 from hf_elastic.configuration.known import KNOWN
 from hf_elastic.hub.cards import render_card
+from hf_elastic.hub.publishing import prepare_upload
 from hf_elastic.quantization.recipes import quantized_config
 
 GIB = 2**30
@@ -39,8 +42,15 @@ def folders(tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("recipe", ["nvfp4", "fp8"])
-@pytest.mark.parametrize("name", list(BUDGETS))
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [
+        ("nemotron", "nvfp4"),
+        ("granite", "fp8"),
+        pytest.param("nemotron", "fp8", marks=pytest.mark.slow),
+        pytest.param("granite", "nvfp4", marks=pytest.mark.slow),
+    ],
+)
 def test_bytes_are_those_of_the_files_and_of_the_models(name, recipe, folders, tmp_path):
     folder = folders(name, recipe)
     elastic = ElasticConfig.from_pretrained(folder)
@@ -86,6 +96,16 @@ def test_the_published_widths(recipe, most):
         assert plain.costs()[name].stored_bytes(torch.bfloat16) == cost.weight_bytes(torch.bfloat16)
 
 
+def _computed(model) -> int:
+    """Bytes of buffers that are not saved."""
+    return sum(
+        buffer.nbytes
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name in module._non_persistent_buffers_set and "codes" not in name and "scale" not in name
+    )
+
+
 def test_memory_is_what_will_be_held(folders):
     elastic = ElasticConfig.from_pretrained(folders("nemotron"))
     costs = elastic.costs()
@@ -102,6 +122,12 @@ def test_memory_is_what_will_be_held(folders):
         elastic.resolve({"memory": stored["small"]})
     model = ElasticForCausalLM.from_pretrained(folders("nemotron"), budget=room)
     assert sum(tensor.nbytes for tensor in model.state_dict().values()) == decoded["half"]
+    packed = ElasticForCausalLM.from_pretrained(folders("nemotron"), budget=room, packed=True)
+    assert sum(tensor.nbytes for tensor in (*packed.parameters(), *packed.buffers())) == stored["full"] + _computed(
+        packed
+    )
+    with packed.at({"memory": stored["full"] - 1}):
+        assert packed.budget == "half", "of what is held, not of what is decoded"
     caches = {"context_length": 16, "batch_size": 2}
     found = fits(elastic, {**room, **caches}, packed=True)
     kept = {name: cost.cache_bytes(16, 2) for name, cost in costs.items()}
@@ -180,3 +206,18 @@ def test_the_card_says_bytes_and_format(folders):
     plain_text = str(render_card(plain))
     assert "few bits" not in plain_text
     assert "stored, " not in plain_text
+
+
+@pytest.mark.parametrize("name", [pytest.param("nemotron", marks=pytest.mark.slow), "granite"])
+def test_an_export_in_few_bits_is_counted_from_its_headers(name, folders, tmp_path, local_hub):
+    export_checkpoint(folders(name), tmp_path / "half", "half", progress=False)
+    config = AutoConfig.from_pretrained(tmp_path / "half")
+    text = str(render_card(config))
+    stored = ElasticConfig.from_pretrained(folders(name)).costs()["half"].stored_bytes(torch.bfloat16)
+    (full,) = plan(str(tmp_path / "half"))
+    assert full["stored_bytes"] == full["download_bytes"] == file_bytes(tmp_path / "half")
+    assert stored <= full["stored_bytes"] < 1.01 * stored, "experts one by one have a scale more"
+    assert f"| {format_bytes(stored)} |" in text
+    assert "A program that decodes them" in text
+    upload = prepare_upload(tmp_path / "half", "me/half")
+    assert "stored in nvfp4" in str(upload.card)

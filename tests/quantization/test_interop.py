@@ -110,7 +110,14 @@ def write_compressed(folder: Path, name: str, preset: str) -> dict[str, torch.Te
 
 
 @pytest.mark.parametrize(
-    ("name", "preset"), [*(("nemotron", preset) for preset in FORMATS), ("granite", "NVFP4A16"), ("granite", "FP8")]
+    ("name", "preset"),
+    [
+        ("nemotron", "NVFP4A16"),
+        ("granite", "FP8"),
+        pytest.param("nemotron", "FP8", marks=pytest.mark.slow),
+        pytest.param("nemotron", "FP8_DYNAMIC", marks=pytest.mark.slow),
+        pytest.param("granite", "NVFP4A16", marks=pytest.mark.slow),
+    ],
 )
 def test_what_compressed_tensors_writes(name, preset, tmp_path):
     """Linear modules by its ModelCompressor, experts (nemotron) by its compressors one by one, as llm-compressor has them."""
@@ -189,7 +196,7 @@ def exported(folder: Path, name: str, recipe: str, budget: str | None) -> PreTra
     return load(folder / "family", budget=budget)
 
 
-@pytest.mark.parametrize("budget", [None, "small"])
+@pytest.mark.parametrize("budget", [pytest.param(None, marks=pytest.mark.slow), "small"])
 @pytest.mark.parametrize("recipe", ["nvfp4", "fp8"])
 @pytest.mark.parametrize("name", ["nemotron", "granite"])
 def test_compressed_tensors_reads_what_we_write(name, recipe, budget, tmp_path):
@@ -214,7 +221,7 @@ def test_compressed_tensors_reads_what_we_write(name, recipe, budget, tmp_path):
 
 
 @pytest.mark.parametrize("recipe", ["nvfp4", "fp8"])
-@pytest.mark.parametrize("name", ["nemotron", "granite"])
+@pytest.mark.parametrize("name", [pytest.param("nemotron", marks=pytest.mark.slow), "granite"])
 def test_we_read_what_we_write(name, recipe, tmp_path):
     """An export is a quantised checkpoint like any other: decoded, packed, and exported again, which gives the same file."""
     model = exported(tmp_path, name, recipe, "small")
@@ -253,7 +260,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("budget", [None, "small"])
+@pytest.mark.parametrize("budget", [pytest.param(None, marks=pytest.mark.slow), "small"])
 @pytest.mark.parametrize(("name", "recipe"), CASES)
 def test_stock_transformers_reads_what_we_write(name, recipe, budget, tmp_path):
     model = exported(tmp_path, name, recipe, budget)

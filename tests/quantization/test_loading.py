@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cases import nemotron
 from coded import BUDGETS, codes_of, encodings_of, family, file_bytes, tensors_of, write_family, write_released
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_elastic import CheckpointError, ElasticConfig, ElasticConfigError, ElasticForCausalLM
 from hf_elastic.architectures.encodings import ENCODINGS
+from hf_elastic.architectures.pieces import stored_pieces
 from hf_elastic.checkpoints.checkpoint import Checkpoint
 from hf_elastic.checkpoints.quantizing import slice_checkpoint
 from hf_elastic.cli import main
 from hf_elastic.commands.plan import plan
+from hf_elastic.quantization.recipes import quantized_config
 from hf_elastic.storage import checksums, fetching
 from hf_elastic.submodels.slicing import slice_state_dict
 
@@ -50,11 +55,15 @@ LAYOUTS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 
 
-def release(folder: Path, name: str, layout: str, **extra: torch.Tensor) -> tuple[PreTrainedModel, dict[str, str]]:
+def release(
+    folder: Path, name: str, layout: str, renamed: bool = False, **extra: torch.Tensor
+) -> tuple[PreTrainedModel, dict[str, str]]:
     """A checkpoint as another program writes it, and what every weight of it is stored in."""
     recipe, encoding, fields = LAYOUTS[layout]
     encodings = encodings_of(family(name)[0], recipe, **{recipe: encoding})
-    model = write_released(folder, name, encodings, fields, extra, scalars=layout.startswith("modelopt"))
+    model = write_released(
+        folder, name, encodings, fields, extra, scalars=layout.startswith("modelopt"), renamed=renamed
+    )
     if not fields:
         about = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}}
         (folder / "hf_quant_config.json").write_text(json.dumps(about))
@@ -95,11 +104,18 @@ def assert_slice(model: PreTrainedModel, whole: dict[str, torch.Tensor], elastic
 
 @pytest.mark.parametrize(
     ("name", "layout"),
-    [*(("nemotron", layout) for layout in LAYOUTS), ("granite", "nvfp4"), ("granite", "modelopt-fp8")],
+    [
+        ("nemotron", "nvfp4"),
+        ("granite, one by one", "modelopt-nvfp4"),
+        *(pytest.param("nemotron", layout, marks=pytest.mark.slow) for layout in LAYOUTS if layout != "nvfp4"),
+        *(pytest.param("granite", layout, marks=pytest.mark.slow) for layout in ("nvfp4", "modelopt-fp8")),
+        pytest.param("granite, one by one", "fp8", marks=pytest.mark.slow),
+    ],
 )
 def test_released_checkpoints_are_what_their_layout_says(name, layout, tmp_path):
     beside = {f"{IN_PROJ}.input_scale": torch.ones(()), "backbone.layers.2.mixer.k_proj.k_scale": torch.ones(1)}
-    parent, encodings = release(tmp_path, name, layout, **beside)
+    name, _, renamed = name.partition(", ")
+    parent, encodings = release(tmp_path, name, layout, bool(renamed), **beside)
     _, elastic = family(name)
     whole = decoded_state(parent, encodings)
     moved = sum(not torch.equal(whole[weight], parent.state_dict()[weight]) for weight in encodings)
@@ -257,6 +273,30 @@ def test_a_section_of_a_newer_version_is_refused(tmp_path):
         load(tmp_path)
 
 
+def test_matrices_that_are_one_here_can_have_scales_of_their_own(tmp_path, monkeypatch, local_hub):
+    """Experts of this parent are stacks of gate and up, which other programs store one by one, each with its scales."""
+    parent, encodings = release(tmp_path / "repo", "granite", "nvfp4", renamed=True)
+    monkeypatch.setattr("hf_elastic.checkpoints.opening.MOSTLY", 2)  # parts, however many
+    local_hub.commit("org/one", tmp_path / "repo")
+    fetched = load("org/one", elastic_config=BUDGETS["granite"], budget="small", cache_dir=tmp_path / "cache")
+    assert_slice(fetched, decoded_state(parent, encodings), family("granite")[1], "small")
+    slice_checkpoint(tmp_path / "repo", tmp_path / "nested", None, layout="nested", elastic_config=BUDGETS["granite"])
+    assert_slice(load(tmp_path / "nested"), decoded_state(parent, encodings), family("granite")[1], None)
+    file = tmp_path / "repo/model.safetensors"
+    content = load_file(file)
+    content["model.layers.1.block_sparse_moe.experts.2.up_proj.weight_global_scale"] *= 2
+    save_file(content, file)
+    other = load(tmp_path / "repo", elastic_config=BUDGETS["granite"]).state_dict()  # a divisor
+    name = "model.layers.1.block_sparse_moe.experts.gate_up_proj"
+    before, rows = decoded_state(parent, encodings)[name][2], other[name].shape[1] // 2
+    assert torch.equal(other[name][2], torch.cat([before[:rows], before[rows:] / 2]))
+    with pytest.raises(CheckpointError, match="are stored with scales of their own"):
+        load(tmp_path / "repo", elastic_config=BUDGETS["granite"], budget="half", packed=True)
+    with pytest.raises(CheckpointError, match="stored with scales of their own"):
+        slice_checkpoint(tmp_path / "repo", tmp_path / "half", "half", elastic_config=BUDGETS["granite"])
+    assert not (tmp_path / "half").exists()
+
+
 # Only what a size needs is fetched
 
 
@@ -272,8 +312,15 @@ def folder(tmp_path_factory) -> Path:
     return made
 
 
-@pytest.mark.parametrize("verify", [False, True])
-@pytest.mark.parametrize("layout", ["stock", "nested"])
+@pytest.mark.parametrize(
+    ("layout", "verify"),
+    [
+        ("stock", False),
+        ("nested", True),
+        pytest.param("stock", True, marks=pytest.mark.slow),
+        pytest.param("nested", False, marks=pytest.mark.slow),
+    ],
+)
 def test_a_size_fetches_its_codes_and_no_others(layout, verify, folder, local_hub, tmp_path, monkeypatch):
     monkeypatch.setattr(fetching, "_GAP", 0)  # in tiny files everything is near
     monkeypatch.setattr("hf_elastic.checkpoints.opening.MOSTLY", 2)  # parts, however many
@@ -315,7 +362,7 @@ def test_a_changed_code_is_found_by_checksums(folder, tmp_path):
 # Slices stay quantised, decoded models do not
 
 
-@pytest.mark.parametrize("layout", ["stock", "nested"])
+@pytest.mark.parametrize("layout", [pytest.param("stock", marks=pytest.mark.slow), "nested"])
 def test_a_slice_of_a_quantised_family_is_one(layout, folder, tmp_path, capsys):
     assert main(["slice", str(folder / layout), str(tmp_path / "half"), "--budget", "half"]) == 0
     assert main(["slice", str(tmp_path / "half"), str(tmp_path / "small"), "--budget", "small"]) == 0
@@ -351,7 +398,7 @@ def test_a_slice_of_a_released_checkpoint_is_an_elastic_one(tmp_path):
     assert_slice(load(tmp_path / "half", budget="small"), whole, elastic, "small")
 
 
-@pytest.mark.parametrize("name", list(BUDGETS))
+@pytest.mark.parametrize("name", ["nemotron", pytest.param("granite", marks=pytest.mark.slow)])
 def test_a_decoded_model_is_saved_as_a_plain_one(name, tmp_path):
     write_family(tmp_path / "coded", name)
     model = load(tmp_path / "coded", budget="half", device_map="cpu")
@@ -392,3 +439,65 @@ def test_tensors_of_both_kinds_are_written_by_name(folder):
         torch.equal(copied[weight].view(torch.uint8), tensor.view(torch.uint8)) for weight, tensor in written.items()
     )
     assert elastic.budgets
+
+
+# Memory
+
+_MEASURED = """
+import sys
+from hf_elastic import ElasticForCausalLM
+
+def memory(what):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
+
+ElasticForCausalLM.from_pretrained(sys.argv[1])  # imports what loading needs
+open("/proc/self/clear_refs", "w").write("5")  # the highest value from here on
+before = memory("VmRSS:")
+model = ElasticForCausalLM.from_pretrained(sys.argv[2], budget=sys.argv[3])
+held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+print(memory("VmHWM:") - before, held)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+@pytest.mark.parametrize(("format", "budget"), [("nvfp4", "full"), ("fp8", "half")])
+def test_loading_takes_little_more_memory_than_the_weights(format, budget, folder, tmp_path):
+    config = nemotron(
+        "ME*EME",
+        hidden_size=1024,
+        vocab_size=1024,
+        mamba_num_heads=16,
+        mamba_head_dim=64,
+        num_attention_heads=16,
+        head_dim=64,
+        n_routed_experts=32,
+        moe_intermediate_size=1024,
+        moe_shared_expert_intermediate_size=1024,
+        dtype="bfloat16",
+    )
+    plain = ElasticConfig.from_parent(config, {"half": {"hidden": 768, "expert_ffn": 768}})
+    elastic = quantized_config(plain, format)
+    random = torch.Generator().manual_seed(0)
+    types = {"U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn, "F32": torch.float32}
+    content = {}
+    for piece in stored_pieces(elastic.architecture, config, elastic.submodel("full"), elastic.encodings):
+        rule = piece.rule
+        dtype = types[rule.dtypes[0]] if rule.dtypes else torch.float32 if rule.fp32 else torch.bfloat16
+        for expert in range(piece.shape[0]) if rule.stacked else (None,):
+            shape = piece.shape[1:] if rule.stacked else piece.shape
+            tensor = torch.ones(shape, dtype=dtype)
+            if dtype.itemsize == 1:  # codes, and scales of blocks: any bytes that are no NaN and not negative
+                tensor = torch.randint(1, 120, shape, dtype=torch.uint8, generator=random).view(dtype)
+            content[rule.disk_name(expert)] = tensor
+    save_file(content, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    elastic.save_pretrained(tmp_path)
+    script = tmp_path / "measured.py"
+    script.write_text(_MEASURED)
+    weights = elastic.costs()[budget].weight_bytes(torch.bfloat16)
+    command = [sys.executable, str(script), str(folder / "stock"), str(tmp_path), budget]
+    peak, held = map(int, subprocess.run(command, capture_output=True, check=True, text=True).stdout.split())
+    assert weights <= held < 1.001 * weights, "with buffers that are not saved"
+    assert weights > 200e6
+    assert 0.98 * weights < peak <= 1.15 * weights
