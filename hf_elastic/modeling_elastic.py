@@ -214,6 +214,8 @@ class ElasticPreTrainedModel(
         concrete = concrete_class(cls, elastic.parent_config)
         head = concrete._stock_class is elastic.architecture.causal_class
         ignored = elastic.architecture.ignored(concrete)
+        if packed:
+            refuse_unpackable(elastic, pretrained_model_name_or_path, stock_kwargs, head)
         checkpoint = open_checkpoint(
             pretrained_model_name_or_path, elastic, submodel, variant, head=head, ignored=ignored, verify=verify, **hub
         )
@@ -222,7 +224,6 @@ class ElasticPreTrainedModel(
         sliced = elastic.restrict(submodel)
         decoded = False
         if packed:
-            refuse_unpackable(sliced, pretrained_model_name_or_path, stock_kwargs, head)
             lazy = without_weights(lazy, sliced.encodings)
         elif sliced.encodings:
             decoded = True
@@ -281,8 +282,7 @@ class ElasticPreTrainedModel(
         }
         if old.interpolated:
             section["interpolated"] = [{"sizes": entry["sizes"]} for entry in old.interpolated]
-        if "handover" in old.elastic:
-            section["handover"] = old.elastic["handover"]
+        section |= {key: old.elastic[key] for key in ("handover", "quantization") if key in old.elastic}
         self.elastic_config = ElasticConfig(parent_config=self.config, elastic=section)
         for key in (CUT_FROM, LEFT_OUT, HOST):
             if hasattr(old, key):

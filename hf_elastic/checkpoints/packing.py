@@ -32,6 +32,11 @@ def refuse_unpackable(elastic: ElasticConfig, repo: Any, kwargs: Mapping[str, An
         raise ElasticConfigError(
             f"packed=True, but {repo} is not quantised: its weights are no codes. Quantise it first (hf-elastic quantize), or load it without packed."
         )
+    if (experts := kwargs.get("experts_implementation")) not in (None, "eager"):
+        raise ElasticConfigError(
+            f"packed=True decodes one expert at a time, which experts_implementation='eager' does, not {experts!r}; leave that out, or load it "
+            "without packed."
+        )
     if (place := kwargs.get("device_map")) not in (None, "cpu"):
         raise ElasticConfigError(
             f"packed=True does not work with device_map={place!r}; load it without, then move it: model.to('cuda')."

@@ -25,6 +25,7 @@ from ..architectures import Architecture
 from ..architectures.axes import Cut, TensorRule, dim
 from ..configuration.section import CUT_FROM
 from ..errors import ElasticConfigError
+from .packed import refuse_packed
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -108,6 +109,7 @@ class AdaptableMixin:
 
 def _check_size(model: Any, config: Any) -> None:
     """Refuse the adapter of a slice on anything of another size, and write into a new one which slice it is of."""
+    refuse_packed(model, "an adapter, which is merged into weights,")
     elastic = model.elastic_config
     here = model.architecture.full(model.config)
     sizes = {**here.to_dict(), "num_hidden_layers": here.depth}

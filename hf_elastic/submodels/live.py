@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..architectures import Architecture
 from ..architectures.cost import CostModel
 from ..architectures.submodel import Submodel
+from ..configuration.budgets import Budget
 from ..configuration_elastic import ElasticConfig
 from ..errors import ElasticConfigError
 from .adapters import attached
@@ -42,6 +43,10 @@ class LiveMixin:
     def architecture(self) -> Architecture:
         """Table of the parent's `model_type`."""
         return self.elastic_config.architecture
+
+    def _resolved(self, budget: Budget | Submodel) -> Submodel:
+        """The sizes of a budget, counted by what this model holds in memory."""
+        return self.elastic_config.resolve(budget, self.dtype, packed=is_packed(self))  # type: ignore[attr-defined, arg-type]
 
     @property
     def _trains(self) -> bool:
@@ -230,6 +235,13 @@ class LiveMixin:
         """As `nn.Module.named_children`, of the family at every budget: trainers find the names of parameters by it."""
         tree = self._family_tree
         yield from super().named_children() if tree is None else tree.named_children()  # type: ignore[misc]
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """As `PreTrainedModel.get_memory_footprint`: of everything that is loaded, codes included, whatever budget is active."""
+        tree: Any = self._family_tree
+        held: Any = self if tree is None else tree
+        tensors = [*held.parameters(), *(held.buffers() if return_buffers else ())]
+        return sum(tensor.nbytes for tensor in tensors)
 
     def num_parameters(self, *args: Any, **kwargs: Any) -> int:
         """As `PreTrainedModel.num_parameters`, of the active budget; codes count as the weights that they stand for."""

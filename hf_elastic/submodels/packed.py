@@ -54,6 +54,14 @@ class PackedModule(nn.Module):
     like: torch.Tensor
     """Nothing, in the type and on the device in which weights are decoded."""
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made while the program runs, so copies and pickles make it again.
+        return _empty_module, (type(self).__mro__[2], tuple(self.held)), self.__dict__
+
+    def extra_repr(self) -> str:
+        said = (f"{leaf}: {held.encoding.name}" for leaf, held in self.held.items())
+        return ", ".join(filter(None, (super().extra_repr(), *said)))
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         self.__dict__["like"] = fn(self.like)
         return super()._apply(fn, recurse)
@@ -126,9 +134,15 @@ def _packed_class(stock: type[nn.Module], leaves: tuple[str, ...]) -> type[Packe
     return type(f"Packed{stock.__name__}", (PackedModule, stock), {leaf: weight(leaf) for leaf in leaves})
 
 
+def _empty_module(stock: type[nn.Module], leaves: tuple[str, ...]) -> PackedModule:
+    made = _packed_class(stock, leaves)  # type: ignore[arg-type]
+    return made.__new__(made)
+
+
 def is_packed(model: nn.Module) -> bool:
     """Whether weights of a model are codes."""
-    return any(isinstance(module, PackedModule) for module in model.modules())
+    known = model.__dict__.get("_packed")  # by elastic models, which are asked with every budget
+    return any(isinstance(module, PackedModule) for module in model.modules()) if known is None else known
 
 
 def refuse_packed(model: nn.Module, what: str) -> None:
@@ -203,6 +217,7 @@ def pack(
         )
     for config in (model.config, *{id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()):
         config._experts_implementation = "eager"  # others multiply by whole stacks
+    model.__dict__["_packed"] = True
 
 
 def bind_packed(piece: Piece, holder: PackedModule, leaf: str, module: nn.Module, owner: str) -> list[Bound]:
@@ -220,6 +235,11 @@ def bind_packed(piece: Piece, holder: PackedModule, leaf: str, module: nn.Module
     bound = []
     for part, name in zip(companions(piece, theirs.encoding), theirs.buffers(leaf), strict=True):
         tensor: Any = holder._buffers[name]
+        if tensor.is_meta:
+            raise ElasticConfigError(
+                f"{owner}.{name} has no storage: codes were offloaded, and sizes of a packed family share them. Keep them in memory (accelerate does "
+                "without offload_buffers=True), or load the size that you need with budget=...."
+            )
         module._buffers[name] = view = part.narrow(tensor)
         bound.append(Bound(f"{owner}.{name}", part.runs, holder, name, tensor, module, view, not part.is_view))
     return bound

@@ -33,6 +33,9 @@ class RunningMixin(LiveMixin):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the stock model's, at the budget of this thread. A cache goes on at the budget that wrote it; at another one it is refused."""
+        if self.__dict__.get("_packed") and torch.is_grad_enabled():
+            with torch.no_grad():  # what gradients are computed with would be every decoded weight
+                return self(*args, **kwargs)
         if torch.compiler.is_compiling():
             another = self._before_compiled()
             run = super().__call__ if another is None else another  # type: ignore[misc]
@@ -174,7 +177,7 @@ class RunningMixin(LiveMixin):
             `UnknownBudgetError`, `ElasticConfigError`: as for `set_budget`.
             `HFElasticError`: the family is in training mode.
         """
-        submodel = self.elastic_config.resolve(budget, self.dtype, packed=True)  # type: ignore[attr-defined]
+        submodel = self._resolved(budget)
         if self._trains:
             raise HFElasticError("sized() is for inference; call eval() first, or train the family with set_budget().")
         with self._users.lock:

@@ -215,11 +215,12 @@ def quantised_elsewhere(subject: Subject) -> Iterator[Deviation]:
             expected = _own(made, case, theirs.expected(case))
             yield same_weights(_in(case, made.format, "modelopt"), _opened(theirs.folder, case.submodel), expected)
         weights, stored = made.expected(small)
-        loaded = AutoModelForCausalLM.from_pretrained(made.checkpoint, budget="small", dtype=torch.bfloat16)
+        eager = {"dtype": torch.bfloat16, "experts_implementation": "eager"}
+        loaded = AutoModelForCausalLM.from_pretrained(made.checkpoint, budget="small", **eager)
         half = {name: weights[name].to(tensor.dtype) for name, tensor in loaded.state_dict().items()}
         yield same_weights(_in(small, made.format, "bfloat16"), loaded.state_dict(), half)
         yield from _cut_on_disk(made, small, stored)
-        yield from _packed(made, small, stored)
+        yield from _packed(made, small, stored, made.subject.logits(loaded))
 
 
 def _cut_on_disk(made: Quantised, case: Case, stored: Mapping[str, torch.Tensor]) -> Iterator[Deviation]:
@@ -231,11 +232,14 @@ def _cut_on_disk(made: Quantised, case: Case, stored: Mapping[str, torch.Tensor]
     yield same_weights(_in(case, made.format, "cut on disk"), _read(found), dict(stored))
 
 
-def _packed(made: Quantised, case: Case, stored: Mapping[str, torch.Tensor]) -> Iterator[Deviation]:
+def _packed(
+    made: Quantised, case: Case, stored: Mapping[str, torch.Tensor], logits: torch.Tensor
+) -> Iterator[Deviation]:
     if any(len(piece.rule.shared_by) > 1 for piece, name in made.pieces(case.submodel) if name is not None):
         return  # refused, see `hf_elastic.submodels.packed`
-    packed = AutoModelForCausalLM.from_pretrained(made.checkpoint, packed=True)
+    packed = AutoModelForCausalLM.from_pretrained(made.checkpoint, packed=True, dtype=torch.bfloat16)
     with packed.at(case.submodel) as view:
+        computed = made.subject.logits(view)
         modules, found = dict(view.named_modules()), dict[str, torch.Tensor]()
         for piece, name in made.pieces(case.submodel):
             if name is not None:
@@ -244,6 +248,7 @@ def _packed(made: Quantised, case: Case, stored: Mapping[str, torch.Tensor]) -> 
                 parts = owner.companions_of(leaf)  # type: ignore[operator]
                 found |= {f"{base}{suffix}": part for suffix, part in zip(SUFFIXES[made.format], parts, strict=True)}
     yield same_weights(_in(case, made.format, "packed"), found, {name: stored[name] for name in found})
+    yield same_weights(_in(case, made.format, "packed"), {"logits": computed}, {"logits": logits})
 
 
 def _families(subject: Subject) -> Iterator[Quantised]:
