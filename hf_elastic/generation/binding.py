@@ -66,7 +66,7 @@ def bind(model: Any, plan: PhasePlan, tokenizer: PreTrainedTokenizerBase | None)
     bound: list[BoundPhase] = []
     turns, is_blank = _turn_ids(tokenizer, plan), Blanks(tokenizer)
     for phase in plan.phases:
-        submodel = model.elastic_config.resolve(phase.budget, model.dtype, packed=True)
+        submodel = model._resolved(phase.budget)
         start, end = (_marker_id(tokenizer, text, phase) if text else None for text in (phase.start, phase.end))
         closing: tuple[int, ...] = ()
         soft: tuple[int, ...] = ()

@@ -278,7 +278,7 @@ def _drafter(model: Any, budget: Any) -> tuple[Any, Any]:
     Raises:
         `SpeculationError`: it is not smaller than the active one, or the model is in training mode.
     """
-    drafter: Submodel = model.elastic_config.resolve(budget, model.dtype, packed=True)
+    drafter: Submodel = model._resolved(budget)
     active: Submodel = model.submodel
     if drafter == active or not drafter.nests_in(active):
         verifier = model.budget or active.to_dict()

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..architectures import Architecture
 from ..architectures.cost import CostModel
 from ..architectures.submodel import Submodel
+from ..configuration.budgets import Budget
 from ..configuration_elastic import ElasticConfig
 from ..errors import ElasticConfigError
 from .adapters import attached
@@ -42,6 +43,10 @@ class LiveMixin:
     def architecture(self) -> Architecture:
         """Table of the parent's `model_type`."""
         return self.elastic_config.architecture
+
+    def _resolved(self, budget: Budget | Submodel) -> Submodel:
+        """The sizes of a budget, counted by what this model holds in memory."""
+        return self.elastic_config.resolve(budget, self.dtype, packed=is_packed(self))  # type: ignore[attr-defined, arg-type]
 
     @property
     def _trains(self) -> bool:

@@ -134,9 +134,9 @@ def _packed_class(stock: type[nn.Module], leaves: tuple[str, ...]) -> type[Packe
     return type(f"Packed{stock.__name__}", (PackedModule, stock), {leaf: weight(leaf) for leaf in leaves})
 
 
-def _empty_module(stock: Any, leaves: tuple[str, ...]) -> PackedModule:
-    made: Any = _packed_class(stock, leaves)
-    return made.__new__(made)  # type: ignore[no-any-return]
+def _empty_module(stock: type[nn.Module], leaves: tuple[str, ...]) -> PackedModule:
+    made = _packed_class(stock, leaves)  # type: ignore[arg-type]
+    return made.__new__(made)
 
 
 def is_packed(model: nn.Module) -> bool:

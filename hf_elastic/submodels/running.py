@@ -177,7 +177,7 @@ class RunningMixin(LiveMixin):
             `UnknownBudgetError`, `ElasticConfigError`: as for `set_budget`.
             `HFElasticError`: the family is in training mode.
         """
-        submodel = self.elastic_config.resolve(budget, self.dtype, packed=True)  # type: ignore[attr-defined]
+        submodel = self._resolved(budget)
         if self._trains:
             raise HFElasticError("sized() is for inference; call eval() first, or train the family with set_budget().")
         with self._users.lock:

@@ -96,7 +96,7 @@ class SwitchingMixin(RunningMixin):
                 for every budget as for the parent, but not in training mode.
             `BusyError`: another thread is running the family, or is inside `at`.
         """
-        submodel = self.elastic_config.resolve(budget, self.dtype, packed=True)  # type: ignore[attr-defined]
+        submodel = self._resolved(budget)
         with self._users.lock:
             block = self._users.own()
             if block is not None and block.beside:
@@ -118,7 +118,7 @@ class SwitchingMixin(RunningMixin):
         thread that opened none gets a [`BusyError`] meanwhile, as nobody can tell which budget it means: give it a size of its own, see
         `sized`. In evaluation mode only; in training mode a family has one user.
         """
-        submodel = self.elastic_config.resolve(budget, self.dtype, packed=True)  # type: ignore[attr-defined]
+        submodel = self._resolved(budget)
         users = self._users
         with users.lock:
             beside = bool(users.others() or users.pending) or (submodel != self._active and users.runs_elsewhere)
@@ -173,7 +173,7 @@ class SwitchingMixin(RunningMixin):
 
     @contextmanager
     def _by(self, switch: Callable[[Submodel], None], budget: Budget | Submodel) -> Iterator[None]:
-        submodel = self.elastic_config.resolve(budget, self.dtype, packed=True)  # type: ignore[attr-defined]
+        submodel = self._resolved(budget)
         users = self._users
         with users.lock:
             users.refuse_others("saving it, or training it at a budget,")
