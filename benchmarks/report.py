@@ -34,6 +34,7 @@ GROUPS = {
         "ablation_sorting",
         "ablation_depth",
         "ablation_router",
+        "quantization_activations",
     ),
     "How good": ("lab_family", "byte_lm", "phases", "quantization_accuracy"),
 }

@@ -58,7 +58,7 @@ def test_blocks_that_need_a_real_checkpoint_are_sound(page):
 def test_most_blocks_run():
     """Those that do not are counted here: one more is a decision."""
     code = [block for found in BLOCKS.values() for block in found if block.language in ("python", "sh")]
-    assert sum(not block.runs for block in code) <= 22
+    assert sum(not block.runs for block in code) <= 23
     assert sum(block.runs for block in code) >= 50
 
 

@@ -10,9 +10,9 @@ With --train it learns the family here (about 10 minutes on one CPU core) instea
 trains the model that it is made from, too (about 5 minutes more). With --learn-sizes a second run learns which sizes to have: a router
 decides them under targets of active parameters.
 
-With --quantize, all sizes of a second family, whose cuts NVFP4 can hold, are stored in 8 and in 4 bits and measured again: in FP8 by calibration
-alone, in NVFP4 (the default) also after distilling it while its weights are rounded, which takes about 3 minutes more. OUTPUT/quantized gets a
-checkpoint per format, each with a card that compares them.
+With --quantize, all sizes of a second family, whose cuts NVFP4 can hold, are stored in 8 and in 4 bits and measured again: in FP8 by
+calibration alone, in NVFP4 (the default) also after distilling it while its weights are rounded, which takes about 3 minutes more.
+OUTPUT/quantized gets a checkpoint per format, each with a card that compares them.
 
   hf-elastic lab
   hf-elastic lab --quantize fp8
