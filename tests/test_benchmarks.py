@@ -166,7 +166,16 @@ def test_page_cache_is_dropped(processes: Any, tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
     "script",
-    ["loading", "switching", "training", "lab_family", "handover", "quantization_codec", "quantization_activations"],
+    [
+        "loading",
+        "switching",
+        "training",
+        "lab_family",
+        "handover",
+        "quantization_codec",
+        "quantization_activations",
+        "quantization_accuracy",
+    ],
 )
 def test_scripts_run(script: str, tmp_path: Path) -> None:
     """The exit status may be 1: small sizes on a busy machine need not keep every claim about time, and read buffers of fixed size count for
