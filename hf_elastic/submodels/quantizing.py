@@ -30,7 +30,7 @@ def quantize(model: Any, recipe: Any, *, keep: str | Iterable[str] = (), again: 
     written is what [`hf_elastic.quantize_checkpoint`] writes, which needs memory for one matrix and not for the model.
 
     Args:
-        model ([`ElasticForCausalLM`] or [`ElasticModel`]): With everything that is loaded as its active size.
+        model ([`ElasticForCausalLM`]): With everything that is loaded as its active size.
         recipe (`str`, `os.PathLike`, `dict` or [`Recipe`]):
             `"nvfp4"`, `"fp8"`, a YAML or JSON file, or entries, see [`hf_elastic.quantization.recipes`].
         keep (`str` or `Iterable[str]`, *optional*): Kinds, names or patterns of weights that stay as they are, whatever the recipe says.
@@ -41,7 +41,7 @@ def quantize(model: Any, recipe: Any, *, keep: str | Iterable[str] = (), again: 
         The model, in evaluation mode.
 
     Raises:
-        `ElasticConfigError`: it is no family, quantised already, at a smaller size, spread over files, has adapters, or the recipe does not fit. Nothing was
+        `ElasticConfigError`: it is no causal family, quantised already, at a smaller size, spread over files, has adapters, or the recipe does not fit. Nothing was
             changed.
     """
     taken = Recipe.of(recipe, keep)
@@ -101,6 +101,11 @@ def _checked(model: Any, again: bool) -> ElasticConfig:
         raise ElasticConfigError(
             f"quantize() takes an elastic model, not {type(model).__name__}: make one of a stock model with hf_elastic.elastify(), or load one with "
             "ElasticForCausalLM."
+        )
+    if not model.can_generate():
+        raise ElasticConfigError(
+            "quantize() takes a causal model, and this one has no head: load it with ElasticForCausalLM. quantize_checkpoint() quantises files of "
+            "both kinds."
         )
     if is_packed(model):
         raise ElasticConfigError(

@@ -12,7 +12,9 @@ from accelerate import cpu_offload
 from coded import write_family
 from peft import LoraConfig, get_peft_model
 
+import hf_elastic
 from hf_elastic import ElasticConfigError, ElasticForCausalLM
+from hf_elastic.lab.quantized import load_block_family
 from hf_elastic.submodels.packed import PackedModule, is_packed
 
 load = ElasticForCausalLM.from_pretrained
@@ -170,3 +172,20 @@ def test_it_says_that_it_is_packed(models):
     assert "gate_up_proj: nvfp4, down_proj: nvfp4" in shown
     assert "bias=False, weight: nvfp4" in shown
     assert sum(isinstance(module, PackedModule) for module in models["granite"][0].modules()) > 10
+
+
+def test_phases_hand_caches_over_between_sizes_of_codes(tmp_path):
+    """One size thinks, the whole answers, with a family that can do it."""
+    family, tokenizer = load_block_family()
+    hf_elastic.quantize(family, "nvfp4")
+    family.save_pretrained(tmp_path)
+    decoded = load(tmp_path, dtype=torch.float32, experts_implementation="eager")
+    inputs = tokenizer("^a6b-1c-5d-4>", return_tensors="pt")
+    plan = hf_elastic.PhasePlan(thinking="half", answering="full", max_thinking_tokens=64)
+    written = [
+        model.generate(**inputs, phase_plan=plan, tokenizer=tokenizer, return_dict_in_generate=True)
+        for model in (family, decoded)
+    ]
+    assert torch.equal(written[0].sequences, written[1].sequences)
+    assert [(phase.budget, phase.generated) for phase in written[0].phases] == [("half", [21]), ("full", [7])]
+    assert tokenizer.decode(written[0].sequences[0]).endswith("</think>bLcLdJ<eos>")
