@@ -26,7 +26,7 @@ DOCUMENTS = (
 
 GROUPS = {
     "Loading and downloading": ("loading", "nested_layout", "hub_fetch", "quantization_codec"),
-    "Running": ("switching", "gpu", "handover", "speculation"),
+    "Running": ("switching", "gpu", "handover", "speculation", "quantization_packed"),
     "Training": (
         "training",
         "ablation_stages",
