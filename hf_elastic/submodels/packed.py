@@ -204,7 +204,7 @@ def pack(
     whole = {p.rule.name: p for p in pieces(architecture, model.config, architecture.full(model.config))}
     if shared := [name for name, piece in whole.items() if name in encodings and len(piece.rule.shared_by) > 1]:
         raise ElasticConfigError(
-            f"a packed {architecture.model_type} cannot be made: layers share blocks, such as {shared[0]}; load it without packed=True."
+            f"a packed {architecture.model_type} cannot be made: layers share blocks, such as {shared[0]}. Load it decoded; to quantise it, give quantize_checkpoint() its files."
         )
     for name, parts in coded:
         piece, encoding = whole[name], encodings[name]
