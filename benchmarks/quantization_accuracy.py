@@ -95,13 +95,14 @@ def measured(
 
 def run(options: argparse.Namespace) -> int:
     runs = Runs(options)
-    count, steps = (2, 1) if options.quick else (PROBLEMS, QUANTIZED_STEPS)
+    count, steps = (2, 1) if options.quick else (PROBLEMS, options.steps)
+    longer = "" if options.quick or steps == QUANTIZED_STEPS else f"-{steps}"
     report = Report("quantization_accuracy", CLAIMS)
     found: dict[str, tuple[tuple[int, ...], list[dict[str, Any]]]] = {}
     for way, (recipe, dtype) in CALIBRATED.items():
         found[way] = (), [measured(runs, file_name(way), lambda: load_block_family()[0], recipe, dtype, count)]
     for way, (trained, recipe, seeds) in DISTILLED.items():
-        name, used = file_name(way), seeds[:1] if options.quick else seeds
+        name, used = file_name(way) + longer, seeds[:1] if options.quick else seeds
         entries = []
         for seed in used:
             family = partial(distilled, runs, name, trained, seed, steps)
@@ -130,4 +131,11 @@ def file_name(way: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run(lab_arguments(__doc__).parse_args()))
+    parser = lab_arguments(__doc__)
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=QUANTIZED_STEPS,
+        help="steps while weights are rounded; for others than 150 give --output, too",
+    )
+    sys.exit(run(parser.parse_args()))
