@@ -45,8 +45,8 @@ benchmarks: $(VENV)/installed  ## Rewrites benchmarks/results
 	$(BIN)/python benchmarks/report.py
 
 evidence: $(VENV)/installed  ## The lab's training runs, about three hours; finished runs are kept in benchmarks/.runs
-	for script in lab_family byte_lm $(ABLATIONS) phases handover speculation quantization_accuracy; do $(BIN)/python benchmarks/$$script.py || exit 1; done
-	$(BIN)/python benchmarks/report.py
+	failed=0; for script in lab_family byte_lm $(ABLATIONS) phases handover speculation quantization_accuracy; do \
+	  $(BIN)/python benchmarks/$$script.py || failed=1; done; $(BIN)/python benchmarks/report.py && exit $$failed
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) tools/install.py $(VENV)
