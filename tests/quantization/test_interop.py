@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import shutil
@@ -86,7 +87,7 @@ def compress_experts(file: Path, scheme: Any, format: str) -> dict[str, torch.Te
 
 def write_compressed(folder: Path, name: str, preset: str) -> dict[str, torch.Tensor]:
     """A checkpoint from `ModelCompressor`, and, by live names, what its decompression makes of it."""
-    model, _ = family(name)
+    model = copy.deepcopy(family(name)[0])
     scheme = preset_name_to_scheme(preset, ["Linear"])
     apply_quantization_config(model, QuantizationConfig(config_groups={"group_0": scheme}, ignore=NOT_LINEAR))
     for module in filter(is_module_quantized, model.modules()):
