@@ -271,8 +271,8 @@ def test_arguments_that_do_not_fit_the_weights(arguments, message, family_folder
 BAD_SECTIONS = {
     "no section": (lambda c: c.pop("elastic"), "no `elastic` section"),
     "newer": (
-        lambda c: c["elastic"].update(version=4),
-        r"elastic format 4, this hf_elastic reads up to 3; pip install",
+        lambda c: c["elastic"].update(version=5),
+        r"elastic format 5, this hf_elastic reads up to 4; pip install",
     ),
     "version 0": (lambda c: c["elastic"].update(version=0), "version=0 must be a whole number"),
     "version true": (lambda c: c["elastic"].update(version=True), "version=True must be"),

@@ -23,6 +23,8 @@ from hf_elastic import CheckpointError, ElasticForCausalLM
 from hf_elastic.checkpoints.exporting import export_checkpoint
 from hf_elastic.submodels.slicing import slice_state_dict
 
+pytestmark = pytest.mark.slow  # programs of others take their time
+
 FILES = Path(__file__).parent / "files"
 FORMATS = {"NVFP4A16": "nvfp4-pack-quantized", "FP8": "naive-quantized", "FP8_DYNAMIC": "float-quantized"}
 NOT_LINEAR = ["lm_head", r"re:.*mixer\.gate$", r"re:.*router.*"]
