@@ -16,6 +16,7 @@ import torch
 from ..architectures.encodings import Encoding
 from ..architectures.pieces import Piece
 from ..quantization.codec import global_scale_of, rounded
+from ..quantization.recipes import fused_groups
 
 
 @dataclass(frozen=True)
@@ -43,25 +44,14 @@ class Rounding:
             for name, piece in parts
             if piece.rule.stored.name in self.encodings
         }
-        beside: dict[Any, list[str]] = {}
-        for name, piece in parts:
-            if formats.get(name) == "nvfp4":
-                beside.setdefault(fused_group(piece), []).append(name)
-        scales = {
-            name: scale
-            for names in beside.values()
-            for scale in (global_scale_of(*(tensors[name] for name in names)),)
-            for name in names
-        }
+        names = {piece.rule.name: name for name, piece in parts}
+        scales: dict[str, torch.Tensor] = {}
+        for group in fused_groups(piece.rule for name, piece in parts if formats.get(name) == "nvfp4"):
+            beside = [names[rule.name] for rule in group]
+            scales |= dict.fromkeys(beside, global_scale_of(*(tensors[name] for name in beside)))
         for name, format in formats.items():
             found[name] = _StraightThrough.apply(tensors[name], format, scales.get(name))  # type: ignore[no-untyped-call]
         return found
-
-
-def fused_group(piece: Piece) -> tuple[str, ...]:
-    """What weights with one global scale have in common: the module that owns theirs, and the matrix that others make of them; its name alone otherwise."""
-    rule = piece.rule
-    return (rule.name,) if rule.fused is None else (rule.module.rpartition(".")[0], rule.fused)
 
 
 class _StraightThrough(torch.autograd.Function):
