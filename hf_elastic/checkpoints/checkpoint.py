@@ -157,9 +157,8 @@ class Checkpoint:
             if code_name not in self or self._stored_dtype(code_name) not in codes.rule.dtypes:
                 continue
             shapes = [self._where[name].shapes[name] for name in (code_name, scale_name) if name in self]
-            per_row = (
-                len({len(shape) for shape in shapes}) == 1
-            )  # one scale for a matrix has no dimension for its rows
+            # One scale for a matrix has no dimension for its rows.
+            per_row = len({len(shape) for shape in shapes}) == 1
             if encoding.format != "fp8" or per_row == (encoding.name == "fp8"):
                 return encoding
         return None

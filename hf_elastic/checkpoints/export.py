@@ -146,7 +146,7 @@ class ExportMixin:
         """What the files of an export hold, of a model that holds codes and is at that size."""
         elastic = self.elastic_config.restrict(self.submodel)  # type: ignore[attr-defined]
         architecture, config = elastic.architecture, elastic.parent_config
-        held = HeldCodes(self, (rule for rule in architecture.rules(config) if not rule.copy_of))  # type: ignore[arg-type]
+        held = HeldCodes(self)
         if coded.encodings:
             return coded_content(held, elastic, architecture.full(config), coded.layout)
         dtype: torch.dtype = self.dtype  # type: ignore[attr-defined]

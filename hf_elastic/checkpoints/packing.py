@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from ..architectures import Architecture
-from ..architectures.axes import Run, TensorRule, take
+from ..architectures.axes import Run, take
 from ..architectures.encodings import Encoding
 from ..architectures.pieces import Piece, companions, pieces
 from ..configuration_elastic import ElasticConfig
@@ -105,14 +104,15 @@ class HeldCodes:
     """The tensors of a packed model that runs everything it has, as [`hf_elastic.checkpoints.encoding`] takes those of a checkpoint.
 
     Args:
-        model (`PreTrainedModel`): The model.
-        rules (`list[TensorRule]`): Of all its tensors.
+        model ([`ElasticForCausalLM`]): The model.
     """
 
-    def __init__(self, model: PreTrainedModel, rules: Iterable[TensorRule]):
+    def __init__(self, model: Any):
         self.encodings: dict[str, Encoding] = {}
         self._tensors: dict[str, torch.Tensor] = dict(model.state_dict())
-        for rule in rules:
+        for rule in model.architecture.rules(model.config):
+            if rule.copy_of:
+                continue
             owner, _, leaf = rule.name.rpartition(".")
             module = model.get_submodule(owner)
             if isinstance(module, PackedModule) and leaf in module.held:
@@ -136,7 +136,7 @@ class HeldCodes:
 def write_codes(model: Any, directory: Path, max_shard_size: int | str) -> None:
     """Write the weights of a packed model, as they are, the configs of transformers beside them."""
     architecture, config = model.architecture, model.config
-    held = HeldCodes(model, (rule for rule in architecture.rules(config) if not rule.copy_of))
+    held = HeldCodes(model)
     elastic = model.elastic_config.restrict(model.submodel)
     content = encoded_content(held, elastic, architecture.full(config), {})
     directory.mkdir(parents=True, exist_ok=True)
