@@ -224,6 +224,14 @@ def load_family() -> tuple[ElasticForCausalLM, PreTrainedTokenizerBase]:
     return family, AutoTokenizer.from_pretrained(FAMILY_DIR)
 
 
+def divergences(history: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Of what a trainer logged, what the record of a training keeps."""
+    return [
+        {key: round(value, 4) for key, value in entry.items() if key == "step" or key.endswith("kl")}
+        for entry in history
+    ]
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Trains the family from the parent in the package, measures it and saves it with its tokenizer and a record."""
     from .book import build_tokenizer
@@ -256,10 +264,7 @@ def main(arguments: list[str] | None = None) -> None:
         steps=options.steps,
         seconds=seconds,
         evaluation={"letters": 12, "count": options.problems, "budgets": measured},
-        history=[
-            {key: round(value, 4) for key, value in entry.items() if key == "step" or key.endswith("kl")}
-            for entry in history
-        ],
+        history=divergences(history),
     )
 
 

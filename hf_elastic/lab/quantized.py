@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from ..configuration_elastic import ElasticConfig
 from ..modeling_elastic import ElasticForCausalLM
 from ..quantization.recipes import KINDS
-from .family import load_family, train_family
+from .family import divergences, load_family, train_family
 from .formats import measure_stored
 
 logger = logging.getLogger(__name__)
@@ -128,10 +128,7 @@ def main(arguments: list[str] | None = None) -> None:
         steps=options.steps,
         seconds=seconds,
         evaluation={"letters": 12, "count": options.problems, "budgets": measured},
-        history=[
-            {key: round(value, 4) for key, value in entry.items() if key == "step" or key.endswith("kl")}
-            for entry in history
-        ],
+        history=divergences(history),
     )
 
 
