@@ -89,6 +89,10 @@ class Runs:
         self._scores[key] = family.importance_scores
         return family
 
+    def path(self, name: str) -> Path:
+        """Where something else is kept besides runs and models."""
+        return self._folder / name
+
     def model(self, name: str, train: Callable[[], Any]) -> Any:
         """The model of this name, stock or elastic; it is trained if it was not yet."""
         folder = self._folder / name
