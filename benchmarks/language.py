@@ -6,6 +6,7 @@ Training on a busy machine is cut off now and then: [`train`] keeps its state in
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator
 from itertools import islice
@@ -23,15 +24,15 @@ class Clock:
     """How long a script may still work; without a limit, for ever."""
 
     def __init__(self, minutes: float | None = None):
-        self._end = None if minutes is None else time.monotonic() + 60 * minutes
+        self._start, self._seconds = time.monotonic(), math.inf if minutes is None else 60 * minutes
 
-    @property
-    def over(self) -> bool:
-        return self._end is not None and time.monotonic() > self._end
+    def over(self, share: float = 1.0) -> bool:
+        """Whether more than this share of the time has passed."""
+        return time.monotonic() - self._start > share * self._seconds
 
-    def check(self) -> None:
-        """Ends the script if its time is over."""
-        if self.over:
+    def check(self, share: float = 1.0) -> None:
+        """Ends the script if it is."""
+        if self.over(share):
             raise SystemExit("The time is over. What was done is kept: the same command goes on from there.")
 
 
@@ -98,7 +99,7 @@ def train(
                 f"    {step + 1} of {steps} steps, {float(torch.stack(losses).mean()):.3f} nats per token", flush=True
             )
             losses.clear()
-        over = clock is not None and clock.over
+        over = clock is not None and clock.over()
         if state is not None and step + 1 < steps and (over or time.monotonic() - saved > SAVE_SECONDS):
             unfinished = state.with_suffix(".new")
             torch.save(

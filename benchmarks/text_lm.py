@@ -266,7 +266,7 @@ class Study:
         """Bits per byte of all sizes before and after one run."""
 
         def action() -> dict[str, Any]:
-            self.clock.check()
+            self.clock.check(share=0.5)  # a run of a trainer is done whole
             scale = self.scale
             rows = zip(draw(self.train, scale.row, 2), range(scale.calibration_rows), strict=False)
             calibration = [{"input_ids": row.tolist()} for row, _ in rows]
