@@ -12,6 +12,8 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from hf_elastic.lab.book_model import FAMILY, new_parent
+from hf_elastic.lab.exercises import ASSETS, LabTask
 from hf_elastic.lab.task import (
     BOOK,
     EOS,
@@ -23,11 +25,11 @@ from hf_elastic.lab.task import (
     problems,
     split_of,
 )
-from hf_elastic.lab.tasks import get_task
 
 __all__ = [
     "BOOK",
     "EOS",
+    "TASK",
     "THINK_END",
     "THINK_START",
     "Evaluation",
@@ -72,6 +74,23 @@ def right_codes(problem: Problem, answer: str) -> tuple[int, int]:
     return right, len(problem.answer) // 2
 
 
+TASK = LabTask(
+    name="book",
+    unit="letters",
+    trained=TRAINING_LETTERS,
+    measured=12,
+    build_tokenizer=build_tokenizer,
+    problems=problems,
+    opening=lambda prompt: prompt + THINK_START,
+    right=right_codes,
+    new_parent=new_parent,
+    sizes=FAMILY,
+    parent_folder=ASSETS / "parent",
+    family_folder=ASSETS / "family",
+)
+"""The task as the lab runs it."""
+
+
 def training_batches(
     tokenizer: PreTrainedTokenizerFast, seed: int, batch_size: int = 32
 ) -> Iterator[dict[str, torch.Tensor]]:
@@ -94,7 +113,7 @@ def training_batches(
     Raises:
         `ValueError`: If `batch_size` is not positive.
     """
-    return get_task("book").training_batches(tokenizer, seed, batch_size)
+    return TASK.training_batches(tokenizer, seed, batch_size)
 
 
 def training_dataset(tokenizer: PreTrainedTokenizerFast, seed: int, batch_size: int = 32) -> IterableDataset:
@@ -109,7 +128,7 @@ def training_dataset(tokenizer: PreTrainedTokenizerFast, seed: int, batch_size: 
         `datasets.IterableDataset`: With the columns `input_ids` and `labels`.
     """
 
-    return get_task("book").training_dataset(tokenizer, seed, batch_size)
+    return TASK.training_dataset(tokenizer, seed, batch_size)
 
 
 def calibration_dataset(tokenizer: PreTrainedTokenizerFast, size: int, seed: int) -> Dataset:
@@ -126,7 +145,7 @@ def calibration_dataset(tokenizer: PreTrainedTokenizerFast, size: int, seed: int
     Raises:
         `ValueError`: If `size` is not positive.
     """
-    return get_task("book").calibration_dataset(tokenizer, size, seed)
+    return TASK.calibration_dataset(tokenizer, size, seed)
 
 
 def evaluate(
@@ -161,7 +180,7 @@ def evaluate(
     Raises:
         `ValueError`: If `letters` is out of range, or `count` or `batch_size` is not positive.
     """
-    found = get_task("book").evaluate(
+    found = TASK.evaluate(
         model,
         tokenizer,
         size=letters,

@@ -11,6 +11,13 @@ from transformers import NemotronHConfig, NemotronHForCausalLM
 
 from .task import build_tokenizer
 
+FAMILY: dict[str, dict[str, Any]] = {
+    "half": {"hidden": 32, "expert_ffn": 16, "shared_expert_ffn": 32},
+    "third": {"hidden": 24, "expert_ffn": 8, "shared_expert_ffn": 16},
+    "quarter": {"hidden": 16, "expert_ffn": 8, "shared_expert_ffn": 16},
+}
+"""Submodels of `book` that are trained, about 53, 35 and 24 % of the parent's active parameters."""
+
 
 def parent_config(**overrides: Any) -> NemotronHConfig:
     """Gives the configuration of the parent: 6 layers of width 48, 141,856 parameters.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +19,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 THINK_START, THINK_END, EOS = "<think>", "</think>", "<eos>"
+ASSETS = Path(str(resources.files("hf_elastic.lab"))) / "assets"
+"""Folder of the trained models that ship with the package."""
 MASKED = -100  # the label that the cross-entropy of `transformers` ignores
 
 # Of the training examples: full thinking, none at all, and thinking cut at a random token.

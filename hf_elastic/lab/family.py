@@ -20,20 +20,13 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from ..architectures.cost import CostModel
 from ..elastification.elastify import elastify
 from ..modeling_elastic import ElasticForCausalLM
-from .exercises import LabTask
-from .tasks import ASSETS, TASKS, get_task
+from .exercises import ASSETS, LabTask
+from .tasks import TASKS, get_task
 
 logger = logging.getLogger(__name__)
 
 FAMILY_DIR = ASSETS / "family"
 """Folder of the shipped family of `book`: its checkpoint, its tokenizer and `training.json`, the record of its training."""
-
-FAMILY: dict[str, dict[str, Any]] = {
-    "half": {"hidden": 32, "expert_ffn": 16, "shared_expert_ffn": 32},
-    "third": {"hidden": 24, "expert_ffn": 8, "shared_expert_ffn": 16},
-    "quarter": {"hidden": 16, "expert_ffn": 8, "shared_expert_ffn": 16},
-}
-"""Submodels of `book` that are trained, about 53, 35 and 24 % of the parent's active parameters."""
 
 BETWEEN: dict[str, int] = {"hidden": 28, "expert_ffn": 12, "shared_expert_ffn": 24}
 """A submodel between `half` and `third` that is never drawn in training."""

@@ -20,9 +20,9 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_elastic.checkpoints.loading import load_stock
 from hf_elastic.lab.book_model import parent_config
-from hf_elastic.lab.exercises import LabTask
+from hf_elastic.lab.exercises import ASSETS, LabTask
 from hf_elastic.lab.muon import Muon
-from hf_elastic.lab.tasks import ASSETS, TASKS, get_task
+from hf_elastic.lab.tasks import TASKS, get_task
 
 logger = logging.getLogger(__name__)
 

@@ -180,7 +180,7 @@ def test_training_lowers_the_loss_and_logs():
 
 
 def test_training_uses_the_batches_of_its_seed():
-    model, batches = parent_module._new_model(seed=1), training_batches(build_tokenizer(), 1, 4)
+    model, batches = new_parent(1), training_batches(build_tokenizer(), 1, 4)
     assert train_briefly(seed=1)[1][0]["loss"] == model(**next(batches)).loss.item()
 
 
