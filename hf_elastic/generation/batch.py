@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -48,8 +49,10 @@ class Row:
 
     def copy(self) -> Row:
         """The sequence as it is now, whatever becomes of it."""
-        lists = {name: list(value) for name, value in vars(self).items() if isinstance(value, list)}
-        return replace(self, **(lists | {"reopened": dict(self.reopened), "states": self.states}))
+        copied = copy.copy(self)
+        for name in ("ids", "reopened", "forced", "scores", "logits", "log_probs"):  # these grow
+            setattr(copied, name, copy.copy(getattr(self, name)))
+        return copied
 
 
 class Batch:

@@ -221,8 +221,8 @@ class PhasePlan:
             self._auto = tuple(key for key in markers if markers[key] == AUTO and key not in own)
             markers |= {key: usual for key, usual in _USUAL.items() if markers[key] == AUTO}
             first = {"name": "thinking", "max_new_tokens": max_thinking_tokens, **markers}
-            last = {"name": "answering", "max_new_tokens": max_answer_tokens, "handover": handover}
-            last |= {"escalate_to": escalate_to, "confidence": confidence, "signal": signal}
+            choice = {"escalate_to": escalate_to, "confidence": confidence, "signal": signal}
+            last = {"name": "answering", "max_new_tokens": max_answer_tokens, "handover": handover, **choice}
             phases = [
                 _phase(thinking, first, thinking_options, "thinking_options"),
                 _phase(answering, last, answering_options, "answering_options"),
