@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from harness import Claim, Report
-from lab_runs import Runs, lab_arguments
+from kept_runs import KeptRuns, run_arguments
 from language import draw, stream, train
 from tokenizers import Tokenizer, models
 from torch.nn import functional as F
@@ -95,7 +95,7 @@ def bits_per_byte(family: ElasticForCausalLM, data: torch.Tensor, budgets: Mappi
 
 
 def run(options: argparse.Namespace) -> int:
-    runs, report = Runs(options), Report("byte_lm", CLAIMS)
+    runs, report = KeptRuns(options, steps=4 if options.quick else 1000), Report("byte_lm", CLAIMS)
     training, held_out = text(held_out=False), text(held_out=True)
     if options.quick:
         held_out = held_out[: 16 * ROW_BYTES]
@@ -140,4 +140,4 @@ def run(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(lab_arguments(__doc__).parse_args()))
+    sys.exit(run(run_arguments(__doc__).parse_args()))

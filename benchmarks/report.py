@@ -37,7 +37,7 @@ GROUPS = {
         "ablation_router",
         "quantization_activations",
     ),
-    "How good": ("lab_family", "byte_lm", "text_lm", "text_lm_100m", "phases", "quantization_accuracy"),
+    "How good": ("lab_family", "byte_lm", "text_lm", "text_lm_gpu", "phases", "quantization_accuracy"),
 }
 """Result files in the order of `docs/measured.md`."""
 
@@ -185,7 +185,7 @@ def byte_lm(results: Path) -> str:
 
 def text_lm(results: Path) -> str:
     """Bits per byte of real text at each scale that was measured, a table each."""
-    names = ("text_lm", "text_lm_100m")
+    names = ("text_lm", "text_lm_gpu")
     parts = [_text(result) for name in names if (result := load(results / f"{name}.json")) is not None]
     return "\n\n".join(parts or ["Not measured yet."]) + "\n"
 

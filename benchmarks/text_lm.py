@@ -6,9 +6,9 @@ all sizes, distilled alone with as many steps for the three smaller sizes togeth
 text that is measured is read once as a target, so that its bytes are counted once; tokens are read in rows, of which the first has nothing before it.
 
 - `--size 5m`, the default: 5.7M parameters, for one core of a CPU. One seed (`--seeds`).
-- `--size 100m --device cuda`: 125M parameters in bfloat16, for a GPU of 80 GB.
+- `text_lm_gpu.py`: 125M parameters in bfloat16, for a GPU of 80 GB.
 
-Runs are kept as in `lab_runs`; `--minutes 8` ends the script after so long, and the same command goes on from there.
+Runs are kept as `kept_runs.py` says; `--minutes 8` ends the script after so long, and the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from corpus import Corpus, collect
 from harness import Claim, Report
-from lab_runs import Runs, lab_arguments
+from kept_runs import KeptRuns, run_arguments
 from language import Clock, draw, stream, train
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
@@ -47,6 +47,7 @@ CLAIMS = [
     *(Claim(SPLIT.format(name), 1.0) for name in SMALLER),
     Claim(FULL, 1.01),
 ]
+TOKENIZER_FILES = 2000
 CONVOLUTION, ATTENTION = "conv", "full_attention"
 
 
@@ -224,8 +225,7 @@ class Study:
     def __init__(self, options: argparse.Namespace):
         scale = SCALES[options.size]
         self.scale = replace(scale, **TINY) if options.quick else scale
-        self.runs, self.clock = Runs(options), Clock(options.minutes)
-        self.runs.steps = self.scale.family_steps
+        self.runs, self.clock = KeptRuns(options, self.scale.family_steps), Clock(options.minutes)
         self.device, self.size = torch.device(options.device), options.size
         if self.device.type == "cuda":
             torch.set_num_threads(8)
@@ -236,12 +236,11 @@ class Study:
             encode(self.tokenizer, texts) for texts in (self.corpus.train, self.corpus.held_out)
         )
         self.rows = windows(self.held_out, self.scale.row, self.scale.measured_rows)
-        self.measured = {"full": None, **{name: name for name in self.scale.budgets}}
 
     def _tokenizer(self) -> PreTrainedTokenizerFast:
         folder = self.runs.path(f"text-{self.size}-tokenizer")
         if not folder.exists():
-            train_tokenizer(self.corpus.train, self.scale.vocabulary).save_pretrained(folder)
+            train_tokenizer(self.corpus.train[:TOKENIZER_FILES], self.scale.vocabulary).save_pretrained(folder)
         return AutoTokenizer.from_pretrained(folder)
 
     def parent(self) -> Lfm2ForCausalLM:
@@ -262,8 +261,10 @@ class Study:
 
         return self.runs.model(f"text-{self.size}-parent", fit).to(self.device)
 
-    def distil(self, parent: Lfm2ForCausalLM, name: str, steps: int, seed: int, **settings: Any) -> dict[str, Any]:
-        """Bits per byte of all sizes before and after one run."""
+    def distil(
+        self, parent: Lfm2ForCausalLM, name: str, measured: Mapping[str, Any], steps: int, seed: int, **settings: Any
+    ) -> dict[str, Any]:
+        """Bits per byte of the measured sizes before and after one run."""
 
         def action() -> dict[str, Any]:
             self.clock.check(share=0.5)  # a run of a trainer is done whole
@@ -271,8 +272,7 @@ class Study:
             rows = zip(draw(self.train, scale.row, 2), range(scale.calibration_rows), strict=False)
             calibration = [{"input_ids": row.tolist()} for row, _ in rows]
             family = elastify(parent, calibration, budgets=scale.budgets, batch_size=16, progress=False)
-            measure = (family, self.rows, self.lengths, self.measured)
-            before = bits_per_byte(*measure)
+            before = bits_per_byte(family, self.rows, self.lengths, measured)
             more = {
                 "rows": stream(self.train, scale.row, 3 + seed),
                 "per_device_train_batch_size": scale.batch,
@@ -282,24 +282,26 @@ class Study:
             }
             with tempfile.TemporaryDirectory(prefix="hf-elastic-text-") as scratch:
                 train_family(family, self.tokenizer, Path(scratch), steps=steps, progress=False, **more, **settings)
-            return {"untrained": before, "trained": bits_per_byte(*measure)}
+            return {"untrained": before, "trained": bits_per_byte(family, self.rows, self.lengths, measured)}
 
         return self.runs.run(f"text-{self.size}-{name}-{seed}", action)
 
 
 def run(options: argparse.Namespace) -> int:
     study = Study(options)
-    scale, report = study.scale, Report("text_lm" if options.size == "5m" else f"text_lm_{options.size}", CLAIMS)
+    scale, report = study.scale, Report("text_lm" if options.size == "5m" else "text_lm_gpu", CLAIMS)
     parent = study.parent()
     ways: dict[str, dict[str, list[float]]] = {"untrained": {}, "family": {}, "split": {}}
+    measured = {"full": None, **{name: name for name in scale.budgets}}
     alone_steps = scale.family_steps // len(scale.budgets)
     for seed in options.seeds:
-        together = study.distil(parent, "family", scale.family_steps, seed)
-        for name in study.measured:
+        together = study.distil(parent, "family", measured, scale.family_steps, seed)
+        for name in measured:
             ways["untrained"].setdefault(name, []).append(together["untrained"][name])
             ways["family"].setdefault(name, []).append(together["trained"][name])
         for name in scale.budgets:
-            alone = study.distil(parent, f"split-{name}", alone_steps, seed, budget_probabilities={name: 1.0})
+            only = {"budget_probabilities": {name: 1.0}}
+            alone = study.distil(parent, f"split-{name}", {name: name}, alone_steps, seed, **only)
             ways["split"].setdefault(name, []).append(alone["trained"][name])
     _report(report, study, parent, ways, {"seeds": options.seeds, "alone_steps": alone_steps})
     for name in SMALLER:
@@ -343,14 +345,19 @@ def _report(report: Report, study: Study, parent: Any, ways: Mapping[str, Any], 
             report.measure(f"{way}: {name}, bits per byte", "bits", values, **cost, **about)
 
 
-def text_arguments() -> argparse.ArgumentParser:
-    parser = lab_arguments(__doc__)
-    parser.add_argument("--size", choices=tuple(SCALES), default="5m", help="scale of everything (default: 5m)")
-    parser.add_argument("--device", default="cpu", help="where to compute (default: cpu)")
+def text_arguments(description: str | None) -> argparse.ArgumentParser:
+    parser = run_arguments(description)
+    parser.add_argument(
+        "--size",
+        choices=tuple(SCALES),
+        default="5m",
+        help="parameters, and all that goes with them (default: %(default)s)",
+    )
+    parser.add_argument("--device", default="cpu", help="where to compute (default: %(default)s)")
     parser.add_argument("--minutes", type=float, help="end after so long; the same command goes on from there")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the data and budgets of distillation")
     return parser
 
 
 if __name__ == "__main__":
-    sys.exit(run(text_arguments().parse_args()))
+    sys.exit(run(text_arguments(__doc__).parse_args()))

@@ -161,11 +161,12 @@ def test_text_that_is_not_there_is_refused(text_lm: Any, monkeypatch: pytest.Mon
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", ["5m", "100m"])
-def test_script_runs_and_says_what_it_read(size: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("script", ["text_lm", "text_lm_gpu"])
+def test_script_runs_and_says_what_it_read(script: str, tmp_path: Path) -> None:
     """In its smallest form; the larger scale computes in bfloat16. The exit status may be 1: so little training need not help."""
     output = tmp_path / "result.json"
-    command = [sys.executable, str(BENCHMARKS / "text_lm.py"), "--quick", "--size", size, "--output", str(output)]
+    options = ["--quick", "--device", "cpu", "--output", str(output)]
+    command = [sys.executable, str(BENCHMARKS / f"{script}.py"), *options]
     environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode in (0, 1), done.stderr
