@@ -90,7 +90,7 @@ def test_a_rate_that_falls_from_the_start_is_high_until_it_has_halved():
 
 
 def test_near_enough_is_done_by_either_scale():
-    for entropy, floor in ((1.0, 0.015), (0.0, 0.005)):
+    for entropy, floor in ((1.0, 0.008), (0.0, 0.003)):
         assert (
             verdict(followed(lambda step, f=floor: max(3 * math.exp(-step / 30), f), entropy=entropy)).state == "done"
         )
