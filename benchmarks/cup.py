@@ -17,9 +17,10 @@ from __future__ import annotations
 import itertools
 import random
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -105,7 +106,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def new_parent(seed: int, **sizes: Any) -> Lfm2ForCausalLM:
+def new_parent(seed: int, overrides: Mapping[str, Any] = MappingProxyType({})) -> Lfm2ForCausalLM:
     """An untrained parent."""
     tokenizer = build_tokenizer()
     layers = ["conv", "conv", "full_attention", "conv", "full_attention"]
@@ -126,7 +127,7 @@ def new_parent(seed: int, **sizes: Any) -> Lfm2ForCausalLM:
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Lfm2ForCausalLM(Lfm2Config(**(fields | sizes)))
+        model = Lfm2ForCausalLM(Lfm2Config(**(fields | dict(overrides))))
     model.generation_config.do_sample = False
     model.generation_config.max_new_tokens = 40
     return model
