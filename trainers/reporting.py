@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -17,6 +17,7 @@ from trl import SFTTrainer
 from hf_elastic.configuration.budgets import FULL
 from hf_elastic.errors import HFElasticError
 
+from .handover import Part
 from .quantizing import Quantizing
 
 
@@ -45,7 +46,11 @@ class ReportingMixin(SFTTrainer):
         yield
 
     def _record(
-        self, divergence: torch.Tensor, distance: torch.Tensor, count: torch.Tensor, inputs: dict[str, torch.Tensor]
+        self,
+        parts: Sequence[Part],
+        divergences: torch.Tensor,
+        distances: torch.Tensor,
+        inputs: dict[str, torch.Tensor],
     ) -> None:
         """Add up both losses, target tokens and tokens of all ranks, and stop on all of them if one has a loss that is not finite."""
         mode = "train" if self.model.training else "eval"
@@ -54,9 +59,10 @@ class ReportingMixin(SFTTrainer):
             if "attention_mask" in inputs
             else inputs["input_ids"].new_tensor(inputs["input_ids"].numel())
         )
-        parts = torch.stack([part.detach().double() for part in (divergence, distance, count, seen)])
-        numbers = self.accelerator.reduce(parts, "sum").tolist()
-        loss = numbers[0] + self.args.hidden_loss_weight * numbers[1]
+        counts = torch.stack([part.target.sum() for part in parts])
+        rows = [row.detach().double() for row in (divergences, distances, counts, seen.expand(len(parts)))]
+        numbers = self.accelerator.reduce(torch.stack(rows, dim=1), "sum").tolist()
+        loss = sum(row[0] + self.args.hidden_loss_weight * row[1] for row in numbers)
         if not math.isfinite(loss):
             where = (
                 f"step {self.state.global_step}, micro-batch {max(self._micro_batch - 1, 0)}"
@@ -68,11 +74,12 @@ class ReportingMixin(SFTTrainer):
                 f"whose first row begins with tokens {inputs['input_ids'][0, :8].tolist()} (rank {self.accelerator.process_index}). This step "
                 "changed no weight, and the last checkpoint is kept; lower the learning rate, or look at this batch."
             )
-        total = self._sums[mode][self._budget_name]
-        for i in range(3):
-            total[i] += numbers[i]
+        for part, row in zip(parts, numbers, strict=True):
+            total = self._sums[mode][part.name]
+            for i in range(3):
+                total[i] += row[i]
         if mode == "train":
-            self._total_train_tokens += int(numbers[3])
+            self._total_train_tokens += int(numbers[0][3])
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
 
     def _means(self, mode: str) -> dict[str, dict[str, float]]:

@@ -52,13 +52,15 @@ class HandingOver(ByHand):
             return super().divergence(budget, batch, weights)
         teacher = self.logits(None, batch).double().softmax(-1)
         total, count = torch.zeros((), dtype=torch.float64), 0
+        begins = self.logits(budget.partition(">")[0], batch, weights).double().softmax(-1)
         for i, cut in enumerate(batch[CUT].tolist()):
             place = batch["attention_mask"][i].nonzero()[:, 0]
             ids, at = batch["input_ids"][i, place], cut - int(place[0])
             student = self.rest(*budget.split(">"), ids, at, weights).double().softmax(-1)
-            p = teacher[i, place][at:]
+            student = torch.cat([begins[i, place][:at], student])
+            p = teacher[i, place]
             per_token = (p * (p.log() - student.log())).sum(-1)[:-1]
-            target = batch["labels"][i, place][at + 1 :] != -100
+            target = batch["labels"][i, place][1:] != -100
             total, count = total + (per_token * target).sum(), count + int(target.sum())
         return total, count
 
@@ -181,12 +183,25 @@ def test_gradients_reach_what_only_the_first_budget_keeps(tmp_path):
     assert moved[1.0] > 1e-3
 
 
-def test_hidden_states_are_compared_after_the_cut(tmp_path):
+def test_hidden_states_are_compared_in_both_parts(tmp_path):
     made = trainer(tmp_path, max_steps=1, seed=3, hidden_loss_weight=2.0, **ALWAYS)
+    recorder = Recorder().watch(made)
     made.train()
+    [[(pair, batch)]] = recorder.steps
+    source = pair.partition(">")[0]
     logs = made.state.log_history[0]
-    pair = next(key[:-3] for key in logs if ">" in key and key.endswith("/kl"))
-    assert logs["loss"] == pytest.approx(logs[f"{pair}/kl"] + 2.0 * logs[f"{pair}/hidden"], rel=1e-5)
+    columns = torch.arange(batch["labels"].shape[1])
+    begun = {**batch, "labels": batch["labels"].masked_fill(columns > batch[CUT][:, None], -100)}
+    hand = HandingOver("nano3", made.model.elastic_config)
+    distance = hand.distance(source, begun, "cosine", None, hand.parameters)
+    divergence, before = hand.divergence(source, begun)
+    count = int((batch["labels"][:, 1:] != -100).sum())
+    assert 0 < before < count
+    assert logs[f"{source}/hidden"] == pytest.approx(float(distance) / before, rel=1e-4)
+    assert logs[f"{source}/kl"] == pytest.approx(float(divergence) / before, rel=1e-4)
+    parts = {source: before, pair: count - before}
+    losses = [n * (logs[f"{name}/kl"] + 2.0 * logs[f"{name}/hidden"]) for name, n in parts.items()]
+    assert logs["loss"] == pytest.approx(sum(losses) / count, rel=1e-5)
     assert 0.01 < logs[f"{pair}/hidden"] < 2.0
 
 
