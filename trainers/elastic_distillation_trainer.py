@@ -128,6 +128,8 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
             routed=self.routing is not None and not args.freeze_router,
             handover=args.handover_probability,
         )
+        if args.handover_start:
+            self.curriculum = self.curriculum.with_handovers_from(args.handover_start)
         self.handovers = Handovers(self.curriculum, model.elastic_config, names) if args.trains_handover else None
         if names[0] not in {name for stage in self.curriculum.stages for name in stage.budget_probabilities}:
             warnings.warn(f"the whole parent ({names[0]!r}) is never drawn: nothing keeps it as it is.", stacklevel=2)

@@ -223,6 +223,32 @@ def test_stages_have_probabilities_of_their_own_and_leave_the_other_draws_alone(
     assert {tuple(name.split(">")) for name in named} <= POSSIBLE
 
 
+def test_hand_overs_begin_when_they_shall(tmp_path):
+    """The same run as with stages that say so, which is the plain one until then; a number beyond the first stage counts all steps."""
+    stages = [{"steps": 2, "max_length": 12}, {"steps": 2, "handover_probability": 0.0}, {"steps": 3}]
+    for given, start, expected in (
+        ({"max_steps": 4}, 0.5, [(2, 0.0), (2, 1.0)]),
+        ({"max_steps": 4}, 3, [(3, 0.0), (1, 1.0)]),
+        ({"max_steps": -1, "num_train_epochs": 2}, 5, [(5, 0.0), (1, 1.0)]),
+        ({"max_steps": -1, "stages": stages}, 0.8, [(2, 0.0), (2, 0.0), (2, 0.0), (1, 1.0)]),
+        ({"max_steps": -1, "stages": stages}, 1, [(1, 0.0), (1, 1.0), (2, 0.0), (3, 1.0)]),
+    ):
+        made = trainer(tmp_path, **{**ALWAYS, **given}, handover_start=start)
+        assert [(s.steps, s.handover_probability) for s in made.curriculum.stages] == expected
+        lengths = [made.curriculum.stage(step).max_length for step in range(7)]
+        assert lengths == ([12] * 2 + [None] * 5 if "stages" in given else [None] * 7)
+    recorders = []
+    for name, fields in (("late", {**ALWAYS, "handover_start": 0.5}), ("plain", {})):
+        made = trainer(tmp_path / name, seed=3, max_steps=2, **fields)
+        recorders.append(Recorder().watch(made))
+        made.train()
+    late, plain = ([name for step in recorder.steps for name, _ in step] for recorder in recorders)
+    assert late[0] == plain[0]
+    assert ">" in late[1]
+    assert late[1].endswith(f">{plain[1]}")
+    assert torch.equal(recorders[0].steps[0][0][1]["labels"], recorders[1].steps[0][0][1]["labels"])
+
+
 def test_a_killed_run_goes_on_with_the_same_hand_overs(tmp_path):
     run = {
         **RUN,
@@ -281,6 +307,17 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "checkpointing, the default": ({"activation_checkpointing": None}, "set activation_checkpointing=False"),
     "router": ({"router_targets": {"a": 0.5}, "router_steps": 1}, "does not work with a router"),
     "token alone": ({"handover_probability": 0.0, "handover_token": "A"}, "handover_token='A' would be ignored"),
+    "start": ({"handover_start": 1.5}, "handover_start=1.5 must be a share of the steps"),
+    "start alone": ({"handover_probability": 0.0, "handover_start": 0.5}, "handover_start=0.5 would be ignored"),
+    "start too late": (
+        {"handover_start": 2, "max_steps": 2},
+        "the run has 2 steps, none of which would be a hand-over",
+    ),
+    "start after the stages": (
+        {"handover_start": 3, "stages": [{"steps": 2}], "max_steps": -1},
+        "the run has 2 steps, none of which",
+    ),
+    "share of epochs": ({"handover_start": 0.5, "max_steps": -1}, "how many the run has is not known"),
     "token": ({"handover_token": "AB"}, "handover_token='AB' must be one token"),
     "pair": (
         {"budget_probabilities": {"small": 1.0}},
