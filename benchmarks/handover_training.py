@@ -1,12 +1,12 @@
 """What it costs to train hand-over, and whether a hand-over is then as good as reading again.
 
-**Second run** (three seeds of its rows and draws): the trained family of the lab goes on for a seventh of its steps
+**Second run** (three seeds of its rows and draws, every task of the lab): the trained family goes on for a seventh of its steps
 
 - *plain*: as before, without hand-overs, which is what the others are compared with at equal steps;
 - *second trained*: every micro-batch is a hand-over, and only the size that goes on is compared with the teacher, from the cut on (one seed);
 - *both trained*: the same, and the size that began is compared on what it read, as the trainer does it.
 
-**Conversions** (one seed; pairs with the whole parent) leave the weights as they are. What a size kept is multiplied, per layer
+**Conversions** (`book`, one seed; pairs with the whole parent) leave the weights as they are. What a size kept is multiplied, per layer
 and kind of state, by
 
 - *formula*: the square root of the ratio of widths, or the ratio, as generation does it for every family;
@@ -28,8 +28,8 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,11 +43,13 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from hf_elastic import ElasticForCausalLM
 from hf_elastic.errors import HandoverError
 from hf_elastic.generation.caches import States, check_hand_over, hand_over, read_cache, write_cache
-from hf_elastic.lab.book import EOS, THINK_END, THINK_START, problems
+from hf_elastic.lab.exercises import EOS, THINK_END, THINK_START, LabTask
 from hf_elastic.lab.family import load_family, train_family
+from hf_elastic.lab.tasks import get_task
 from hf_elastic.trainers import handover
 from hf_elastic.trainers.handover import split_rows
 
+TASKS = ("book", "stories")
 TRAINED = {"handover_token": THINK_END}
 SECOND: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -64,10 +66,9 @@ WORTH = 0.02
 NEAR = 0.01
 """Share of right solutions that a hand-over may cost against reading again."""
 
-CLAIMS = [
-    Claim("second run, both trained: accuracy of any size below plain, mean of seeds, largest", WORTH),
-    Claim("second run, both trained: cache below reading again, mean of seeds, largest of any pair", NEAR),
-]
+COST = "both trained: accuracy of any size below plain, mean of seeds, largest"
+GAP = "both trained: cache below reading again, mean of seeds, largest of any pair"
+CLAIMS = [Claim(f"{task}: {name}", limit) for task in TASKS for name, limit in ((COST, WORTH), (GAP, NEAR))]
 
 
 @dataclass
@@ -202,49 +203,47 @@ class Study:
 
     Args:
         runs (`Runs`): Keeps what was measured.
+        task (`LabTask`): Whose family it is.
     """
 
-    def __init__(self, runs: Runs):
-        self.runs, self.tokenizer = runs, runs.tokenizer
+    def __init__(self, runs: Runs, task: LabTask):
+        self.runs, self.task, self.tokenizer = runs, task, task.build_tokenizer()
+        self.size = task.trained[0] if runs.steps < SECOND_STEPS else task.measured
+
+    def solutions(self, split: str, size: Any, seed: int, count: int) -> Solutions:
+        source = self.task.problems(split, size, seed)
+        return Solutions.of([self.task.solved(next(source)) + EOS for _ in range(count)], self.tokenizer)
 
     def heldout(self) -> Solutions:
-        source = problems("heldout", self.runs.letters, 1)
-        return Solutions.of([next(source).text + EOS for _ in range(self.runs.problems)], self.tokenizer)
+        return self.solutions("heldout", self.size, 1, self.runs.problems)
 
     def measure(self, model: ElasticForCausalLM) -> dict[str, dict[str, float]]:
         return Readings(model, self.heldout(), list(model.elastic_config.family())).measure()
 
-    def trained(self, name: str, way: str, seed: int, model: Callable[[], Any], steps: int, **options: Any) -> Any:
-        """Train a family further, or for the first time, and measure it; `seconds` is the CPU time of a step."""
-        steps = min(steps, self.runs.steps)
-
-        def action() -> dict[str, Any]:
-            family, started = model(), time.process_time()
-            # whole batches of the same rows in every way
-            given = {"per_device_train_batch_size": self.runs.rows, "steps": steps, "seed": seed, **options}
-            with tempfile.TemporaryDirectory(prefix="hf-elastic-lab-") as scratch:
-                if way == "second trained":
-                    with second_alone():
-                        train_family(family, self.tokenizer, Path(scratch), progress=False, **given)
-                else:
-                    train_family(family, self.tokenizer, Path(scratch), progress=False, **given)
-            return {"pairs": self.measure(family), "seconds": (time.process_time() - started) / steps}
-
-        return self.runs.run(f"handover-training-{name}-{way.replace(' ', '-')}-{seed}", action)
-
     def second(self, way: str, seed: int) -> Any:
-        steps = min(SECOND_STEPS, self.runs.steps)
+        """Train the family further and measure it; `seconds` is the CPU time of a step."""
+        steps, seed = min(SECOND_STEPS, self.runs.steps), seed + 50  # whose rows the family has not seen
         schedule = {"num_decay_steps": steps * 4 // 5, "min_lr_ratio": 0.02}
         options = {"learning_rate": SECOND_RATE, "warmup_steps": min(10, steps // 4), "lr_scheduler_kwargs": schedule}
-        # Rows that the family has not seen.
-        return self.trained("second", way, seed + 50, lambda: load_family()[0], SECOND_STEPS, **options, **SECOND[way])
+
+        def action() -> dict[str, Any]:
+            family, started = load_family(self.task)[0], time.process_time()
+            as_said = second_alone() if way == "second trained" else nullcontext()
+            given = {"per_device_train_batch_size": self.runs.rows, "progress": False, **options, **SECOND[way]}
+            with tempfile.TemporaryDirectory(prefix="hf-elastic-lab-") as scratch, as_said:
+                train_family(family, self.tokenizer, Path(scratch), task=self.task, steps=steps, seed=seed, **given)
+            seconds = (time.process_time() - started) / steps
+            return {"pairs": self.measure(family), "seconds": seconds}
+
+        name = "" if self.task.name == "book" else f"{self.task.name}-"
+        return self.runs.run(f"handover-training-{name}second-{way.replace(' ', '-')}-{seed}", action)
 
     def conversions(self, seed: int, quick: bool) -> dict[str, dict[str, float]]:
         """Per conversion and pair the share of right solutions, and `again: pair`."""
         return self.runs.run(f"handover-conversions-{seed}", lambda: self._conversions(seed, quick))
 
     def _conversions(self, seed: int, quick: bool) -> dict[str, dict[str, float]]:
-        model = load_family()[0].requires_grad_(False)
+        model = load_family(self.task)[0].requires_grad_(False)
         names = list(model.elastic_config.family())[: 2 if quick else None]
         held = Readings(model, self.heldout(), names)
         drawn = self.calibration(model, names, seed, 2 if quick else 18)
@@ -270,8 +269,8 @@ class Study:
         """Readings of training problems; two of three are cut where thinking ends, the others somewhere before."""
         rng, made = random.Random(f"calibration {seed}"), []
         for group in range(groups):
-            source = problems("train", 2 + group % 2 if groups < 9 else 4 + group % 9, 1000 * (seed + 1) + group)
-            solutions = Solutions.of([next(source).text + EOS for _ in range(16)], self.tokenizer)
+            size = self.size if groups < 9 else 4 + group % 9
+            solutions = self.solutions("train", size, 1000 * (seed + 1) + group, 16)
             if group % 3 == 2:
                 length = int((solutions.cut - solutions.start).min())
                 solutions.cut = solutions.start + 1 + rng.randrange(max(1, length - 1))
@@ -285,20 +284,21 @@ def differences(runs: Sequence[Any], pairs: Sequence[str]) -> dict[str, float]:
 
 
 def run(options: argparse.Namespace) -> int:
-    report, study = Report("handover_training", CLAIMS), Study(Runs(options))
+    report, runs = Report("handover_training", CLAIMS), Runs(options)
+    studies = {name: Study(runs, get_task(name)) for name in options.tasks or TASKS}
     seeds = [0] if options.quick else options.seeds or list(SEEDS)
     parts = options.only or ["second", "conversions"]
-    about: dict[str, Any] = {"problems": study.runs.problems}
-    if "second" in parts:
-        second = {way: [study.second(way, seed) for seed in seeds if seed in SECOND_SEEDS[way]] for way in SECOND}
-        record(report, "second run", second, steps=min(SECOND_STEPS, study.runs.steps), **about)
-        settle(report, second)
+    for name, study in studies.items() if "second" in parts else ():
+        done = {way: [study.second(way, seed) for seed in seeds if seed in SECOND_SEEDS[way]] for way in SECOND}
+        steps = min(SECOND_STEPS, runs.steps)
+        record(report, name, done, steps=steps, problems=runs.problems)
+        settle(report, name, done)
     if "conversions" in parts and not options.seeds:
-        found = study.conversions(0, options.quick)
+        found = studies["book"].conversions(0, options.quick)
         for way, pair in itertools.product(found, found["again"]):
-            report.measure(f"conversion, {way}: {pair}", "share", [found[way][pair]], seeds=[0], **about)
-    study.runs.say_commits(report)
-    return 0 if options.only or options.seeds else report.finish(options)
+            report.measure(f"book, {way}: {pair}", "share", [found[way][pair]], seeds=[0], problems=runs.problems)
+    runs.say_commits(report)
+    return 0 if options.only or options.seeds or options.tasks else report.finish(options)
 
 
 def record(report: Report, name: str, ways: Mapping[str, Sequence[Any]], **about: Any) -> None:
@@ -313,7 +313,7 @@ def record(report: Report, name: str, ways: Mapping[str, Sequence[Any]], **about
         report.measure(f"{name}, {way}: CPU time of a step", "s", [entry["seconds"] for entry in done], **about)
 
 
-def settle(report: Report, second: Mapping[str, Sequence[Any]]) -> None:
+def settle(report: Report, name: str, second: Mapping[str, Sequence[Any]]) -> None:
     pairs = second["plain"][0]["pairs"]
     alone = [pair for pair, rates in pairs.items() if "cache" not in rates]
     others = [pair for pair in pairs if pair not in alone]
@@ -321,12 +321,14 @@ def settle(report: Report, second: Mapping[str, Sequence[Any]]) -> None:
     def accuracy(way: str, pair: str) -> float:
         return mean([entry["pairs"][pair]["again"] for entry in second[way]])
 
-    report.settle(CLAIMS[0].name, max(accuracy("plain", pair) - accuracy("both trained", pair) for pair in alone))
-    report.settle(CLAIMS[1].name, max(differences(second["both trained"], others).values()))
+    costs = [accuracy("plain", pair) - accuracy("both trained", pair) for pair in alone]
+    report.settle(f"{name}: {COST}", max(costs))
+    report.settle(f"{name}: {GAP}", max(differences(second["both trained"], others).values()))
 
 
 if __name__ == "__main__":
     parser = lab_arguments(__doc__)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, help="do only these tasks, and write no result")
     parser.add_argument("--seeds", type=int, nargs="+", help="do only the runs of these seeds, and write no result")
     parser.add_argument(
         "--only",
