@@ -37,7 +37,7 @@ from .elastic_distillation_config import ElasticDistillationConfig
 from .forward import forward_as, head_now, head_of, last_hidden, last_hidden_through, states_after
 from .handover import CUT, Handovers, Part, beginning, go_on, parts_of, refuse_checkpointing, split_rows, token_id
 from .lora import as_teacher, base_of, check_adapters, whole_head_of
-from .losses import chunked_divergence, summed_hidden_distance
+from .losses import chunked_divergence, summed_entropy, summed_hidden_distance
 from .optimizing import OptimizingMixin
 from .quantizing import Quantizing
 from .reporting import EvaluateAtTheEnd, ReportingMixin
@@ -140,6 +140,7 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
         self.quantizing = Quantizing(model, args, self._adapted) if args.quantization is not None else None
         if self.quantizing is not None:
             self._name = f"{self._name}, quantisation-aware ({self.quantizing})"
+        self._own_teacher = teacher_model is None
         teacher = load_teacher(teacher_model, model, args.teacher_model_init_kwargs, adapters=self._adapted)
         if args.hidden_loss_weight > 0:
             check_layers(args.hidden_loss_layers, model.submodel.depth)
@@ -314,6 +315,9 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
             hidden_taught, states_taught = taught[i]
             with states_after(self._layers(model, self._compared(parts[i])), compared) as states:
                 hidden = read()[:, : compared.shape[1]][compared]
+            if self._counts_entropy:
+                entropy = summed_entropy(hidden_taught, teacher_head, chunk_size=self.args.loss_chunk_size)
+                self._entropy = entropy if self._entropy is None else self._entropy + entropy
             divergence = chunked_divergence(
                 hidden,
                 hidden_taught,

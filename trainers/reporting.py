@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +20,11 @@ from hf_elastic.configuration.budgets import FULL
 from hf_elastic.errors import HFElasticError
 
 from .handover import Part
+from .progress import FIRST_BATCHES, Progress
 from .quantizing import Quantizing
+from .verdict import Verdict, judge, render, save
+
+logger = logging.getLogger(__name__)
 
 
 class EvaluateAtTheEnd(TrainerCallback):
@@ -34,11 +40,16 @@ class ReportingMixin(SFTTrainer):
     """Metrics and evaluation of [`ElasticDistillationTrainer`]."""
 
     quantizing: Quantizing | None
+    _own_teacher: bool
 
     def _init_reporting(self, eval_budgets: list[str]) -> None:
         self._eval_budgets = eval_budgets
         self._budget_name = FULL
         self._sums: dict[str, dict[str, list[float]]] = {"train": _sums(), "eval": _sums()}
+        self.progress = Progress()
+        self.verdict: list[Verdict] | None = None
+        self._entropy: torch.Tensor | None = None
+        self._evaluated: dict[str, tuple[int, dict[str, float]]] = {}
 
     @contextmanager
     def _named(self, budget: str) -> Iterator[None]:
@@ -59,8 +70,11 @@ class ReportingMixin(SFTTrainer):
             if "attention_mask" in inputs
             else inputs["input_ids"].new_tensor(inputs["input_ids"].numel())
         )
+        entropy, self._entropy = self._entropy, None
         counts = torch.stack([part.target.sum() for part in parts])
-        rows = [row.detach().double() for row in (divergences, distances, counts, seen.expand(len(parts)))]
+        spread = torch.ones_like(divergences, dtype=torch.float64)  # of what the micro-batch has once
+        once = [spread * (0.0 if entropy is None else entropy), spread * seen]
+        rows = [row.detach().double() for row in (divergences, distances, counts, *once)]
         numbers = self.accelerator.reduce(torch.stack(rows, dim=1), "sum").tolist()
         loss = sum(row[0] + self.args.hidden_loss_weight * row[1] for row in numbers)
         if not math.isfinite(loss):
@@ -79,8 +93,46 @@ class ReportingMixin(SFTTrainer):
             for i in range(3):
                 total[i] += row[i]
         if mode == "train":
-            self._total_train_tokens += int(numbers[0][3])
+            self._total_train_tokens += int(numbers[0][4])
+            self._follow(parts, numbers, counted=entropy is not None)
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+
+    @property
+    def _counts_entropy(self) -> bool:
+        return bool(self.model.training) and self.progress.batches < FIRST_BATCHES
+
+    def _follow(self, parts: Sequence[Part], numbers: Sequence[Sequence[float]], counted: bool) -> None:
+        """Remember how a micro-batch went, for the verdict. Mixtures of sizes are no budget yet; what a size says after another one has
+        read is remembered as that.
+
+        Args:
+            numbers (`list`): Per part the divergence, the distance, the target tokens, and the entropy of all parts.
+            counted (`bool`): Whether the entropy was.
+        """
+        if counted:
+            self.progress.add_entropy(numbers[0][3], sum(row[2] for row in numbers))
+        if self._undecided:
+            return
+        step = self.state.global_step
+        for part, row in zip(parts, numbers, strict=True):
+            self.progress.add(step, part.name, row[0], row[2])
+        if self.optimizer is not None:
+            self.progress.add_rate(step, self.optimizer.param_groups[0]["lr"])
+
+    def _conclude(self) -> None:
+        """Say what the run made of every budget: into the log, into `verdict`, and into a file of the output folder."""
+        steps, found = self.state.global_step, defaultdict(list)
+        for at, means in self._evaluated.values():
+            for budget, mean in means.items() if at == steps else ():
+                found[budget].append(mean)
+        evaluated = {budget: sum(means) / len(means) for budget, means in found.items()}
+        budgets = [name for name in self.progress.spans if ">" not in name]
+        budgets = [name for name in self._elastic.elastic_config.family() if name in budgets]
+        self.verdict = judge(self.progress, budgets, steps, evaluated, FULL if self._own_teacher else None)
+        if self.verdict and self.args.should_save:
+            save(self.verdict, Path(self.args.output_dir or "."))
+        if self.verdict:
+            logger.info("after %d steps:\n%s", steps, render(self.verdict))
 
     def _means(self, mode: str) -> dict[str, dict[str, float]]:
         """Per budget the losses per target token since the last call: `kl`, and `hidden` (without its weight) if it is on."""
@@ -102,6 +154,9 @@ class ReportingMixin(SFTTrainer):
         self._sums["eval"] = _sums()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         means = self._means("eval")
+        if means:
+            kls = {budget: mean["kl"] for budget, mean in means.items()}
+            self._evaluated[metric_key_prefix] = (self.state.global_step, kls)
         if output.metrics is not None and means:
             output.metrics[f"{metric_key_prefix}_loss"] = sum(mean["kl"] for mean in means.values()) / len(means)
             output.metrics.update(
