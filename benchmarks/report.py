@@ -30,6 +30,7 @@ GROUPS = {
     "Running": ("switching", "gpu", "handover", "speculation", "quantization_packed"),
     "Training": (
         "training",
+        "handover_training",
         "ablation_stages",
         "ablation_sampling",
         "ablation_sorting",
@@ -282,6 +283,63 @@ def handover(results: Path) -> str:
     )
 
 
+def handover_training(results: Path) -> str:
+    """What training hand-over costs each size and how near a hand-over comes to reading again; and what conversions without training do."""
+    if (result := load(results / "handover_training.json")) is None:
+        return "Not measured yet.\n"
+    found, ways = by_name(result), ("plain", "second trained", "both trained")
+    parts = []
+    for task in dict.fromkeys(name.partition(",")[0] for name in found if ", plain: " in name):
+        sizes, pairs = [], []
+        for name in found:
+            pair, comma, rate = name.removeprefix(f"{task}, plain: ").partition(", ")
+            if name.startswith(f"{task}, plain: ") and comma:
+                thinker, _, answerer = pair.partition(" > ")
+                sizes += [pair] * (thinker == answerer)
+                pairs += [pair] * (rate == "cache")
+        rows = [
+            [pair.partition(" > ")[0], *(_spread(found.get(f"{task}, {way}: {pair}, again"), 3) for way in ways)]
+            for pair in sizes
+        ]
+        entry = found[f"{task}, plain: {sizes[0]}, again"]
+        head = ["size alone", "no hand-over", "only the second size learns", "both learn"]
+        about = (
+            f"`{task}`: right solutions of {entry['problems']} held-out problems after {entry['steps']} more steps of the trained family; mean of seeds "
+            f"{', '.join(map(str, entry['seeds']))} (range), seed 0 alone where only the second size learns."
+        )
+        parts += [_table(head, rows), about]
+        rows = []
+        for pair in pairs:
+            cells = []
+            for way in ("plain", "both trained"):
+                cells += [_spread(found[f"{task}, {way}: {pair}, {rate}"], 3) for rate in ("again", "cache")]
+            rows.append([pair.replace(">", "→"), *cells])
+        head = ["thinks → answers", "no hand-over: read again", "cache", "both learn: read again", "cache"]
+        parts.append(_table(head, rows))
+    converted = [name for name in found if name.startswith("book, as is: ")]
+    kinds = {
+        "again": "read again",
+        "as is": "as is",
+        "formula": "formula",
+        "least squares, head": "least squares: head",
+        "least squares, channel": "channel",
+        "least squares, matrix": "matrix",
+        "fitted, channel": "fitted: channel",
+        "fitted, matrix": "matrix",
+    }
+    rows = []
+    for name in converted:
+        pair = name.removeprefix("book, as is: ")
+        cells = [f"{found[f'book, {way}: {pair}']['median']:.2f}" for way in kinds]
+        rows.append([pair.replace(">", "→"), *cells])
+    if rows:
+        parts.append(
+            "Conversions of a cache that leave the weights as they are (`book`, the family that ships, one seed):"
+        )
+        parts.append(_table(["thinks → answers", *kinds.values()], rows))
+    return "\n\n".join([*parts, _conditions(result)]) + "\n"
+
+
 def formats(results: Path) -> str:
     """Whole answers and divergence of every size in every format, and bytes."""
     if (result := load(results / "quantization_accuracy.json")) is None:
@@ -335,6 +393,7 @@ _BLOCKS: Mapping[str, Callable[[Path], str]] = {
     "text": text_lm,
     "phases": phases,
     "handover": handover,
+    "handover_training": handover_training,
     "formats": formats,
 }
 

@@ -172,6 +172,7 @@ def test_page_cache_is_dropped(processes: Any, tmp_path: Path) -> None:
         "training",
         "lab_family",
         "handover",
+        "handover_training",
         "quantization_codec",
         "quantization_activations",
         "quantization_accuracy",
