@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers import SchedulerType
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 from trl import SFTConfig
 
@@ -32,6 +33,10 @@ class ElasticDistillationConfig(SFTConfig):
             `learning_rate_scale` or `learning_rate` and `router_learning_rate` of its own; see [`Stage`]. `tokens` become steps at the
             start, by the tokens of a full step: `per_device_train_batch_size` x `gradient_accumulation_steps` x processes x the length
             of the stage. They set `max_steps`.
+        stop_on_plateau (`bool`, *optional*, defaults to `False`):
+            End the run when it has learned what it can, at `max_steps` (or after `num_train_epochs`) at the latest: the learning rate is constant after
+            its warm-up until no budget comes much nearer to the teacher any more, then falls to zero over half as many steps; see [`Plateau`]. It
+            takes the place of a schedule, so leave `lr_scheduler_type` as it is; with at most one stage. (`max_steps` itself is a number upstream.)
         temperature (`float`, *optional*, defaults to 1.0): Of both distributions; above 0.
         beta (`float`, *optional*, defaults to 0.0): 0 is forward KL, 1 reverse KL, in between the generalised Jensen-Shannon divergence.
         loss_chunk_size (`int`, *optional*, defaults to 1024): Tokens that have logits at the same time.
@@ -95,6 +100,9 @@ class ElasticDistillationConfig(SFTConfig):
     stages: list[Any] | str | None = field(
         default=None,
         metadata={"help": "Stages: dicts with steps or tokens, budget_probabilities, max_length, learning rates."},
+    )
+    stop_on_plateau: bool = field(
+        default=False, metadata={"help": "End when no budget comes nearer to the teacher, at max_steps at the latest."}
     )
     temperature: float = field(default=1.0, metadata={"help": "Temperature of both distributions, above 0."})
     beta: float = field(default=0.0, metadata={"help": "0 forward KL, 1 reverse KL, between: generalised JSD."})
@@ -166,6 +174,7 @@ class ElasticDistillationConfig(SFTConfig):
         self._check_hidden_loss()
         self._check_handover()
         self._check_quantization()
+        self._check_plateau()
         if self.freeze_router:
             if self.router_steps or self.freeze_model:
                 what = f"router_steps={self.router_steps}" if self.router_steps else "freeze_model=True"
@@ -232,6 +241,24 @@ class ElasticDistillationConfig(SFTConfig):
             raise ElasticConfigError(
                 "quantization needs weights that are trained; freeze_model=True trains the router alone."
             )
+
+    def _check_plateau(self) -> None:
+        if not self.stop_on_plateau:
+            return
+        chosen = str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type))
+        if chosen not in ("linear", "constant_with_warmup") or self.lr_scheduler_kwargs:
+            raise ElasticConfigError(
+                f"stop_on_plateau has a schedule of its own (warm-up, constant, falling), which lr_scheduler_type={chosen!r} with "
+                f"lr_scheduler_kwargs={self.lr_scheduler_kwargs!r} would contradict; leave both out."
+            )
+        if isinstance(self.stages, list) and len(self.stages) > 1:
+            raise ElasticConfigError(
+                f"stop_on_plateau does not know which of {len(self.stages)} stages to make shorter; give one stage, or make each a run."
+            )
+        if self.quantization_start or self.freeze_model:
+            what = f"quantization_start={self.quantization_start}" if self.quantization_start else "freeze_model=True"
+            raise ElasticConfigError(f"{what} does not work with stop_on_plateau, which may end the run at any step.")
+        self.lr_scheduler_type = SchedulerType.CONSTANT_WITH_WARMUP
 
     @property
     def trains_handover(self) -> bool:

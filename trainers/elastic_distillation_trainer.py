@@ -16,6 +16,7 @@ from trl import SFTTrainer
 
 from hf_elastic import ElasticForCausalLM
 from hf_elastic.checkpoints.origin import refuse_loss
+from hf_elastic.configuration.budgets import FULL
 from hf_elastic.errors import ElasticConfigError, HFElasticError
 from hf_elastic.generation.texts import readable
 
@@ -42,6 +43,7 @@ from .optimizing import OptimizingMixin
 from .quantizing import Quantizing
 from .reporting import EvaluateAtTheEnd, ReportingMixin
 from .routing import Routing
+from .stopping import Plateau
 from .teacher import check_same_channels, load_teacher, prepare_teacher
 
 _PAPER = {
@@ -131,16 +133,19 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
         if args.handover_start:
             self.curriculum = self.curriculum.with_handovers_from(args.handover_start)
         self.handovers = Handovers(self.curriculum, model.elastic_config, names) if args.trains_handover else None
-        if names[0] not in {name for stage in self.curriculum.stages for name in stage.budget_probabilities}:
+        drawn = {name for stage in self.curriculum.stages for name in stage.budget_probabilities}
+        if names[0] not in drawn:
             warnings.warn(f"the whole parent ({names[0]!r}) is never drawn: nothing keeps it as it is.", stacklevel=2)
         self._init_reporting(known_budgets(args.eval_budgets, names) if args.eval_budgets else names)
+        self._own_teacher = teacher_model is None
+        own = FULL if self._own_teacher else None
+        self.plateau = Plateau(self.progress, [n for n in names if n in drawn], own) if args.stop_on_plateau else None
         self._adapted = peft_config is not None or given is not model
         if self._adapted and args.freeze_model:
             raise ElasticConfigError("freeze_model=True trains the router alone: leave out the adapters.")
         self.quantizing = Quantizing(model, args, self._adapted) if args.quantization is not None else None
         if self.quantizing is not None:
             self._name = f"{self._name}, quantisation-aware ({self.quantizing})"
-        self._own_teacher = teacher_model is None
         teacher = load_teacher(teacher_model, model, args.teacher_model_init_kwargs, adapters=self._adapted)
         if args.hidden_loss_weight > 0:
             check_layers(args.hidden_loss_layers, model.submodel.depth)
@@ -162,6 +167,8 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
         check_model(self.model)  # upstream adapts embeddings and head on its own for a chat template with new tokens
         # The loss is divided by the number of target tokens of the whole step already.
         self.loss_is_scaled_for_ga = True
+        if self.plateau is not None:
+            self.add_callback(self.plateau)
         if self.eval_dataset is not None and args.eval_strategy == "no":
             self.add_callback(EvaluateAtTheEnd())
         refuse_sharded_blocks(self._elastic, self.is_fsdp_enabled)

@@ -31,7 +31,7 @@ class EvaluateAtTheEnd(TrainerCallback):
     """Evaluates once, after the last step: for an evaluation dataset without `eval_strategy`, which upstream would not look at."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        if state.global_step >= state.max_steps:
+        if state.global_step >= state.max_steps or control.should_training_stop:
             control.should_evaluate = True
         return control
 
