@@ -125,6 +125,7 @@ def train_family(
     progress: bool = True,
     callback: TrainerCallback | None = None,
     rows: Any = None,
+    teacher: PreTrainedModel | None = None,
     **options: Any,
 ) -> list[dict[str, float]]:
     """Distil all budgets in place.
@@ -139,6 +140,7 @@ def train_family(
         seed (`int`, *optional*, defaults to 0): Of problems and budgets; the problems are others than the parent was trained on.
         rows (`datasets.IterableDataset`, *optional*):
             Other data than the `book` problems, with `input_ids` and `labels`. By default the stream of another seed than the parent saw.
+        teacher (`PreTrainedModel`, *optional*): What to learn from; the family as it is, which is its parent, by default.
         options: Fields of `ElasticDistillationConfig`, instead of these or besides them.
 
     Returns:
@@ -172,6 +174,7 @@ def train_family(
     }
     trainer = ElasticDistillationTrainer(
         model=family,
+        teacher_model=teacher,
         args=ElasticDistillationConfig(output_dir=str(output), **defaults | options),
         train_dataset=training_dataset(tokenizer, seed + 1000) if rows is None else rows,
         processing_class=tokenizer,
