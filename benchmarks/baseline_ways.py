@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from hf_elastic import ElasticForCausalLM, elastify
 from hf_elastic.architectures import get_architecture
 from hf_elastic.architectures.cost import CostModel
 from hf_elastic.elastification.importance import Scores
+from hf_elastic.errors import PortabilityWarning
 from hf_elastic.lab.family import router_steps, train_family
 from hf_elastic.trainers import divergence
 
@@ -49,10 +51,15 @@ class Bench:
         self.length = self.task.quick_length if self.quick else self.task.length
         self.steps = self.runs.steps
         self.count = CostModel(self.parent.config)
+        self.rows_to_score = 8 if self.quick else 256
 
     def name(self, way: str, seed: int) -> str:
         """Name of a kept run."""
         return f"baselines-{self.task.name}-{self.steps}-{way}-{seed}"
+
+    def is_kept(self, way: str, seed: int) -> bool:
+        """Whether a run is done."""
+        return self.runs.kept(self.name(way, seed))
 
     def run(self, way: str, seed: int) -> Outcome:
         """What a way gives with a seed; it is done if it was not yet."""
@@ -66,7 +73,7 @@ class Bench:
         key = (seed, frozenset(axis for sizes in budgets.values() for axis in sizes), str(options))
         if parent is self.parent and key in self._scores:
             return elastify(parent, budgets=budgets, scores=self._scores[key], **options)
-        rows = self.task.module.calibration_dataset(self.tokenizer, 256, seed)
+        rows = self.task.module.calibration_dataset(self.tokenizer, self.rows_to_score, seed)
         family = elastify(parent, rows, budgets=budgets, batch_size=32, progress=False, **options)
         if parent is self.parent and family.importance_scores is not None:
             self._scores[key] = family.importance_scores
@@ -76,7 +83,9 @@ class Bench:
         """Distil a family in place, as the lab does; returns the tokens trained on."""
         rows = self.task.module.training_dataset(self.tokenizer, seed + 1000)
         options = {"per_device_train_batch_size": self.runs.rows, **options}
-        with tempfile.TemporaryDirectory(prefix="hf-elastic-lab-") as scratch:
+        with tempfile.TemporaryDirectory(prefix="hf-elastic-lab-") as scratch, warnings.catch_warnings():
+            # Of runs of one size: nobody uses their parent afterwards.
+            warnings.filterwarnings("ignore", ".* is never drawn")
             history = train_family(
                 family, self.tokenizer, Path(scratch), steps=steps, seed=seed, rows=rows, progress=False, **options
             )
@@ -137,19 +146,21 @@ def one_run(
     budgets: Any = None,
     family: ElasticForCausalLM | None = None,
     between: bool = True,
+    before: bool = False,
     **options: Any,
 ) -> Outcome:
     """All sizes in one run, with the recipe of the lab unless `options` of `train_family` say otherwise.
 
     Args:
         between (`bool`, *optional*, defaults to `True`): Measure the task's size between two others as well; it is only drawn if it is a budget.
+        before (`bool`, *optional*, defaults to `False`): Measure what is not trained yet, too.
     """
     budgets = bench.task.sizes if budgets is None else budgets
     family = bench.cut(bench.parent, budgets, seed) if family is None else family
     measured = {"full": None, **{name: name for name in family.budgets}}
     if bench.task.between and between and "between" not in measured:
         measured |= {"between": bench.task.between}
-    untrained = bench.measure(family, measured)
+    untrained = bench.measure(family, measured) if before else []
     tokens = bench.train(family, seed, bench.steps, **options)
     return {"untrained": untrained, "trained": bench.measure(family, measured), "tokens": tokens}
 
@@ -177,7 +188,8 @@ def sequential(bench: Bench, seed: int) -> Outcome:
         submodel = family.elastic_config.resolve(name)
         inside = family.elastic_config.restrict(submodel).budgets
         left = {other: inside[other]["sizes"] for other in list(left)[1:]}
-        with tempfile.TemporaryDirectory(prefix="hf-elastic-lab-") as folder:
+        with tempfile.TemporaryDirectory(prefix="hf-elastic-lab-") as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore", PortabilityWarning)  # nothing but this script reads it
             family.export(Path(folder) / name, name, heterogeneous=True)
             model = transformers.AutoModelForCausalLM.from_pretrained(Path(folder) / name, dtype=torch.float32)
     return {"untrained": [], "trained": trained, "tokens": tokens}
@@ -231,7 +243,7 @@ def experts(bench: Bench, seed: int) -> Outcome:
     """Experts cut by REAP (arXiv 2510.13999): one-shot, and in one run. `random` is one-shot in random order."""
     budgets = fewer_experts(bench.task)
     shuffled = in_random_order(bench, seed, budgets)
-    outcome = one_run(bench, seed, budgets, between=False)
+    outcome = one_run(bench, seed, budgets, between=False, before=True)
     return {**outcome, "random": bench.measure(shuffled, {name: name for name in budgets})}
 
 
@@ -242,7 +254,7 @@ def with_between(bench: Bench, seed: int) -> Outcome:
 
 def routed(bench: Bench, seed: int, **options: Any) -> Outcome:
     """Sizes that a router decides in the first 30 % of the run. `offered` are sizes between them, which were never drawn."""
-    rows = bench.task.module.calibration_dataset(bench.tokenizer, 256, seed)
+    rows = bench.task.module.calibration_dataset(bench.tokenizer, bench.rows_to_score, seed)
     family = elastify(bench.parent, rows, axes=bench.task.router_choices, batch_size=32, progress=False)
     options |= {"router_targets": dict(bench.task.router_targets), "router_steps": router_steps(bench.steps)}
     tokens = bench.train(family, seed, bench.steps, **options)
@@ -298,17 +310,19 @@ def _has_router(task: Task) -> bool:
 
 
 WAYS: dict[str, Way] = {
-    "one-run": Way("one run for all sizes", one_run),
+    "one-run": Way("one run for all sizes", lambda bench, seed: one_run(bench, seed, before=True)),
     "sequential": Way("prune and distil, size after size", sequential),
     "alone": Way("each size alone", alone),
     "depth": Way("layers dropped, one run", depth),
     "random": Way(
         "random order, one run",
-        lambda bench, seed: one_run(bench, seed, family=in_random_order(bench, seed, bench.task.sizes)),
+        lambda bench, seed: one_run(bench, seed, family=in_random_order(bench, seed, bench.task.sizes), before=True),
     ),
     "unsorted": Way(
         "the parent's order, one run",
-        lambda bench, seed: one_run(bench, seed, family=elastify(bench.parent, budgets=bench.task.sizes, sort=False)),
+        lambda bench, seed: one_run(
+            bench, seed, family=elastify(bench.parent, budgets=bench.task.sizes, sort=False), before=True
+        ),
     ),
     "experts": Way("experts cut, one run", experts, lambda task: bool(fewer_experts(task))),
     "between": Way("`between` drawn as well", with_between, lambda task: bool(task.between)),
