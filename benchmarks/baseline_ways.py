@@ -231,11 +231,10 @@ def in_random_order(bench: Bench, seed: int, budgets: Any) -> ElasticForCausalLM
 def fewer_experts(task: Task) -> dict[str, Any]:
     """Budgets that keep three quarters, half and a quarter of the experts, but as many as a token goes to; none of a dense parent."""
     config = task.load_parent()[0].config
-    full = get_architecture(config.model_type).full(config).to_dict()
-    if "experts" not in full:
+    architecture = get_architecture(config.model_type)
+    if "experts" not in {axis.name for axis in architecture.available_axes(config)}:
         return {}
-    whole = max(full["experts"]) if isinstance(full["experts"], list) else full["experts"]
-    least = config.num_experts_per_tok
+    whole, least = max(architecture.full(config).values("experts")), config.num_experts_per_tok
     return {f"{n} of {whole} experts": {"experts": n} for n in (whole * 3 // 4, whole // 2, whole // 4) if n >= least}
 
 

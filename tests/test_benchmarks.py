@@ -297,7 +297,8 @@ def test_sizes_pruned_one_after_another_are_those_of_the_family(harness: Any) ->
 
     bench = baseline_ways.Bench(Runs(options(quick=True)), BOOK, quick=True)
     before = {name: tensor.clone() for name, tensor in bench.parent.state_dict().items()}
-    outcome = baseline_ways.sequential(bench, 0)
+    with torch.enable_grad():
+        outcome = baseline_ways.sequential(bench, 0)
     wanted = {
         name: bench.count(bench.cut(bench.parent, {name: sizes}, 0).elastic_config.resolve(name))
         for name, sizes in BOOK.sizes.items()
