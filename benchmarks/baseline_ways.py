@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import transformers
-from baseline_task import Task
+from baseline_task import EXTRAS, Extras
 from lab_runs import Entry, Runs
 
 from hf_elastic import ElasticForCausalLM, elastify
@@ -24,7 +24,9 @@ from hf_elastic.architectures import get_architecture
 from hf_elastic.architectures.cost import CostModel
 from hf_elastic.elastification.importance import Scores
 from hf_elastic.errors import PortabilityWarning
-from hf_elastic.lab.family import router_steps, train_family
+from hf_elastic.lab.exercises import EOS, THINK_START, LabTask
+from hf_elastic.lab.family import measure_family, router_steps, train_family
+from hf_elastic.lab.parent import load_parent
 from hf_elastic.trainers import divergence
 
 Outcome = dict[str, Any]
@@ -36,19 +38,19 @@ class Bench:
 
     Args:
         runs ([`Runs`]): Keeps what was measured; says how many rows a step and how many problems a measurement has.
-        task ([`Task`]): What is learned.
+        task ([`LabTask`]): What is learned.
         quick (`bool`): Short problems.
     """
 
     runs: Runs
-    task: Task
+    task: LabTask
     quick: bool = False
     _scores: dict[Any, Scores] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.parent = self.task.load_parent()[0]
-        self.tokenizer = self.task.module.build_tokenizer()
-        self.length = self.task.quick_length if self.quick else self.task.length
+        self.parent, self.tokenizer = load_parent(self.task)
+        self.extras = _extras(self.task)
+        self.length = self.task.trained[0] if self.quick else self.task.measured
         self.steps = self.runs.steps
         self.count = CostModel(self.parent.config)
         self.rows_to_score = 8 if self.quick else 256
@@ -73,7 +75,7 @@ class Bench:
         key = (seed, frozenset(axis for sizes in budgets.values() for axis in sizes), str(options))
         if parent is self.parent and key in self._scores:
             return elastify(parent, budgets=budgets, scores=self._scores[key], **options)
-        rows = self.task.module.calibration_dataset(self.tokenizer, self.rows_to_score, seed)
+        rows = self.task.calibration_dataset(self.tokenizer, self.rows_to_score, seed)
         family = elastify(parent, rows, budgets=budgets, batch_size=32, progress=False, **options)
         if parent is self.parent and family.importance_scores is not None:
             self._scores[key] = family.importance_scores
@@ -81,42 +83,39 @@ class Bench:
 
     def train(self, family: ElasticForCausalLM, seed: int, steps: int, **options: Any) -> int:
         """Distil a family in place, as the lab does; returns the tokens trained on."""
-        rows = self.task.module.training_dataset(self.tokenizer, seed + 1000)
         options = {"per_device_train_batch_size": self.runs.rows, **options}
         with tempfile.TemporaryDirectory(prefix="hf-elastic-lab-") as scratch, warnings.catch_warnings():
             # Of runs of one size: nobody uses their parent afterwards.
             warnings.filterwarnings("ignore", ".* is never drawn")
             history = train_family(
-                family, self.tokenizer, Path(scratch), steps=steps, seed=seed, rows=rows, progress=False, **options
+                family,
+                self.tokenizer,
+                Path(scratch),
+                task=self.task,
+                steps=steps,
+                seed=seed,
+                progress=False,
+                **options,
             )
         return int(max(entry.get("num_tokens", 0) for entry in history))
 
     def measure(self, family: ElasticForCausalLM, budgets: Mapping[str, Any]) -> list[Entry]:
         """Costs, rates on held-out problems by generation, and `kl`, the divergence from the parent in nats per token of held-out solutions."""
-        count, entries = CostModel(family.elastic_config.parent_config), []
-        how_long = {self.task.keyword: self.length} if self.task.keyword else {}
-        for name, budget in budgets.items():
-            submodel = family.elastic_config.resolve(budget)
-            cost = count(submodel)
-            entry = {"name": name, "total_params": cost.total_params, "active_params": cost.active_params}
-            entry["sizes"] = submodel.to_dict()
-            with family.at(submodel):
-                number = self.runs.problems
-                solved = self.task.module.evaluate(
-                    family, self.tokenizer, count=number, batch_size=min(number, 200), **how_long
-                )
-                entry |= {rate: getattr(solved, rate) for rate in ("exact", "trace", "code")}
+        entries = measure_family(
+            family, self.tokenizer, budgets, task=self.task, count=self.runs.problems, letters=self.length
+        )
+        for entry, budget in zip(entries, budgets.values(), strict=True):
+            with family.at(budget):
                 entry["kl"] = self._divergence(family)
-            entries.append(entry)
         return entries
 
     @torch.no_grad()
     def _divergence(self, model: Any) -> float:
-        source = self.task.module.problems("heldout", self.length, 1)
-        texts = [next(source).text + self.task.module.EOS for _ in range(min(self.runs.problems, 64))]
+        source = self.task.problems("heldout", self.length, 1)
+        texts = [self.task.solved(next(source)) + EOS for _ in range(min(self.runs.problems, 64))]
         batch = self.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
         ids, target = batch["input_ids"], batch["attention_mask"].bool()
-        opening = ids == self.tokenizer.convert_tokens_to_ids(self.task.module.THINK_START)
+        opening = ids == self.tokenizer.convert_tokens_to_ids(THINK_START)
         # Logits at `<think>` and after it predict the solution; the last one predicts nothing.
         target = (target & (opening.cumsum(-1) > 0))[:, 1:] & (opening.cumsum(-1) > 0)[:, :-1]
         student, teacher = (
@@ -137,7 +136,7 @@ class Way:
 
     label: str
     action: Callable[[Bench, int], Outcome]
-    applies: Callable[[Task], bool] = lambda task: True
+    applies: Callable[[LabTask], bool] = lambda task: True
 
 
 def one_run(
@@ -158,8 +157,8 @@ def one_run(
     budgets = bench.task.sizes if budgets is None else budgets
     family = bench.cut(bench.parent, budgets, seed) if family is None else family
     measured = {"full": None, **{name: name for name in family.budgets}}
-    if bench.task.between and between and "between" not in measured:
-        measured |= {"between": bench.task.between}
+    if bench.extras.between and between and "between" not in measured:
+        measured |= {"between": bench.extras.between}
     untrained = bench.measure(family, measured) if before else []
     tokens = bench.train(family, seed, bench.steps, **options)
     return {"untrained": untrained, "trained": bench.measure(family, measured), "tokens": tokens}
@@ -228,9 +227,9 @@ def in_random_order(bench: Bench, seed: int, budgets: Any) -> ElasticForCausalLM
     return elastify(bench.parent, budgets=budgets, scores=replace(scores, values=values))
 
 
-def fewer_experts(task: Task) -> dict[str, Any]:
+def fewer_experts(task: LabTask) -> dict[str, Any]:
     """Budgets that keep three quarters, half and a quarter of the experts, but as many as a token goes to; none of a dense parent."""
-    config = task.load_parent()[0].config
+    config = load_parent(task)[0].config
     architecture = get_architecture(config.model_type)
     if "experts" not in {axis.name for axis in architecture.available_axes(config)}:
         return {}
@@ -248,14 +247,14 @@ def experts(bench: Bench, seed: int) -> Outcome:
 
 def with_between(bench: Bench, seed: int) -> Outcome:
     """The size between two others drawn as often as every other, instead of never."""
-    return one_run(bench, seed, {**bench.task.sizes, "between": bench.task.between})
+    return one_run(bench, seed, {**bench.task.sizes, "between": bench.extras.between})
 
 
 def routed(bench: Bench, seed: int, **options: Any) -> Outcome:
     """Sizes that a router decides in the first 30 % of the run. `offered` are sizes between them, which were never drawn."""
-    rows = bench.task.module.calibration_dataset(bench.tokenizer, bench.rows_to_score, seed)
-    family = elastify(bench.parent, rows, axes=bench.task.router_choices, batch_size=32, progress=False)
-    options |= {"router_targets": dict(bench.task.router_targets), "router_steps": router_steps(bench.steps)}
+    rows = bench.task.calibration_dataset(bench.tokenizer, bench.rows_to_score, seed)
+    family = elastify(bench.parent, rows, axes=bench.extras.router_choices, batch_size=32, progress=False)
+    options |= {"router_targets": dict(bench.extras.router_targets), "router_steps": router_steps(bench.steps)}
     tokens = bench.train(family, seed, bench.steps, **options)
     offered = between_pairs(family)
     trained = bench.measure(family, {"full": None, **{name: name for name in family.budgets}})
@@ -282,7 +281,7 @@ def offered_trained(bench: Bench, seed: int) -> Outcome:
     named = {entry["name"]: entry["sizes"] for entry in run["trained"] if entry["name"] != "full"}
     between = {entry["name"].replace(" ", "-"): entry["sizes"] for entry in run["offered"]}
     budgets = {**named, **between}
-    axes = list(bench.task.router_choices)
+    axes = list(bench.extras.router_choices)
     budgets = {name: {axis: sizes[axis] for axis in axes} for name, sizes in budgets.items()}
     outcome = one_run(bench, seed, budgets, between=False)
     offered = [{**e, "name": e["name"].replace("-", " ")} for e in outcome["trained"] if e["name"] in between]
@@ -298,14 +297,20 @@ def skewed(bench: Bench) -> dict[str, float]:
 
 
 def two_stages(bench: Bench, seed: int) -> Outcome:
-    """Short rows with all sizes alike for 60 % of the steps, then whole ones with the larger sizes drawn more often."""
+    """Rows of at most 60 % of the longest with all sizes alike for 60 % of the steps, then whole ones with the larger sizes drawn more often."""
     first = max(1, bench.steps * 6 // 10)
+    rows = bench.task.calibration_dataset(bench.tokenizer, bench.rows_to_score, seed)["input_ids"]
+    short = max(map(len, rows)) * 6 // 10
     rest = {"steps": bench.steps - first, "budget_probabilities": skewed(bench)}
-    return one_run(bench, seed, stages=[{"steps": first, "max_length": bench.task.short}, rest])
+    return one_run(bench, seed, stages=[{"steps": first, "max_length": short}, rest])
 
 
-def _has_router(task: Task) -> bool:
-    return bool(task.router_choices)
+def _extras(task: LabTask) -> Extras:
+    return EXTRAS.get(task.name, Extras())
+
+
+def _has_router(task: LabTask) -> bool:
+    return bool(_extras(task).router_choices)
 
 
 WAYS: dict[str, Way] = {
@@ -324,7 +329,7 @@ WAYS: dict[str, Way] = {
         ),
     ),
     "experts": Way("experts cut, one run", experts, lambda task: bool(fewer_experts(task))),
-    "between": Way("`between` drawn as well", with_between, lambda task: bool(task.between)),
+    "between": Way("`between` drawn as well", with_between, lambda task: bool(_extras(task).between)),
     "router": Way("sizes learned", routed, _has_router),
     "offered": Way("sizes learned before, and those between", offered_trained, _has_router),
     "skewed": Way(

@@ -22,10 +22,11 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from baseline_task import TASKS
 from baseline_ways import WAYS, Bench, Outcome
 from harness import Claim, Report
 from lab_runs import SEEDS, Entry, Runs, lab_arguments, mean
+
+from hf_elastic.lab.tasks import TASKS, get_task
 
 STEPS = 600
 RATES = {"exact": "share", "trace": "share", "code": "share", "kl": "nats per token"}
@@ -116,7 +117,7 @@ def run(options: argparse.Namespace) -> int:
     runs = Runs(options)
     if not options.quick:
         runs.steps = options.steps
-    bench = Bench(runs, TASKS[options.task], options.quick)
+    bench = Bench(runs, get_task(options.task), options.quick)
     some = options.only or options.seeds != list(SEEDS)
     if options.quick:
         options.seeds = [0]
@@ -139,7 +140,7 @@ def run(options: argparse.Namespace) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = lab_arguments(__doc__)
-    parser.add_argument("--task", choices=sorted(TASKS), default="book", help="task of the lab (default: book)")
+    parser.add_argument("--task", choices=list(TASKS), default="book", help="task of the lab (default: book)")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"steps of every way in total (default: {STEPS})")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="do only the runs of these seeds")
     parser.add_argument("--only", nargs="+", choices=list(WAYS), help="do only the runs of these ways")

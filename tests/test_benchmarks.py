@@ -292,25 +292,27 @@ def test_sizes_pruned_one_after_another_are_those_of_the_family(harness: Any) ->
     """Every step of the chain is cut from the one before, yet has the size that was asked for; the parent that taught it is as it was."""
     import baseline_ways
     import torch
-    from baseline_task import BOOK
     from lab_runs import Runs
 
-    bench = baseline_ways.Bench(Runs(options(quick=True)), BOOK, quick=True)
+    from hf_elastic.lab.tasks import get_task
+
+    task = get_task("book")
+    bench = baseline_ways.Bench(Runs(options(quick=True)), task, quick=True)
     before = {name: tensor.clone() for name, tensor in bench.parent.state_dict().items()}
     with torch.enable_grad():
         outcome = baseline_ways.sequential(bench, 0)
     wanted = {
         name: bench.count(bench.cut(bench.parent, {name: sizes}, 0).elastic_config.resolve(name))
-        for name, sizes in BOOK.sizes.items()
+        for name, sizes in task.sizes.items()
     }
     assert {entry["name"]: entry["total_params"] for entry in outcome["trained"]} == {
         name: cost.total_params for name, cost in wanted.items()
     }
     assert all(torch.equal(before[name], tensor) for name, tensor in bench.parent.state_dict().items())
     assert all(parameter.requires_grad for parameter in bench.parent.parameters())
-    shuffled = baseline_ways.in_random_order(bench, 0, BOOK.sizes)
+    shuffled = baseline_ways.in_random_order(bench, 0, task.sizes)
     whole, half = (entry["kl"] for entry in bench.measure(shuffled, {"full": None, "half": "half"}))
-    sorted_half = bench.measure(bench.cut(bench.parent, BOOK.sizes, 0), {"half": "half"})[0]["kl"]
+    sorted_half = bench.measure(bench.cut(bench.parent, task.sizes, 0), {"half": "half"})[0]["kl"]
     assert whole < 1e-5
     assert abs(half - sorted_half) > 0.01  # other channels are kept
 

@@ -178,6 +178,28 @@ def add_markers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--end", metavar="TEXT", help=f"marker that ends the thinking ({found} </think>)")
 
 
+def add_choice(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """Options of plans that are chosen per prompt; with `several`, thresholds and signals can be repeated."""
+    again: dict[str, Any] = {"action": "append"} if several else {}
+    repeat = "; repeat it" if several else ""
+    parser.add_argument(
+        "--escalate-to", metavar="BUDGET", help="who answers where the answering size is not confident"
+    )
+    parser.add_argument(
+        "--confidence",
+        metavar="P",
+        type=float,
+        help=f"below this, from 0 to 1, --escalate-to answers{repeat}",
+        **again,
+    )
+    parser.add_argument(
+        "--signal",
+        choices=("answer_min", "answer_first", "thinking_mean", "thinking_min"),
+        help=f"what the confidence is: the least or first probability of the answer's tokens, the mean or least of the thinking's (default: answer_min){repeat}",
+        **again,
+    )
+
+
 def markers(args: argparse.Namespace) -> dict[str, Any]:
     """`--start` and `--end` as arguments of [`PhasePlan`]."""
     given = {"start": args.start, "end": args.end}

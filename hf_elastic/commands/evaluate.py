@@ -11,6 +11,7 @@ that of the lab's own model.
   hf-elastic evaluate family --data heldout.jsonl
   hf-elastic evaluate family --task gsm8k --thinking half --answering half --answering full --max-thinking-tokens 512 --output results
   hf-elastic evaluate hf-elastic-lab/elastic --task book --max-thinking-tokens 34 --max-thinking-tokens none --output results
+  hf-elastic evaluate family --task gsm8k --escalate-to full --confidence 0.8 --confidence 0.95       # and plans that are chosen per prompt
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from .common import (
+    add_choice,
     add_device,
     add_json,
     add_markers,
@@ -37,7 +39,7 @@ _DEFAULTS = {"split": "test", "handover": "auto", "letters": 12, "by": "cost"}
 """Not in the parser, which then could not tell what was given."""
 _OF_TASKS: tuple[str, ...] = (
     *("task", "include_path", "thinking", "answering", "max_thinking_tokens", "max_answer_tokens", "handover"),
-    *("start", "end", "metric", "letters", "by", "prefill_speed", "output"),
+    *("escalate_to", "confidence", "signal", "start", "end", "metric", "letters", "by", "prefill_speed", "output"),
 )
 
 
@@ -67,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="cap on thinking tokens (0: no thinking), or none; repeat it (default: none)",
     )
     parser.add_argument("--max-answer-tokens", type=int, help="cap on the tokens of the answer")
+    add_choice(parser, several=True)
     parser.add_argument(
         "--handover", choices=("auto", "cache", "reprefill"), help="how the answerer takes over (default: auto)"
     )
@@ -157,13 +160,17 @@ def _measure_plans(args: argparse.Namespace) -> None:
     from tqdm.auto import tqdm
 
     from ..checkpoints.replacing import replacing
-    from ..errors import ElasticConfigError
+    from ..errors import ElasticConfigError, PhasePlanError
     from ..evaluation.lm_eval import LmEvalTask
     from ..evaluation.plans import PREFILL_SPEED, measure_plan, plan_matrix, results_file
     from ..lab.book_task import BookTask, check_reads_book
     from ..modeling_elastic import ElasticForCausalLM
 
     caps = [_cap(text) for text in args.max_thinking_tokens or ["none"]]
+    if (args.escalate_to is None) != (args.confidence is None) or (args.signal and args.escalate_to is None):
+        raise PhasePlanError(
+            "--escalate-to BUDGET and --confidence THRESHOLD need each other, and --signal needs both."
+        )
     for name in ("count", "batch_size"):
         if getattr(args, name) < 1:
             raise ElasticConfigError(f"--{name.replace('_', '-')}={getattr(args, name)} must be at least 1.")
@@ -180,11 +187,16 @@ def _measure_plans(args: argparse.Namespace) -> None:
     model = ElasticForCausalLM.from_pretrained(args.repo, dtype=args.dtype).to(device)
     names = list(model.elastic_config.family())
     options: dict[str, Any] = {"max_answer_tokens": args.max_answer_tokens, "handover": args.handover}
+    options |= {
+        "escalate_to": args.escalate_to,
+        "confidences": args.confidence or [],
+        "signals": args.signal or ["answer_min"],
+    }
     plans = plan_matrix(args.thinking or names, args.answering or names, caps, **options, **markers(args))
     plans = [plan.with_markers(tokenizer) for plan in plans]
     if isinstance(task, LmEvalTask):
         task.think_end_token = plans[0].phases[0].end
-    for budget in {phase.budget for plan in plans for phase in plan.phases}:
+    for budget in {budget for plan in plans for budget in plan.budgets}:
         model.elastic_config.resolve(budget, model.dtype)  # all of them, before the first one takes its time
     speed = args.prefill_speed or PREFILL_SPEED
     points = [
@@ -237,11 +249,13 @@ def _draw(results: dict[str, Any], model: Any, path: Path) -> None:
 
 
 def _text(results: dict[str, Any]) -> str:
+    from ..generation.plan import who_answers
+
     rows = [["thinking", "answering", "cap", "accuracy", "tokens", "seconds", "cost", "best"]]
     for i, p in enumerate(results["points"]):
         tokens = f"{p['thinking_tokens']:.0f}+{p['answer_tokens']:.0f}"
         cap = "" if p["max_thinking_tokens"] is None else str(p["max_thinking_tokens"])
         best = "*" if i in results["front"] else ""
         numbers = [f"{p['accuracy']:.3f}", tokens, f"{p['seconds']:.3g}", f"{p['cost']:.3g}"]
-        rows.append([p["thinking"], p["answering"], cap, *numbers, best])
+        rows.append([p["thinking"], who_answers(p), cap, *numbers, best])
     return table(rows, frozenset({2, 3, 4, 5, 6}))

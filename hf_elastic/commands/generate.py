@@ -5,6 +5,7 @@ A prompt of - is read from standard input. With a chat template the prompt is a 
   hf-elastic generate family "Why is the sky blue?" --budget half
   hf-elastic generate family "Why is the sky blue?" --draft-budget half                                   # half drafts, full checks
   hf-elastic generate family "Why is the sky blue?" --thinking half --answering full --max-thinking-tokens 256   # for models that think
+  hf-elastic generate family "Why is the sky blue?" --thinking half --answering half --escalate-to full --confidence 0.9   # full where half is not sure
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import time
 from typing import Any
 
 from .common import (
+    add_choice,
     add_device,
     add_json,
     add_markers,
@@ -36,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_markers(parser)
     parser.add_argument("--max-thinking-tokens", type=int, help="cap on thinking tokens; 0 is no thinking")
     parser.add_argument("--max-answer-tokens", type=int, help="cap on the tokens of the answer")
+    add_choice(parser)
     parser.add_argument(
         "--handover",
         choices=("auto", "cache", "reprefill"),
@@ -131,12 +134,15 @@ def _plan(args: argparse.Namespace) -> Any:
 
     caps = {key: getattr(args, key) for key in ("max_thinking_tokens", "max_answer_tokens")}
     if args.thinking is None and args.answering is None and not any(cap is not None for cap in caps.values()):
-        for option in ("handover", "start", "end"):
+        for option in ("handover", "start", "end", "escalate_to", "confidence", "signal"):
             if getattr(args, option) not in ("auto", None):
-                raise PhasePlanError(f"--{option} needs --thinking or --answering.")
+                raise PhasePlanError(f"--{option.replace('_', '-')} needs --thinking or --answering.")
         return None
     if args.budget is not None:
         raise PhasePlanError(
             "give either --budget, or --thinking and --answering: a loaded size has no larger one to answer."
         )
-    return PhasePlan(args.thinking, args.answering, handover=args.handover, **caps, **markers(args))
+    choice = {
+        key: getattr(args, key) for key in ("escalate_to", "confidence", "signal") if getattr(args, key) is not None
+    }
+    return PhasePlan(args.thinking, args.answering, handover=args.handover, **caps, **choice, **markers(args))

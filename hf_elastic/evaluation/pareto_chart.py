@@ -15,7 +15,7 @@ _AXES = {
 
 
 def draw_pareto(results: Mapping[str, Any], path: Path, *, largest: float = 1.0, timed: str = "measured") -> None:
-    """Plans of one submodel and of two as points, and the front through the best, as PNG.
+    """Plans of one submodel, of two, and those chosen per prompt as points, and the front through the best, as PNG.
 
     Args:
         results (`dict[str, Any]`): As [`hf_elastic.evaluation.plans.results_file`] makes it.
@@ -29,8 +29,11 @@ def draw_pareto(results: Mapping[str, Any], path: Path, *, largest: float = 1.0,
     points, by = results["points"], results["by"]
     scale = 1 / largest if by == "cost" else 1.0
     figure, axes = new_axes(4.4)
-    for same, label, marker, color in ((True, "one size", "s", "#868e96"), (False, "two sizes", "o", "#3b5bdb")):
-        chosen = [p for p in points if (p["thinking"] == p["answering"]) == same]
+    kinds = {"one size": ("s", "#868e96"), "two sizes": ("o", "#3b5bdb"), "chosen per prompt": ("^", "#2b8a3e")}
+    for label, (marker, color) in kinds.items():
+        chosen = [p for p in points if _kind(p) == label]
+        if not chosen and label == "chosen per prompt":
+            continue
         axes.scatter(
             [p[by] * scale for p in chosen],
             [p["accuracy"] for p in chosen],
@@ -53,7 +56,9 @@ def draw_pareto(results: Mapping[str, Any], path: Path, *, largest: float = 1.0,
     labelled: list[tuple[float, float]] = []
     for p in front:
         cap = p["max_thinking_tokens"]
-        name = p["thinking"] if p["thinking"] == p["answering"] else f"{p['thinking']}→{p['answering']}"
+        name = p["thinking"] if _kind(p) == "one size" else f"{p['thinking']}→{p['answering']}"
+        if p.get("escalate_to") is not None:
+            name += f" <{p['confidence']:g}→{p['escalate_to']}"
         at = (p[by] * scale, p["accuracy"])
         x, y = axes.transData.transform(at)
         if any(abs(x - left) < 110 and abs(y - low) < 18 for left, low in labelled):
@@ -65,3 +70,9 @@ def draw_pareto(results: Mapping[str, Any], path: Path, *, largest: float = 1.0,
     axes.set_xlabel(_AXES[by].format(timed=timed))
     axes.set_ylabel("accuracy")
     save_axes(figure, axes, path, "lower right")
+
+
+def _kind(point: Mapping[str, Any]) -> str:
+    if point.get("escalate_to") is not None:
+        return "chosen per prompt"
+    return "one size" if point["thinking"] == point["answering"] else "two sizes"

@@ -26,6 +26,7 @@ from ..architectures.cost import CostModel
 from ..configuration.budgets import Budget
 from ..errors import PhasePlanError, TokenizerError
 from ..generation import PhaseOutput, PhasePlan, PhaseRecord
+from ..generation.plan import Signal
 from ..generation.texts import readable, unknown_token
 from ..modeling_elastic import ElasticForCausalLM
 
@@ -89,16 +90,41 @@ def planned(
 
 
 def plan_matrix(
-    thinkers: Sequence[Budget], answerers: Sequence[Budget], caps: Sequence[int | None], **options: Any
+    thinkers: Sequence[Budget],
+    answerers: Sequence[Budget],
+    caps: Sequence[int | None],
+    *,
+    escalate_to: Budget = None,
+    confidences: Sequence[float] = (),
+    signals: Sequence[Signal] = ("answer_min",),
+    **options: Any,
 ) -> list[PhasePlan]:
-    """Every thinker with every answerer under every cap on thinking tokens (`None` for no cap).
+    """Every thinker with every answerer under every cap on thinking tokens (`None` for no cap), and after these the plans chosen per prompt.
 
     Args:
+        escalate_to (*optional*): Who answers instead of every other answerer where the confidence is too low.
+        confidences (`list[float]`, *optional*): Thresholds of these plans, each a plan of its own.
+        signals (`list[str]`, *optional*): What their confidence is, each with every threshold.
         options: Further arguments of [`PhasePlan`], the same for all.
     """
-    return [
-        PhasePlan(thinking, answering, max_thinking_tokens=cap, **options)
-        for cap, thinking, answering in itertools.product(caps, thinkers, answerers)
+    triples = list(itertools.product(caps, thinkers, answerers))
+    plans = [
+        PhasePlan(thinking, answering, max_thinking_tokens=cap, **options) for cap, thinking, answering in triples
+    ]
+    if escalate_to is None:
+        return plans
+    return plans + [
+        PhasePlan(
+            thinking,
+            answering,
+            max_thinking_tokens=cap,
+            escalate_to=escalate_to,
+            confidence=confidence,
+            signal=signal,
+            **options,
+        )
+        for (cap, thinking, answering), signal, confidence in itertools.product(triples, signals, confidences)
+        if answering != escalate_to
     ]
 
 
@@ -115,7 +141,8 @@ def measure_plan(
     Returns:
         `dict[str, Any]`: `plan` (its JSON form), `thinking` and `answering` (names of the first and last submodel), `max_thinking_tokens`,
             `accuracy`, `metrics`, `n`, `handover`, `device`, `dtype`; means per problem: `prompt_tokens`, `thinking_tokens` (those of a thinking
-            that the answering submodel opened again are among them, and not among) `answer_tokens`, `seconds` (of the batches, divided by their problems) and modelled `cost` (see the module); and `prefill_speed`.
+            that the answering submodel opened again are among them, and not among) `answer_tokens`, `seconds` (of the batches, divided by their problems) and modelled `cost` (see the module); and `prefill_speed`. Of a plan
+            that is chosen per prompt also `escalate_to` (a name), `confidence`, `signal`, `escalated` (share of problems) and `drafted_tokens` (written for nothing).
 
     Raises:
         `PhasePlanError`: the task does not generate, so that no plan can be followed.
@@ -130,7 +157,7 @@ def measure_plan(
         )
     config = model.elastic_config
     count_cost = CostModel(config.parent_config)
-    active = [count_cost(config.resolve(phase.budget, model.dtype)).active_params for phase in plan.phases]
+    active = [count_cost(config.resolve(budget, model.dtype)).active_params for budget in plan.budgets]
     texts = sum(map(len, recorded.prompts))
     cost = sum(
         _cost(phases, prompts, active, prefill_speed)
@@ -138,7 +165,9 @@ def measure_plan(
     )
     seconds = sum(record.prefill_seconds + record.decode_seconds for phases in recorded.phases for record in phases)
     again = sum(sum(record.reopened) for phases in recorded.phases for record in phases)
-    first, last = recorded.phases[0][0], recorded.phases[0][-1]
+    count_phases = len(plan.phases)
+    first, last = recorded.phases[0][0], recorded.phases[0][count_phases - 1]
+    answers = [record for phases in recorded.phases for record in phases[count_phases - 1 :]]
     return {
         "plan": plan.to_dict(),
         "thinking": first.budget,
@@ -150,12 +179,28 @@ def measure_plan(
         "n": count,
         "prompt_tokens": sum(map(sum, recorded.prompts)) / texts,
         "thinking_tokens": (sum(sum(phases[0].generated) for phases in recorded.phases) + again) / texts,
-        "answer_tokens": (sum(sum(phases[-1].generated) for phases in recorded.phases) - again) / texts,
+        "answer_tokens": (sum(sum(record.generated) for record in answers) - again) / texts,
         "seconds": seconds / texts,
         "cost": cost / texts,
         "prefill_speed": prefill_speed,
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
+        **_choices(plan, recorded, texts),
+    }
+
+
+def _choices(plan: PhasePlan, recorded: Recorded, texts: int) -> dict[str, Any]:
+    """What is said of a plan that is chosen per prompt."""
+    last = plan.phases[-1]
+    if last.escalate_to is None:
+        return {}
+    second = [phases[-1] for phases in recorded.phases]
+    return {
+        "escalate_to": second[0].budget,
+        "confidence": last.confidence,
+        "signal": last.signal,
+        "escalated": sum(reason is not None for record in second for reason in record.reasons) / texts,
+        "drafted_tokens": sum(sum(phases[-2].drafted) for phases in recorded.phases) / texts,
     }
 
 
@@ -165,11 +210,12 @@ def _cost(phases: Sequence[PhaseRecord], prompts: Sequence[int], active: Sequenc
     begun: set[int] = set()  # what skipped the phases before is read by the first submodel that writes in it
     for record, params in zip(phases, active, strict=True):
         for row, prompt in enumerate(prompts):
-            if record.reasons[row] in (None, "skipped"):
+            drafted = record.drafted[row] if record.drafted else 0
+            if record.reasons[row] in (None, "skipped") and not drafted:
                 continue
             read = 0 if record.handover == "cache" and row in begun else prompt + record.spans[row][0]
             begun.add(row)
-            cost += params * (record.generated[row] + (read + record.inserted[row]) / prefill_speed)
+            cost += params * (record.generated[row] + drafted + (read + record.inserted[row]) / prefill_speed)
     return cost
 
 

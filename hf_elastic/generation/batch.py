@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +29,8 @@ class Row:
         forced (`list[int]`): Tokens that have to come next.
         done (`bool`): Whether the text is over.
         scores, logits (`list[torch.Tensor]`): One entry per new token, if asked for; `None` for one that was inserted.
+        log_probs (`list[float]`): What a submodel gave to the tokens that it wrote in this phase, if somebody decides by them.
+        escalates (`bool`): Whether the second submodel of the last phase writes it.
     """
 
     ids: list[int]
@@ -41,6 +44,15 @@ class Row:
     done: bool = False
     scores: list[torch.Tensor | None] = field(default_factory=list)
     logits: list[torch.Tensor | None] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+    escalates: bool = False
+
+    def copy(self) -> Row:
+        """The sequence as it is now, whatever becomes of it."""
+        copied = copy.copy(self)
+        for name in ("ids", "reopened", "forced", "scores", "logits", "log_probs"):  # these grow
+            setattr(copied, name, copy.copy(getattr(self, name)))
+        return copied
 
 
 class Batch:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -37,6 +37,8 @@ class BoundPhase:
         handover (`str`, *optional*): `"cache"` or `"reprefill"`, decided; `None` for the first phase.
         turn_ids (`frozenset[int]`): Special tokens, which part the turns of a conversation.
         is_blank (`Callable`): Whether a token is white space.
+        index (`int`): Of the phase in the plan.
+        escalated (`bool`): Whether this is the second submodel of a phase, which writes where the first is not confident.
     """
 
     phase: Phase
@@ -50,10 +52,20 @@ class BoundPhase:
     handover: str | None
     turn_ids: frozenset[int]
     is_blank: Callable[[int], bool]
+    index: int = 0
+    escalated: bool = False
+
+    @property
+    def drafts(self) -> bool:
+        """Whether what it writes may be taken back."""
+        return self.phase.escalate_to is not None and not self.escalated and self.phase.signal.startswith("answer")
 
 
 def bind(model: Any, plan: PhasePlan, tokenizer: PreTrainedTokenizerBase | None) -> list[BoundPhase]:
     """Check a plan against a model and its tokenizer.
+
+    Returns:
+        `list[BoundPhase]`: One per phase; two for the last one if it has `escalate_to`.
 
     Raises:
         `UnknownBudgetError`, `ElasticConfigError`: a budget that the model does not have.
@@ -65,7 +77,7 @@ def bind(model: Any, plan: PhasePlan, tokenizer: PreTrainedTokenizerBase | None)
     plan = plan.with_markers(tokenizer)
     bound: list[BoundPhase] = []
     turns, is_blank = _turn_ids(tokenizer, plan), Blanks(tokenizer)
-    for phase in plan.phases:
+    for index, phase in enumerate(plan.phases):
         submodel = model._resolved(phase.budget)
         start, end = (_marker_id(tokenizer, text, phase) if text else None for text in (phase.start, phase.end))
         closing: tuple[int, ...] = ()
@@ -81,9 +93,24 @@ def bind(model: Any, plan: PhasePlan, tokenizer: PreTrainedTokenizerBase | None)
                 )
         empty = _empty_ids(tokenizer, phase, start, end, closing, is_blank) if phase.max_new_tokens == 0 else ()
         handover = _decide(model, phase, bound[-1].submodel, submodel) if bound else None
-        label = model.elastic_config.name_of(submodel) or _sizes(model, submodel)
-        bound.append(BoundPhase(phase, submodel, label, start, end, closing, soft, empty, handover, turns, is_blank))
+        label = _label(model, submodel)
+        bound.append(
+            BoundPhase(phase, submodel, label, start, end, closing, soft, empty, handover, turns, is_blank, index)
+        )
+    if phase.escalate_to is not None:
+        bound.append(_escalated(model, bound[-1], bound[-2].submodel if len(bound) > 1 else None))
     return bound
+
+
+def _escalated(model: Any, first: BoundPhase, before: Submodel | None) -> BoundPhase:
+    """The same phase by the submodel that it escalates to."""
+    phase, submodel = first.phase, model._resolved(first.phase.escalate_to)
+    if submodel == first.submodel:
+        raise PhasePlanError(
+            f"phase {phase.name!r}: escalate_to={shown(phase.escalate_to)} is {first.label}, which writes it anyway; give a larger budget."
+        )
+    handover = None if before is None else _decide(model, phase, before, submodel)
+    return replace(first, submodel=submodel, label=_label(model, submodel), handover=handover, escalated=True)
 
 
 def needs_tokenizer(plan: PhasePlan) -> bool:
@@ -113,6 +140,10 @@ def find_tokenizer(model: Any) -> PreTrainedTokenizerBase:
         raise PhasePlanError(
             f"the plan's markers need a tokenizer, and none was found beside the model ({why}); give tokenizer=."
         ) from error
+
+
+def _label(model: Any, submodel: Submodel) -> str:
+    return model.elastic_config.name_of(submodel) or _sizes(model, submodel)
 
 
 def _sizes(model: Any, submodel: Submodel) -> str:

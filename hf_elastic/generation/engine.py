@@ -1,7 +1,8 @@
 """The loop of phased generation: one batch, in which each sequence ends its phases at its own time.
 
 All sequences go through a phase together, and leave the batch when it is over for them; what they keep in the cache is taken along, so the
-next phase can begin with a batch again. Switching submodels happens between phases only.
+next phase can begin with a batch again. Switching submodels happens between phases only; where a last phase has two submodels, the sequences of
+the first go through it before those of the second.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 
 from .batch import Batch, Row
 from .binding import BoundPhase, SentenceEnds, Standing, standing
+from .cascade import Cascade
 from .events import EndReason, PhaseEvent, PhaseOutput, PhaseRecord
 
 
@@ -63,12 +65,15 @@ class PhaseLoop:
                 inserted=[0] * count,
                 spans=[(0, 0)] * count,
                 reasons=[None] * count,
+                confidence=[None] * count,
+                drafted=[0] * count,
             )
             for bound in phases
         ]
         self.began = perf_counter()
         self.index = -1
         self.live: list[int] = []
+        self.cascade = Cascade(phases, self.rows, self.records, self.began)
         eos = settings.config._eos_token_tensor
         self.eos_ids = set() if eos is None else set(eos.flatten().tolist())
         pad = settings.config._pad_token_tensor
@@ -79,31 +84,22 @@ class PhaseLoop:
     def begin(self, index: int) -> list[PhaseEvent]:
         """Switch, take over, read, and choose nothing yet. Sequences that skip the phase are not in the batch; if all do, nothing is read."""
         started = perf_counter()
-        source = self.phases[index - 1].submodel if self.phases[index].handover == "cache" else None
-        self.index, self.live = index, [i for i, row in enumerate(self.rows) if not row.done]
-        bound, record = self.phases[index], self.records[index]
+        self.index, bound, record = index, self.phases[index], self.records[index]
+        chosen = self.cascade.choose(index)
+        self.live = [i for i, row in enumerate(self.rows) if not row.done and row.escalates == bound.escalated]
+        if not self.live and bound.phase.escalate_to is not None:
+            return chosen
+        source = None
+        if bound.handover == "cache":
+            source = next(b.submodel for b in self.phases[index - 1 :: -1] if b.index < bound.index)
         earlier = [k for k in range(index) if None not in (self.phases[k].start_id, self.phases[k].end_id)]
         self.starts = {self.phases[k].start_id: k for k in earlier if self.phases[k].start_id != bound.start_id}
-        events = []
-        for i in self.live:
-            row = self.rows[i]
-            if row.inside not in self.starts.values():
-                row.inside = None
-            record.spans[i] = (len(row.ids) - row.prompt,) * 2
-            where = standing(row.ids, bound)
-            if bound.phase.max_new_tokens == 0 or (index == 0 and where == "no part"):
-                events += self._skip(i, where, bound)
-            elif bound.start_id is not None and where != "inside":
-                events += self._insert(i, (bound.start_id,))
-        for i in self.live:
-            if record.reasons[i] is None and self._fills_context(i):
-                events += self._end(i, 0, "length", bound)
-        self.live = [i for i in self.live if record.reasons[i] is None]
+        events = self._enter(bound)
         record.handover = bound.handover
         if source is not None and all(self.rows[i].states is None for i in self.live):
             source, record.handover = None, "reprefill"
         if not self.live:
-            return [self._event("start", handover=record.handover), *events]
+            return [*chosen, self._event("start", handover=record.handover), *events]
         self.model = self.family._running_at(bound.submodel)
         chunk = self.settings.config.prefill_chunk_size
         self.batch = Batch(self.model, [self.rows[i] for i in self.live], source, self.pad_id, chunk)
@@ -111,7 +107,33 @@ class PhaseLoop:
         self._wait()
         record.prefill_seconds = perf_counter() - started
         self.unread = False
-        return [self._event("start", handover=record.handover), *events]
+        return [*chosen, self._event("start", handover=record.handover), *events]
+
+    def _enter(self, bound: BoundPhase) -> list[PhaseEvent]:
+        """What the plan puts in front of the phase, or instead of it; leaves those sequences live that the submodel writes."""
+        record, events = self.records[self.index], []
+        for i in self.live:
+            row = self.rows[i]
+            if bound.drafts:
+                self.cascade.draft(i)
+            row.log_probs = []
+            if bound.handover != "cache":
+                row.states, row.cached = None, 0
+            if row.inside not in self.starts.values():
+                row.inside = None
+            record.spans[i] = (len(row.ids) - row.prompt,) * 2
+            where = standing(row.ids, bound)
+            if bound.phase.max_new_tokens == 0 or (bound.index == 0 and where == "no part"):
+                events += self.cascade.tell(i, self._skip(i, where, bound))
+            elif bound.start_id is not None and where != "inside":
+                events += self.cascade.tell(i, self._insert(i, (bound.start_id,)))
+        for i in self.live:
+            if record.reasons[i] is None and self._fills_context(i):
+                events += self.cascade.tell(i, self._end(i, 0, "length", bound))
+            if record.reasons[i] is not None:
+                events += self.cascade.keep(self.index, i)
+        self.live = [i for i in self.live if record.reasons[i] is None]
+        return events
 
     def step(self) -> list[PhaseEvent]:
         """One more token for every sequence in the batch."""
@@ -122,6 +144,7 @@ class PhaseLoop:
         bound, record = self.phases[self.index], self.records[self.index]
         config = self.settings.config
         logits = batch.logits.to(dtype=torch.float32, copy=True)
+        log_probs = torch.log_softmax(logits, dim=-1) if self.listening else None
         scores = self.processors(batch.ids, logits)
         if self.sampling:
             chosen = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1).squeeze(1)
@@ -131,6 +154,7 @@ class PhaseLoop:
             if self.rows[i].forced:
                 chosen[place] = self.rows[i].forced[0]
         batch.append(chosen)
+        taken = [0.0] * len(self.live) if log_probs is None else log_probs.gather(1, chosen[:, None])[:, 0].tolist()
         stopped = (
             self.settings.criteria(batch.ids, None).tolist() if self.settings.criteria else [False] * len(self.live)
         )
@@ -138,23 +162,33 @@ class PhaseLoop:
         for place, (i, token) in enumerate(zip(self.live, chosen.tolist(), strict=True)):
             row = self.rows[i]
             if row.forced:
-                events += self._insert(i, (row.forced.pop(0),))
+                events += self.cascade.tell(i, self._insert(i, (row.forced.pop(0),)))
                 if self._fills_context(i):
                     ended.append(place)
-                    events += self._end(i, place, "length", bound)
+                    events += [
+                        *self.cascade.tell(i, self._end(i, place, "length", bound)),
+                        *self.cascade.keep(self.index, i),
+                    ]
                 continue
             row.generated += 1
+            row.log_probs.append(taken[place])
             record.generated[i] += 1
             self._append(i, (token,))
             if config.output_scores:
                 row.scores.append(scores[place])
             if config.output_logits:
                 row.logits.append(logits[place])
-            events.append(self._event("token", i, token_id=token))
+            events += self.cascade.tell(i, [self._event("token", i, token_id=token)])
+            if taken_back := self.cascade.take_back(self.index, i):
+                ended.append(place)
+                events += taken_back
+                continue
             self._count_reopened(i, token)
             if reason := "stopping criteria" if stopped[place] else self._reason(i, token):
                 ended.append(place)
-                events += self._end(i, place, reason, bound)
+                events += self.cascade.tell(i, self._end(i, place, reason, bound))
+            if reason or bound.phase.signal == "answer_first":
+                events += self.cascade.keep(self.index, i)
         batch.drop(ended)
         self.live = [i for place, i in enumerate(self.live) if place not in ended]
         self.unread = True
@@ -184,9 +218,8 @@ class PhaseLoop:
     def _end(self, i: int, place: int, reason: EndReason, bound: BoundPhase) -> list[PhaseEvent]:
         row = self.rows[i]
         self.records[self.index].reasons[i] = reason
-        last = self.index + 1 == len(self.phases)
-        row.done = last or reason in ("eos", "length", "stopping criteria")
-        if not row.done and self.phases[self.index + 1].handover == "cache":
+        row.done = bound.index == self.phases[-1].index or reason in ("eos", "length", "stopping criteria")
+        if not row.done and any(b.handover == "cache" for b in self.phases if b.index == bound.index + 1):
             self.batch.take(place)
         closing = {"cap": bound.closing_ids, "soft cap": bound.soft_closing_ids}.get(reason, ())
         forced, row.forced = ([] if row.done else row.forced), []
@@ -231,6 +264,7 @@ class PhaseLoop:
         config = copy.deepcopy(self.settings.config)
         config.update(**bound.phase.generation)
         self.sampling = config.do_sample
+        self.listening = self.cascade.listens(bound)
         if bound.end_id is not None:  # ends the phase, as another end-of-sequence token would
             end = torch.tensor([bound.end_id], device=self.batch.ids.device)
             eos = config._eos_token_tensor

@@ -21,8 +21,9 @@ class PhaseEvent:
     Args:
         kind (`str`):
             `"start"`: a phase has read what came before and writes from now on. `"token"`: one more token of one sequence. `"end"`: the phase
-            of one sequence is over. Every phase starts once for all sequences; those that skip it end it at once.
-        phase (`int`): Index of the phase in the plan.
+            of one sequence is over. Every phase starts once for all sequences; those that skip it end it at once. `"choice"`, where a plan is chosen
+            per prompt: this submodel writes the last phase of one sequence. What it drafted before that is told after it, or never.
+        phase (`int`): Index of the phase in the plan; one more where the last phase is written by `escalate_to`.
         name (`str`): Name of the phase.
         budget (`str`): Name of the submodel that writes, or its sizes if it has none.
         row (`int`): Index of the sequence; -1 for `"start"`.
@@ -34,9 +35,10 @@ class PhaseEvent:
             context), `"stopping criteria"`.
         handover (`str`, *optional*): Of a `"start"` after the first: `"cache"` or `"reprefill"`, as it was done.
         seconds (`float`): Since generation began.
+        signal, confidence (`str`, `float`, *optional*): Of a `"choice"`: what was asked, and its value; `None` if there was nothing to ask.
     """
 
-    kind: Literal["start", "token", "end"]
+    kind: Literal["start", "token", "end", "choice"]
     phase: int
     name: str
     budget: str
@@ -46,6 +48,8 @@ class PhaseEvent:
     reason: EndReason | None = None
     handover: str | None = None
     seconds: float = 0.0
+    signal: str | None = None
+    confidence: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
@@ -54,7 +58,7 @@ class PhaseEvent:
 
 @dataclass
 class PhaseRecord:
-    """What one phase did.
+    """What one phase did, or one of two submodels in a last phase with `escalate_to`.
 
     Args:
         name, budget (`str`): As in [`PhaseEvent`].
@@ -66,7 +70,9 @@ class PhaseRecord:
             that phase's cap, too.
         inserted (`list[int]`): Per sequence the tokens that the plan put there: `start` in front, and what closes a phase that is at its cap.
         spans (`list[tuple[int, int]]`): Per sequence where both lie in its row of `sequences`.
-        reasons (`list[str | None]`): Per sequence why it ended; `None` if it did not get here.
+        reasons (`list[str | None]`): Per sequence why it ended; `None` if it did not get here, or another submodel wrote this phase of it.
+        confidence (`list[float | None]`): Per sequence the value of the signal, where this submodel was asked and `escalate_to` stood by.
+        drafted (`list[int]`): Per sequence the tokens that were written here and thrown away, as the confidence was too low.
         prefill_seconds (`float`): Switching, hand-over and reading until the first token could be chosen.
         decode_seconds (`float`): From there to the end of the phase of the last sequence.
     """
@@ -79,6 +85,8 @@ class PhaseRecord:
     inserted: list[int] = field(default_factory=list)
     spans: list[tuple[int, int]] = field(default_factory=list)
     reasons: list[EndReason | None] = field(default_factory=list)
+    confidence: list[float | None] = field(default_factory=list)
+    drafted: list[int] = field(default_factory=list)
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
 
@@ -95,7 +103,7 @@ class PhaseOutput(GenerateDecoderOnlyOutput):
         sequences (`torch.LongTensor` of shape `(batch, prompt + new tokens)`): Prompts and what was generated, padded on the right.
         scores, logits (`tuple[torch.FloatTensor]`, *optional*):
             Per new token `(batch, vocabulary)`, after and before processing; zeros where a token was inserted or the sequence had ended.
-        phases (`list[PhaseRecord]`): One per phase of the plan.
+        phases (`list[PhaseRecord]`): One per phase of the plan. Where the last one has `escalate_to` there is one more, of what that wrote.
     """
 
     phases: list[PhaseRecord] | None = None
@@ -133,6 +141,10 @@ class PhaseTextStreamer(PhaseStreamer):
             self._flush()
             head = "\n" if event.phase else ""
             print(f"{head}[{event.name} - {event.budget}]", file=self.file, flush=True)
+        elif event.kind == "choice" and event.row == 0:
+            self._flush()
+            value = "nothing" if event.confidence is None else f"{event.confidence:.3f}"
+            print(f"({event.signal} {value}: {event.budget})", file=self.file, flush=True)
         elif event.kind == "end" and event.row == 0 and event.reason == "skipped":
             self._flush()
             print("(skipped)", end="", file=self.file, flush=True)

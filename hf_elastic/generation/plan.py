@@ -3,6 +3,9 @@
 A plan is a sequence of phases. By default there are two, thinking and answering: thinking ends where the model writes `</think>`, or, if
 its cap is near, at the next end of a sentence or line, or at the cap itself, where a closing text is inserted that the answering
 submodel reads like everything else (the Nemotron family's rule; arXiv 2605.07182, and arXiv 2505.05315 for a cap on each part).
+
+Who answers may also be decided per prompt, as in a model cascade: a small submodel answers, and where its confidence is below a threshold a
+larger one does (arXiv 2305.05176; confidence of the least likely token, as in arXiv 2404.10136).
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from .markers import END, START, find_markers
 
 Handover = Literal["auto", "cache", "reprefill"]
 HANDOVERS: tuple[Handover, ...] = ("auto", "cache", "reprefill")
+Signal = Literal["answer_min", "answer_first", "thinking_mean", "thinking_min"]
+SIGNALS: tuple[Signal, ...] = ("answer_min", "answer_first", "thinking_mean", "thinking_min")
 AUTO = "auto"
 """Markers that are found when the plan is used."""
 _USUAL = {"start": START, "end": END}
@@ -71,6 +76,18 @@ class Phase:
             ([`hf_elastic.generation.caches.hand_over`]), `"reprefill"` reads everything again, and `"auto"` takes the cache where that is exact
             (the same submodel) or what the family was trained for, and reads again otherwise.
         generation (`dict[str, Any]`, *optional*): Settings of `GenerationConfig` for this phase (`temperature`, `top_p`, ...).
+        escalate_to (*optional*):
+            Budget that writes the phase instead where the confidence is below `confidence`. The last phase only. Every sequence of a batch
+            decides for itself, and gets what a plan without a choice gives.
+        confidence (`float`, *optional*): That threshold, from 0 (nobody escalates) to 1. It has to be given with `escalate_to`.
+        signal (`str`, *optional*, defaults to `"answer_min"`):
+            What the confidence is. Probabilities are those that a submodel gave to the tokens that it took, before temperature and other processing:
+
+            - `"answer_min"`: the least of the tokens of the answer. It is drafted by `budget`, and thrown away at the first token that is below the
+              threshold.
+            - `"answer_first"`: that of the first token of the answer.
+            - `"thinking_mean"`, `"thinking_min"`: the geometric mean or the least of those of the phase before. A sequence without a token in it has
+              no confidence and escalates.
     """
 
     budget: Budget = None
@@ -82,6 +99,9 @@ class Phase:
     closing: str | None = None
     handover: Handover = "auto"
     generation: Mapping[str, Any] = field(default_factory=dict)
+    escalate_to: Budget = None
+    confidence: float | None = None
+    signal: Signal = SIGNALS[0]
 
     def __post_init__(self) -> None:
         where = f"phase {self.name!r}"
@@ -111,11 +131,27 @@ class Phase:
             raise PhasePlanError(
                 f"{where}: grace_tokens={self.grace_tokens} must be less than max_new_tokens={self.max_new_tokens}."
             )
+        self._check_choice(where)
         known = [key for key in GenerationConfig().to_dict() if key not in _OWNED]
         for key in self.generation:
             if key not in known:
                 why = "is not set per phase" if key in _OWNED else "is no setting of GenerationConfig"
                 raise PhasePlanError(f"{where}: generation setting {key!r} {why}.{did_you_mean(key, known)}")
+
+    def _check_choice(self, where: str) -> None:
+        value = self.confidence
+        if not isinstance(self.signal, str) or self.signal not in SIGNALS:
+            raise PhasePlanError(f"{where}: signal={shown(self.signal)} must be one of {', '.join(SIGNALS)}.")
+        if self.escalate_to is None:
+            if value is not None or self.signal != SIGNALS[0]:
+                given = f"confidence={shown(value)}" if value is not None else f"signal={shown(self.signal)}"
+                raise PhasePlanError(
+                    f"{where}: {given} decides nothing without escalate_to, the budget that writes where the confidence is lower."
+                )
+        elif isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            raise PhasePlanError(
+                f"{where}: confidence={shown(value)} must be a number from 0 (never) to 1: escalate_to writes where the signal is below it."
+            )
 
     @property
     def grace(self) -> int:
@@ -134,6 +170,9 @@ class PhasePlan:
         max_thinking_tokens (`int`, *optional*):
             Cap on thinking tokens, `</think>` included, also on those of a thinking that is opened again in the answer. 0 is no thinking.
         max_answer_tokens (`int`, *optional*): Cap on the tokens of the answer.
+        escalate_to (*optional*): Budget that answers where the confidence is below `confidence`: a plan that is chosen per prompt; see [`Phase`].
+        confidence (`float`, *optional*): Threshold of `escalate_to`, from 0 to 1.
+        signal (`str`, *optional*, defaults to `"answer_min"`): What the confidence is; see [`Phase`].
         handover (`str`, *optional*, defaults to `"auto"`): How the answering submodel takes over; see [`Phase`].
         start, end (`str`, *optional*, defaults to `"auto"`):
             Markers around the thinking, each one token. `"auto"` is what the chat template of the model has around it when the plan is used,
@@ -150,6 +189,7 @@ class PhasePlan:
     ```python
     >>> plan = PhasePlan(thinking="23b", answering="30b", max_thinking_tokens=2048, handover="cache")
     >>> model.generate(**inputs, phase_plan=plan, tokenizer=tokenizer)
+    >>> cascade = PhasePlan(thinking="12b", answering="12b", escalate_to="30b", confidence=0.9)
     ```
     """
 
@@ -162,6 +202,9 @@ class PhasePlan:
         *,
         max_thinking_tokens: int | None = None,
         max_answer_tokens: int | None = None,
+        escalate_to: Budget = None,
+        confidence: float | None = None,
+        signal: Signal = SIGNALS[0],
         handover: Handover = "auto",
         start: str | None = AUTO,
         end: str = AUTO,
@@ -178,13 +221,19 @@ class PhasePlan:
             self._auto = tuple(key for key in markers if markers[key] == AUTO and key not in own)
             markers |= {key: usual for key, usual in _USUAL.items() if markers[key] == AUTO}
             first = {"name": "thinking", "max_new_tokens": max_thinking_tokens, **markers}
-            last = {"name": "answering", "max_new_tokens": max_answer_tokens, "handover": handover}
+            choice = {"escalate_to": escalate_to, "confidence": confidence, "signal": signal}
+            last = {"name": "answering", "max_new_tokens": max_answer_tokens, "handover": handover, **choice}
             phases = [
                 _phase(thinking, first, thinking_options, "thinking_options"),
                 _phase(answering, last, answering_options, "answering_options"),
             ]
-        elif any(given is not None for given in (thinking, answering, max_thinking_tokens, max_answer_tokens)):
-            raise PhasePlanError("give either phases= or thinking= and answering= with their caps, not both.")
+        elif any(
+            given is not None
+            for given in (thinking, answering, max_thinking_tokens, max_answer_tokens, escalate_to, confidence)
+        ):
+            raise PhasePlanError(
+                "give either phases= or thinking= and answering= with their caps and escalate_to=, not both."
+            )
         if (
             not isinstance(phases, (list, tuple))
             or not phases
@@ -201,7 +250,22 @@ class PhasePlan:
                 raise PhasePlanError(
                     f"phase {phase.name!r} would never end: give it max_new_tokens or end, as another phase follows."
                 )
+            if phase.escalate_to is not None:
+                raise PhasePlanError(f"phase {phase.name!r}: escalate_to is for the last phase, {phases[-1].name!r}.")
+        last_phase = phases[-1]
+        nothing_before = len(phases) == 1 or phases[-2].max_new_tokens == 0
+        if last_phase.escalate_to is not None and last_phase.signal.startswith("thinking") and nothing_before:
+            raise PhasePlanError(
+                f"phase {last_phase.name!r}: signal={last_phase.signal!r} is about what the phase before wrote, and nothing is written before. "
+                "Take answer_min or answer_first."
+            )
         self.phases = tuple(phases)
+
+    @property
+    def budgets(self) -> list[Budget]:
+        """Who may write, in the order of [`PhaseOutput`]`.phases`: one per phase, and `escalate_to` after that of its phase."""
+        last = self.phases[-1].escalate_to
+        return [*(phase.budget for phase in self.phases), *([] if last is None else [last])]
 
     def with_markers(self, tokenizer: Any) -> PhasePlan:
         """The plan with the markers of this tokenizer where none were given; see [`~hf_elastic.generation.markers.find_markers`].
@@ -259,6 +323,13 @@ def _phase(budget: Budget, values: Any, options: Mapping[str, Any] | None, where
                 f"{where}: unknown field {key!r} of a phase; known are {', '.join(known)}.{did_you_mean(key, known)}"
             )
     return Phase(**given)
+
+
+def who_answers(point: Mapping[str, Any]) -> str:
+    """Of a measured plan, in words: `half`, or `half; full below 0.9 (answer_min)` for a plan that is chosen per prompt."""
+    if point.get("escalate_to") is None:
+        return str(point["answering"])
+    return f"{point['answering']}; {point['escalate_to']} below {point['confidence']:g} ({point['signal']})"
 
 
 def _check_count(value: Any, least: int, where: str) -> None:

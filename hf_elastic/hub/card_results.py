@@ -20,6 +20,7 @@ from huggingface_hub import EvalResult
 
 from ..architectures.cost import Cost
 from ..errors import ElasticConfigError, HFElasticError, did_you_mean
+from ..generation.plan import who_answers
 from ..storage.json_files import parse_json
 
 SEPARATOR = "::"
@@ -105,9 +106,11 @@ def _plans(data: Mapping[str, Any], family: Mapping[str, Cost], path: Path, _: s
     """Sizes on their own, the best plans, and the former as evaluations."""
     points, task, by = data["points"], data["task"], data["by"]
     for point in points:
-        for role in ("thinking", "answering"):
-            _known(point[role], family, path)
-    alone = [p for p in points if p["thinking"] == p["answering"] and p["max_thinking_tokens"] is None]
+        for role in ("thinking", "answering", "escalate_to"):
+            if role in point:
+                _known(point[role], family, path)
+    fixed = [p for p in points if p.get("escalate_to") is None]
+    alone = [p for p in fixed if p["thinking"] == p["answering"] and p["max_thinking_tokens"] is None]
     tables, evaluations = [], []
     if alone:
         metrics = list(alone[0]["metrics"])
@@ -134,7 +137,7 @@ def _plans(data: Mapping[str, Any], family: Mapping[str, Cost], path: Path, _: s
         rows.append(
             [
                 p["thinking"],
-                p["answering"],
+                who_answers(p),
                 "none" if p["max_thinking_tokens"] is None else str(p["max_thinking_tokens"]),
                 *numbers,
                 str(p["n"]),

@@ -211,6 +211,20 @@ def test_generate_in_phases(elastic, capsys):
     assert "</think>\n[answering - full]\n" in out
 
 
+def test_generate_with_a_plan_chosen_per_prompt(elastic, capsys):
+    """A threshold that nothing reaches: the larger size answers as it does in a plan that says so."""
+    problem = next(problems("heldout", 4, 0))
+    source = [elastic / "elastic", problem.prompt, "--thinking", "wide", "--max-thinking-tokens", "6"]
+    fixed = run_json(capsys, "generate", *source, "--answering", "full", "--json")
+    choice = ["--answering", "wide", "--escalate-to", "full", "--confidence", "1", "--signal", "answer_first"]
+    chosen = run_json(capsys, "generate", *source, *choice, "--json")
+    assert chosen["text"] == fixed["text"]
+    _, small, large = chosen["phases"]
+    assert (small["generated"], small["drafted"], large["generated"]) == ([0], [1], fixed["phases"][1]["generated"])
+    assert main(["generate", *map(str, source), *choice]) == 0
+    assert f"(answer_first {small['confidence'][0]:.3f}: full)" in capsys.readouterr().out
+
+
 def test_sampling_follows_the_seed(elastic, capsys):
     def text(seed: int) -> str:
         options = ["--temperature", "3.0", "--raw", "--max-new-tokens", "12", "--json", "--seed", seed]
@@ -259,6 +273,11 @@ ELASTIFY = ["elastify", "{plain}", "{tmp}/out", "--axis", "expert_ffn", "--budge
             "max_thinking_tokens=-1 must be a whole number",
         ),
         (["generate", "{elastic}", "^", "--handover", "cache"], "--handover needs --thinking or --answering"),
+        (["generate", "{elastic}", "^", "--escalate-to", "full"], "--escalate-to needs --thinking or --answering"),
+        (
+            ["generate", "{elastic}", "^", "--thinking", "full", "--escalate-to", "full", "--confidence", "2"],
+            "confidence=2.0 must be a number from 0 (never) to 1",
+        ),
         (
             ["generate", "{elastic}", "^", "--budget", "1M", "--thinking", "full"],
             "give either --budget, or --thinking",

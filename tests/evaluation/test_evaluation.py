@@ -230,6 +230,8 @@ def test_a_task_of_lm_eval(lab, tmp_path, capsys, monkeypatch):
             "--max-thinking-tokens='-1' must be a whole number (0 is no thinking), or none",
         ),
         (["--thinking", "fnn"], "fnn"),
+        (["--confidence", "0.9"], "--escalate-to BUDGET and --confidence THRESHOLD need each other"),
+        (["--escalate-to", "full", "--confidence", "2"], "confidence=2.0 must be a number from 0"),
         (["--count", "0"], "--count=0 must be at least 1"),
         (["--prefill-speed", "-1"], "--prefill-speed=-1.0 must be a positive number"),
     ],
@@ -239,3 +241,47 @@ def test_command_refuses(lab, tmp_path, capsys, options, message):
     assert main(["evaluate", lab[2], "--output", str(out), *options]) == 2
     assert message in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_a_plan_chosen_per_prompt_is_followed_and_priced(lab, tmp_path, capsys):
+    """Drafts that were thrown away are paid for; the table says who answers when."""
+    family, tokenizer, folder = lab
+    task = BookTask(letters=4, count=6, batch_size=4)
+    plan = PhasePlan("ffn", "ffn", escalate_to="full", confidence=0.9, handover="reprefill")
+    point = measure_plan(family, tokenizer, task, plan, prefill_speed=8.0)
+    with planned(family, plan, tokenizer, task) as recorded:
+        task.score(family, tokenizer)
+    active = {name: cost.active_params for name, cost in family.elastic_config.costs().items()}
+    cost, escalated, drafted = 0.0, 0, 0
+    for phases, prompts in zip(recorded.phases, recorded.prompts, strict=True):
+        for row, prompt in enumerate(prompts):
+            thinking, small, large = phases
+            read = prompt + thinking.generated[row]
+            cost += active["ffn"] * (thinking.generated[row] + prompt / 8)
+            cost += active["ffn"] * (small.generated[row] + small.drafted[row] + read / 8)
+            if large.reasons[row] is not None:
+                escalated, drafted = escalated + 1, drafted + small.drafted[row]
+                assert small.generated[row] == 0
+                cost += active["full"] * (large.generated[row] + read / 8)
+    assert 0 < escalated < 6
+    assert point["cost"] == pytest.approx(cost / 6)
+    assert (point["escalated"], point["drafted_tokens"]) == (escalated / 6, drafted / 6)
+    assert (point["answering"], point["escalate_to"], point["confidence"]) == ("ffn", "full", 0.9)
+    fixed = measure_plan(family, tokenizer, task, PhasePlan("ffn", "full", handover="reprefill"))
+    assert point["answer_tokens"] == pytest.approx(fixed["answer_tokens"], abs=1)
+    assert "escalated" not in fixed
+    options = ["--thinking", "ffn", "--answering", "ffn", "--escalate-to", "full", "--confidence", "0.5"]
+    sizes = ["--letters", "2", "--count", "2", "--signal", "answer_first"]
+    assert main(["evaluate", folder, *options, *sizes, "--output", str(tmp_path / "out")]) == 0
+    assert "ffn; full below 0.5 (answer_first)" in capsys.readouterr().out
+    kept = json.loads((tmp_path / "out" / "plans.json").read_text(encoding="utf-8"))["points"]
+    assert [p.get("escalate_to") for p in kept] == [None, "full"]
+
+
+def test_matrix_has_plans_chosen_per_prompt_at_its_end():
+    plans = plan_matrix(
+        ["a"], ["a", "b"], [None], escalate_to="b", confidences=[0.5, 0.9], signals=["answer_min", "answer_first"]
+    )
+    assert plans[:2] == plan_matrix(["a"], ["a", "b"], [None])
+    chosen = [PhasePlan("a", "a", escalate_to="b", confidence=c, signal=s) for s in ("answer_min", "answer_first") for c in (0.5, 0.9)]  # type: ignore[arg-type]  # fmt: skip
+    assert plans[2:] == chosen

@@ -52,7 +52,8 @@ def read_measurements(file: Path, budgets: Sequence[str]) -> Measurements:
         if missing := [key for key in KEYS if key not in point]:
             raise ValueError(f"{file}: point {i} lacks {', '.join(missing)}.")
         PhasePlan.from_dict(point["plan"])
-    points = [point for point in results["points"] if point["thinking"] in budgets and point["answering"] in budgets]
+    fixed = [point for point in results["points"] if point.get("escalate_to") is None]  # visitors say who answers
+    points = [point for point in fixed if point["thinking"] in budgets and point["answering"] in budgets]
     kinds = sorted({(f"{p['n']} problems", p["device"], p["dtype"]) for p in points})
     versions = ", ".join(f"{name} {version}" for name, version in results.get("versions", {}).items())
     commit = f"commit {results['commit']}" if "commit" in results else ""

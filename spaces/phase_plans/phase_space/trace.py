@@ -98,7 +98,9 @@ class Trace:
                 )
             )
             return
-        part = self.parts[event.phase]
+        if event.kind == "choice":
+            return
+        part = self.parts[-1]
         part.text += event.text
         part.context, part.ended = event.context, event.seconds
         if event.kind == "end":
