@@ -25,9 +25,9 @@ from hf_elastic.architectures.cost import CostModel
 from hf_elastic.configuration.budgets import parse_limit
 from hf_elastic.elastification.importance import Scores
 from hf_elastic.lab.book import EOS, THINK_START, build_tokenizer, evaluate, problems
+from hf_elastic.lab.book_model import FAMILY
 from hf_elastic.lab.family import (
     BETWEEN,
-    FAMILY,
     ROUTER_TARGETS,
     make_family,
     make_open_family,
