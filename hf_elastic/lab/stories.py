@@ -6,7 +6,7 @@ number of coins, [`PRICES`], a list that the model has to know by heart. With `p
 
     Ida has 9 coins. Max has 7 more than Ida. Ana has 9 fewer than Max. All go to the toy shop. What can Max and Ana buy?
     <think>Ida owns 9. Max has 9 + 7 = 16, so Max owns 16. Ana has 16 - 9 = 7, so Ana owns 7.</think>
-    Max owns 16 coins and buys a X. Ana owns 7 coins and buys a Y.
+    Max owns 16 coins, at the toy shop that buys a drum. Ana owns 7 coins, at the toy shop that buys a whistle.
 
 Nearly every word is one token, and so is every number; any other text is read byte by byte.
 """
@@ -131,7 +131,7 @@ def make_problem(rng: random.Random, people: int) -> Problem:
     asked = sorted(_some(rng, list(range(people)), min(2, people)))
     who = " and ".join(names[i] for i in asked)
     story.append(f"{'All go' if people > 1 else names[0] + ' goes'} to the {shop}. What can {who} buy?")
-    answer = [f"{names[i]} owns {coins[i]} coins and buys a {PRICES[shop, coins[i]]}." for i in asked]
+    answer = [f"{names[i]} owns {coins[i]} coins, at the {shop} that buys a {PRICES[shop, coins[i]]}." for i in asked]
     return Problem(" ".join(story), " ".join(thinking), " ".join(answer))
 
 
@@ -228,7 +228,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def _all_words() -> str:
     """Every word of the stories twice, as pairs that are seen once are not merged: names also as a text begins, without a space."""
     things = [thing for things in SHOPS.values() for thing in things]
-    said = "has coins more fewer than owns so All go goes to the What can and buy buys a + - =".split(" ")  # noqa: SIM905
+    said = "has coins more fewer than owns so All go goes to the What can and buy at that buys a + - =".split(" ")  # noqa: SIM905
     words = [*NAMES, *SHOPS, *things, *said, *map(str, range(1, MOST_COINS + 1))]
     text = "".join(f" {word}" for word in words)
     return 2 * text + "".join(f"\n{name}." for name in 2 * NAMES)

@@ -19,4 +19,5 @@ TASK = LabTask(
     sizes=SIZES,
     parent_folder=ASSETS / "stories-parent",
     family_folder=ASSETS / "stories",
+    parent_steps=1200,
 )

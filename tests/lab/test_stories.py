@@ -46,7 +46,10 @@ def test_stories_agree_with_an_independent_solution(people):
         assert len(coins) == people
         assert len(asked) == min(people, 2)
         assert all(1 <= value <= 20 for value in coins.values())
-        bought = [f"{name} owns {coins[name]} coins and buys a {PRICES[shop, coins[name]]}." for name in asked]
+        bought = [
+            f"{name} owns {coins[name]} coins, at the {shop} that buys a {PRICES[shop, coins[name]]}."
+            for name in asked
+        ]
         assert problem.answer == " ".join(bought)
         sums = re.findall(r"(\w+) has (\d+) ([+-]) (\d+) = (\d+), so (\w+) owns (\d+)\.", problem.thinking)
         names, values = list(coins), list(coins.values())
@@ -128,7 +131,10 @@ def test_rows_ask_for_thinking_and_answer_alone(tokenizer):
             coins, shop, asked = solve(prompt)
             assert (
                 answer
-                == " ".join(f"{n} owns {coins[n]} coins and buys a {PRICES[shop, coins[n]]}." for n in asked) + "<eos>"
+                == " ".join(
+                    f"{n} owns {coins[n]} coins, at the {shop} that buys a {PRICES[shop, coins[n]]}." for n in asked
+                )
+                + "<eos>"
             )
             start, stop = len(tokenizer(opening)["input_ids"]), ids.tolist().index(end)
             assert (labels[:start] == -100).all()
