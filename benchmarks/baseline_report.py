@@ -100,12 +100,15 @@ def _about(found: Found) -> str:
     entry = next(entry for name, entry in found.items() if name.endswith("trained: full, exact"))
     missing = found["runs that were not done"]
     labels = missing["labels"]
-    left = [
-        f"{labels[way]} (seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))})"
-        for way, seeds in missing["missing"].items()
-        if seeds
+    left: dict[tuple[int, ...], list[str]] = {}
+    for way, seeds in missing["missing"].items():
+        if seeds:
+            left.setdefault(tuple(seeds), []).append(labels[way])
+    parts = [
+        f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))} of {'; '.join(ways)}"
+        for seeds, ways in left.items()
     ]
-    not_run = f" Not run: {'; '.join(left)}." if left else ""
+    not_run = "\n\nNot run:\n\n" + "\n".join(f"- {part}" for part in parts) if parts else ""
     return (
         f"Share of {entry['problems']} held-out problems whose whole answer is right, mean of the seeds (range) · divergence from the parent in nats "
         f"per token. {entry['steps']} steps of {entry['rows']} rows for every way in total; in brackets active parameters.{not_run}"

@@ -297,12 +297,24 @@ def skewed(bench: Bench) -> dict[str, float]:
 
 
 def two_stages(bench: Bench, seed: int) -> Outcome:
-    """Rows of at most 60 % of the longest with all sizes alike for 60 % of the steps, then whole ones with the larger sizes drawn more often."""
+    """Rows of at most 60 % of the longest with all sizes alike for 60 % of the steps, then whole ones with the one run, larger sizes drawn more often."""
     first = max(1, bench.steps * 6 // 10)
     rows = bench.task.calibration_dataset(bench.tokenizer, bench.rows_to_score, seed)["input_ids"]
     short = max(map(len, rows)) * 6 // 10
     rest = {"steps": bench.steps - first, "budget_probabilities": skewed(bench)}
     return one_run(bench, seed, stages=[{"steps": first, "max_length": short}, rest])
+
+
+def progressive(bench: Bench, seed: int) -> Outcome:
+    """Sizes added one after another, from large to small (progressive shrinking, arXiv 1908.09791): the newest is drawn in 70 % of the
+    steps, those before it and the parent alike in the rest."""
+    names = ["full", *bench.task.sizes]
+    stages: list[dict[str, Any]] = []
+    for i, newest in enumerate(names[1:], 1):
+        drawn = {newest: 0.7, **dict.fromkeys(names[:i], 0.3 / i)}
+        stages.append({"steps": bench.steps * i // len(names[1:]) - bench.steps * (i - 1) // len(names[1:])})
+        stages[-1]["budget_probabilities"] = drawn
+    return one_run(bench, seed, stages=stages)
 
 
 def _extras(task: LabTask) -> Extras:
@@ -315,30 +327,33 @@ def _has_router(task: LabTask) -> bool:
 
 WAYS: dict[str, Way] = {
     "one-run": Way("one run for all sizes", lambda bench, seed: one_run(bench, seed, before=True)),
-    "sequential": Way("prune and distil, size after size", sequential),
+    "sequential": Way("prune and distil size after size", sequential),
     "alone": Way("each size alone", alone),
-    "depth": Way("layers dropped, one run", depth),
+    "depth": Way("one run, layers dropped", depth),
     "random": Way(
-        "random order, one run",
+        "one run, random order",
         lambda bench, seed: one_run(bench, seed, family=in_random_order(bench, seed, bench.task.sizes), before=True),
     ),
     "unsorted": Way(
-        "the parent's order, one run",
+        "one run, the parent's order",
         lambda bench, seed: one_run(
             bench, seed, family=elastify(bench.parent, budgets=bench.task.sizes, sort=False), before=True
         ),
     ),
-    "experts": Way("experts cut, one run", experts, lambda task: bool(fewer_experts(task))),
-    "between": Way("`between` drawn as well", with_between, lambda task: bool(_extras(task).between)),
-    "router": Way("sizes learned", routed, _has_router),
-    "offered": Way("sizes learned before, and those between", offered_trained, _has_router),
+    "experts": Way("one run, experts cut", experts, lambda task: bool(fewer_experts(task))),
+    "between": Way("one run, `between` drawn as well", with_between, lambda task: bool(_extras(task).between)),
+    "router": Way("one run, sizes learned", routed, _has_router),
+    "offered": Way("one run, learned sizes and those between", offered_trained, _has_router),
     "skewed": Way(
-        "larger sizes drawn more often",
+        "one run, larger sizes drawn more often",
         lambda bench, seed: one_run(bench, seed, budget_probabilities=skewed(bench)),
     ),
-    "stages": Way("two stages, short rows first", two_stages),
+    "progressive": Way("one run, sizes added one after another", progressive),
+    "stages": Way("one run, short rows first (two stages)", two_stages),
     "router-hard": Way(
-        "sizes learned on hard samples", lambda bench, seed: routed(bench, seed, router_hard_share=1.0), _has_router
+        "one run, sizes learned on hard samples",
+        lambda bench, seed: routed(bench, seed, router_hard_share=1.0),
+        _has_router,
     ),
 }
 """All ways, in the order of the table."""

@@ -9,7 +9,8 @@ Ways, each cut from the task's parent in the package and taught by it:
 - *random*, *unsorted*: one run of the parent sorted at random, and as it is, instead of by importance;
 - *experts*: fewer experts by REAP, one-shot and in one run;
 - *between*, *router*, *offered*: sizes between those that are drawn - given, or offered by a router - never drawn, and drawn as well;
-- *skewed*, *stages*, *router-hard*: larger sizes drawn more often; short rows first; a router that only sees hard samples.
+- *skewed*, *progressive*, *stages*, *router-hard*: larger sizes drawn more often; sizes added one after another; short rows first; a router
+  that only sees hard samples.
 
 The seed is that of calibration, rows, budgets and random orders; the parent is one. Finished runs are kept, see `lab_runs`. `--only` and
 `--seeds` do some of them and write no result; `--kept` writes what the finished ones say, and which were not run. A run takes some minutes.

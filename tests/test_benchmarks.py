@@ -281,9 +281,9 @@ def test_baselines_compare_what_was_run_with_the_same_seed(
     lines = text.splitlines()
     assert lines[0] == "|  | full (100%) | half (50%) | quarter (25%) | seeds |"
     assert "| one run for all sizes | 1.00 · 0.000 | 0.90 (0.80–1.00) · 0.100 | 0.50 · 0.200 | 2 |" in lines
-    assert "| layers dropped, one run | 1.00 · 0.000 | 0.12 · 0.750 (56%) |  | 1 |" in lines
-    assert "each size alone (seed 0)" in text
-    assert "prune and distil, size after size (seeds 0, 1, 2)" in text
+    assert "| one run, layers dropped | 1.00 · 0.000 | 0.12 · 0.750 (56%) |  | 1 |" in lines
+    assert "seed 0 of each size alone" in text
+    assert "seeds 0, 1, 2 of prune and distil size after size" in text
     assert report.baselines(tmp_path / "nothing") == "Not measured yet.\n"
 
 
