@@ -9,7 +9,7 @@ from typing import Any
 from result_files import by_name, load
 from tables import conditions, spread, table
 
-NOT_COMPARED = ("experts", "offered", "between")
+NOT_COMPARED = ("one-shot", "experts", "offered", "between")
 """Ways whose sizes are others: they have tables of their own."""
 Found = Mapping[str, Any]
 
@@ -26,7 +26,7 @@ def baselines(results: Path) -> str:
 
 def _task(result: Any) -> str:
     found = by_name(result)
-    parts = [_ways(found), _experts(found), _between(found), _about(found), conditions(result)]
+    parts = [_ways(found), _one_shot(found), _between(found), _about(found), conditions(result)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -61,23 +61,21 @@ def _ways(found: Found) -> str:
             costs = [f" ({share:.0%})" if share < 1 else "" for share in shares]
             cells = [cell + cost for cell, cost in zip(cells, costs, strict=True)]
         rows.append([label, *cells, str(seeds)])
-    if _sizes(found, "one-run", "untrained"):
-        untrained = [_cell(found, "one-run", size, "untrained") for size in sizes]
-        rows.append(["not trained", *untrained, str(len(found["one-run: tokens"]["runs"]))])
     return table(["", *head, "seeds"], rows)
 
 
-def _experts(found: Found) -> str:
-    sizes = [size for size in _sizes(found, "experts") if size != "full"]
-    if not sizes:
-        return ""
+def _one_shot(found: Found) -> str:
+    """What is left without training, by the order that sizes are cut in; experts beside those that were trained as well."""
+    names = list(dict.fromkeys([*_sizes(found, "one-shot", "importance"), *_sizes(found, "experts")]))
+    fewer = [name for name in _sizes(found, "experts") if name != "full"]
     rows = []
-    for size in sizes:
-        share = found[f"experts, trained: {size}, exact"]["total_params"]
-        whole = found["experts, trained: full, exact"]["total_params"]
-        cells = [_cell(found, "experts", size, when) for when in ("random", "untrained", "trained")]
-        rows.append([f"{size} ({share / whole:.0%} of all parameters)", *cells])
-    return table(["", "random experts, not trained", "REAP, not trained", "REAP, one run"], rows)
+    for name in names:
+        if name == "full":
+            continue
+        cells = [_cell(found, "one-shot", name, order) for order in ("unsorted", "random", "importance")]
+        rows.append([name, *cells, _cell(found, "experts" if name in fewer else "one-run", name)])
+    head = ["", "parent's order, not trained", "random order, not trained", "by importance, not trained", "one run"]
+    return table(head, rows) if rows else ""
 
 
 def _between(found: Found) -> str:

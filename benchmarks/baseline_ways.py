@@ -1,7 +1,7 @@
 """Every way to get the sizes of a task's family that `baselines.py` compares, all at equal tokens: the steps of all runs of a way add up to
 the steps of one.
 
-A way gives `{"untrained": [...], "trained": [...], "tokens": ...}`, entries of [`Bench.measure`] before and after training.
+A way gives `{"trained": [...], "tokens": ...}`, entries of [`Bench.measure`], and some give more lists of them.
 """
 
 from __future__ import annotations
@@ -145,23 +145,20 @@ def one_run(
     budgets: Any = None,
     family: ElasticForCausalLM | None = None,
     between: bool = True,
-    before: bool = False,
     **options: Any,
 ) -> Outcome:
     """All sizes in one run, with the recipe of the lab unless `options` of `train_family` say otherwise.
 
     Args:
         between (`bool`, *optional*, defaults to `True`): Measure the task's size between two others as well; it is only drawn if it is a budget.
-        before (`bool`, *optional*, defaults to `False`): Measure what is not trained yet, too.
     """
     budgets = bench.task.sizes if budgets is None else budgets
     family = bench.cut(bench.parent, budgets, seed) if family is None else family
     measured = {"full": None, **{name: name for name in family.budgets}}
     if bench.extras.between and between and "between" not in measured:
         measured |= {"between": bench.extras.between}
-    untrained = bench.measure(family, measured) if before else []
     tokens = bench.train(family, seed, bench.steps, **options)
-    return {"untrained": untrained, "trained": bench.measure(family, measured), "tokens": tokens}
+    return {"trained": bench.measure(family, measured), "tokens": tokens}
 
 
 def alone(bench: Bench, seed: int) -> Outcome:
@@ -171,7 +168,7 @@ def alone(bench: Bench, seed: int) -> Outcome:
         family = bench.cut(bench.parent, {name: sizes}, seed)
         tokens += bench.train(family, seed, share, budget_probabilities={name: 1.0})
         trained += bench.measure(family, {name: name})
-    return {"untrained": [], "trained": trained, "tokens": tokens}
+    return {"trained": trained, "tokens": tokens}
 
 
 def sequential(bench: Bench, seed: int) -> Outcome:
@@ -191,7 +188,7 @@ def sequential(bench: Bench, seed: int) -> Outcome:
             warnings.simplefilter("ignore", PortabilityWarning)  # nothing but this script reads it
             family.export(Path(folder) / name, name, heterogeneous=True)
             model = transformers.AutoModelForCausalLM.from_pretrained(Path(folder) / name, dtype=torch.float32)
-    return {"untrained": [], "trained": trained, "tokens": tokens}
+    return {"trained": trained, "tokens": tokens}
 
 
 def depth(bench: Bench, seed: int) -> Outcome:
@@ -238,11 +235,21 @@ def fewer_experts(task: LabTask) -> dict[str, Any]:
 
 
 def experts(bench: Bench, seed: int) -> Outcome:
-    """Experts cut by REAP (arXiv 2510.13999): one-shot, and in one run. `random` is one-shot in random order."""
-    budgets = fewer_experts(bench.task)
-    shuffled = in_random_order(bench, seed, budgets)
-    outcome = one_run(bench, seed, budgets, between=False, before=True)
-    return {**outcome, "random": bench.measure(shuffled, {name: name for name in budgets})}
+    """Fewer experts, all numbers in one run; the best by REAP (arXiv 2510.13999) are kept."""
+    return one_run(bench, seed, fewer_experts(bench.task), between=False)
+
+
+def one_shot(bench: Bench, seed: int) -> Outcome:
+    """Nothing is trained: sizes and fewer experts of the parent sorted by importance (experts by REAP), at random, and as it is."""
+    outcome: Outcome = {"trained": [], "importance": [], "random": [], "unsorted": [], "tokens": 0}
+    for budgets in filter(None, (bench.task.sizes, fewer_experts(bench.task))):
+        for order, family in {
+            "importance": bench.cut(bench.parent, budgets, seed),
+            "random": in_random_order(bench, seed, budgets),
+            "unsorted": elastify(bench.parent, budgets=budgets, sort=False),
+        }.items():
+            outcome[order] += bench.measure(family, {name: name for name in budgets})
+    return outcome
 
 
 def with_between(bench: Bench, seed: int) -> Outcome:
@@ -258,7 +265,7 @@ def routed(bench: Bench, seed: int, **options: Any) -> Outcome:
     tokens = bench.train(family, seed, bench.steps, **options)
     offered = between_pairs(family)
     trained = bench.measure(family, {"full": None, **{name: name for name in family.budgets}})
-    return {"untrained": [], "trained": trained, "offered": bench.measure(family, offered), "tokens": tokens}
+    return {"trained": trained, "offered": bench.measure(family, offered), "tokens": tokens}
 
 
 def between_pairs(family: ElasticForCausalLM) -> dict[str, Any]:
@@ -326,20 +333,19 @@ def _has_router(task: LabTask) -> bool:
 
 
 WAYS: dict[str, Way] = {
-    "one-run": Way("one run for all sizes", lambda bench, seed: one_run(bench, seed, before=True)),
+    "one-run": Way("one run for all sizes", one_run),
     "sequential": Way("prune and distil size after size", sequential),
     "alone": Way("each size alone", alone),
     "depth": Way("one run, layers dropped", depth),
     "random": Way(
         "one run, random order",
-        lambda bench, seed: one_run(bench, seed, family=in_random_order(bench, seed, bench.task.sizes), before=True),
+        lambda bench, seed: one_run(bench, seed, family=in_random_order(bench, seed, bench.task.sizes)),
     ),
     "unsorted": Way(
         "one run, the parent's order",
-        lambda bench, seed: one_run(
-            bench, seed, family=elastify(bench.parent, budgets=bench.task.sizes, sort=False), before=True
-        ),
+        lambda bench, seed: one_run(bench, seed, family=elastify(bench.parent, budgets=bench.task.sizes, sort=False)),
     ),
+    "one-shot": Way("not trained", one_shot),
     "experts": Way("one run, experts cut", experts, lambda task: bool(fewer_experts(task))),
     "between": Way("one run, `between` drawn as well", with_between, lambda task: bool(_extras(task).between)),
     "router": Way("one run, sizes learned", routed, _has_router),

@@ -7,7 +7,8 @@ Ways, each cut from the task's parent in the package and taught by it:
 - *alone*: every size cut from the parent and distilled in a run of its own; the steps are split among them;
 - *depth*: whole layers dropped instead of widths cut, by importance, to about the same active parameters, in one run;
 - *random*, *unsorted*: one run of the parent sorted at random, and as it is, instead of by importance;
-- *experts*: fewer experts by REAP, one-shot and in one run;
+- *one-shot*: the same sizes, and fewer experts, in all three orders without training (experts by REAP);
+- *experts*: fewer experts in one run;
 - *between*, *router*, *offered*: sizes between those that are drawn - given, or offered by a router - never drawn, and drawn as well;
 - *skewed*, *progressive*, *stages*, *router-hard*: larger sizes drawn more often; sizes added one after another; short rows first; a router
   that only sees hard samples.
@@ -31,6 +32,8 @@ from hf_elastic.lab.tasks import TASKS, get_task
 
 STEPS = 600
 RATES = {"exact": "share", "trace": "share", "code": "share", "kl": "nats per token"}
+ORDERS = ("importance", "random", "unsorted")
+"""What is measured without training."""
 Done = dict[str, dict[int, Outcome]]
 """Per way and seed, what was measured."""
 
@@ -57,7 +60,7 @@ def measured(done: Done, way: str, when: str = "trained") -> dict[str, dict[int,
 def write(report: Report, done: Done, **about: Any) -> None:
     """Record every rate of every way and size."""
     for way in done:
-        for when in ("untrained", "trained", "offered", "random"):
+        for when in ("trained", "offered", *ORDERS):
             for size, entries in measured(done, way, when).items():
                 first = next(iter(entries.values()))
                 costs = {key: first[key] for key in ("active_params", "total_params", "sizes")}
@@ -91,14 +94,17 @@ def comparisons(bench: Bench, done: Done) -> list[tuple[Claim, float]]:
             ours, theirs = both(done, ("one-run", "trained"), (way, "trained"), "exact", [size])
             if ours:
                 settled.append((Claim(f"one run - {way}: {size}, exact", 0.0, ">="), mean(ours) - mean(theirs)))
-    for way in ("random", "unsorted"):
-        for when in ("untrained", "trained"):
-            ours, theirs = both(done, ("one-run", when), (way, when), "kl", sizes)
+    for order in ORDERS[1:]:
+        for when, one, other in (
+            ("without training", ("one-shot", "importance"), ("one-shot", order)),
+            ("after training", ("one-run", "trained"), (order, "trained")),
+        ):
+            ours, theirs = both(done, one, other, "kl", sizes)
             if ours:
-                name = f"mean divergence {when}, sorted by importance / {way}"
-                settled.append((Claim(name, 1.0), mean(ours) / mean(theirs)))
+                claim = Claim(f"mean divergence {when}, sorted by importance / {order}", 1.0)
+                settled.append((claim, mean(ours) / mean(theirs)))
     fewer = [name for name in measured(done, "experts") if name != "full"]
-    ours, theirs = both(done, ("experts", "trained"), ("experts", "untrained"), "kl", fewer)
+    ours, theirs = both(done, ("experts", "trained"), ("one-shot", "importance"), "kl", fewer)
     if ours:
         settled.append(
             (Claim("mean divergence with fewer experts, trained / one-shot", 1.0), mean(ours) / mean(theirs))

@@ -244,12 +244,13 @@ def test_baselines_compare_what_was_run_with_the_same_seed(
 
     def one(exact: float) -> dict[str, Any]:
         sizes = {"full": (100, 1.0, 0.0), "half": (50, exact, 0.1), "quarter": (25, 0.5, 0.2)}
-        return _outcome(untrained={n: (a, 0.0, 2 * kl + 1) for n, (a, _, kl) in sizes.items()}, trained=sizes)
+        return _outcome(trained=sizes)
 
     kept = {
         ("one-run", 0): one(0.8),
         ("one-run", 1): one(1.0),
-        ("random", 0): _outcome(untrained={"half": (50, 0.0, 2.4)}, trained={"half": (50, 0.5, 0.4)}),
+        ("random", 0): _outcome(trained={"half": (50, 0.5, 0.4)}),
+        ("one-shot", 2): _outcome(importance={"half": (50, 0.125, 1.5)}, random={"half": (50, 0.0, 3.0)}),
         ("alone", 1): _outcome(trained={"half": (50, 0.25, 0.5), "quarter": (25, 0.0, 1.0)}),
         ("alone", 2): _outcome(trained={"half": (50, 1.0, 0.5)}),
         ("depth", 0): _outcome(trained={"full": (100, 1.0, 0.0), "half": (56, 0.125, 0.75)}),
@@ -273,8 +274,8 @@ def test_baselines_compare_what_was_run_with_the_same_seed(
             "one run - alone: half, exact": 0.75,  # seed 1 alone
             "one run - alone: quarter, exact": 0.5,
             "one run - depth: half, exact": 0.675,  # seed 0
-            "mean divergence untrained, sorted by importance / random": 0.5,
-            "mean divergence trained, sorted by importance / random": 0.25,
+            "mean divergence without training, sorted by importance / random": 0.5,
+            "mean divergence after training, sorted by importance / random": 0.25,
         }
     )
     text = report.baselines(tmp_path)
@@ -282,6 +283,7 @@ def test_baselines_compare_what_was_run_with_the_same_seed(
     assert lines[0] == "|  | full (100%) | half (50%) | quarter (25%) | seeds |"
     assert "| one run for all sizes | 1.00 · 0.000 | 0.90 (0.80–1.00) · 0.100 | 0.50 · 0.200 | 2 |" in lines
     assert "| one run, layers dropped | 1.00 · 0.000 | 0.12 · 0.750 (56%) |  | 1 |" in lines
+    assert "| half |  | 0.00 · 3.000 | 0.12 · 1.500 | 0.90 (0.80–1.00) · 0.100 |" in lines
     assert "seed 0 of each size alone" in text
     assert "seeds 0, 1, 2 of prune and distil size after size" in text
     assert report.baselines(tmp_path / "nothing") == "Not measured yet.\n"
