@@ -1,7 +1,7 @@
 """Write what README, docs and model cards say of results from the files in `results/`, so that no number there is typed by hand.
 
 `python benchmarks/report.py` rewrites the blocks between markers (`<!-- results:begin -->` to `<!-- results:end -->`, and the same for
-`numbers`, `family`, `ablations`, `bytes`, `text`, `phases`, `handover` and `formats`) and draws the charts of `docs/assets/`; `--check` only tells whether the texts are up to date.
+`numbers`, `family`, `ablations`, `baselines`, `bytes`, `text`, `phases`, `handover` and `formats`) and draws the charts of `docs/assets/`; `--check` only tells whether the texts are up to date.
 """
 
 from __future__ import annotations
@@ -10,12 +10,16 @@ import argparse
 import ast
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from baseline_report import baselines
 from result_files import RESULTS, ROOT, SIZES, WAYS, Result, by_name, load
+from tables import conditions as _conditions
+from tables import spread as _spread
+from tables import table as _table
 
 DOCUMENTS = (
     ROOT / "README.md",
@@ -38,7 +42,16 @@ GROUPS = {
         "ablation_router",
         "quantization_activations",
     ),
-    "How good": ("lab_family", "byte_lm", "text_lm", "text_lm_gpu", "phases", "quantization_accuracy"),
+    "How good": (
+        "lab_family",
+        "baselines_book",
+        "baselines_stories",
+        "byte_lm",
+        "text_lm",
+        "text_lm_gpu",
+        "phases",
+        "quantization_accuracy",
+    ),
 }
 """Result files in the order of `docs/measured.md`."""
 
@@ -389,6 +402,7 @@ _BLOCKS: Mapping[str, Callable[[Path], str]] = {
     "numbers": numbers,
     "family": family,
     "ablations": ablations,
+    "baselines": baselines,
     "bytes": byte_lm,
     "text": text_lm,
     "phases": phases,
@@ -399,18 +413,6 @@ _BLOCKS: Mapping[str, Callable[[Path], str]] = {
 
 
 # -- how ---------------------------------------------------------------------------------------------------------------
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
-
-
-def _spread(entry: Result | None, digits: int = 2) -> str:
-    if entry is None:
-        return ""
-    low, high = min(entry["runs"]), max(entry["runs"])
-    return f"{entry['mean']:.{digits}f}" + (f" ({low:.{digits}f}–{high:.{digits}f})" if low < high else "")
 
 
 def _rates(found: Mapping[str, Any], name: str) -> list[str]:
@@ -434,19 +436,11 @@ def _claim(claim: Mapping[str, Any]) -> list[str]:
 
 
 def _question(name: str) -> str:
-    """What a script asks: the first paragraph of its docstring."""
+    """What a script asks: the first paragraph of its docstring. A script that has a result per task is found without the task's name."""
+    if not (ROOT / "benchmarks" / f"{name}.py").exists():
+        name = name.rpartition("_")[0]
     doc = ast.get_docstring(ast.parse((ROOT / "benchmarks" / f"{name}.py").read_text(encoding="utf-8"))) or ""
     return f"{' '.join(doc.split(chr(10) * 2)[0].split())} Script: `benchmarks/{name}.py`."
-
-
-def _conditions(result: Result) -> str:
-    units = {"cores": "{} cores", "memory_gib": "{} GiB of memory"}
-    versions = result["versions"]
-    hardware = ", ".join(units.get(name, "{}").format(value) for name, value in result["machine"].items())
-    software = ", ".join(f"{name} {value}" for name, value in versions.items())
-    commit = result["commit"]
-    shown = commit[:12] + (" with changes that were not committed" if commit.endswith("-dirty") else "")
-    return f"<sub>Measured on: {hardware}; {software}; commit {shown}</sub>"
 
 
 def written(text: str) -> str:
