@@ -134,7 +134,7 @@ SCALES = {
         bfloat16=True,
     ),
 }
-TINY = {
+TINY: dict[str, Any] = {
     "hidden": 32,
     "ffn": 64,
     "heads": 2,
