@@ -15,7 +15,7 @@ from trl import SFTConfig
 from hf_elastic.errors import ElasticConfigError
 from hf_elastic.quantization.recipes import Recipe
 
-from .curriculum import steps_of
+from .curriculum import first_step, steps_of
 from .losses import HIDDEN_LOSSES
 
 
@@ -50,12 +50,14 @@ class ElasticDistillationConfig(SFTConfig):
             evaluated once, after the last step.
         handover_probability (`float`, *optional*, defaults to 0.0):
             How often a micro-batch trains cache hand-over: its rows begin in another budget, drawn from the same probabilities, and the batch's
-            own goes on with the cache, converted as generation converts it. The loss is on what it reads, and the gradient goes through
-            the cache into both. 0.5 makes every second batch one. The saved config then says so (`handover_trained`). Stages can have their own.
+            own goes on with the cache, converted as generation converts it. Each is compared with the teacher on what it reads, and the gradient
+            of the second goes through the cache into the first. 0.5 makes every second batch one. The saved config then says so (`handover_trained`). Stages can have their own.
             Needs `activation_checkpointing=False`, since upstream leaves caches out where it recomputes.
         handover_token (`str`, *optional*):
             Where rows are cut: before the last such token, `"</think>"` for example, which the second budget then reads, as in generation. Rows
             without it, and all rows by default, are cut at the same random share of their length.
+        handover_start (`float`, *optional*, defaults to 0.0):
+            After how many steps training of hand-over begins: a share of all steps below 1, from 1 on a number of steps.
         quantization (`str` or `dict`, *optional*):
             Train the weights that a quantised checkpoint will hold: `"nvfp4"`, `"fp8"`, a recipe or a file with one, as [`hf_elastic.quantize`] takes
             them. Every forward pass of the model rounds the parent's weights with their current scales, before a budget cuts them; gradients pass as
@@ -118,6 +120,9 @@ class ElasticDistillationConfig(SFTConfig):
     )
     handover_token: str | None = field(
         default=None, metadata={"help": "Token before which rows of such batches are cut, at random by default."}
+    )
+    handover_start: float = field(
+        default=0.0, metadata={"help": "Steps before hand-over batches begin: a share below 1, from 1 on a number."}
     )
     quantization: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Train for quantised weights: nvfp4, fp8, or a recipe."}
@@ -195,6 +200,7 @@ class ElasticDistillationConfig(SFTConfig):
             counts = [count for count in steps if count is not None]
             if len(counts) == len(self.stages):  # what is wrong, the trainer says
                 self.max_steps: int = sum(counts)
+        self._check_handover_start()
         if self.freeze_model and not self.router_targets:
             raise ElasticConfigError(
                 "freeze_model=True leaves nothing to train without a router; give router_targets and router_steps."
@@ -223,11 +229,7 @@ class ElasticDistillationConfig(SFTConfig):
             )
 
     def _check_quantization(self) -> None:
-        start = self.quantization_start
-        if not (0 <= start < 1 or (start < math.inf and start == int(start) >= 1)):
-            raise ElasticConfigError(
-                f"quantization_start={start} must be a share of the steps in [0, 1), or a whole number of steps."
-            )
+        _check_start("quantization_start", self.quantization_start)
         if self.quantization is None:
             if self.quantization_start:
                 raise ElasticConfigError(
@@ -268,7 +270,12 @@ class ElasticDistillationConfig(SFTConfig):
     def _check_handover(self) -> None:
         if not 0 <= self.handover_probability <= 1:
             raise ElasticConfigError(f"handover_probability={self.handover_probability} must be in [0, 1].")
+        _check_start("handover_start", self.handover_start)
         if not self.trains_handover:
+            if self.handover_start:
+                raise ElasticConfigError(
+                    f"handover_start={self.handover_start} would be ignored: handover_probability is 0. Set it, or leave the start out."
+                )
             if self.handover_token is not None:
                 raise ElasticConfigError(
                     f"handover_token={self.handover_token!r} would be ignored: handover_probability is 0. Set it, or leave the token out."
@@ -285,7 +292,24 @@ class ElasticDistillationConfig(SFTConfig):
                 "train hand-over between the decided budgets in a second run."
             )
 
+    def _check_handover_start(self) -> None:
+        if self.max_steps > 0 and first_step(self.handover_start, self.max_steps) >= self.max_steps:
+            raise ElasticConfigError(
+                f"handover_start={self.handover_start:g}, but the run has {self.max_steps} steps, none of which would be a hand-over; begin earlier."
+            )
+        if self.max_steps <= 0 and not self.stages and 0 < self.handover_start < 1:
+            raise ElasticConfigError(
+                f"handover_start={self.handover_start} is a share of the steps, and how many the run has is not known before it begins: give "
+                "max_steps, or a number of steps."
+            )
+
     @property
     def rows_per_step(self) -> int:
         """Rows of an optimizer step, of all micro-batches and processes together."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+
+def _check_start(name: str, start: float) -> None:
+    """Raise for what is no number of steps before something begins."""
+    if not (0 <= start < 1 or (start < math.inf and start == int(start) >= 1)):
+        raise ElasticConfigError(f"{name}={start} must be a share of the steps in [0, 1), or a whole number of steps.")

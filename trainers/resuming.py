@@ -18,9 +18,8 @@ from hf_elastic.adapters.slices import FAMILY_FILE
 from hf_elastic.errors import CheckpointError, ElasticConfigError
 from hf_elastic.storage.json_files import read_json
 
-from .curriculum import Curriculum
+from .curriculum import Curriculum, first_step
 from .elastic_distillation_config import ElasticDistillationConfig
-from .quantizing import first_step
 
 logger = logging.get_logger(__name__)
 
