@@ -1,16 +1,16 @@
-"""The second chapter of the lab: all sizes of the `book` model learned in one run, by distillation from the parent.
+"""The second chapter of the lab: all sizes of a model learned in one run, by distillation from the parent.
 
-A trained family ships with the package, see [`load_family`]. `python -m hf_elastic.lab.family --output DIR` trains it again.
+Trained families ship with the package, see [`load_family`]. `python -m hf_elastic.lab.family --task stories --output DIR` trains one again.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 import tempfile
 import time
 from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +20,13 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from ..architectures.cost import CostModel
 from ..elastification.elastify import elastify
 from ..modeling_elastic import ElasticForCausalLM
-from .book import calibration_dataset, evaluate, training_dataset
+from .exercises import ASSETS, LabTask
+from .tasks import TASKS, get_task
 
 logger = logging.getLogger(__name__)
 
-FAMILY_DIR = Path(str(resources.files("hf_elastic.lab"))) / "assets" / "family"
-"""Folder of the shipped family: its checkpoint, its tokenizer and `training.json`, the record of its training."""
-
-FAMILY: dict[str, dict[str, Any]] = {
-    "half": {"hidden": 32, "expert_ffn": 16, "shared_expert_ffn": 32},
-    "third": {"hidden": 24, "expert_ffn": 8, "shared_expert_ffn": 16},
-    "quarter": {"hidden": 16, "expert_ffn": 8, "shared_expert_ffn": 16},
-}
-"""Submodels that are trained, about 53, 35 and 24 % of the parent's active parameters."""
+FAMILY_DIR = ASSETS / "family"
+"""Folder of the shipped family of `book`: its checkpoint, its tokenizer and `training.json`, the record of its training."""
 
 BETWEEN: dict[str, int] = {"hidden": 28, "expert_ffn": 12, "shared_expert_ffn": 24}
 """A submodel between `half` and `third` that is never drawn in training."""
@@ -53,17 +47,21 @@ ROUTER_CHOICES: dict[str, list[int]] = {
 def make_family(
     parent: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    budgets: Mapping[str, Mapping[str, Any]] = FAMILY,
+    budgets: Mapping[str, Mapping[str, Any]] | None = None,
     *,
+    task: LabTask | str = "book",
     seed: int = 0,
     sort: bool = True,
     progress: bool = False,
 ) -> ElasticForCausalLM:
-    """The sorted parent with untrained budgets; `sort=False` leaves the parent's order, to see what sorting is worth."""
+    """The sorted parent of a task with untrained budgets, by default the task's; `sort=False` leaves the parent's order, to see what
+    sorting is worth."""
+    task = get_task(task) if isinstance(task, str) else task
+    budgets = task.sizes if budgets is None else budgets
     if not sort:
         return elastify(parent, budgets=budgets, sort=False)
     return elastify(
-        parent, calibration_dataset(tokenizer, 256, seed), budgets=budgets, batch_size=32, progress=progress
+        parent, task.calibration_dataset(tokenizer, 256, seed), budgets=budgets, batch_size=32, progress=progress
     )
 
 
@@ -72,7 +70,11 @@ def make_open_family(
 ) -> ElasticForCausalLM:
     """The sorted parent with choices and no budgets yet, for a run whose router decides them (`router_targets=ROUTER_TARGETS`)."""
     return elastify(
-        parent, calibration_dataset(tokenizer, 256, seed), axes=ROUTER_CHOICES, batch_size=32, progress=progress
+        parent,
+        get_task("book").calibration_dataset(tokenizer, 256, seed),
+        axes=ROUTER_CHOICES,
+        batch_size=32,
+        progress=progress,
     )
 
 
@@ -82,24 +84,29 @@ def measure_family(
     budgets: Mapping[str, Any],
     *,
     count: int = 100,
-    letters: int = 12,
+    letters: int | None = None,
     seed: int = 0,
+    task: LabTask | str = "book",
+    split: str = "heldout",
 ) -> list[dict[str, Any]]:
     """Accuracy of live budgets on held-out problems.
 
     Args:
         budgets (`dict[str, Any]`): Anything `model.at` takes, under the name to report it by.
+        letters (`int`, *optional*): How long problems are, in the task's unit; by default as long as its `measured`.
+        split (`str`, *optional*, defaults to `"heldout"`): See [`LabTask.evaluate`].
 
     Returns:
         `list[dict]`: `name`, `total_params`, `active_params`, `sizes`, `exact`, `trace`, `code` per budget.
     """
+    task = get_task(task) if isinstance(task, str) else task
     count_cost = CostModel(model.elastic_config.parent_config)
     entries = []
     for name, budget in budgets.items():
         submodel = model.elastic_config.resolve(budget)
         cost = count_cost(submodel)
         with model.at(submodel):
-            result = evaluate(model, tokenizer, letters=letters, count=count, seed=seed)
+            result = task.evaluate(model, tokenizer, size=letters, count=count, seed=seed, split=split)
         entries.append(
             {
                 "name": name,
@@ -125,6 +132,7 @@ def train_family(
     progress: bool = True,
     callback: TrainerCallback | None = None,
     rows: Any = None,
+    task: LabTask | str = "book",
     **options: Any,
 ) -> list[dict[str, float]]:
     """Distil all budgets in place.
@@ -138,7 +146,7 @@ def train_family(
         learning_rate (`float`, *optional*, defaults to 6e-3): Of AdamW; half of it leaves the smallest size behind.
         seed (`int`, *optional*, defaults to 0): Of problems and budgets; the problems are others than the parent was trained on.
         rows (`datasets.IterableDataset`, *optional*):
-            Other data than the `book` problems, with `input_ids` and `labels`. By default the stream of another seed than the parent saw.
+            Other data than the problems of `task`, with `input_ids` and `labels`. By default the stream of another seed than the parent saw.
         options: Fields of `ElasticDistillationConfig`, instead of these or besides them.
 
     Returns:
@@ -149,6 +157,7 @@ def train_family(
     """
     from ..trainers import ElasticDistillationConfig, ElasticDistillationTrainer
 
+    task = get_task(task) if isinstance(task, str) else task
     defaults = {
         "max_steps": steps,
         "learning_rate": learning_rate,
@@ -173,7 +182,7 @@ def train_family(
     trainer = ElasticDistillationTrainer(
         model=family,
         args=ElasticDistillationConfig(output_dir=str(output), **defaults | options),
-        train_dataset=training_dataset(tokenizer, seed + 1000) if rows is None else rows,
+        train_dataset=task.training_dataset(tokenizer, seed + 1000) if rows is None else rows,
         processing_class=tokenizer,
         callbacks=[callback] if callback else None,
     )
@@ -203,8 +212,8 @@ def router_steps(steps: int) -> int:
     return max(1, steps * 3 // 10)
 
 
-def load_family() -> tuple[ElasticForCausalLM, PreTrainedTokenizerBase]:
-    """Loads the trained family that ships with the package. Needs no network.
+def load_family(task: LabTask | str = "book") -> tuple[ElasticForCausalLM, PreTrainedTokenizerBase]:
+    """Loads the trained family of a task that ships with the package. Needs no network.
 
     Returns:
         `tuple[ElasticForCausalLM, PreTrainedTokenizerBase]`: The whole family, in float32 and evaluation mode, and its tokenizer.
@@ -220,8 +229,8 @@ def load_family() -> tuple[ElasticForCausalLM, PreTrainedTokenizerBase]:
     '^a6b-1c-5d-4><think>a6b6-1=5c5-5=0d0-4=6</think>bLcLdJ<eos>'
     ```
     """
-    family = ElasticForCausalLM.from_pretrained(FAMILY_DIR, dtype=torch.float32)
-    return family, AutoTokenizer.from_pretrained(FAMILY_DIR)
+    folder = (get_task(task) if isinstance(task, str) else task).family_folder
+    return ElasticForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
 
 
 def divergences(history: list[dict[str, float]]) -> list[dict[str, float]]:
@@ -234,25 +243,30 @@ def divergences(history: list[dict[str, float]]) -> list[dict[str, float]]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Trains the family from the parent in the package, measures it and saves it with its tokenizer and a record."""
-    from .book import build_tokenizer
     from .parent import load_parent, save_trained
 
     parser = argparse.ArgumentParser(prog="python -m hf_elastic.lab.family", description=main.__doc__)
+    parser.add_argument("--task", choices=list(TASKS), default="book", help="what it is for (default: book)")
+    parser.add_argument("--parent", type=Path, help="folder of a parent (default: the one in the package)")
     parser.add_argument("--output", type=Path, required=True, help="folder to save to")
     parser.add_argument("--seed", type=int, default=0, help="seed of the problems and of the budgets (default: 0)")
-    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps (default: 1000)")
+    parser.add_argument("--steps", type=int, help="optimizer steps (default: those of the task)")
     parser.add_argument("--problems", type=int, default=200, help="problems per measurement (default: 200)")
     options = parser.parse_args(arguments)
 
     torch.set_num_threads(1)  # the model is so small that a second thread waits more than it works
     started = time.perf_counter()
-    parent, tokenizer = load_parent()[0], build_tokenizer()
-    family = make_family(parent, tokenizer, seed=options.seed)
+    task = get_task(options.task)
+    steps = task.family_steps if options.steps is None else options.steps
+    if options.parent is not None:
+        task = dataclasses.replace(task, parent_folder=options.parent)
+    parent, tokenizer = load_parent(task)[0], task.build_tokenizer()
+    family = make_family(parent, tokenizer, task=task, seed=options.seed)
     with tempfile.TemporaryDirectory(prefix="hf-elastic-lab-") as scratch:
-        history = train_family(family, tokenizer, Path(scratch), steps=options.steps, seed=options.seed)
+        history = train_family(family, tokenizer, Path(scratch), task=task, steps=steps, seed=options.seed)
     seconds = time.perf_counter() - started
     measured = measure_family(
-        family, tokenizer, {"full": None, **{name: name for name in FAMILY}}, count=options.problems
+        family, tokenizer, {"full": None, **{name: name for name in task.sizes}}, task=task, count=options.problems
     )
     for entry in measured:
         logger.info("%s: exact %.3f, thinking %.3f", entry["name"], entry["exact"], entry["trace"])
@@ -261,9 +275,9 @@ def main(arguments: list[str] | None = None) -> None:
         family,
         tokenizer,
         seed=options.seed,
-        steps=options.steps,
+        steps=steps,
         seconds=seconds,
-        evaluation={"letters": 12, "count": options.problems, "budgets": measured},
+        evaluation={task.unit: task.measured, "count": options.problems, "budgets": measured},
         history=divergences(history),
     )
 

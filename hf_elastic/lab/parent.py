@@ -1,6 +1,6 @@
-"""The parent of the lab: a hybrid of Mamba, attention and mixture-of-experts layers that learned the `book` task.
+"""The parent of the lab: a small hybrid that learned a task from nothing.
 
-It ships with the package, see [`load_parent`]. `python -m hf_elastic.lab.parent --output DIR` trains it again.
+Those of all tasks ship with the package, see [`load_parent`]. `python -m hf_elastic.lab.parent --task stories --output DIR` trains one again.
 """
 
 import argparse
@@ -8,33 +8,28 @@ import json
 import logging
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict
-from importlib import resources
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
 import transformers
 from tqdm.auto import tqdm
-from transformers import (
-    AutoTokenizer,
-    NemotronHConfig,
-    NemotronHForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hf_elastic.checkpoints.loading import load_stock
-from hf_elastic.lab.book import build_tokenizer, evaluate, training_batches
+from hf_elastic.lab.book_model import parent_config
+from hf_elastic.lab.exercises import ASSETS, LabTask
 from hf_elastic.lab.muon import Muon
+from hf_elastic.lab.tasks import TASKS, get_task
 
 logger = logging.getLogger(__name__)
 
-PARENT_DIR = Path(str(resources.files("hf_elastic.lab"))) / "assets" / "parent"
-"""Folder of the shipped parent: its checkpoint, its tokenizer and `training.json`, the record of its training."""
+__all__ = ["PARENT_DIR", "load_parent", "parent_config", "save_trained", "train_parent"]
+
+PARENT_DIR = ASSETS / "parent"
+"""Folder of the shipped parent of `book`: its checkpoint, its tokenizer and `training.json`, the record of its training."""
 
 # Where the schedule of the learning rate bends, as fractions of the run, and its last value as a fraction of the peak.
 _WARMUP_STEPS = 50
@@ -43,62 +38,19 @@ _LAST_FACTOR = 0.02
 _CLIP_NORM = 1.0
 
 # Matrices by shape, but not weights that act as one: look-up tables, the router's few rows, a depthwise convolution.
-_NOT_MUON = ("embeddings.weight", "lm_head.weight", "gate.weight", "conv1d.weight")
+_NOT_MUON = (
+    "embeddings.weight",
+    "embed_tokens.weight",
+    "lm_head.weight",
+    "gate.weight",
+    "conv1d.weight",
+    "conv.conv.weight",
+)
 
-_EVALUATED_LETTERS = (4, 8, 12)
 _EVALUATED_PROBLEMS = 200
 
 
-def parent_config(**overrides: Any) -> NemotronHConfig:
-    """Gives the configuration of the parent: 6 layers of width 48, 141,856 parameters.
-
-    Args:
-        **overrides (`Any`): Fields of `NemotronHConfig` to set otherwise, such as `hidden_size=64`.
-
-    Returns:
-        `NemotronHConfig`: A configuration with the vocabulary and the special tokens of
-        [`~hf_elastic.lab.book.build_tokenizer`].
-
-    Example:
-
-    ```python
-    >>> from hf_elastic.lab.parent import parent_config
-    >>> parent_config().hybrid_override_pattern
-    'ME*EME'
-    ```
-    """
-    tokenizer = build_tokenizer()
-    fields = {
-        "hybrid_override_pattern": "ME*EME",
-        "vocab_size": len(tokenizer),
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "hidden_size": 48,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 12,
-        "mamba_num_heads": 8,
-        "mamba_head_dim": 12,
-        "n_groups": 2,
-        "ssm_state_size": 16,
-        # Sequences are short: the scan pads them to a multiple of this many tokens.
-        "chunk_size": 32,
-        "n_routed_experts": 8,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 32,
-        "moe_shared_expert_intermediate_size": 64,
-        # Only a pattern with `-` uses it; the default is made for a model a hundred times as wide.
-        "intermediate_size": 64,
-        # With the usual 0.02 so narrow a model learns much more slowly.
-        "initializer_range": 0.08,
-        # The longest problem, 20 letters, has 218 tokens.
-        "max_position_embeddings": 256,
-    }
-    return NemotronHConfig(**(fields | overrides))
-
-
-def _optimizers(model: NemotronHForCausalLM) -> list[torch.optim.Optimizer]:
+def _optimizers(model: PreTrainedModel) -> list[torch.optim.Optimizer]:
     """Muon for the weight matrices, those of the experts batched, and AdamW for everything else."""
     matrices: list[torch.nn.Parameter] = []
     others: list[torch.nn.Parameter] = []
@@ -119,18 +71,8 @@ def _learning_rate_factor(step: int, steps: int) -> float:
     return min(1.0, warmup, decay)
 
 
-def _new_model(seed: int, overrides: Mapping[str, Any] = MappingProxyType({})) -> NemotronHForCausalLM:
-    # Everything random about a training run besides its data is here, so the caller's generator is left as it was.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = NemotronHForCausalLM(parent_config(**overrides))
-    model.generation_config.do_sample = False
-    # A problem of 20 letters takes 156 new tokens; without a value generation would stop after 20.
-    model.generation_config.max_new_tokens = 160
-    return model
-
-
 def train_parent(
+    task: LabTask | str = "book",
     *,
     seed: int = 0,
     steps: int = 1000,
@@ -139,13 +81,14 @@ def train_parent(
     progress: bool = True,
     log: Callable[[dict[str, float]], None] | None = None,
     **overrides: Any,
-) -> tuple[NemotronHForCausalLM, list[dict[str, float]]]:
+) -> tuple[PreTrainedModel, list[dict[str, float]]]:
     """Trains a parent from scratch, in a few minutes on one CPU core.
 
-    The thinking is learned first and the answer last. With seed 0, a whole run of 400, 700 or 1000 steps has every
+    The thinking is learned first and the answer last. With seed 0, a whole run of 400, 700 or 1000 steps of `book` has every
     thinking of 12 letters right, but 0, 0.26 or 0.995 of the answers. Runs shorter than the default are for trials.
 
     Args:
+        task ([`LabTask`] or `str`, *optional*, defaults to `"book"`): What it learns.
         seed (`int`, *optional*, defaults to 0): Seed of the weights and of the data. The same seed gives the same
             weights on the same machine with the same number of threads.
         steps (`int`, *optional*, defaults to 1000): Optimizer steps.
@@ -153,10 +96,10 @@ def train_parent(
         device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): Where to train.
         progress (`bool`, *optional*, defaults to `True`): Whether to show a progress bar.
         log (`Callable`, *optional*): Called after every step with its record.
-        **overrides (`Any`): As for [`parent_config`], to train another size.
+        **overrides (`Any`): Fields of the model's configuration, as for [`parent_config`] of `book`, to train another size.
 
     Returns:
-        `tuple[NemotronHForCausalLM, list[dict]]`: The model, in evaluation mode, and one record per step: `step`,
+        `tuple[PreTrainedModel, list[dict]]`: The model, in evaluation mode, and one record per step: `step`,
         counted from 1, and `loss`, the mean cross-entropy in nats per target token before the step.
 
     Raises:
@@ -164,13 +107,15 @@ def train_parent(
     """
     if steps < 1:
         raise ValueError(f"`steps` must be at least 1, got {steps!r}.")
-    model = _new_model(seed, overrides).to(device).train()
+    task = get_task(task) if isinstance(task, str) else task
+    model: Any = task.new_parent(seed, overrides)
+    model = model.to(device).train()
     optimizers = _optimizers(model)
     schedules = [
         torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate_factor(step, steps))
         for optimizer in optimizers
     ]
-    batches = training_batches(build_tokenizer(), seed, batch_size)
+    batches = task.training_batches(task.build_tokenizer(), seed, batch_size)
     history = []
     bar = tqdm(range(1, steps + 1), desc="train parent", unit="step", disable=not progress)
     for step in bar:
@@ -189,13 +134,13 @@ def train_parent(
     return model.eval(), history
 
 
-def load_parent() -> tuple[NemotronHForCausalLM, PreTrainedTokenizerFast]:
-    """Loads the parent that ships with the package. Needs no network.
+def load_parent(task: LabTask | str = "book") -> tuple[Any, PreTrainedTokenizerFast]:
+    """Loads the parent of a task that ships with the package. Needs no network.
 
-    It solves problems of 4 to 12 letters. Longer ones can be made, but it never saw their letters and fails on them.
+    That of `book` solves problems of 4 to 12 letters. Longer ones can be made, but it never saw their letters and fails on them.
 
     Returns:
-        `tuple[NemotronHForCausalLM, PreTrainedTokenizerFast]`: The model, in float32 and evaluation mode, and its
+        `tuple[PreTrainedModel, PreTrainedTokenizerFast]`: The model, in float32 and evaluation mode, and its
         tokenizer.
 
     Example:
@@ -208,8 +153,8 @@ def load_parent() -> tuple[NemotronHForCausalLM, PreTrainedTokenizerFast]:
     '^a6b-1c-5d-4><think>a6b6-1=5c5-5=0d0-4=6</think>bLcLdJ<eos>'
     ```
     """
-    model: Any = load_stock(PARENT_DIR, dtype=torch.float32)
-    return model, AutoTokenizer.from_pretrained(PARENT_DIR)
+    task = get_task(task) if isinstance(task, str) else task
+    return load_stock(task.parent_folder, dtype=torch.float32), AutoTokenizer.from_pretrained(task.parent_folder)
 
 
 def save_trained(
@@ -243,19 +188,24 @@ def save_trained(
 def main(arguments: list[str] | None = None) -> None:
     """Trains a parent, evaluates it and saves it with its tokenizer and a record of the training."""
     parser = argparse.ArgumentParser(prog="python -m hf_elastic.lab.parent", description=main.__doc__)
+    parser.add_argument("--task", choices=list(TASKS), default="book", help="what it learns (default: book)")
     parser.add_argument("--output", type=Path, required=True, help="folder to save to")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights and of the data")
-    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps")
+    parser.add_argument("--steps", type=int, help="optimizer steps (default: those of the task)")
     options = parser.parse_args(arguments)
 
+    torch.set_num_threads(1)  # the model is so small that a second thread waits more than it works
+    task = get_task(options.task)
+    steps = task.parent_steps if options.steps is None else options.steps
     started = time.perf_counter()
-    model, history = train_parent(seed=options.seed, steps=options.steps)
+    model, history = train_parent(task, seed=options.seed, steps=steps)
     seconds = time.perf_counter() - started
-    tokenizer = build_tokenizer()
+    tokenizer = task.build_tokenizer()
     evaluation = []
-    for letters in _EVALUATED_LETTERS:
+    low, high = task.trained
+    for size in (low, (low + high) // 2, high):
         for thinking in (True, False):
-            rates = evaluate(model, tokenizer, letters=letters, count=_EVALUATED_PROBLEMS, thinking=thinking)
+            rates = task.evaluate(model, tokenizer, size=size, count=_EVALUATED_PROBLEMS, thinking=thinking)
             evaluation.append({"thinking": thinking} | asdict(rates))
             logger.info("%s", evaluation[-1])
 
@@ -265,7 +215,7 @@ def main(arguments: list[str] | None = None) -> None:
         model,
         tokenizer,
         seed=options.seed,
-        steps=options.steps,
+        steps=steps,
         seconds=seconds,
         num_parameters=model.num_parameters(),
         evaluation=evaluation,

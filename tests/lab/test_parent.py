@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, NemotronHForCausal
 
 from hf_elastic.lab import parent as parent_module
 from hf_elastic.lab.book import build_tokenizer, evaluate, problems, training_batches
+from hf_elastic.lab.book_model import new_parent
 from hf_elastic.lab.muon import Muon, orthogonalize
 from hf_elastic.lab.parent import PARENT_DIR, load_parent, parent_config, train_parent
 
@@ -162,7 +163,7 @@ def test_training_is_deterministic_and_depends_on_the_seed():
 
 
 def test_training_moves_every_weight():
-    start = parent_module._new_model(seed=0).state_dict()
+    start = new_parent(0).state_dict()
     # More examples than elsewhere, so that every expert gets some tokens.
     trained = train_briefly(batch_size=16)[0].state_dict()
     still = {name for name in start if torch.equal(start[name], trained[name])}
@@ -179,7 +180,7 @@ def test_training_lowers_the_loss_and_logs():
 
 
 def test_training_uses_the_batches_of_its_seed():
-    model, batches = parent_module._new_model(seed=1), training_batches(build_tokenizer(), 1, 4)
+    model, batches = new_parent(1), training_batches(build_tokenizer(), 1, 4)
     assert train_briefly(seed=1)[1][0]["loss"] == model(**next(batches)).loss.item()
 
 
@@ -188,13 +189,13 @@ def test_training_follows_the_learning_rate(monkeypatch):
     monkeypatch.setattr(parent_module, "_learning_rate_factor", lambda step, steps: float(step == 0))
     one, three = (train_briefly(steps=steps)[0].state_dict() for steps in (1, 3))
     assert all(torch.equal(one[name], three[name]) for name in one)
-    assert not torch.equal(one["lm_head.weight"], parent_module._new_model(seed=0).lm_head.weight)
+    assert not torch.equal(one["lm_head.weight"], new_parent(0).lm_head.weight)
 
 
 def test_training_clips_the_gradient(monkeypatch):
     # Clipped to nothing it moves no weight that does not decay.
     monkeypatch.setattr(parent_module, "_CLIP_NORM", 0.0)
-    start, trained = parent_module._new_model(seed=0), train_briefly()[0]
+    start, trained = new_parent(0), train_briefly()[0]
     assert torch.equal(trained.lm_head.weight, start.lm_head.weight)
 
 
@@ -252,7 +253,7 @@ def test_shipped_parent_generates_with_its_own_settings(shipped):
     model, tokenizer = shipped
     assert model.dtype == torch.float32
     assert not model.training
-    assert model.generation_config.max_new_tokens == parent_module._new_model(seed=0).generation_config.max_new_tokens
+    assert model.generation_config.max_new_tokens == new_parent(0).generation_config.max_new_tokens
     short, long = (next(problems("heldout", letters, seed=0)) for letters in (4, 12))
     inputs = tokenizer([short.prompt + "<think>", long.prompt + "<think>"], padding=True, return_tensors="pt")
     texts = tokenizer.batch_decode(model.generate(**inputs))

@@ -1,0 +1,251 @@
+"""The problems of the `stories` task, in plain English, and its tokenizer.
+
+A problem is a short story: one person has some coins, every other one has more or fewer than the one before, and all go to a shop.
+The thinking works out who has how many coins. The answer says what one or two of them can buy: every shop sells one thing for every
+number of coins, [`PRICES`], a list that the model has to know by heart. With `people = 3`:
+
+    Ida has 9 coins. Max has 7 more than Ida. Ana has 9 fewer than Max. All go to the toy shop. What can Max and Ana buy?
+    <think>Ida has 9. Max has 9 + 7 = 16. Ana has 16 - 9 = 7.</think>
+    Max has 16 coins and buys a X. Ana has 7 coins and buys a Y.
+
+Nearly every word is one token, and so is every number; any other text is read byte by byte.
+"""
+
+import random
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+NAMES = ("Mia", "Tom", "Ana", "Ben", "Eva", "Leo", "Zoe", "Max", "Ida", "Sam", "Amy", "Jon")
+# All begin with a consonant, so that "a" is right before them.
+_GOODS = {
+    "toy shop": "kite drum doll robot train puzzle ball top castle truck boat plane rocket teddy marble whistle bus tent horse flute",
+    "farm shop": "pear plum melon lemon mango peach banana cherry fig lime grape berry kiwi date papaya pumpkin tomato carrot radish walnut",
+    "book shop": "map diary novel comic poster play cookbook songbook calendar dictionary pen pencil notebook postcard bookmark ruler stamp "
+    "riddle globe crayon",
+    "pet shop": "fish bowl leash parrot turtle rabbit hamster kitten brush cage puppy mouse bone basket collar lizard canary snail spider blanket",
+    "garden shop": "rose tulip spade bucket fern cactus bench rake hose pot ladder shovel lily daisy seed fence swing lantern hammock "
+    "wheelbarrow",
+    "clothes shop": "hat scarf belt shirt coat sock glove dress sweater cap jacket skirt boot tie vest robe shoe ribbon button mitten",
+}
+SHOPS = {shop: tuple(goods.split()) for shop, goods in _GOODS.items()}
+TRAINED_PEOPLE = (1, 6)
+MOST_COINS = 20
+MOST_DIFFERENCE = 9
+
+PAD, EOS, USER, ASSISTANT = "<pad>", "<eos>", "<|user|>", "<|assistant|>"
+THINK_START, THINK_END = "<think>", "</think>"
+SPLITS = ("train", "heldout")
+
+# One story in this many is held out.
+_HELDOUT_EVERY = 10
+_VOCABULARY = 1024  # more than it takes until every word is one token
+
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}" + ASSISTANT + "{{ message['content'] }}{{ eos_token }}"
+    "{% else %}" + USER + "{{ message['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}" + ASSISTANT + THINK_START + "{% endif %}"
+)
+
+
+def _make_prices(seed: int) -> dict[tuple[str, int], str]:
+    rng = random.Random(seed)
+    return {
+        (shop, coins): thing
+        for shop, things in SHOPS.items()
+        for coins, thing in enumerate(_some(rng, list(things), MOST_COINS), start=1)
+    }
+
+
+def _some(rng: random.Random, things: list[Any], count: int) -> list[Any]:
+    """So many different ones in random order, by `choices`: it draws through `random()`, the one method whose sequence Python promises to keep."""
+    return [things.pop(rng.choices(range(len(things)))[0]) for _ in range(count)]
+
+
+PRICES = _make_prices(seed=0)
+"""`PRICES[shop, coins]` is what a shop sells for so many coins: 6 shops x 20 amounts, 120 entries."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One story, as text.
+
+    Args:
+        prompt (`str`): The story with its question.
+        thinking (`str`): Who has how many coins, without the `<think>` tokens around it.
+        answer (`str`): What one or two of the people buy, a sentence for each, without the end-of-sequence token.
+    """
+
+    prompt: str
+    thinking: str
+    answer: str
+
+    @property
+    def text(self) -> str:
+        """`str`: Prompt, thinking and answer as the model reads them, without the end-of-sequence token."""
+        return f"{USER}{self.prompt}{ASSISTANT}{THINK_START}{self.thinking}{THINK_END}{self.answer}"
+
+
+def _people_range(people: int | tuple[int, int]) -> tuple[int, int]:
+    low, high = (people, people) if isinstance(people, int) else people
+    if not 1 <= low <= high <= len(NAMES):
+        raise ValueError(
+            f"`people` must be a number from 1 to {len(NAMES)} or an inclusive range (low, high) of such numbers, got {people!r}."
+        )
+    return low, high
+
+
+def make_problem(rng: random.Random, people: int) -> Problem:
+    """Draws one story.
+
+    Args:
+        rng (`random.Random`): Where everything that is drawn comes from.
+        people (`int`): From 1 to 12.
+
+    Returns:
+        `Problem`: The story with its worked thinking and its answer. It belongs to either split.
+
+    Raises:
+        `ValueError`: If `people` is out of range.
+    """
+    _people_range(people)
+    names = _some(rng, list(NAMES), people)
+    shop = rng.choices(list(SHOPS))[0]
+    coins = [rng.choices(range(1, MOST_COINS + 1))[0]]
+    story = [f"{names[0]} has {coins[0]} coins."]
+    thinking = [f"{names[0]} has {coins[0]}."]
+    for before, name in zip(names, names[1:], strict=False):
+        had = coins[-1]
+        changes = [k for k in range(-MOST_DIFFERENCE, MOST_DIFFERENCE + 1) if k and 1 <= had + k <= MOST_COINS]
+        change = rng.choices(changes)[0]
+        coins.append(had + change)
+        story.append(f"{name} has {abs(change)} {'more' if change > 0 else 'fewer'} than {before}.")
+        thinking.append(f"{name} has {had} {'+' if change > 0 else '-'} {abs(change)} = {coins[-1]}.")
+    asked = sorted(_some(rng, list(range(people)), min(2, people)))
+    who = " and ".join(names[i] for i in asked)
+    story.append(f"{'All go' if people > 1 else names[0] + ' goes'} to the {shop}. What can {who} buy?")
+    answer = [f"{names[i]} has {coins[i]} coins and buys a {PRICES[shop, coins[i]]}." for i in asked]
+    return Problem(" ".join(story), " ".join(thinking), " ".join(answer))
+
+
+def split_of(prompt: str) -> str:
+    """Tells the split of a story, `"train"` or `"heldout"`, from a checksum of its text, the same in every process."""
+    return "heldout" if zlib.crc32(prompt.encode()) % _HELDOUT_EVERY == 0 else "train"
+
+
+def problems(split: str, people: int | tuple[int, int], seed: int) -> Iterator[Problem]:
+    """Draws stories of one split without end.
+
+    Args:
+        split (`str`): `"train"` or `"heldout"`. No story is in both, whatever the seed.
+        people (`int` or `tuple[int, int]`): People per story, from 1 to 12, or an inclusive range to draw from uniformly.
+        seed (`int`): The same seed gives the same stories.
+
+    Raises:
+        `ValueError`: If `split` is unknown or `people` out of range.
+
+    Example:
+
+    ```python
+    >>> from hf_elastic.lab.stories import problems
+    >>> problem = next(problems("heldout", people=2, seed=0))
+    >>> problem.prompt
+    >>> problem.thinking
+    >>> problem.answer
+    ```
+    """
+    if split not in SPLITS:
+        raise ValueError(f"`split` must be one of {', '.join(map(repr, SPLITS))}, got {split!r}.")
+    low, high = _people_range(people)
+    return _draw_problems(split, range(low, high + 1), random.Random(seed))
+
+
+def _draw_problems(split: str, sizes: range, rng: random.Random) -> Iterator[Problem]:
+    while True:
+        problem = make_problem(rng, rng.choices(sizes)[0])
+        if split_of(problem.prompt) == split:
+            yield problem
+
+
+def right_sentences(problem: Problem, answer: str) -> tuple[int, int]:
+    """How many sentences of an answer are right, and how many there are."""
+    wanted = problem.answer.split(". ")
+    right = sum(ours.strip(".") == theirs.strip(".") for ours, theirs in zip(answer.split(". "), wanted, strict=False))
+    return right, len(wanted)
+
+
+def price_list(shop: str) -> list[tuple[int, str]]:
+    """What a shop sells: numbers of coins, each with its thing."""
+    return [(coins, PRICES[shop, coins]) for coins in range(1, MOST_COINS + 1)]
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Builds the tokenizer of the task: byte-level BPE, in which every word and every number of the stories is one token.
+
+    `<think>` and `</think>` stay when special tokens are skipped; the tokens of the chat template do not. Nothing is added to a text.
+
+    Returns:
+        `PreTrainedTokenizerFast`: Pads on the left, as generation wants it. Its chat template opens the thinking as generation prompt.
+
+    Example:
+
+    ```python
+    >>> from hf_elastic.lab.stories import build_tokenizer
+    >>> build_tokenizer().tokenize("Mia has 7 coins.")
+    ['Mia', 'Ġhas', 'Ġ7', 'Ġcoins', '.']
+    ```
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = [PAD, EOS, USER, ASSISTANT]
+    trainer = trainers.BpeTrainer(  # type: ignore[call-arg]
+        vocab_size=_VOCABULARY, initial_alphabet=alphabet, special_tokens=special, show_progress=False
+    )
+    backend.train_from_iterator([_all_words()], trainer)
+    # Not special, so that decoding with `skip_special_tokens=True` still shows where the thinking is.
+    backend.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in (THINK_START, THINK_END)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=PAD,
+        eos_token=EOS,
+        additional_special_tokens=[USER, ASSISTANT],
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+        chat_template=_CHAT_TEMPLATE,
+    )
+
+
+def _all_words() -> str:
+    """Every word of the stories twice, as pairs that are seen once are not merged: names also as a text begins, without a space."""
+    things = [thing for things in SHOPS.values() for thing in things]
+    said = [
+        "has",
+        "coins",
+        "more",
+        "fewer",
+        "than",
+        "All",
+        "go",
+        "to",
+        "the",
+        "What",
+        "can",
+        "and",
+        "buy",
+        "buys",
+        "a",
+        "+",
+        "-",
+        "=",
+    ]
+    words = [*NAMES, *SHOPS, *things, *said, *map(str, range(1, MOST_COINS + 1))]
+    text = "".join(f" {word}" for word in words)
+    return 2 * text + "".join(f"\n{name}." for name in 2 * NAMES)

@@ -1,0 +1,22 @@
+"""The `stories` task as the lab runs it: its problems, its model, its sizes."""
+
+from __future__ import annotations
+
+from . import stories
+from .exercises import ASSETS, LabTask
+from .stories_model import SIZES, new_parent
+
+TASK = LabTask(
+    name="stories",
+    unit="people",
+    trained=stories.TRAINED_PEOPLE,
+    measured=6,
+    build_tokenizer=stories.build_tokenizer,
+    problems=stories.problems,
+    opening=lambda prompt: f"{stories.USER}{prompt}{stories.ASSISTANT}{stories.THINK_START}",
+    right=stories.right_sentences,
+    new_parent=new_parent,
+    sizes=SIZES,
+    parent_folder=ASSETS / "stories-parent",
+    family_folder=ASSETS / "stories",
+)

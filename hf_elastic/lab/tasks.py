@@ -1,0 +1,32 @@
+"""The tasks of the lab by name: `stories`, word problems in plain English, and `book`, the same idea in signs."""
+
+from __future__ import annotations
+
+from ..errors import ElasticConfigError, did_you_mean
+from .exercises import LabTask
+
+TASKS = ("stories", "book")
+"""Names of the tasks."""
+
+
+def get_task(name: str) -> LabTask:
+    """A task of the lab.
+
+    Args:
+        name (`str`): `"stories"` or `"book"`.
+
+    Returns:
+        [`~hf_elastic.lab.exercises.LabTask`]
+
+    Raises:
+        `ElasticConfigError`: there is no such task.
+    """
+    if name not in TASKS:
+        raise ElasticConfigError(
+            f"task {name!r} is unknown; the lab has {', '.join(TASKS)}.{did_you_mean(name, TASKS)}"
+        )
+    if name == "book":
+        from .book import TASK
+    else:
+        from .stories_task import TASK
+    return TASK
