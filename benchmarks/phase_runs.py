@@ -1,4 +1,6 @@
-"""What `phases.py` measures of one plan on one task: answers problem by problem, and wall time one sequence at a time.
+"""What `phases.py` measures of one plan on one task: answers problem by problem, and the time of one sequence at a time.
+
+Time is what one thread of the process computes: alone on a machine that is wall time, and other programs do not make it longer.
 
 A plan runs on the trained family that ships with the package. Where its sizes take the same time on a CPU, because models so small spend it in
 Python, the time is that of a stand-in: a random family with the same shares of active parameters, wide enough for size to decide, that reads
@@ -8,13 +10,14 @@ and writes as many tokens as the plan did, phase by phase.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
-from harness import in_turns, seconds
+from harness import in_turns
 from synthetic import nano_like
 from transformers import AutoModelForCausalLM
 
@@ -112,7 +115,7 @@ class Lab:
     def times(
         self, plans: Mapping[str, tuple[PhasePlan, Sequence[Sequence[Answer]]]], count: int, rounds: int
     ) -> dict[str, list[float]]:
-        """Wall seconds per problem of every plan, all in turns; `runs` of a plan that is chosen per prompt weigh both ways by how often they went.
+        """Seconds per problem of every plan, all in turns; those of a plan that is chosen per prompt weigh both ways by how often they went.
 
         Args:
             plans: By a name, every plan with its answers to the held-out problems of every seed.
@@ -125,7 +128,7 @@ class Lab:
                 places = [i for i, answer in enumerate(answers[0]) if answer["escalated"] is way][:count]
                 if places:
                     todo = [self._one(plan, answers[0], i) for i in places]
-                    actions[name, way] = lambda todo=todo: statistics.fmean(seconds(one) for one in todo)
+                    actions[name, way] = lambda todo=todo: statistics.fmean(_seconds(one) for one in todo)
                     shares[name, way] = statistics.fmean(a["escalated"] is way for seed in answers for a in seed)
         next(iter(actions.values()))()  # what is loaded on first use
         runs = in_turns(actions, rounds)
@@ -136,7 +139,7 @@ class Lab:
             found[name] = [sum(share * times[i] for share, times in ways) / whole for i in range(rounds)]
         return found
 
-    def _one(self, plan: PhasePlan, answers: Sequence[Answer], i: int) -> Any:
+    def _one(self, plan: PhasePlan, answers: Sequence[Answer], i: int) -> Callable[[], None]:
         """Answer one problem, or read and write as many tokens on the stand-in."""
         if self.name in STAND_IN:
             return lambda: replay(self._stand_in, plan, answers[i])
@@ -151,6 +154,12 @@ class Lab:
     @cached_property
     def _stand_in(self) -> ElasticForCausalLM:
         return random_family(self.sizes, self.quick)
+
+
+def _seconds(action: Callable[[], None]) -> float:
+    start = time.process_time()
+    action()
+    return time.process_time() - start
 
 
 SHARES = {"half": (5 / 7, 0.5), "third": (4 / 7, 0.3), "quarter": (3 / 7, 0.25)}

@@ -6,8 +6,8 @@ of the lab, with its trained family:
 
 - Accuracy: whole answers right (`exact`) and parts of answers (`code`) of held-out problems, by generation. One family, so the three seeds are
   those of the problems. Every size thinks, every size answers, under three caps.
-- Time: wall time of whole plans, one sequence at a time, all plans in turns, medians of rounds; see `phase_runs` for tasks whose sizes take
-  the same time.
+- Time: measured of whole plans, one sequence at a time on one thread, all plans in turns, medians of rounds; see `phase_runs`, also for tasks
+  whose sizes take the same time.
 - Nothing is chosen on held-out problems: thresholds and signals of plans per prompt, and the plans whose gains are claimed, are those that
   are best on problems of the training split under a seed of their own.
 - The goal, on every task: at no more time at least 0.10 more answers right than any one size, or 1.5 times less time at no less accuracy
@@ -199,7 +199,7 @@ def describe(report: Report, runs: Runs, lab: Lab, points: Sequence[Point]) -> N
     for p in points:
         about = {key: value for key, value in p.items() if key not in ("runs", "times", "right", "heldout_right")}
         report.measure(f"{lab.name}: {p['label']}: exact", "share", p["runs"]["right"], mean=p["accuracy"])
-        report.measure(f"{lab.name}: {p['label']}: wall time", "s", p["times"], **about)
+        report.measure(f"{lab.name}: {p['label']}: time", "s", p["times"], **about)
     whole = {(p["thinking"], p["answering"]): p for p in points if not (p["max_thinking_tokens"] or p["escalate_to"])}
     for size, signal in product(lab.sizes[1:], SIGNALS):
         if (size, size) in whole:
