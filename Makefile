@@ -45,7 +45,7 @@ benchmarks: $(VENV)/installed  ## Rewrites benchmarks/results
 	$(BIN)/python benchmarks/report.py
 
 evidence: $(VENV)/installed  ## The lab's training runs, about three hours; finished runs are kept in benchmarks/.runs
-	failed=0; for script in lab_family byte_lm $(ABLATIONS) phases handover speculation quantization_accuracy; do \
+	failed=0; for script in lab_family byte_lm text_lm $(ABLATIONS) phases handover speculation quantization_accuracy; do \
 	  $(BIN)/python benchmarks/$$script.py || failed=1; done; $(BIN)/python benchmarks/report.py && exit $$failed
 
 $(VENV)/installed: pyproject.toml constraints.txt

@@ -14,14 +14,14 @@ import sys
 import sysconfig
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import IterableDataset
 from harness import Claim, Report
-from lab_runs import Runs, lab_arguments
+from kept_runs import KeptRuns, run_arguments
+from language import draw, stream, train
 from tokenizers import Tokenizer, models
 from torch.nn import functional as F
 from transformers import NemotronHForCausalLM, PreTrainedTokenizerFast
@@ -53,24 +53,6 @@ def text(held_out: bool) -> torch.Tensor:
     return torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8).long()
 
 
-def draw(data: torch.Tensor, seed: int) -> Iterator[torch.Tensor]:
-    """Random rows, without end."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        start = int(torch.randint(0, len(data) - ROW_BYTES, (), generator=generator))
-        yield data[start : start + ROW_BYTES]
-
-
-def stream(data: torch.Tensor, seed: int) -> IterableDataset:
-    """The same for a trainer: every byte but the first of a row is a target."""
-
-    def rows() -> Iterator[dict[str, list[int]]]:
-        for row in draw(data, seed):
-            yield {"input_ids": row.tolist(), "labels": row.tolist()}
-
-    return IterableDataset.from_generator(rows)
-
-
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """A token per byte; the trainer asks for a tokenizer though the rows are tokens already."""
     vocabulary = {chr(byte): byte for byte in range(256)}
@@ -93,18 +75,7 @@ def train_parent(data: torch.Tensor, steps: int) -> NemotronHForCausalLM:
         initializer_range=0.02,
         max_position_embeddings=1024,
     )
-    model = NemotronHForCausalLM(config).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0)
-    rows = draw(data, 1)
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * min(1.0, (step + 1) / 50, max(0.02, 2 * (1 - step / steps)))
-        batch = torch.stack([next(rows) for _ in range(ROWS)])
-        model(input_ids=batch, labels=batch, use_cache=False).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    return model.eval()
+    return train(NemotronHForCausalLM(config), draw(data, ROW_BYTES, 1), steps=steps, batch_size=ROWS)
 
 
 @torch.no_grad()
@@ -124,18 +95,25 @@ def bits_per_byte(family: ElasticForCausalLM, data: torch.Tensor, budgets: Mappi
 
 
 def run(options: argparse.Namespace) -> int:
-    runs, report = Runs(options), Report("byte_lm", CLAIMS)
-    train, held_out = text(held_out=False), text(held_out=True)
+    runs, report = KeptRuns(options, steps=4 if options.quick else 1000), Report("byte_lm", CLAIMS)
+    training, held_out = text(held_out=False), text(held_out=True)
     if options.quick:
         held_out = held_out[: 16 * ROW_BYTES]
-    parent = runs.model("byte-parent", lambda: train_parent(train, runs.steps))
-    calibration = [{"input_ids": row.tolist()} for row, _ in zip(draw(train, 2), range(128), strict=False)]
+    parent = runs.model("byte-parent", lambda: train_parent(training, runs.steps))
+    calibration = [
+        {"input_ids": row.tolist()} for row, _ in zip(draw(training, ROW_BYTES, 2), range(128), strict=False)
+    ]
     measured = {"full": None, **{name: name for name in BUDGETS}}
 
     def distil(steps: int, **settings: Any) -> dict[str, dict[str, float]]:
         family = elastify(parent, calibration, budgets=BUDGETS, batch_size=16, progress=False)
         before = bits_per_byte(family, held_out, measured)
-        more = {"per_device_train_batch_size": ROWS, "learning_rate": 3e-3, "rows": stream(train, 3), **settings}
+        more = {
+            "per_device_train_batch_size": ROWS,
+            "learning_rate": 3e-3,
+            "rows": stream(training, ROW_BYTES, 3),
+            **settings,
+        }
         with tempfile.TemporaryDirectory(prefix="hf-elastic-bytes-") as scratch:
             train_family(family, byte_tokenizer(), Path(scratch), steps=steps, progress=False, **more)
         return {"untrained": before, "trained": bits_per_byte(family, held_out, measured)}
@@ -149,7 +127,7 @@ def run(options: argparse.Namespace) -> int:
         for name in BUDGETS
     }
     costs = elastify(parent, budgets=BUDGETS, sort=False).elastic_config.costs()
-    about = {"steps": runs.steps, "train_bytes": len(train), "held_out_bytes": len(held_out)}
+    about = {"steps": runs.steps, "train_bytes": len(training), "held_out_bytes": len(held_out)}
     for way, bits in ways.items():
         for name, value in bits.items():
             cost = {"active_params": costs[name].active_params, "total_params": costs[name].total_params}
@@ -162,4 +140,4 @@ def run(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(lab_arguments(__doc__).parse_args()))
+    sys.exit(run(run_arguments(__doc__).parse_args()))

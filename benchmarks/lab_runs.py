@@ -1,33 +1,30 @@
 """Training runs of the lab's `book` model, shared by `lab_family.py` and the `ablation_*.py` scripts.
 
-A run takes minutes, a benchmark hours: what each run measured is kept as JSON under `benchmarks/.runs/`, named by what it was, and is
-not done again. An interrupted benchmark goes on where it stopped; delete the folder to start afresh. Everything runs on one thread (the
-models are too small for two), so several scripts may run beside each other.
+They are kept, see `kept_runs.py`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from harness import ROOT, Report, arguments, commit
+from harness import Report
+from kept_runs import KeptRuns
+from kept_runs import run_arguments as lab_arguments
 
 from hf_elastic import ElasticConfig, ElasticForCausalLM, elastify
 from hf_elastic.architectures.cost import CostModel
 from hf_elastic.configuration.budgets import parse_limit
 from hf_elastic.elastification.importance import Scores
-from hf_elastic.lab.book import EOS, THINK_START, build_tokenizer, evaluate, problems
+from hf_elastic.lab.book import EOS, FAMILY, THINK_START, build_tokenizer, evaluate, problems
 from hf_elastic.lab.family import (
     BETWEEN,
-    FAMILY,
     ROUTER_TARGETS,
     make_family,
     make_open_family,
@@ -45,30 +42,20 @@ SEEDS = (0, 1, 2)
 SIZES = tuple(FAMILY)
 Entry = dict[str, Any]
 
-transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
 
-
-class Runs:
-    """Training runs and what they measured.
+class Runs(KeptRuns):
+    """Training runs of the lab and what they measured.
 
     Args:
         options (`argparse.Namespace`): Of [`lab_arguments`].
     """
 
     def __init__(self, options: argparse.Namespace):
-        torch.set_num_threads(1)
-        self.steps = 4 if options.quick else 1000
+        super().__init__(options, steps=4 if options.quick else 1000)
         self.rows = 4 if options.quick else 32
         self.problems = 1 if options.quick else 200
         self.letters = 2 if options.quick else LETTERS
-        # Removed with this object.
-        self._scratch = tempfile.TemporaryDirectory(prefix="hf-elastic-lab-") if options.quick else None
-        self._folder = Path(self._scratch.name if self._scratch else options.runs)
-        self._folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer = build_tokenizer()
-        self.commits: set[str] = set()
-        """Commits of the code that the runs were done with; kept runs may be older than the result that they are in."""
         self._scores: dict[Any, Scores] = {}
 
     def parent(self, seed: int) -> Any:
@@ -88,29 +75,6 @@ class Runs:
         family = make_family(self.parent(seed), self.tokenizer, budgets, seed=seed)
         self._scores[key] = family.importance_scores
         return family
-
-    def model(self, name: str, train: Callable[[], Any]) -> Any:
-        """The model of this name, stock or elastic; it is trained if it was not yet."""
-        folder = self._folder / name
-        if not (folder / "config.json").exists():
-            print(f"... {name}", flush=True)
-            train().save_pretrained(folder)
-        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-    def run(self, name: str, action: Callable[[], Any]) -> Any:
-        """What the run of this name measured; it is done if it was not yet."""
-        file = self._folder / f"{name}.json"
-        if not file.exists():
-            print(f"... {name}", flush=True)
-            result = {"result": action(), "steps": self.steps, "commit": commit()}
-            file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        kept = json.loads(file.read_text(encoding="utf-8"))
-        self.commits.add(kept["commit"])
-        return kept["result"]
-
-    def say_commits(self, report: Report) -> None:
-        """Record which code the runs were done with, for who wants to do them again."""
-        report.measure("commits that the runs were done with", "", [len(self.commits)], commits=sorted(self.commits))
 
     def family(self, name: str, seed: int, budgets: Mapping[str, Any] = FAMILY, **options: Any) -> dict[str, Any]:
         """Train budgets of one parent in one run.
@@ -224,15 +188,6 @@ def by_name(entries: Sequence[Entry]) -> dict[str, Entry]:
 
 def mean(values: Sequence[float]) -> float:
     return statistics.fmean(values)
-
-
-def lab_arguments(description: str | None) -> argparse.ArgumentParser:
-    """The options of every benchmark, and where runs are kept."""
-    parser = arguments(description)
-    parser.add_argument(
-        "--runs", default=ROOT / ".runs", help="folder that keeps finished runs (default: benchmarks/.runs)"
-    )
-    return parser
 
 
 __all__ = [

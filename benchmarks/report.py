@@ -1,7 +1,7 @@
 """Write what README, docs and model cards say of results from the files in `results/`, so that no number there is typed by hand.
 
 `python benchmarks/report.py` rewrites the blocks between markers (`<!-- results:begin -->` to `<!-- results:end -->`, and the same for
-`numbers`, `family`, `ablations`, `bytes`, `phases`, `handover` and `formats`) and draws the charts of `docs/assets/`; `--check` only tells whether the texts are up to date.
+`numbers`, `family`, `ablations`, `bytes`, `text`, `phases`, `handover` and `formats`) and draws the charts of `docs/assets/`; `--check` only tells whether the texts are up to date.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from result_files import RESULTS, ROOT, SIZES, WAYS, Result, by_name, load, phase_tasks
@@ -36,7 +37,7 @@ GROUPS = {
         "ablation_router",
         "quantization_activations",
     ),
-    "How good": ("lab_family", "byte_lm", "phases", "quantization_accuracy"),
+    "How good": ("lab_family", "byte_lm", "text_lm", "text_lm_gpu", "phases", "quantization_accuracy"),
 }
 """Result files in the order of `docs/measured.md`."""
 
@@ -178,6 +179,38 @@ def byte_lm(results: Path) -> str:
     return (
         f"{text}\n\n{about['held_out_bytes']:,} held-out bytes of Python's standard library; {about['steps']} steps.\n"
     )
+
+
+def text_lm(results: Path) -> str:
+    """Bits per byte of real text at each scale that was measured, a table each."""
+    names = ("text_lm", "text_lm_gpu")
+    parts = [_text(result) for name in names if (result := load(results / f"{name}.json")) is not None]
+    return "\n\n".join(parts or ["Not measured yet."]) + "\n"
+
+
+def _text(result: Result) -> str:
+    found = by_name(result)
+    ways = {"family": "one run", "split": "alone, as many steps in all", "untrained": "not trained"}
+    whole = found["family: full, bits per byte"]
+    rows = []
+    for size in SIZES[:4]:
+        entry = found[f"family: {size}, bits per byte"]
+        values = [found.get(f"{way}: {size}, bits per byte") for way in ways]
+        cells = ["" if value is None else _spread(value | {"mean": fmean(value["runs"])}, 3) for value in values]
+        millions, share = entry["active_params"] / 1e6, entry["active_params"] / whole["active_params"]
+        rows.append([f"{size} ({millions:.1f}M, {share:.0%})", *cells])
+    train, held_out = found["text to train on"], found["text held out, measured"]
+    scale, seeds = train["scale"], whole["seeds"]
+    packages = ", ".join(f"{name.partition(':')[2] or name} {version}" for name, version in train["packages"].items())
+    xz = found["xz of all held-out files in one, bits per byte"]["median"]
+    about = (
+        f"{len(seeds)} seed{'s' * (len(seeds) > 1)}. Steps have {scale['batch'] * scale['row']:,} tokens: {scale['steps']} for the parent (from scratch), "
+        f"{scale['family_steps']} for the family, {whole['alone_steps']} for each of the three sizes alone. Measured on {held_out['median']:,} bytes of "
+        f"{held_out['files']:,} held-out files, in rows of {scale['row']} tokens of a vocabulary of {scale['vocabulary']:,}; `xz` packs these files to {xz:.2f} bits per byte. "
+        f"Trained on {train['median'] / 1e6:.0f} MB in {train['files']:,} files of {packages}."
+    )
+    table = _table(["bits per byte (parameters)", *ways.values()], rows)
+    return f"{table}\n\n{about}\n\n{_conditions(result)}"
 
 
 def phases(results: Path) -> str:
@@ -349,6 +382,7 @@ _BLOCKS: Mapping[str, Callable[[Path], str]] = {
     "family": family,
     "ablations": ablations,
     "bytes": byte_lm,
+    "text": text_lm,
     "phases": phases,
     "handover": handover,
     "formats": formats,

@@ -5,6 +5,7 @@ try:
     from .elastic_distillation_config import ElasticDistillationConfig
     from .elastic_distillation_trainer import ElasticDistillationTrainer
     from .losses import chunked_divergence, divergence, hidden_distance
+    from .verdict import Verdict
 except ModuleNotFoundError as error:
     if error.name not in ("peft", "trl"):
         raise
@@ -17,6 +18,7 @@ __all__ = [
     "ElasticDistillationConfig",
     "ElasticDistillationTrainer",
     "Stage",
+    "Verdict",
     "chunked_divergence",
     "divergence",
     "hidden_distance",

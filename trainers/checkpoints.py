@@ -26,6 +26,7 @@ from .resuming import (
     check_training,
     is_complete,
     last_complete,
+    saved_progress,
     training_state,
 )
 from .routing import REPORT_FILE
@@ -57,6 +58,7 @@ class CheckpointsMixin(SFTTrainer):
                     self.args.router_steps,
                 )
             self._undecided.decide()
+        self._conclude()
         return result
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -77,7 +79,8 @@ class CheckpointsMixin(SFTTrainer):
 
     def _save_own_state(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(training_state(self.curriculum, self.args, self._total_train_tokens), indent=2)
+        state = training_state(self.curriculum, self.args, self._total_train_tokens)
+        text = json.dumps(state | {"progress": self.progress.to_dict()}, indent=2)
         (folder / STATE_FILE).write_text(text + "\n", encoding="utf-8")
         if self.routing is not None:
             self.routing.save(folder)
@@ -116,6 +119,7 @@ class CheckpointsMixin(SFTTrainer):
         ours = None if adapters is None else adapters.peft_config[adapters.active_adapters[0]]
         check_adapter(resume_from_checkpoint, ours)
         self._total_train_tokens = check_training(resume_from_checkpoint, training_state(self.curriculum, self.args))
+        self.progress.load(saved_progress(resume_from_checkpoint))
         self._elastic.elastic_config.handover_trained = trained
         if self._upstream_reads:
             super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -37,7 +37,7 @@ from .elastic_distillation_config import ElasticDistillationConfig
 from .forward import forward_as, head_of, last_hidden, last_hidden_through, states_after
 from .handover import CUT, Handovers, handed_over, refuse_checkpointing, split_rows, token_id
 from .lora import as_teacher, base_of, check_adapters, whole_head_of
-from .losses import chunked_divergence, summed_hidden_distance
+from .losses import chunked_divergence, summed_entropy, summed_hidden_distance
 from .optimizing import OptimizingMixin
 from .quantizing import Quantizing
 from .reporting import EvaluateAtTheEnd, ReportingMixin
@@ -138,6 +138,7 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
         self.quantizing = Quantizing(model, args, self._adapted) if args.quantization is not None else None
         if self.quantizing is not None:
             self._name = f"{self._name}, quantisation-aware ({self.quantizing})"
+        self._own_teacher = teacher_model is None
         teacher = load_teacher(teacher_model, model, args.teacher_model_init_kwargs, adapters=self._adapted)
         if args.hidden_loss_weight > 0:
             check_layers(args.hidden_loss_layers, model.submodel.depth)
@@ -306,6 +307,8 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
             distance = hidden.new_zeros((), dtype=torch.float32)
             if states:
                 distance = summed_hidden_distance(states, teacher_states, kind=self.args.hidden_loss)
+            if self._counts_entropy:
+                self._entropy = summed_entropy(teacher_hidden, teacher_head, chunk_size=self.args.loss_chunk_size)
             divergence = chunked_divergence(
                 hidden,
                 teacher_hidden,

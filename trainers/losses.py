@@ -85,6 +85,16 @@ def chunked_divergence(
     return total
 
 
+@torch.no_grad()
+def summed_entropy(hidden: torch.Tensor, head: Head, *, chunk_size: int = 1024) -> torch.Tensor:
+    """Sum over tokens of the entropy of the distributions that a head makes of hidden states `(T, D)`, in nats; a float32 scalar."""
+    total = hidden.new_zeros((), dtype=torch.float32)
+    for start in range(0, len(hidden), chunk_size):
+        log_p = F.log_softmax(head(hidden[start : start + chunk_size]).float(), dim=-1)
+        total = total - (log_p.exp() * log_p).sum()
+    return total
+
+
 HIDDEN_LOSSES = ("cosine", "mse")
 
 

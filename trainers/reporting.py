@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +19,11 @@ from trl import SFTTrainer
 from hf_elastic.configuration.budgets import FULL
 from hf_elastic.errors import HFElasticError
 
+from .progress import FIRST_BATCHES, Progress
 from .quantizing import Quantizing
+from .verdict import Verdict, judge, render, save
+
+logger = logging.getLogger(__name__)
 
 
 class EvaluateAtTheEnd(TrainerCallback):
@@ -33,11 +39,16 @@ class ReportingMixin(SFTTrainer):
     """Metrics and evaluation of [`ElasticDistillationTrainer`]."""
 
     quantizing: Quantizing | None
+    _own_teacher: bool
 
     def _init_reporting(self, eval_budgets: list[str]) -> None:
         self._eval_budgets = eval_budgets
         self._budget_name = FULL
         self._sums: dict[str, dict[str, list[float]]] = {"train": _sums(), "eval": _sums()}
+        self.progress = Progress()
+        self.verdict: list[Verdict] | None = None
+        self._entropy: torch.Tensor | None = None
+        self._evaluated: dict[str, tuple[int, dict[str, float]]] = {}
 
     @contextmanager
     def _named(self, budget: str) -> Iterator[None]:
@@ -54,7 +65,9 @@ class ReportingMixin(SFTTrainer):
             if "attention_mask" in inputs
             else inputs["input_ids"].new_tensor(inputs["input_ids"].numel())
         )
-        parts = torch.stack([part.detach().double() for part in (divergence, distance, count, seen)])
+        entropy, self._entropy = self._entropy, None
+        measured = (divergence, distance, count, seen, divergence.new_zeros(()) if entropy is None else entropy)
+        parts = torch.stack([part.detach().double() for part in measured])
         numbers = self.accelerator.reduce(parts, "sum").tolist()
         loss = numbers[0] + self.args.hidden_loss_weight * numbers[1]
         if not math.isfinite(loss):
@@ -73,7 +86,38 @@ class ReportingMixin(SFTTrainer):
             total[i] += numbers[i]
         if mode == "train":
             self._total_train_tokens += int(numbers[3])
+            self._follow(numbers[0], numbers[2], numbers[4] if entropy is not None else None)
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+
+    @property
+    def _counts_entropy(self) -> bool:
+        return bool(self.model.training) and self.progress.batches < FIRST_BATCHES
+
+    def _follow(self, divergence: float, tokens: float, entropy: float | None) -> None:
+        """Remember how a micro-batch went, for the verdict. Mixtures of sizes are no budget yet."""
+        if entropy is not None:
+            self.progress.add_entropy(entropy, tokens)
+        if self._undecided:
+            return
+        step = self.state.global_step
+        self.progress.add(step, self._budget_name, divergence, tokens)
+        if self.optimizer is not None:
+            self.progress.add_rate(step, self.optimizer.param_groups[0]["lr"])
+
+    def _conclude(self) -> None:
+        """Say what the run made of every budget: into the log, into `verdict`, and into a file of the output folder."""
+        steps, found = self.state.global_step, defaultdict(list)
+        for at, means in self._evaluated.values():
+            for budget, mean in means.items() if at == steps else ():
+                found[budget].append(mean)
+        evaluated = {budget: sum(means) / len(means) for budget, means in found.items()}
+        budgets = [name for name in self.progress.spans if ">" not in name]
+        budgets = [name for name in self._elastic.elastic_config.family() if name in budgets]
+        self.verdict = judge(self.progress, budgets, steps, evaluated, FULL if self._own_teacher else None)
+        if self.verdict and self.args.should_save:
+            save(self.verdict, Path(self.args.output_dir or "."))
+        if self.verdict:
+            logger.info("after %d steps:\n%s", steps, render(self.verdict))
 
     def _means(self, mode: str) -> dict[str, dict[str, float]]:
         """Per budget the losses per target token since the last call: `kl`, and `hidden` (without its weight) if it is on."""
@@ -95,6 +139,9 @@ class ReportingMixin(SFTTrainer):
         self._sums["eval"] = _sums()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         means = self._means("eval")
+        if means:
+            kls = {budget: mean["kl"] for budget, mean in means.items()}
+            self._evaluated[metric_key_prefix] = (self.state.global_step, kls)
         if output.metrics is not None and means:
             output.metrics[f"{metric_key_prefix}_loss"] = sum(mean["kl"] for mean in means.values()) / len(means)
             output.metrics.update(

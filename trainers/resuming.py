@@ -132,6 +132,7 @@ def check_training(folder: str, ours: Mapping[str, Any]) -> int:
         return 0
     theirs = read_json(Path(folder) / STATE_FILE)
     tokens = theirs.pop("num_tokens", 0)
+    theirs.pop("progress", None)
     stages = theirs.get("stages")
     if not isinstance(stages, list) or not all(
         isinstance(s, dict) and isinstance(s.get("steps"), int) for s in stages
@@ -149,6 +150,12 @@ def check_training(folder: str, ours: Mapping[str, Any]) -> int:
         past = [{**run, "learning_rate": None} for run in past]  # which has no effect
     _refuse(folder, "run", differences(past[0], past[1]))
     return tokens
+
+
+def saved_progress(folder: str) -> dict[str, Any]:
+    """How the run of a checkpoint had gone, see [`Progress.load`]; empty if it does not say."""
+    file = Path(folder) / STATE_FILE
+    return (read_json(file).get("progress") or {}) if file.exists() else {}
 
 
 def check_family(folder: str, ours: ElasticConfig) -> bool:

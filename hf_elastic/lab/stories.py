@@ -5,8 +5,8 @@ The thinking works out who has how many coins. The answer says what one or two o
 number of coins, [`PRICES`], a list that the model has to know by heart. With `people = 3`:
 
     Ida has 9 coins. Max has 7 more than Ida. Ana has 9 fewer than Max. All go to the toy shop. What can Max and Ana buy?
-    <think>Ida has 9. Max has 9 + 7 = 16. Ana has 16 - 9 = 7.</think>
-    Max has 16 coins and buys a X. Ana has 7 coins and buys a Y.
+    <think>Ida owns 9. Max has 9 + 7 = 16, so Max owns 16. Ana has 16 - 9 = 7, so Ana owns 7.</think>
+    Max owns 16 coins, at the toy shop that buys a drum. Ana owns 7 coins, at the toy shop that buys a whistle.
 
 Nearly every word is one token, and so is every number; any other text is read byte by byte.
 """
@@ -33,7 +33,7 @@ _GOODS = {
     "clothes shop": "hat scarf belt shirt coat sock glove dress sweater cap jacket skirt boot tie vest robe shoe ribbon button mitten",
 }
 SHOPS = {shop: tuple(goods.split()) for shop, goods in _GOODS.items()}
-TRAINED_PEOPLE = (1, 6)
+TRAINED_PEOPLE = (1, 5)
 MOST_COINS = 20
 MOST_DIFFERENCE = 9
 
@@ -118,18 +118,20 @@ def make_problem(rng: random.Random, people: int) -> Problem:
     shop = rng.choices(list(SHOPS))[0]
     coins = [rng.choices(range(1, MOST_COINS + 1))[0]]
     story = [f"{names[0]} has {coins[0]} coins."]
-    thinking = [f"{names[0]} has {coins[0]}."]
+    thinking = [f"{names[0]} owns {coins[0]}."]
     for before, name in zip(names, names[1:], strict=False):
         had = coins[-1]
         changes = [k for k in range(-MOST_DIFFERENCE, MOST_DIFFERENCE + 1) if k and 1 <= had + k <= MOST_COINS]
         change = rng.choices(changes)[0]
         coins.append(had + change)
         story.append(f"{name} has {abs(change)} {'more' if change > 0 else 'fewer'} than {before}.")
-        thinking.append(f"{name} has {had} {'+' if change > 0 else '-'} {abs(change)} = {coins[-1]}.")
+        sign = "+" if change > 0 else "-"
+        # What the answer looks up is said in the words of the answer, and in no others: "Max owns" is followed by one number only.
+        thinking.append(f"{name} has {had} {sign} {abs(change)} = {coins[-1]}, so {name} owns {coins[-1]}.")
     asked = sorted(_some(rng, list(range(people)), min(2, people)))
     who = " and ".join(names[i] for i in asked)
     story.append(f"{'All go' if people > 1 else names[0] + ' goes'} to the {shop}. What can {who} buy?")
-    answer = [f"{names[i]} has {coins[i]} coins and buys a {PRICES[shop, coins[i]]}." for i in asked]
+    answer = [f"{names[i]} owns {coins[i]} coins, at the {shop} that buys a {PRICES[shop, coins[i]]}." for i in asked]
     return Problem(" ".join(story), " ".join(thinking), " ".join(answer))
 
 
@@ -226,26 +228,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def _all_words() -> str:
     """Every word of the stories twice, as pairs that are seen once are not merged: names also as a text begins, without a space."""
     things = [thing for things in SHOPS.values() for thing in things]
-    said = [
-        "has",
-        "coins",
-        "more",
-        "fewer",
-        "than",
-        "All",
-        "go",
-        "to",
-        "the",
-        "What",
-        "can",
-        "and",
-        "buy",
-        "buys",
-        "a",
-        "+",
-        "-",
-        "=",
-    ]
+    said = "has coins more fewer than owns so All go goes to the What can and buy at that buys a + - =".split(" ")  # noqa: SIM905
     words = [*NAMES, *SHOPS, *things, *said, *map(str, range(1, MOST_COINS + 1))]
     text = "".join(f" {word}" for word in words)
     return 2 * text + "".join(f"\n{name}." for name in 2 * NAMES)

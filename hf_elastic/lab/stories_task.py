@@ -10,7 +10,7 @@ TASK = LabTask(
     name="stories",
     unit="people",
     trained=stories.TRAINED_PEOPLE,
-    measured=6,
+    measured=5,
     build_tokenizer=stories.build_tokenizer,
     problems=stories.problems,
     opening=lambda prompt: f"{stories.USER}{prompt}{stories.ASSISTANT}{stories.THINK_START}",
@@ -19,4 +19,5 @@ TASK = LabTask(
     sizes=SIZES,
     parent_folder=ASSETS / "stories-parent",
     family_folder=ASSETS / "stories",
+    parent_steps=1200,
 )
