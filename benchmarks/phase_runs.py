@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -66,6 +67,12 @@ class Lab:
     @cached_property
     def tokenizer(self) -> Any:
         return self.task.build_tokenizer()
+
+    @cached_property
+    def key(self) -> str:
+        """Names kept runs: the task, and which weights its family has."""
+        files = sorted(self.task.family_folder.glob("*.safetensors"))
+        return f"{self.name}-{zlib.crc32(b''.join(file.read_bytes() for file in files)):08x}"
 
     @property
     def sizes(self) -> list[str]:

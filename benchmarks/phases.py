@@ -5,7 +5,7 @@ answer (arXiv 2605.07182). A plan chosen per prompt lets a small size answer, an
 of the lab, with its trained family:
 
 - Accuracy: whole answers right (`exact`) and parts of answers (`code`) of held-out problems, by generation. One family, so the three seeds are
-  those of the problems. Every size thinks, every size answers, under three caps.
+  those of the problems. Every size thinks, every size answers, without a cap and under one of half the thinking.
 - Time: measured of whole plans, one sequence at a time on one thread, all plans in turns, medians of rounds; see `phase_runs`, also for tasks
   whose sizes take the same time.
 - Nothing is chosen on held-out problems: thresholds and signals of plans per prompt, and the plans whose gains are claimed, are those that
@@ -20,17 +20,19 @@ import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
+from statistics import fmean as mean
 from typing import Any
 
 from harness import Claim, Report
-from lab_runs import SEEDS, Runs, lab_arguments, mean
+from kept_runs import KeptRuns, run_arguments
 from phase_runs import SIGNALS, STAND_IN, VALIDATION, Answer, Lab, auroc, cascade
 
 from hf_elastic import PhasePlan
 from hf_elastic.evaluation.plans import pareto_front
 
 TASKS = ("stories", "book")
-CAPS = (0.5, 0.75, None)
+SEEDS = (0, 1, 2)
+CAPS = (0.5, None)
 """Shares of the thinking tokens that the longest of 50 problems takes."""
 SHARES = tuple(i / 20 for i in range(1, 20))
 """Shares of validation problems that escalate; each gives a threshold to choose from."""
@@ -42,7 +44,7 @@ Point = dict[str, Any]
 
 
 def run(options: argparse.Namespace) -> int:
-    runs = Runs(options)
+    runs = KeptRuns(options, steps=0)
     tasks = options.task or list(TASKS)
     report = Report("phases", [Claim(GOAL.format(task), 1.0, ">=") for task in tasks])
     for name in tasks:
@@ -57,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
 # -- what is measured --------------------------------------------------------------------------------------------------
 
 
-def measured(runs: Runs, lab: Lab, quick: bool) -> list[Point]:
+def measured(runs: KeptRuns, lab: Lab, quick: bool) -> list[Point]:
     """All plans: their answers on validation and held-out problems, and their times."""
     seeds, count, checks = ([0], 4, 6) if quick else (list(SEEDS), 100, 200)
     fixed = fixed_plans(lab, quick)
@@ -65,8 +67,8 @@ def measured(runs: Runs, lab: Lab, quick: bool) -> list[Point]:
     for label, plan in fixed.items():
         found[label] = _answers(runs, lab, label, plan, seeds, count, checks)
     timed = {label: (plan, found[label]["heldout"]) for label, plan in fixed.items()}
-    problems, rounds = (1, 1) if quick else (2 if lab.name in STAND_IN else 6, 3)
-    times = runs.run(f"plans-{lab.name}-times", lambda: lab.times(timed, problems, rounds))
+    problems, rounds = (1, 1) if quick else (1 if lab.name in STAND_IN else 6, 3)
+    times = runs.run(f"plans-{lab.key}-times", lambda: lab.times(timed, problems, rounds))
     points = [point(label, fixed[label], found[label], times[label]) for label in fixed]
     chosen = choose(candidates(runs, lab, points, checks), points)
     for label, plan in chosen.items():
@@ -76,13 +78,13 @@ def measured(runs: Runs, lab: Lab, quick: bool) -> list[Point]:
     best = [some[i]["label"] for some in (points, single) for i in pareto_front(some, "seconds")]
     plans = {**{label: fixed[label] for label in best}, **chosen}
     timed = {label: (plan, found[label]["heldout"]) for label, plan in plans.items()}
-    again = runs.run(f"plans-{lab.name}-times-best", lambda: lab.times(timed, 2 * problems, rounds))
+    again = runs.run(f"plans-{lab.key}-times-best", lambda: lab.times(timed, problems, rounds))
     points = [p | {"seconds": median(again.get(p["label"], p["times"]))} for p in points]
     return points + [point(label, plan, found[label], again[label]) for label, plan in chosen.items()]
 
 
 def _answers(
-    runs: Runs, lab: Lab, label: str, plan: PhasePlan, seeds: Sequence[int], count: int, checks: int
+    runs: KeptRuns, lab: Lab, label: str, plan: PhasePlan, seeds: Sequence[int], count: int, checks: int
 ) -> dict[str, list[list[Answer]]]:
     def solve() -> dict[str, list[list[Answer]]]:
         return {
@@ -90,7 +92,7 @@ def _answers(
             "heldout": [lab.solve(plan, "heldout", seed, count) for seed in seeds],
         }
 
-    return runs.run(f"plans-{lab.name}-{label}".replace(" ", "_"), solve)  # type: ignore[no-any-return]
+    return runs.run(f"plans-{lab.key}-{label}".replace(" ", "_"), solve)  # type: ignore[no-any-return]
 
 
 def fixed_plans(lab: Lab, quick: bool) -> dict[str, PhasePlan]:
@@ -138,7 +140,7 @@ def median(values: Sequence[float]) -> float:
 # -- plans that are chosen per prompt ----------------------------------------------------------------------------------
 
 
-def candidates(runs: Runs, lab: Lab, points: Sequence[Point], checks: int) -> Iterator[Point]:
+def candidates(runs: KeptRuns, lab: Lab, points: Sequence[Point], checks: int) -> Iterator[Point]:
     """Plans chosen per prompt as validation problems see them: who is right is known of both sizes, who escalates of the confidence."""
     whole = {(p["thinking"], p["answering"]): p for p in points if p["max_thinking_tokens"] is None}
     sizes = [size for size in lab.sizes if (size, size) in whole]
@@ -159,10 +161,10 @@ def candidates(runs: Runs, lab: Lab, points: Sequence[Point], checks: int) -> It
                 yield plan | {"confidence": threshold, "seconds": time, "accuracy": mean(right)}
 
 
-def confidences(runs: Runs, lab: Lab, thinking: str, small: str, signal: str, checks: int) -> Sequence[float]:
+def confidences(runs: KeptRuns, lab: Lab, thinking: str, small: str, signal: str, checks: int) -> Sequence[float]:
     """What a signal says of every validation problem, where nobody escalates."""
     plan = cascade(thinking, small, lab.sizes[0], signal, 0.0)
-    name = f"plans-{lab.name}-{signal}-{thinking}-{small}"
+    name = f"plans-{lab.key}-{signal}-{thinking}-{small}"
     return runs.run(  # type: ignore[no-any-return]
         name, lambda: [a["confidence"] or 0.0 for a in lab.solve(plan, "train", VALIDATION, checks)]
     )
@@ -191,7 +193,7 @@ def choose(found: Iterator[Point], fixed: Sequence[Point]) -> dict[str, PhasePla
 # -- what is reported --------------------------------------------------------------------------------------------------
 
 
-def describe(report: Report, runs: Runs, lab: Lab, points: Sequence[Point]) -> None:
+def describe(report: Report, runs: KeptRuns, lab: Lab, points: Sequence[Point]) -> None:
     """Every plan: rates and time."""
     costs = lab.model.elastic_config.costs()
     for size in lab.sizes:
@@ -248,6 +250,6 @@ def _savings(plans: Sequence[Point], single: Sequence[Point]) -> list[tuple[floa
 
 
 if __name__ == "__main__":
-    parser = lab_arguments(__doc__)
+    parser = run_arguments(__doc__)
     parser.add_argument("--task", action="append", choices=TASKS, help="only this task (repeat it)")
     sys.exit(run(parser.parse_args()))
