@@ -27,8 +27,8 @@ from torch.nn import functional as F
 from transformers import NemotronHForCausalLM, PreTrainedTokenizerFast
 
 from hf_elastic import ElasticForCausalLM, elastify
+from hf_elastic.lab.book_model import parent_config
 from hf_elastic.lab.family import train_family
-from hf_elastic.lab.parent import parent_config
 
 ROW_BYTES, ROWS = 256, 8
 HELD_OUT_EVERY = 16

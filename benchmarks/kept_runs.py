@@ -62,6 +62,10 @@ class KeptRuns:
         self.commits.add(kept["commit"])
         return kept["result"]
 
+    def kept(self, name: str) -> bool:
+        """Whether the run of this name is done."""
+        return (self._folder / f"{name}.json").exists()
+
     def say_commits(self, report: Report) -> None:
         """Record which code the runs were done with, for who wants to do them again."""
         report.measure("commits that the runs were done with", "", [len(self.commits)], commits=sorted(self.commits))

@@ -1,7 +1,7 @@
 """Write what README, docs and model cards say of results from the files in `results/`, so that no number there is typed by hand.
 
 `python benchmarks/report.py` rewrites the blocks between markers (`<!-- results:begin -->` to `<!-- results:end -->`, and the same for
-`numbers`, `family`, `ablations`, `bytes`, `text`, `phases`, `handover` and `formats`) and draws the charts of `docs/assets/`; `--check` only tells whether the texts are up to date.
+`numbers`, `family`, `ablations`, `baselines`, `bytes`, `text`, `phases`, `handover` and `formats`) and draws the charts of `docs/assets/`; `--check` only tells whether the texts are up to date.
 """
 
 from __future__ import annotations
@@ -10,12 +10,16 @@ import argparse
 import ast
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from baseline_report import baselines
 from result_files import RESULTS, ROOT, SIZES, WAYS, Result, by_name, load, phase_tasks
+from tables import conditions as _conditions
+from tables import spread as _spread
+from tables import table as _table
 
 DOCUMENTS = (
     ROOT / "README.md",
@@ -30,6 +34,7 @@ GROUPS = {
     "Running": ("switching", "gpu", "handover", "speculation", "quantization_packed"),
     "Training": (
         "training",
+        "handover_training",
         "ablation_stages",
         "ablation_sampling",
         "ablation_sorting",
@@ -37,7 +42,16 @@ GROUPS = {
         "ablation_router",
         "quantization_activations",
     ),
-    "How good": ("lab_family", "byte_lm", "text_lm", "text_lm_gpu", "phases", "quantization_accuracy"),
+    "How good": (
+        "lab_family",
+        "baselines_book",
+        "baselines_stories",
+        "byte_lm",
+        "text_lm",
+        "text_lm_gpu",
+        "phases",
+        "quantization_accuracy",
+    ),
 }
 """Result files in the order of `docs/measured.md`."""
 
@@ -332,6 +346,63 @@ def handover(results: Path) -> str:
     )
 
 
+def handover_training(results: Path) -> str:
+    """What training hand-over costs each size and how near a hand-over comes to reading again; and what conversions without training do."""
+    if (result := load(results / "handover_training.json")) is None:
+        return "Not measured yet.\n"
+    found, ways = by_name(result), ("plain", "second trained", "both trained")
+    parts = []
+    for task in dict.fromkeys(name.partition(",")[0] for name in found if ", plain: " in name):
+        sizes, pairs = [], []
+        for name in found:
+            pair, comma, rate = name.removeprefix(f"{task}, plain: ").partition(", ")
+            if name.startswith(f"{task}, plain: ") and comma:
+                thinker, _, answerer = pair.partition(" > ")
+                sizes += [pair] * (thinker == answerer)
+                pairs += [pair] * (rate == "cache")
+        rows = [
+            [pair.partition(" > ")[0], *(_spread(found.get(f"{task}, {way}: {pair}, again"), 3) for way in ways)]
+            for pair in sizes
+        ]
+        entry = found[f"{task}, plain: {sizes[0]}, again"]
+        head = ["size alone", "no hand-over", "only the second size learns", "both learn"]
+        about = (
+            f"`{task}`: right solutions of {entry['problems']} held-out problems after {entry['steps']} more steps of the trained family; mean of seeds "
+            f"{', '.join(map(str, entry['seeds']))} (range), seed 0 alone where only the second size learns."
+        )
+        parts += [_table(head, rows), about]
+        rows = []
+        for pair in pairs:
+            cells = []
+            for way in ("plain", "both trained"):
+                cells += [_spread(found[f"{task}, {way}: {pair}, {rate}"], 3) for rate in ("again", "cache")]
+            rows.append([pair.replace(">", "→"), *cells])
+        head = ["thinks → answers", "no hand-over: read again", "cache", "both learn: read again", "cache"]
+        parts.append(_table(head, rows))
+    converted = [name for name in found if name.startswith("book, as is: ")]
+    kinds = {
+        "again": "read again",
+        "as is": "as is",
+        "formula": "formula",
+        "least squares, head": "least squares: head",
+        "least squares, channel": "channel",
+        "least squares, matrix": "matrix",
+        "fitted, channel": "fitted: channel",
+        "fitted, matrix": "matrix",
+    }
+    rows = []
+    for name in converted:
+        pair = name.removeprefix("book, as is: ")
+        cells = [f"{found[f'book, {way}: {pair}']['median']:.2f}" for way in kinds]
+        rows.append([pair.replace(">", "→"), *cells])
+    if rows:
+        parts.append(
+            "Conversions of a cache that leave the weights as they are (`book`, the family that ships, one seed):"
+        )
+        parts.append(_table(["thinks → answers", *kinds.values()], rows))
+    return "\n\n".join([*parts, _conditions(result)]) + "\n"
+
+
 def formats(results: Path) -> str:
     """Whole answers and divergence of every size in every format, and bytes."""
     if (result := load(results / "quantization_accuracy.json")) is None:
@@ -381,27 +452,17 @@ _BLOCKS: Mapping[str, Callable[[Path], str]] = {
     "numbers": numbers,
     "family": family,
     "ablations": ablations,
+    "baselines": baselines,
     "bytes": byte_lm,
     "text": text_lm,
     "phases": phases,
     "handover": handover,
+    "handover_training": handover_training,
     "formats": formats,
 }
 
 
 # -- how ---------------------------------------------------------------------------------------------------------------
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
-
-
-def _spread(entry: Result | None, digits: int = 2) -> str:
-    if entry is None:
-        return ""
-    low, high = min(entry["runs"]), max(entry["runs"])
-    return f"{entry['mean']:.{digits}f}" + (f" ({low:.{digits}f}–{high:.{digits}f})" if low < high else "")
 
 
 def _rates(found: Mapping[str, Any], name: str) -> list[str]:
@@ -425,19 +486,11 @@ def _claim(claim: Mapping[str, Any]) -> list[str]:
 
 
 def _question(name: str) -> str:
-    """What a script asks: the first paragraph of its docstring."""
+    """What a script asks: the first paragraph of its docstring. A script that has a result per task is found without the task's name."""
+    if not (ROOT / "benchmarks" / f"{name}.py").exists():
+        name = name.rpartition("_")[0]
     doc = ast.get_docstring(ast.parse((ROOT / "benchmarks" / f"{name}.py").read_text(encoding="utf-8"))) or ""
     return f"{' '.join(doc.split(chr(10) * 2)[0].split())} Script: `benchmarks/{name}.py`."
-
-
-def _conditions(result: Result) -> str:
-    units = {"cores": "{} cores", "memory_gib": "{} GiB of memory"}
-    versions = result["versions"]
-    hardware = ", ".join(units.get(name, "{}").format(value) for name, value in result["machine"].items())
-    software = ", ".join(f"{name} {value}" for name, value in versions.items())
-    commit = result["commit"]
-    shown = commit[:12] + (" with changes that were not committed" if commit.endswith("-dirty") else "")
-    return f"<sub>Measured on: {hardware}; {software}; commit {shown}</sub>"
 
 
 def written(text: str) -> str:

@@ -134,7 +134,7 @@ SCALES = {
         bfloat16=True,
     ),
 }
-TINY = {
+TINY: dict[str, Any] = {
     "hidden": 32,
     "ffn": 64,
     "heads": 2,
@@ -236,6 +236,7 @@ class Study:
             encode(self.tokenizer, texts) for texts in (self.corpus.train, self.corpus.held_out)
         )
         self.rows = windows(self.held_out, self.scale.row, self.scale.measured_rows)
+        self.budgets = {"full": None, **{name: name for name in self.scale.budgets}}
 
     def _tokenizer(self) -> PreTrainedTokenizerFast:
         folder = self.runs.path(f"text-{self.size}-tokenizer")
@@ -261,28 +262,43 @@ class Study:
 
         return self.runs.model(f"text-{self.size}-parent", fit).to(self.device)
 
-    def distil(
-        self, parent: Lfm2ForCausalLM, name: str, measured: Mapping[str, Any], steps: int, seed: int, **settings: Any
-    ) -> dict[str, Any]:
-        """Bits per byte of the measured sizes before and after one run."""
+    def family(self) -> ElasticForCausalLM:
+        """The parent sorted by importance, with untrained budgets; a new one each time."""
+        scale = self.scale
 
-        def action() -> dict[str, Any]:
-            self.clock.check(share=0.5)  # a run of a trainer is done whole
-            scale = self.scale
+        def make() -> ElasticForCausalLM:
             rows = zip(draw(self.train, scale.row, 2), range(scale.calibration_rows), strict=False)
             calibration = [{"input_ids": row.tolist()} for row, _ in rows]
-            family = elastify(parent, calibration, budgets=scale.budgets, batch_size=16, progress=False)
-            before = bits_per_byte(family, self.rows, self.lengths, measured)
-            more = {
-                "rows": stream(self.train, scale.row, 3 + seed),
-                "per_device_train_batch_size": scale.batch,
-                "learning_rate": scale.family_learning_rate,
-                "bf16": scale.bfloat16,
-                "seed": seed,
-            }
+            return elastify(self.parent(), calibration, budgets=scale.budgets, batch_size=16, progress=False)
+
+        return self.runs.model(f"text-{self.size}-sorted", make).to(self.device)
+
+    def untrained(self) -> dict[str, float]:
+        """Bits per byte of all sizes, before any run."""
+
+        def action() -> dict[str, float]:
+            return bits_per_byte(self.family(), self.rows, self.lengths, self.budgets)
+
+        return self.runs.run(f"text-{self.size}-untrained", action)
+
+    def distil(self, name: str, steps: int, seed: int, only: str | None = None) -> dict[str, float]:
+        """Bits per byte of all sizes after one run, or of the only one that is drawn in it."""
+        scale = self.scale
+        measured = self.budgets if only is None else {only: only}
+        settings: dict[str, Any] = {
+            "per_device_train_batch_size": scale.batch,
+            "learning_rate": scale.family_learning_rate,
+            "bf16": scale.bfloat16,
+            "seed": seed,
+            **({} if only is None else {"budget_probabilities": {only: 1.0}}),
+        }
+
+        def action() -> dict[str, float]:
+            self.clock.check(share=0.5)  # a run of a trainer is done whole
+            family, rows = self.family(), stream(self.train, scale.row, 3 + seed)
             with tempfile.TemporaryDirectory(prefix="hf-elastic-text-") as scratch:
-                train_family(family, self.tokenizer, Path(scratch), steps=steps, progress=False, **more, **settings)
-            return {"untrained": before, "trained": bits_per_byte(family, self.rows, self.lengths, measured)}
+                train_family(family, self.tokenizer, Path(scratch), steps=steps, rows=rows, progress=False, **settings)
+            return bits_per_byte(family, self.rows, self.lengths, measured)
 
         return self.runs.run(f"text-{self.size}-{name}-{seed}", action)
 
@@ -290,20 +306,19 @@ class Study:
 def run(options: argparse.Namespace) -> int:
     study = Study(options)
     scale, report = study.scale, Report("text_lm" if options.size == "5m" else "text_lm_gpu", CLAIMS)
-    parent = study.parent()
-    ways: dict[str, dict[str, list[float]]] = {"untrained": {}, "family": {}, "split": {}}
-    measured = {"full": None, **{name: name for name in scale.budgets}}
     alone_steps = scale.family_steps // len(scale.budgets)
+    untrained, family = study.untrained(), []
+    split: dict[str, list[float]] = {name: [] for name in scale.budgets}
     for seed in options.seeds:
-        together = study.distil(parent, "family", measured, scale.family_steps, seed)
-        for name in measured:
-            ways["untrained"].setdefault(name, []).append(together["untrained"][name])
-            ways["family"].setdefault(name, []).append(together["trained"][name])
-        for name in scale.budgets:
-            only = {"budget_probabilities": {name: 1.0}}
-            alone = study.distil(parent, f"split-{name}", {name: name}, alone_steps, seed, **only)
-            ways["split"].setdefault(name, []).append(alone["trained"][name])
-    _report(report, study, parent, ways, {"seeds": options.seeds, "alone_steps": alone_steps})
+        family.append(study.distil("family", scale.family_steps, seed))
+        for name, values in split.items():
+            values.append(study.distil(f"split-{name}", alone_steps, seed, only=name)[name])
+    ways = {
+        "untrained": {name: [value] for name, value in untrained.items()},
+        "family": {name: [found[name] for found in family] for name in untrained},
+        "split": split,
+    }
+    _report(report, study, ways, {"seeds": options.seeds, "alone_steps": alone_steps})
     for name in SMALLER:
         mine = statistics.fmean(ways["family"][name])
         report.settle(UNTRAINED.format(name), mine / statistics.fmean(ways["untrained"][name]))
@@ -313,10 +328,10 @@ def run(options: argparse.Namespace) -> int:
     return report.finish(options)
 
 
-def _report(report: Report, study: Study, parent: Any, ways: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+def _report(report: Report, study: Study, ways: Mapping[str, Any], about: Mapping[str, Any]) -> None:
     """Sizes, text and machine, so that a reader can do it again; then bits per byte."""
     scale, corpus = study.scale, study.corpus
-    costs = elastify(parent, budgets=scale.budgets, sort=False).elastic_config.costs()
+    costs = study.family().elastic_config.costs()
     held_out = "\n".join(corpus.held_out).encode()
     report.measure(
         "text to train on",

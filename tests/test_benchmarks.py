@@ -171,7 +171,9 @@ def test_page_cache_is_dropped(processes: Any, tmp_path: Path) -> None:
         "switching",
         "training",
         "lab_family",
+        "baselines",
         "handover",
+        "handover_training",
         "quantization_codec",
         "quantization_activations",
         "quantization_accuracy",
@@ -221,6 +223,101 @@ def test_tables_say_what_the_result_files_say(harness: Any, tmp_path: Path) -> N
     assert lines[6] == "| between (40%) | 0.75 (0.50–1.00) |  |  |  |  |  |"
     assert "third hidden 35, expert_ffn 2, shared_expert_ffn 3, mamba_heads 4" in report.family(tmp_path)
     assert report.family(tmp_path / "nothing") == "Not measured yet.\n"
+
+
+def _outcome(tokens: int = 10, **when: dict[str, tuple[int, float, float]]) -> dict[str, Any]:
+    """What a way of `baselines.py` gives: per moment and size its active parameters, exact answers and divergence."""
+
+    def entry(name: str, active: int, exact: float, kl: float) -> dict[str, Any]:
+        cost = {"active_params": active, "total_params": 2 * active, "sizes": {"hidden": active}}
+        return {"name": name, "exact": exact, "trace": 1.0, "code": 1.0, "kl": kl, **cost}
+
+    return {"tokens": tokens, **{key: [entry(n, *v) for n, v in sizes.items()] for key, sizes in when.items()}}
+
+
+def test_baselines_compare_what_was_run_with_the_same_seed(
+    harness: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of `alone` has a seed that `one-run` has not, and `depth` has no quarter: neither is compared, and all that is missing is said."""
+    import baseline_ways
+    import baselines
+    import report
+
+    def one(exact: float) -> dict[str, Any]:
+        sizes = {"full": (100, 1.0, 0.0), "half": (50, exact, 0.1), "quarter": (25, 0.5, 0.2)}
+        return _outcome(trained=sizes)
+
+    kept = {
+        ("one-run", 0): one(0.8),
+        ("one-run", 1): one(1.0),
+        ("random", 0): _outcome(trained={"half": (50, 0.5, 0.4)}),
+        ("one-shot", 2): _outcome(importance={"half": (50, 0.125, 1.5)}, random={"half": (50, 0.0, 3.0)}),
+        ("alone", 1): _outcome(trained={"half": (50, 0.25, 0.5), "quarter": (25, 0.0, 1.0)}),
+        ("alone", 2): _outcome(trained={"half": (50, 1.0, 0.5)}),
+        ("depth", 0): _outcome(trained={"full": (100, 1.0, 0.0), "half": (56, 0.125, 0.75)}),
+    }
+
+    class Kept(baseline_ways.Bench):
+        def is_kept(self, way: str, seed: int) -> bool:
+            return (way, seed) in kept
+
+        def run(self, way: str, seed: int) -> Any:
+            return kept[way, seed]
+
+    monkeypatch.setattr(baselines, "Bench", Kept)
+    file = tmp_path / "baselines_book.json"
+    assert baselines.main(["--kept", "--runs", str(tmp_path / "runs"), "--output", str(file)]) == 0
+    result = json.loads(file.read_text(encoding="utf-8"))
+    check_schema(result)
+    values = {claim["name"]: claim["value"] for claim in result["claims"]}
+    assert values == pytest.approx(
+        {
+            "one run - alone: half, exact": 0.75,  # seed 1 alone
+            "one run - alone: quarter, exact": 0.5,
+            "one run - depth: half, exact": 0.675,  # seed 0
+            "mean divergence without training, sorted by importance / random": 0.5,
+            "mean divergence after training, sorted by importance / random": 0.25,
+        }
+    )
+    text = report.baselines(tmp_path)
+    lines = text.splitlines()
+    assert lines[0] == "|  | full (100%) | half (50%) | quarter (25%) | seeds |"
+    assert "| one run for all sizes | 1.00 · 0.000 | 0.90 (0.80–1.00) · 0.100 | 0.50 · 0.200 | 2 |" in lines
+    assert "| one run, layers dropped | 1.00 · 0.000 | 0.12 · 0.750 (56%) |  | 1 |" in lines
+    assert "| half |  | 0.00 · 3.000 | 0.12 · 1.500 | 0.90 (0.80–1.00) · 0.100 |" in lines
+    assert "seed 0 of each size alone" in text
+    assert "seeds 0, 1, 2 of prune and distil size after size" in text
+    assert report.baselines(tmp_path / "nothing") == "Not measured yet.\n"
+
+
+@pytest.mark.slow
+def test_sizes_pruned_one_after_another_are_those_of_the_family(harness: Any) -> None:
+    """Every step of the chain is cut from the one before, yet has the size that was asked for; the parent that taught it is as it was."""
+    import baseline_ways
+    import torch
+    from lab_runs import Runs
+
+    from hf_elastic.lab.tasks import get_task
+
+    task = get_task("book")
+    bench = baseline_ways.Bench(Runs(options(quick=True)), task, quick=True)
+    before = {name: tensor.clone() for name, tensor in bench.parent.state_dict().items()}
+    with torch.enable_grad():
+        outcome = baseline_ways.sequential(bench, 0)
+    wanted = {
+        name: bench.count(bench.cut(bench.parent, {name: sizes}, 0).elastic_config.resolve(name))
+        for name, sizes in task.sizes.items()
+    }
+    assert {entry["name"]: entry["total_params"] for entry in outcome["trained"]} == {
+        name: cost.total_params for name, cost in wanted.items()
+    }
+    assert all(torch.equal(before[name], tensor) for name, tensor in bench.parent.state_dict().items())
+    assert all(parameter.requires_grad for parameter in bench.parent.parameters())
+    shuffled = baseline_ways.in_random_order(bench, 0, task.sizes)
+    whole, half = (entry["kl"] for entry in bench.measure(shuffled, {"full": None, "half": "half"}))
+    sorted_half = bench.measure(bench.cut(bench.parent, task.sizes, 0), {"half": "half"})[0]["kl"]
+    assert whole < 1e-5
+    assert abs(half - sorted_half) > 0.01  # other channels are kept
 
 
 def test_only_the_text_between_markers_changes(harness: Any, monkeypatch: pytest.MonkeyPatch) -> None:

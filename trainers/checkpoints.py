@@ -63,7 +63,8 @@ class CheckpointsMixin(SFTTrainer):
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # Upstream looks at max_steps after a step, so a run that is resumed from its last one would make another.
-        if self.state.global_step < self.state.max_steps:
+        last = self.state.max_steps if self.plateau is None else min(self.state.max_steps, self.plateau.ends_at)
+        if self.state.global_step < last:
             super()._run_epoch(*args, **kwargs)
         else:
             self.control.should_training_stop = True
@@ -80,7 +81,10 @@ class CheckpointsMixin(SFTTrainer):
     def _save_own_state(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         state = training_state(self.curriculum, self.args, self._total_train_tokens)
-        text = json.dumps(state | {"progress": self.progress.to_dict()}, indent=2)
+        state["progress"] = self.progress.to_dict()
+        if self.plateau is not None:
+            state["plateau"] = self.plateau.to_dict()
+        text = json.dumps(state, indent=2)
         (folder / STATE_FILE).write_text(text + "\n", encoding="utf-8")
         if self.routing is not None:
             self.routing.save(folder)
@@ -119,7 +123,9 @@ class CheckpointsMixin(SFTTrainer):
         ours = None if adapters is None else adapters.peft_config[adapters.active_adapters[0]]
         check_adapter(resume_from_checkpoint, ours)
         self._total_train_tokens = check_training(resume_from_checkpoint, training_state(self.curriculum, self.args))
-        self.progress.load(saved_progress(resume_from_checkpoint))
+        self.progress.load(saved_progress(resume_from_checkpoint, "progress"))
+        if self.plateau is not None:
+            self.plateau.load(saved_progress(resume_from_checkpoint, "plateau"))
         self._elastic.elastic_config.handover_trained = trained
         if self._upstream_reads:
             super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from hf_elastic.errors import ElasticConfigError, did_you_mean
@@ -36,6 +36,16 @@ class Stage:
     handover_probability: float = 0.0
 
 
+def first_step(start: float, steps: int) -> int:
+    """How many steps are made before something begins that does not from the start.
+
+    Args:
+        start (`float`): A share of the steps below 1, from 1 on a number of steps.
+        steps (`int`): Of the whole run.
+    """
+    return math.ceil(start * steps) if start < 1 else int(start)
+
+
 class Curriculum:
     """The stages of a run. What it answers depends on the step alone, so a resumed run draws what the uninterrupted one would have.
 
@@ -53,6 +63,24 @@ class Curriculum:
     @property
     def total_steps(self) -> int:
         return sum(stage.steps for stage in self.stages)
+
+    def with_handovers_from(self, start: float) -> Curriculum:
+        """The same curriculum without hand-overs before a step.
+
+        Args:
+            start (`float`): A share of all steps below 1, from 1 on a number of steps.
+        """
+        first, made = first_step(start, self.total_steps), []
+        for i, stage in enumerate(self.stages):
+            last = i == len(self.stages) - 1  # which goes on if training does
+            before = max(0, first if last else min(first, stage.steps))
+            first -= stage.steps
+            if before and stage.handover_probability:
+                made.append(replace(stage, steps=before, handover_probability=0.0))
+                stage = replace(stage, steps=max(stage.steps - before, int(last)))
+            if stage.steps:
+                made.append(stage)
+        return Curriculum(made, self.seed)
 
     def stage(self, step: int) -> Stage:
         """The stage that optimizer step `step` (from 0) belongs to."""

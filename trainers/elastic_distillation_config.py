@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers import SchedulerType
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 from trl import SFTConfig
 
 from hf_elastic.errors import ElasticConfigError
 from hf_elastic.quantization.recipes import Recipe
 
-from .curriculum import steps_of
+from .curriculum import first_step, steps_of
 from .losses import HIDDEN_LOSSES
 
 
@@ -32,6 +33,10 @@ class ElasticDistillationConfig(SFTConfig):
             `learning_rate_scale` or `learning_rate` and `router_learning_rate` of its own; see [`Stage`]. `tokens` become steps at the
             start, by the tokens of a full step: `per_device_train_batch_size` x `gradient_accumulation_steps` x processes x the length
             of the stage. They set `max_steps`.
+        stop_on_plateau (`bool`, *optional*, defaults to `False`):
+            End the run when it has learned what it can, at `max_steps` (or after `num_train_epochs`) at the latest: the learning rate is constant after
+            its warm-up until no budget comes much nearer to the teacher any more, then falls to zero over half as many steps; see [`Plateau`]. It
+            takes the place of a schedule, so leave `lr_scheduler_type` as it is; with at most one stage. (`max_steps` itself is a number upstream.)
         temperature (`float`, *optional*, defaults to 1.0): Of both distributions; above 0.
         beta (`float`, *optional*, defaults to 0.0): 0 is forward KL, 1 reverse KL, in between the generalised Jensen-Shannon divergence.
         loss_chunk_size (`int`, *optional*, defaults to 1024): Tokens that have logits at the same time.
@@ -45,12 +50,14 @@ class ElasticDistillationConfig(SFTConfig):
             evaluated once, after the last step.
         handover_probability (`float`, *optional*, defaults to 0.0):
             How often a micro-batch trains cache hand-over: its rows begin in another budget, drawn from the same probabilities, and the batch's
-            own goes on with the cache, converted as generation converts it. The loss is on what it reads, and the gradient goes through
-            the cache into both. 0.5 makes every second batch one. The saved config then says so (`handover_trained`). Stages can have their own.
+            own goes on with the cache, converted as generation converts it. Each is compared with the teacher on what it reads, and the gradient
+            of the second goes through the cache into the first. 0.5 makes every second batch one. The saved config then says so (`handover_trained`). Stages can have their own.
             Needs `activation_checkpointing=False`, since upstream leaves caches out where it recomputes.
         handover_token (`str`, *optional*):
             Where rows are cut: before the last such token, `"</think>"` for example, which the second budget then reads, as in generation. Rows
             without it, and all rows by default, are cut at the same random share of their length.
+        handover_start (`float`, *optional*, defaults to 0.0):
+            After how many steps training of hand-over begins: a share of all steps below 1, from 1 on a number of steps.
         quantization (`str` or `dict`, *optional*):
             Train the weights that a quantised checkpoint will hold: `"nvfp4"`, `"fp8"`, a recipe or a file with one, as [`hf_elastic.quantize`] takes
             them. Every forward pass of the model rounds the parent's weights with their current scales, before a budget cuts them; gradients pass as
@@ -94,6 +101,9 @@ class ElasticDistillationConfig(SFTConfig):
         default=None,
         metadata={"help": "Stages: dicts with steps or tokens, budget_probabilities, max_length, learning rates."},
     )
+    stop_on_plateau: bool = field(
+        default=False, metadata={"help": "End when no budget comes nearer to the teacher, at max_steps at the latest."}
+    )
     temperature: float = field(default=1.0, metadata={"help": "Temperature of both distributions, above 0."})
     beta: float = field(default=0.0, metadata={"help": "0 forward KL, 1 reverse KL, between: generalised JSD."})
     loss_chunk_size: int = field(default=1024, metadata={"help": "Tokens that have logits at the same time."})
@@ -110,6 +120,9 @@ class ElasticDistillationConfig(SFTConfig):
     )
     handover_token: str | None = field(
         default=None, metadata={"help": "Token before which rows of such batches are cut, at random by default."}
+    )
+    handover_start: float = field(
+        default=0.0, metadata={"help": "Steps before hand-over batches begin: a share below 1, from 1 on a number."}
     )
     quantization: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Train for quantised weights: nvfp4, fp8, or a recipe."}
@@ -161,6 +174,7 @@ class ElasticDistillationConfig(SFTConfig):
         self._check_hidden_loss()
         self._check_handover()
         self._check_quantization()
+        self._check_plateau()
         if self.freeze_router:
             if self.router_steps or self.freeze_model:
                 what = f"router_steps={self.router_steps}" if self.router_steps else "freeze_model=True"
@@ -186,6 +200,7 @@ class ElasticDistillationConfig(SFTConfig):
             counts = [count for count in steps if count is not None]
             if len(counts) == len(self.stages):  # what is wrong, the trainer says
                 self.max_steps: int = sum(counts)
+        self._check_handover_start()
         if self.freeze_model and not self.router_targets:
             raise ElasticConfigError(
                 "freeze_model=True leaves nothing to train without a router; give router_targets and router_steps."
@@ -214,11 +229,7 @@ class ElasticDistillationConfig(SFTConfig):
             )
 
     def _check_quantization(self) -> None:
-        start = self.quantization_start
-        if not (0 <= start < 1 or (start < math.inf and start == int(start) >= 1)):
-            raise ElasticConfigError(
-                f"quantization_start={start} must be a share of the steps in [0, 1), or a whole number of steps."
-            )
+        _check_start("quantization_start", self.quantization_start)
         if self.quantization is None:
             if self.quantization_start:
                 raise ElasticConfigError(
@@ -231,6 +242,24 @@ class ElasticDistillationConfig(SFTConfig):
                 "quantization needs weights that are trained; freeze_model=True trains the router alone."
             )
 
+    def _check_plateau(self) -> None:
+        if not self.stop_on_plateau:
+            return
+        chosen = str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type))
+        if chosen not in ("linear", "constant_with_warmup") or self.lr_scheduler_kwargs:
+            raise ElasticConfigError(
+                f"stop_on_plateau has a schedule of its own (warm-up, constant, falling), which lr_scheduler_type={chosen!r} with "
+                f"lr_scheduler_kwargs={self.lr_scheduler_kwargs!r} would contradict; leave both out."
+            )
+        if isinstance(self.stages, list) and len(self.stages) > 1:
+            raise ElasticConfigError(
+                f"stop_on_plateau does not know which of {len(self.stages)} stages to make shorter; give one stage, or make each a run."
+            )
+        if self.quantization_start or self.freeze_model:
+            what = f"quantization_start={self.quantization_start}" if self.quantization_start else "freeze_model=True"
+            raise ElasticConfigError(f"{what} does not work with stop_on_plateau, which may end the run at any step.")
+        self.lr_scheduler_type = SchedulerType.CONSTANT_WITH_WARMUP
+
     @property
     def trains_handover(self) -> bool:
         """Whether the run or one of its stages has hand-overs."""
@@ -241,7 +270,12 @@ class ElasticDistillationConfig(SFTConfig):
     def _check_handover(self) -> None:
         if not 0 <= self.handover_probability <= 1:
             raise ElasticConfigError(f"handover_probability={self.handover_probability} must be in [0, 1].")
+        _check_start("handover_start", self.handover_start)
         if not self.trains_handover:
+            if self.handover_start:
+                raise ElasticConfigError(
+                    f"handover_start={self.handover_start} would be ignored: handover_probability is 0. Set it, or leave the start out."
+                )
             if self.handover_token is not None:
                 raise ElasticConfigError(
                     f"handover_token={self.handover_token!r} would be ignored: handover_probability is 0. Set it, or leave the token out."
@@ -258,7 +292,24 @@ class ElasticDistillationConfig(SFTConfig):
                 "train hand-over between the decided budgets in a second run."
             )
 
+    def _check_handover_start(self) -> None:
+        if self.max_steps > 0 and first_step(self.handover_start, self.max_steps) >= self.max_steps:
+            raise ElasticConfigError(
+                f"handover_start={self.handover_start:g}, but the run has {self.max_steps} steps, none of which would be a hand-over; begin earlier."
+            )
+        if self.max_steps <= 0 and not self.stages and 0 < self.handover_start < 1:
+            raise ElasticConfigError(
+                f"handover_start={self.handover_start} is a share of the steps, and how many the run has is not known before it begins: give "
+                "max_steps, or a number of steps."
+            )
+
     @property
     def rows_per_step(self) -> int:
         """Rows of an optimizer step, of all micro-batches and processes together."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+
+def _check_start(name: str, start: float) -> None:
+    """Raise for what is no number of steps before something begins."""
+    if not (0 <= start < 1 or (start < math.inf and start == int(start) >= 1)):
+        raise ElasticConfigError(f"{name}={start} must be a share of the steps in [0, 1), or a whole number of steps.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -16,6 +16,7 @@ from trl import SFTTrainer
 
 from hf_elastic import ElasticForCausalLM
 from hf_elastic.checkpoints.origin import refuse_loss
+from hf_elastic.configuration.budgets import FULL
 from hf_elastic.errors import ElasticConfigError, HFElasticError
 from hf_elastic.generation.texts import readable
 
@@ -34,14 +35,15 @@ from .checks import (
 )
 from .curriculum import make_curriculum
 from .elastic_distillation_config import ElasticDistillationConfig
-from .forward import forward_as, head_of, last_hidden, last_hidden_through, states_after
-from .handover import CUT, Handovers, handed_over, refuse_checkpointing, split_rows, token_id
+from .forward import forward_as, head_now, head_of, last_hidden, last_hidden_through, states_after
+from .handover import CUT, Handovers, Part, beginning, go_on, parts_of, refuse_checkpointing, split_rows, token_id
 from .lora import as_teacher, base_of, check_adapters, whole_head_of
 from .losses import chunked_divergence, summed_entropy, summed_hidden_distance
 from .optimizing import OptimizingMixin
 from .quantizing import Quantizing
 from .reporting import EvaluateAtTheEnd, ReportingMixin
 from .routing import Routing
+from .stopping import Plateau
 from .teacher import check_same_channels, load_teacher, prepare_teacher
 
 _PAPER = {
@@ -128,17 +130,22 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
             routed=self.routing is not None and not args.freeze_router,
             handover=args.handover_probability,
         )
+        if args.handover_start:
+            self.curriculum = self.curriculum.with_handovers_from(args.handover_start)
         self.handovers = Handovers(self.curriculum, model.elastic_config, names) if args.trains_handover else None
-        if names[0] not in {name for stage in self.curriculum.stages for name in stage.budget_probabilities}:
+        drawn = {name for stage in self.curriculum.stages for name in stage.budget_probabilities}
+        if names[0] not in drawn:
             warnings.warn(f"the whole parent ({names[0]!r}) is never drawn: nothing keeps it as it is.", stacklevel=2)
         self._init_reporting(known_budgets(args.eval_budgets, names) if args.eval_budgets else names)
+        self._own_teacher = teacher_model is None
+        own = FULL if self._own_teacher else None
+        self.plateau = Plateau(self.progress, [n for n in names if n in drawn], own) if args.stop_on_plateau else None
         self._adapted = peft_config is not None or given is not model
         if self._adapted and args.freeze_model:
             raise ElasticConfigError("freeze_model=True trains the router alone: leave out the adapters.")
         self.quantizing = Quantizing(model, args, self._adapted) if args.quantization is not None else None
         if self.quantizing is not None:
             self._name = f"{self._name}, quantisation-aware ({self.quantizing})"
-        self._own_teacher = teacher_model is None
         teacher = load_teacher(teacher_model, model, args.teacher_model_init_kwargs, adapters=self._adapted)
         if args.hidden_loss_weight > 0:
             check_layers(args.hidden_loss_layers, model.submodel.depth)
@@ -160,12 +167,13 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
         check_model(self.model)  # upstream adapts embeddings and head on its own for a chat template with new tokens
         # The loss is divided by the number of target tokens of the whole step already.
         self.loss_is_scaled_for_ga = True
+        if self.plateau is not None:
+            self.add_callback(self.plateau)
         if self.eval_dataset is not None and args.eval_strategy == "no":
             self.add_callback(EvaluateAtTheEnd())
         refuse_sharded_blocks(self._elastic, self.is_fsdp_enabled)
         self.teacher_model = prepare_teacher(teacher, self.accelerator, self.is_fsdp_enabled)
         self._micro_batch = 0
-        self._source: str | None = None
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """The micro-batches of one step, cut to the stage's length before their target tokens are counted."""
@@ -201,10 +209,9 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         budget = self.curriculum.budget(self.state.global_step, self._micro_batch)
         drawn = self.handovers.draw(self.state.global_step, self._micro_batch) if self.handovers is not None else None
-        self._source = drawn[0] if drawn else None
         self._micro_batch += 1
         # Backward runs inside: checkpointed layers compute again what they computed.
-        with self._at(budget), self._named(budget if drawn is None else f"{self._source}>{budget}"):
+        with self._at(budget), self._named(budget if drawn is None else f"{drawn[0]}>{budget}"):
             loss = super().training_step(model, inputs, num_items_in_batch)
         if drawn is not None and not self._elastic.elastic_config.handover_trained:
             self._elastic.elastic_config.handover_trained = True
@@ -243,14 +250,14 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
             key: inputs[key] for key in ("input_ids", "attention_mask", "position_ids") if key in inputs
         }
         target = labels[:, 1:] != -100  # position t predicts token t + 1
+        cut = inputs.get(CUT)
+        parts = parts_of(self._elastic, self._budget_name, target, cut)
         with self.accelerator.autocast():
-            teacher_hidden, teacher_states = self._taught(model, tokens, target)
-            divergence, distance = self._through_wrapper(
-                model, tokens, target, teacher_hidden, teacher_states, inputs.get(CUT)
-            )
-        loss = divergence + self.args.hidden_loss_weight * distance
+            taught = self._taught(model, tokens, target, parts)
+            divergences, distances = self._through_wrapper(model, tokens, target, parts, taught, cut)
+        loss = (divergences + self.args.hidden_loss_weight * distances).sum()
         count = target.sum()
-        self._record(divergence, distance, count, inputs)
+        self._record(parts, divergences, distances, inputs)
         if num_items_in_batch is None:
             return loss / count.clamp(min=1)
         scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
@@ -263,62 +270,86 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
         return loss
 
     def _taught(
-        self, model: nn.Module, tokens: dict[str, torch.Tensor], target: torch.Tensor
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Last and compared hidden states of the teacher at the target tokens; without a teacher, of the model without adapters."""
+        self, model: nn.Module, tokens: dict[str, torch.Tensor], target: torch.Tensor, parts: list[Part]
+    ) -> list[tuple[torch.Tensor, list[torch.Tensor]]]:
+        """Per part the last and the compared hidden states of the teacher at its target tokens; without a teacher, of the model without
+        adapters."""
         teacher = model if self.teacher_model is None else self.teacher_model
         alone = as_teacher(self._elastic) if teacher is model else nullcontext()
-        with torch.no_grad(), alone, states_after(self._compared_layers(teacher), target) as states:
-            return last_hidden_through(teacher, tokens)[:, :-1][target], states
+        compared = sorted({layer for part in parts for layer in self._compared(part)})
+        layers = self._layers(teacher, compared)
+        with torch.no_grad(), alone, states_after(layers, target) as states:
+            hidden = last_hidden_through(teacher, tokens)[:, :-1][target]
+        by_layer = dict(zip(compared, states, strict=True))
+        taught = []
+        for part in parts:
+            # All of them, unless the micro-batch is a hand-over.
+            inside = ... if part.target is target else part.target[target]
+            taught.append((hidden[inside], [by_layer[layer][inside] for layer in self._compared(part)]))
+        return taught
 
-    def _compared_layers(self, model: nn.Module) -> list[nn.Module]:
-        """Layers of the student or the teacher whose hidden states are compared at the active budget; none if that is off."""
+    def _compared(self, part: Part) -> list[int]:
+        """Layers of the parent after which hidden states are compared in a part; none if that is off."""
+        chosen = self.args.hidden_loss_layers
         if self.args.hidden_loss_weight == 0:
             return []
-        student, chosen = self._elastic, self.args.hidden_loss_layers
-        layers = student.architecture.layers_of(base_of(self.accelerator.unwrap_model(model)))
-        return [layers[i] for i in student.submodel.layers if chosen is None or i in chosen]
+        return [layer for layer in part.submodel.layers if chosen is None or layer in chosen]
+
+    def _layers(self, model: nn.Module, compared: list[int]) -> list[nn.Module]:
+        """Layers of the student or of the teacher."""
+        layers = self._elastic.architecture.layers_of(base_of(self.accelerator.unwrap_model(model)))
+        return [layers[i] for i in compared]
 
     def _through_wrapper(
         self,
         model: nn.Module,
         tokens: dict[str, torch.Tensor],
         target: torch.Tensor,
-        teacher_hidden: torch.Tensor,
-        teacher_states: list[torch.Tensor],
+        parts: list[Part],
+        taught: list[tuple[torch.Tensor, list[torch.Tensor]]],
         cut: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The whole student loss as one call of the wrapped model: DDP and FSDP only see parameters used inside their forward, and
         calling the backbone beside them lets ranks drift apart without an error.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: Sums over the target tokens of the divergence, and of the distance of hidden states.
+            `tuple[torch.Tensor, torch.Tensor]`: Per part, sums over its target tokens of the divergence, and of the distance of hidden states.
         """
         student, teacher = self._elastic, self.teacher_model
         teacher_head = whole_head_of(student) if teacher is None else head_of(self.accelerator.unwrap_model(teacher))
 
-        def student_loss(**kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-            read, compared = kwargs, target
-            if cut is not None and self._source is not None:
-                before, after, compared = split_rows(kwargs, target, cut)
-                read = {**after, "past_key_values": handed_over(student, self._source, before), "use_cache": True}
-            with states_after(self._compared_layers(model), compared) as states:
-                hidden = last_hidden(student, read)[:, :-1][compared]
-            distance = hidden.new_zeros((), dtype=torch.float32)
-            if states:
-                distance = summed_hidden_distance(states, teacher_states, kind=self.args.hidden_loss)
+        def compare(i: int, compared: torch.Tensor, read: Callable[[], torch.Tensor]) -> list[torch.Tensor]:
+            hidden_taught, states_taught = taught[i]
+            with states_after(self._layers(model, self._compared(parts[i])), compared) as states:
+                hidden = read()[:, : compared.shape[1]][compared]
             if self._counts_entropy:
-                self._entropy = summed_entropy(teacher_hidden, teacher_head, chunk_size=self.args.loss_chunk_size)
+                entropy = summed_entropy(hidden_taught, teacher_head, chunk_size=self.args.loss_chunk_size)
+                self._entropy = entropy if self._entropy is None else self._entropy + entropy
             divergence = chunked_divergence(
                 hidden,
-                teacher_hidden,
-                head_of(student),
+                hidden_taught,
+                head_now(student),
                 teacher_head,
                 beta=self.args.beta,
                 temperature=self.args.temperature,
                 chunk_size=self.args.loss_chunk_size,
             )
-            return divergence, distance
+            if not states:
+                return [divergence, hidden.new_zeros((), dtype=torch.float32)]
+            return [divergence, summed_hidden_distance(states, states_taught, kind=self.args.hidden_loss)]
+
+        def student_loss(**kwargs: Any) -> tuple[torch.Tensor, ...]:
+            if cut is None:
+                losses = [compare(0, target, lambda: last_hidden(student, kwargs))]
+            else:
+                before, after, *compared = split_rows(kwargs, target, cut)
+                with beginning(student, parts[0].name) as cache:
+                    read = {**before, "past_key_values": cache, "use_cache": True}
+                    losses = [compare(0, compared[0], lambda: last_hidden(student, read))]
+                given = go_on(student, parts[0].submodel, cache, before)
+                rest = {**after, "past_key_values": given, "use_cache": True}
+                losses.append(compare(1, compared[1], lambda: last_hidden(student, rest)))
+            return tuple(torch.stack(kind) for kind in zip(*losses, strict=True))
 
         with forward_as(self.accelerator.unwrap_model(self.model), student_loss):
             return model(**tokens)

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_elastic.submodels.stencils import CutHead
+
 from .lora import base_of
 from .losses import Head
 
@@ -33,6 +35,14 @@ def head_of(model: PreTrainedModel) -> Head:
     return lambda hidden: model.get_output_embeddings()(hidden) / scaling
 
 
+def head_now(model: Any) -> Head:
+    """From last hidden states to logits at the budget of an elastic model that is active now, whichever is when it is called: chunks of logits
+    are made again in backward."""
+    scaling, head = getattr(model.config, "logits_scaling", 1.0), model.get_output_embeddings()
+    forward = (head.module if isinstance(head, CutHead) else head).forward
+    return lambda hidden: forward(hidden) / scaling
+
+
 @contextmanager
 def states_after(layers: Sequence[nn.Module], target: torch.Tensor) -> Iterator[list[torch.Tensor]]:
     """Collect what layers of a model put out inside a `with` block, in the order in which they run.
@@ -40,7 +50,7 @@ def states_after(layers: Sequence[nn.Module], target: torch.Tensor) -> Iterator[
     The block has to end before backward: layers that are computed again there are not to be collected again.
 
     Args:
-        target (`torch.Tensor`): Boolean `(B, T - 1)`; at which positions to collect, the last one never being a target.
+        target (`torch.Tensor`): Boolean `(B, T)`, or `(B, T - 1)` if the last position is not a target; at which positions to collect.
 
     Returns:
         `list[torch.Tensor]`: One `(target tokens, width)` per layer, with gradient if the layer's output has one.
@@ -49,7 +59,7 @@ def states_after(layers: Sequence[nn.Module], target: torch.Tensor) -> Iterator[
 
     def collect(module: nn.Module, args: Any, output: Any) -> None:
         output = output[0] if isinstance(output, tuple) else output
-        states.append(output[:, :-1][target])
+        states.append(output[:, : target.shape[1]][target])
 
     handles = [layer.register_forward_hook(collect) for layer in layers]
     try:

@@ -1,14 +1,16 @@
 """Training of cache hand-over: micro-batches whose rows begin in another submodel, and go on in the budget's own from its cache.
 
 What happens in such a batch is what happens in generation between two phases: the same conversion, the same scale
-([`hf_elastic.generation.caches.hand_over`]). The loss is on what the second submodel reads, and its gradient goes through the cache into
-the first.
+([`hf_elastic.generation.caches.hand_over`]). Both submodels are trained, each on what it reads, so that a hand-over teaches as many tokens as an
+ordinary micro-batch; the gradient of the second goes through the cache into the first.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,13 +20,15 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 
 from hf_elastic import ElasticConfig, ElasticForCausalLM
+from hf_elastic.architectures.submodel import Submodel
 from hf_elastic.errors import ElasticConfigError, HandoverError
 from hf_elastic.generation.caches import check_hand_over, hand_over, read_cache, write_cache
 
 from .curriculum import Curriculum
 
 CUT = "handover_cut"
-"""Entry of a micro-batch that is a hand-over: per row the first token that the batch's own budget reads, `(B,)`."""
+"""Entry of a micro-batch that is a hand-over: per row the first token that the batch's own budget reads, `(B,)`. That token is a target of the
+budget before it."""
 
 _LEAST = 2
 """Tokens that go on from a cache: for a single one, upstream takes the path of decoding, which has no gradient."""
@@ -81,15 +85,44 @@ class Handovers:
         return source, rng.random()
 
     def cut(self, batch: Tokens, step: int, micro_batch: int) -> Tokens:
-        """The micro-batch of a step with its cut, and without the targets before it."""
+        """The micro-batch of a step, with its cut if it is a hand-over."""
         drawn = self.draw(step, micro_batch)
         if drawn is None:
             return batch
-        cut = cut_rows(batch["input_ids"], batch.get("attention_mask"), drawn[1], self.token)
-        columns = torch.arange(batch["labels"].shape[1], device=cut.device)
-        # The first token after the cut is what the other submodel puts out.
-        labels = batch["labels"].masked_fill(columns <= cut[:, None], -100)
-        return {**batch, "labels": labels, CUT: cut}
+        return {**batch, CUT: cut_rows(batch["input_ids"], batch.get("attention_mask"), drawn[1], self.token)}
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one submodel is compared with the teacher at in a micro-batch; a hand-over has two.
+
+    Args:
+        name (`str`): To report it by: a budget, or `a>b` for what `b` reads after `a`.
+        submodel (`Submodel`): That runs.
+        target (`torch.Tensor`): Boolean `(B, T - 1)`.
+    """
+
+    name: str
+    submodel: Submodel
+    target: torch.Tensor
+
+
+def parts_of(model: ElasticForCausalLM, name: str, target: torch.Tensor, cut: torch.Tensor | None) -> list[Part]:
+    """The parts of a micro-batch of the active budget.
+
+    Args:
+        name (`str`): To report it by: of the budget, or `a>b` if the micro-batch is a hand-over.
+        target (`torch.Tensor`): Boolean `(B, T - 1)`.
+        cut (`torch.Tensor`, *optional*): `(B,)`, of a hand-over.
+    """
+    if cut is None:
+        return [Part(name, model.submodel, target)]
+    source = name.partition(">")[0]
+    before = torch.arange(target.shape[1], device=target.device) < cut[:, None]
+    return [
+        Part(source, model.elastic_config.submodel(source), target & before),
+        Part(name, model.submodel, target & ~before),
+    ]
 
 
 def token_id(token: str | None, tokenizer: Any) -> int | None:
@@ -158,7 +191,9 @@ def cut_rows(
     return start + torch.minimum(cut, length - _LEAST).clamp(min=1)
 
 
-def split_rows(tokens: Tokens, target: torch.Tensor, cut: torch.Tensor) -> tuple[Tokens, Tokens, torch.Tensor]:
+def split_rows(
+    tokens: Tokens, target: torch.Tensor, cut: torch.Tensor
+) -> tuple[Tokens, Tokens, torch.Tensor, torch.Tensor]:
     """Rows that are cut at different columns as two batches: the first is padded on the left, so that all rows go on at the same column.
 
     (A left-padded row is what it is alone, except where Mamba's projection has a bias: it then reaches the first tokens through the convolution.)
@@ -169,8 +204,8 @@ def split_rows(tokens: Tokens, target: torch.Tensor, cut: torch.Tensor) -> tuple
         cut (`torch.Tensor`): `(B,)`.
 
     Returns:
-        `tuple[dict, dict, torch.Tensor]`: What comes before the cut, `(B, P)`; what comes after it, `(B, R)`, with an attention mask over both,
-        `(B, P + R)`; and `target` of the latter, `(B, R - 1)`.
+        `tuple[dict, dict, torch.Tensor, torch.Tensor]`: What comes before the cut, `(B, P)`; what comes after it, `(B, R)`, with an attention
+        mask over both, `(B, P + R)`; and `target` of both, `(B, P)`, whose last column predicts the first token of the rest, and `(B, R - 1)`.
     """
     ids = tokens["input_ids"]
     width, before = ids.shape[1], int(cut.max())
@@ -183,20 +218,27 @@ def split_rows(tokens: Tokens, target: torch.Tensor, cut: torch.Tensor) -> tuple
     first = {"input_ids": ids.gather(1, place)[:, :before], "position_ids": positions[:, :before]}
     rest = {"input_ids": ids.gather(1, place)[:, before:], "position_ids": positions[:, before:]}
     compared = F.pad(target, (0, 1)).gather(1, place) & inside
-    return {**first, "attention_mask": mask[:, :before]}, {**rest, "attention_mask": mask}, compared[:, before:-1]
+    first, rest = {**first, "attention_mask": mask[:, :before]}, {**rest, "attention_mask": mask}
+    return first, rest, compared[:, :before], compared[:, before:-1]
 
 
-def handed_over(model: ElasticForCausalLM, source: str, tokens: Tokens) -> DynamicCache:
+@contextmanager
+def beginning(model: ElasticForCausalLM, source: str) -> Iterator[DynamicCache]:
+    """Run another budget than the active one inside a `with` block and inside a call of whatever wraps the model; gives the cache that it
+    is to write."""
+    with model.computing(source):
+        yield DynamicCache(config=model.elastic_config.stock_config(model.submodel))
+
+
+def go_on(model: ElasticForCausalLM, given: Submodel, cache: DynamicCache, tokens: Tokens) -> DynamicCache:
     """The cache that the active budget goes on with after another one has read `tokens`; inside a call of whatever wraps the model.
 
     Args:
-        source (`str`): Budget that reads.
+        given (`Submodel`): That read them.
+        cache (`DynamicCache`): What it wrote.
         tokens (`dict[str, torch.Tensor]`): As `split_rows` gives them.
     """
     config, target = model.elastic_config, model.submodel
-    with model.computing(source):
-        given, cache = model.submodel, DynamicCache(config=config.stock_config(model.submodel))
-        model.base_model(**tokens, past_key_values=cache, use_cache=True)
     kept = read_cache(cache)
     layers = model.architecture.layers_of(model)
     for i, found in zip(given.layers, kept, strict=True):
@@ -206,6 +248,19 @@ def handed_over(model: ElasticForCausalLM, source: str, tokens: Tokens) -> Dynam
     # Nobody reads where the rest ends, and upstream would write it over a state that backward may need.
     made.update_recurrent_state = lambda recurrent_states, *args, **kwargs: recurrent_states
     return made
+
+
+def handed_over(model: ElasticForCausalLM, source: str, tokens: Tokens) -> DynamicCache:
+    """The cache that the active budget goes on with after another one has read `tokens`, whose output nobody needs.
+
+    Args:
+        source (`str`): Budget that reads.
+        tokens (`dict[str, torch.Tensor]`): As `split_rows` gives them.
+    """
+    with beginning(model, source) as cache:
+        given = model.submodel
+        model.base_model(**tokens, past_key_values=cache, use_cache=True)
+    return go_on(model, given, cache, tokens)
 
 
 def _gather_in_backward(layer: nn.Module, found: Mapping[str, torch.Tensor]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +13,7 @@ from hf_elastic.configuration.quantized import refuse_off_blocks
 from hf_elastic.errors import ElasticConfigError, shown
 from hf_elastic.quantization.recipes import Recipe, quantized_config
 
+from .curriculum import first_step
 from .elastic_distillation_config import ElasticDistillationConfig
 
 
@@ -80,16 +80,6 @@ class Quantizing:
         if isinstance(given, str):
             return given
         return ", ".join(f"{name}: {format or 'as it is'}" for name, format in given.items())
-
-
-def first_step(start: float, steps: int) -> int:
-    """How many steps are made before weights are rounded.
-
-    Args:
-        start (`float`): A share of the steps below 1, from 1 on a number of steps.
-        steps (`int`): Of the whole run.
-    """
-    return math.ceil(start * steps) if start < 1 else int(start)
 
 
 def _refuse_choices(config: ElasticConfig, encodings: Mapping[str, Encoding]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from trl import SFTTrainer
 from hf_elastic.configuration.budgets import FULL
 from hf_elastic.errors import HFElasticError
 
+from .handover import Part
 from .progress import FIRST_BATCHES, Progress
 from .quantizing import Quantizing
 from .verdict import Verdict, judge, render, save
@@ -30,7 +31,7 @@ class EvaluateAtTheEnd(TrainerCallback):
     """Evaluates once, after the last step: for an evaluation dataset without `eval_strategy`, which upstream would not look at."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        if state.global_step >= state.max_steps:
+        if state.global_step >= state.max_steps or control.should_training_stop:
             control.should_evaluate = True
         return control
 
@@ -56,7 +57,11 @@ class ReportingMixin(SFTTrainer):
         yield
 
     def _record(
-        self, divergence: torch.Tensor, distance: torch.Tensor, count: torch.Tensor, inputs: dict[str, torch.Tensor]
+        self,
+        parts: Sequence[Part],
+        divergences: torch.Tensor,
+        distances: torch.Tensor,
+        inputs: dict[str, torch.Tensor],
     ) -> None:
         """Add up both losses, target tokens and tokens of all ranks, and stop on all of them if one has a loss that is not finite."""
         mode = "train" if self.model.training else "eval"
@@ -66,10 +71,12 @@ class ReportingMixin(SFTTrainer):
             else inputs["input_ids"].new_tensor(inputs["input_ids"].numel())
         )
         entropy, self._entropy = self._entropy, None
-        measured = (divergence, distance, count, seen, divergence.new_zeros(()) if entropy is None else entropy)
-        parts = torch.stack([part.detach().double() for part in measured])
-        numbers = self.accelerator.reduce(parts, "sum").tolist()
-        loss = numbers[0] + self.args.hidden_loss_weight * numbers[1]
+        counts = torch.stack([part.target.sum() for part in parts])
+        spread = torch.ones_like(divergences, dtype=torch.float64)  # of what the micro-batch has once
+        once = [spread * (0.0 if entropy is None else entropy), spread * seen]
+        rows = [row.detach().double() for row in (divergences, distances, counts, *once)]
+        numbers = self.accelerator.reduce(torch.stack(rows, dim=1), "sum").tolist()
+        loss = sum(row[0] + self.args.hidden_loss_weight * row[1] for row in numbers)
         if not math.isfinite(loss):
             where = (
                 f"step {self.state.global_step}, micro-batch {max(self._micro_batch - 1, 0)}"
@@ -81,26 +88,34 @@ class ReportingMixin(SFTTrainer):
                 f"whose first row begins with tokens {inputs['input_ids'][0, :8].tolist()} (rank {self.accelerator.process_index}). This step "
                 "changed no weight, and the last checkpoint is kept; lower the learning rate, or look at this batch."
             )
-        total = self._sums[mode][self._budget_name]
-        for i in range(3):
-            total[i] += numbers[i]
+        for part, row in zip(parts, numbers, strict=True):
+            total = self._sums[mode][part.name]
+            for i in range(3):
+                total[i] += row[i]
         if mode == "train":
-            self._total_train_tokens += int(numbers[3])
-            self._follow(numbers[0], numbers[2], numbers[4] if entropy is not None else None)
+            self._total_train_tokens += int(numbers[0][4])
+            self._follow(parts, numbers, counted=entropy is not None)
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
 
     @property
     def _counts_entropy(self) -> bool:
         return bool(self.model.training) and self.progress.batches < FIRST_BATCHES
 
-    def _follow(self, divergence: float, tokens: float, entropy: float | None) -> None:
-        """Remember how a micro-batch went, for the verdict. Mixtures of sizes are no budget yet."""
-        if entropy is not None:
-            self.progress.add_entropy(entropy, tokens)
+    def _follow(self, parts: Sequence[Part], numbers: Sequence[Sequence[float]], counted: bool) -> None:
+        """Remember how a micro-batch went, for the verdict. Mixtures of sizes are no budget yet; what a size says after another one has
+        read is remembered as that.
+
+        Args:
+            numbers (`list`): Per part the divergence, the distance, the target tokens, and the entropy of all parts.
+            counted (`bool`): Whether the entropy was.
+        """
+        if counted:
+            self.progress.add_entropy(numbers[0][3], sum(row[2] for row in numbers))
         if self._undecided:
             return
         step = self.state.global_step
-        self.progress.add(step, self._budget_name, divergence, tokens)
+        for part, row in zip(parts, numbers, strict=True):
+            self.progress.add(step, part.name, row[0], row[2])
         if self.optimizer is not None:
             self.progress.add_rate(step, self.optimizer.param_groups[0]["lr"])
 

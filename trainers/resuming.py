@@ -18,9 +18,8 @@ from hf_elastic.adapters.slices import FAMILY_FILE
 from hf_elastic.errors import CheckpointError, ElasticConfigError
 from hf_elastic.storage.json_files import read_json
 
-from .curriculum import Curriculum
+from .curriculum import Curriculum, first_step
 from .elastic_distillation_config import ElasticDistillationConfig
-from .quantizing import first_step
 
 logger = logging.get_logger(__name__)
 
@@ -103,6 +102,8 @@ def training_state(
         state |= {"quantization": args.quantization, "quantization_start": start}
     if args.freeze_model:
         state["freeze_model"] = True
+    if args.stop_on_plateau:
+        state["stop_on_plateau"] = True
     if args.handover_token is not None:
         state["handover_token"] = args.handover_token
     given = args.to_dict()
@@ -132,7 +133,8 @@ def check_training(folder: str, ours: Mapping[str, Any]) -> int:
         return 0
     theirs = read_json(Path(folder) / STATE_FILE)
     tokens = theirs.pop("num_tokens", 0)
-    theirs.pop("progress", None)
+    for progress in ("progress", "plateau"):
+        theirs.pop(progress, None)
     stages = theirs.get("stages")
     if not isinstance(stages, list) or not all(
         isinstance(s, dict) and isinstance(s.get("steps"), int) for s in stages
@@ -152,10 +154,10 @@ def check_training(folder: str, ours: Mapping[str, Any]) -> int:
     return tokens
 
 
-def saved_progress(folder: str) -> dict[str, Any]:
-    """How the run of a checkpoint had gone, see [`Progress.load`]; empty if it does not say."""
+def saved_progress(folder: str, part: str) -> dict[str, Any]:
+    """How the run of a checkpoint had gone, `"progress"` or `"plateau"`; empty if it does not say."""
     file = Path(folder) / STATE_FILE
-    return (read_json(file).get("progress") or {}) if file.exists() else {}
+    return (read_json(file).get(part) or {}) if file.exists() else {}
 
 
 def check_family(folder: str, ours: ElasticConfig) -> bool:

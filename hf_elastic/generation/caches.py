@@ -189,7 +189,8 @@ def hand_over(
 ) -> States:
     """The states that `target` goes on with where `source` stopped.
 
-    Along every axis entries that both have are kept, and those that only `target` has start at zero, as they have seen nothing. What
+    Along every axis entries that both have are kept, and those that only `target` has start at zero, as they have seen nothing. So does a
+    layer that only `target` has, if all that it keeps is the window of a convolution, a few tokens long. What
     submodels of different widths write is of different size: the norms in front of the mixers run over fewer channels, so that with k of N
     channels keys, values and convolution inputs are about sqrt(k / N), SSM states k / N times as large, and keys that have a norm of their own
     just as large (`StateRule.degree`). `scale` corrects for that (measured in the lab: without it a larger submodel cannot go on at all; in a
@@ -205,7 +206,7 @@ def hand_over(
         `States`: One entry per layer of `target`; differentiable in `states`. The same object if the submodels are the same.
 
     Raises:
-        `HandoverError`: `target` has a layer with a cache that `source` does not have.
+        `HandoverError`: `target` has a layer that keeps more than the window of a convolution, and `source` does not have it.
     """
     check_hand_over(architecture, config, source, target)
     if source == target:
@@ -217,6 +218,9 @@ def hand_over(
     for layer in target.layers:
         found: dict[str, torch.Tensor] = {}
         for rule in architecture.states(config.per_layer_config[layer], layer):
+            if layer not in position:
+                found[rule.key] = _untouched(states, [dim.size(target.at(layer)) for dim in rule.dims])
+                continue
             tensor = states[position[layer]][rule.key]
             first, *rest = rule.dims
             along = {1: first, **dict(enumerate(rest, start=3 if rule.kind in PER_TOKEN else 2))}
@@ -228,17 +232,24 @@ def hand_over(
 
 
 def check_hand_over(architecture: Architecture, config: PreTrainedConfig, source: Submodel, target: Submodel) -> None:
-    """Raise [`HandoverError`] if `target` has a layer with a cache that `source` does not have."""
-    missing = [
-        layer
-        for layer in target.layers
-        if layer not in source.layers and architecture.states(config.per_layer_config[layer], layer)
-    ]
+    """Raise [`HandoverError`] if `target` has a layer that `source` does not have, and that keeps more than the window of a convolution."""
+
+    def kept(layer: int) -> set[str]:
+        return {rule.kind for rule in architecture.states(config.per_layer_config[layer], layer)}
+
+    missing = [layer for layer in target.layers if layer not in source.layers and kept(layer) - {"conv"}]
     if missing:
         raise HandoverError(
             f"the cache cannot be handed over: layers {missing} keep a cache and were dropped from the submodel before; use "
             "handover='reprefill'."
         )
+
+
+def _untouched(states: States, shape: list[int]) -> torch.Tensor:
+    """The window of a convolution that has read nothing, for the sequences of other states."""
+    # SSM states are in float32 whatever the model is in.
+    like = next(tensor for found in states for key, tensor in found.items() if not key.startswith("ssm"))
+    return like.new_zeros(like.shape[0], *shape)
 
 
 def _move(tensor: torch.Tensor, i: int, dim: Dim, full: Sizes, source: Sizes, target: Sizes) -> torch.Tensor:

@@ -132,6 +132,7 @@ def train_family(
     progress: bool = True,
     callback: TrainerCallback | None = None,
     rows: Any = None,
+    teacher: PreTrainedModel | None = None,
     task: LabTask | str = "book",
     **options: Any,
 ) -> list[dict[str, float]]:
@@ -147,6 +148,7 @@ def train_family(
         seed (`int`, *optional*, defaults to 0): Of problems and budgets; the problems are others than the parent was trained on.
         rows (`datasets.IterableDataset`, *optional*):
             Other data than the problems of `task`, with `input_ids` and `labels`. By default the stream of another seed than the parent saw.
+        teacher (`PreTrainedModel`, *optional*): What to learn from; the family as it is, which is its parent, by default.
         options: Fields of `ElasticDistillationConfig`, instead of these or besides them.
 
     Returns:
@@ -181,6 +183,7 @@ def train_family(
     }
     trainer = ElasticDistillationTrainer(
         model=family,
+        teacher_model=teacher,
         args=ElasticDistillationConfig(output_dir=str(output), **defaults | options),
         train_dataset=task.training_dataset(tokenizer, seed + 1000) if rows is None else rows,
         processing_class=tokenizer,

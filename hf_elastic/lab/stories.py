@@ -1,7 +1,7 @@
 """The problems of the `stories` task, in plain English, and its tokenizer.
 
 A problem is a short story: one person has some coins, every other one has more or fewer than the one before, and all go to a shop.
-The thinking works out who has how many coins. The answer says what one or two of them can buy: every shop sells one thing for every
+The thinking works out who has how many coins. The answer says what the last two of them can buy: every shop sells one thing for every
 number of coins, [`PRICES`], a list that the model has to know by heart. With `people = 3`:
 
     Ida has 9 coins. Max has 7 more than Ida. Ana has 9 fewer than Max. All go to the toy shop. What can Max and Ana buy?
@@ -78,7 +78,7 @@ class Problem:
     Args:
         prompt (`str`): The story with its question.
         thinking (`str`): Who has how many coins, without the `<think>` tokens around it.
-        answer (`str`): What one or two of the people buy, a sentence for each, without the end-of-sequence token.
+        answer (`str`): What the last two of the people buy, a sentence for each, without the end-of-sequence token.
     """
 
     prompt: str
@@ -128,7 +128,9 @@ def make_problem(rng: random.Random, people: int) -> Problem:
         sign = "+" if change > 0 else "-"
         # What the answer looks up is said in the words of the answer, and in no others: "Max owns" is followed by one number only.
         thinking.append(f"{name} has {had} {sign} {abs(change)} = {coins[-1]}, so {name} owns {coins[-1]}.")
-    asked = sorted(_some(rng, list(range(people)), min(2, people)))
+    asked = range(people)[
+        -2:
+    ]  # of anybody, the model would have to look up whose number is whose, which it does not learn in time
     who = " and ".join(names[i] for i in asked)
     story.append(f"{'All go' if people > 1 else names[0] + ' goes'} to the {shop}. What can {who} buy?")
     answer = [f"{names[i]} owns {coins[i]} coins, at the {shop} that buys a {PRICES[shop, coins[i]]}." for i in asked]

@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from phased import NARROW
+from transformers import DynamicCache
 
+from hf_elastic import elastify
 from hf_elastic.errors import HandoverError
 from hf_elastic.generation.caches import hand_over, join_rows, read_cache, take_row, write_cache
+from hf_elastic.testing.models import random_model, tiny_config
 
 SHAPES = {"nano3": {"groups": 2, "state": 6}, "granite": {"groups": 2, "state": 6}}
 """Of the Mamba mixers of the parents in cases.py; a head belongs to one of the groups."""
@@ -74,6 +77,45 @@ def test_dropped_layers_keep_the_others_in_their_places(family, prompts):
         assert all(torch.equal(given[i][kind], states[layer][kind]) for kind in given[i])
     with pytest.raises(HandoverError, match=r"layers \[6\] keep a cache.*reprefill"):
         hand_over(given, model.architecture, config.parent_config, config.resolve({"layers": [0, 2, 3, 4]}), shallow)
+
+
+@pytest.fixture
+def short_convolutions():
+    """An elastic LFM2 of random weights, and three texts."""
+    parent = random_model(tiny_config("lfm2"))
+    ids = torch.randint(6, parent.config.vocab_size, (3, 9), generator=torch.Generator().manual_seed(2))
+    return elastify(parent, budgets={"narrow": {"hidden": parent.config.hidden_size // 2}}, sort=False), ids
+
+
+def test_a_convolution_that_was_dropped_begins_with_an_empty_window(short_convolutions):
+    """Compared with the stock model on a cache that is put together by hand, which upstream fills with zeros at the start of a text."""
+    model, ids = short_convolutions
+    config, full = model.elastic_config, model.elastic_config.resolve(None)
+    kinds = config.parent_config.layer_types
+    dropped = kinds.index("conv", 1)
+    source = config.resolve({"layers": [i for i in range(len(kinds)) if i != dropped]})
+    with model.at(source):
+        states = read_cache(model(ids[:, :-1], use_cache=True).past_key_values)
+    given = hand_over(states, model.architecture, config.parent_config, source, full)
+    cache = DynamicCache(config=config.parent_config)
+    for i in range(len(kinds)):
+        if i == dropped:
+            width = config.parent_config.hidden_size, config.parent_config.conv_L_cache
+            cache.update_conv_state(torch.zeros(len(ids), *width), i)
+        elif kinds[i] == "conv":
+            cache.update_conv_state(states[source.layers.index(i)]["conv"], i)
+        else:
+            found = states[source.layers.index(i)]
+            cache.update(found["keys"], found["values"], i)
+    expected = model(ids[:, -1:], past_key_values=cache, use_cache=True).logits
+    found = model(ids[:, -1:], past_key_values=write_cache(given, model.config), use_cache=True).logits
+    torch.testing.assert_close(found, expected)
+    whole = model(ids).logits[:, -1:]
+    assert float((found - whole).abs().max()) > 1e-3  # of another text, for the layer
+    attention = kinds.index("full_attention")
+    shallow = config.resolve({"layers": [i for i in range(len(kinds)) if i != attention]})
+    with pytest.raises(HandoverError, match=rf"layers \[{attention}\] keep a cache"):
+        hand_over(states, model.architecture, config.parent_config, shallow, full)
 
 
 @pytest.mark.parametrize("parent", ["nano3", "granite"])

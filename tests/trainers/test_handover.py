@@ -52,13 +52,15 @@ class HandingOver(ByHand):
             return super().divergence(budget, batch, weights)
         teacher = self.logits(None, batch).double().softmax(-1)
         total, count = torch.zeros((), dtype=torch.float64), 0
+        begins = self.logits(budget.partition(">")[0], batch, weights).double().softmax(-1)
         for i, cut in enumerate(batch[CUT].tolist()):
             place = batch["attention_mask"][i].nonzero()[:, 0]
             ids, at = batch["input_ids"][i, place], cut - int(place[0])
             student = self.rest(*budget.split(">"), ids, at, weights).double().softmax(-1)
-            p = teacher[i, place][at:]
+            student = torch.cat([begins[i, place][:at], student])
+            p = teacher[i, place]
             per_token = (p * (p.log() - student.log())).sum(-1)[:-1]
-            target = batch["labels"][i, place][at + 1 :] != -100
+            target = batch["labels"][i, place][1:] != -100
             total, count = total + (per_token * target).sum(), count + int(target.sum())
         return total, count
 
@@ -181,12 +183,25 @@ def test_gradients_reach_what_only_the_first_budget_keeps(tmp_path):
     assert moved[1.0] > 1e-3
 
 
-def test_hidden_states_are_compared_after_the_cut(tmp_path):
+def test_hidden_states_are_compared_in_both_parts(tmp_path):
     made = trainer(tmp_path, max_steps=1, seed=3, hidden_loss_weight=2.0, **ALWAYS)
+    recorder = Recorder().watch(made)
     made.train()
+    [[(pair, batch)]] = recorder.steps
+    source = pair.partition(">")[0]
     logs = made.state.log_history[0]
-    pair = next(key[:-3] for key in logs if ">" in key and key.endswith("/kl"))
-    assert logs["loss"] == pytest.approx(logs[f"{pair}/kl"] + 2.0 * logs[f"{pair}/hidden"], rel=1e-5)
+    columns = torch.arange(batch["labels"].shape[1])
+    begun = {**batch, "labels": batch["labels"].masked_fill(columns > batch[CUT][:, None], -100)}
+    hand = HandingOver("nano3", made.model.elastic_config)
+    distance = hand.distance(source, begun, "cosine", None, hand.parameters)
+    divergence, before = hand.divergence(source, begun)
+    count = int((batch["labels"][:, 1:] != -100).sum())
+    assert 0 < before < count
+    assert logs[f"{source}/hidden"] == pytest.approx(float(distance) / before, rel=1e-4)
+    assert logs[f"{source}/kl"] == pytest.approx(float(divergence) / before, rel=1e-4)
+    parts = {source: before, pair: count - before}
+    losses = [n * (logs[f"{name}/kl"] + 2.0 * logs[f"{name}/hidden"]) for name, n in parts.items()]
+    assert logs["loss"] == pytest.approx(sum(losses) / count, rel=1e-5)
     assert 0.01 < logs[f"{pair}/hidden"] < 2.0
 
 
@@ -206,6 +221,32 @@ def test_stages_have_probabilities_of_their_own_and_leave_the_other_draws_alone(
     named = [name for name, _ in given[0][1]]
     assert all(">" in name for name in named)
     assert {tuple(name.split(">")) for name in named} <= POSSIBLE
+
+
+def test_hand_overs_begin_when_they_shall(tmp_path):
+    """The same run as with stages that say so, which is the plain one until then; a number beyond the first stage counts all steps."""
+    stages = [{"steps": 2, "max_length": 12}, {"steps": 2, "handover_probability": 0.0}, {"steps": 3}]
+    for given, start, expected in (
+        ({"max_steps": 4}, 0.5, [(2, 0.0), (2, 1.0)]),
+        ({"max_steps": 4}, 3, [(3, 0.0), (1, 1.0)]),
+        ({"max_steps": -1, "num_train_epochs": 2}, 5, [(5, 0.0), (1, 1.0)]),
+        ({"max_steps": -1, "stages": stages}, 0.8, [(2, 0.0), (2, 0.0), (2, 0.0), (1, 1.0)]),
+        ({"max_steps": -1, "stages": stages}, 1, [(1, 0.0), (1, 1.0), (2, 0.0), (3, 1.0)]),
+    ):
+        made = trainer(tmp_path, **{**ALWAYS, **given}, handover_start=start)
+        assert [(s.steps, s.handover_probability) for s in made.curriculum.stages] == expected
+        lengths = [made.curriculum.stage(step).max_length for step in range(7)]
+        assert lengths == ([12] * 2 + [None] * 5 if "stages" in given else [None] * 7)
+    recorders = []
+    for name, fields in (("late", {**ALWAYS, "handover_start": 0.5}), ("plain", {})):
+        made = trainer(tmp_path / name, seed=3, max_steps=2, **fields)
+        recorders.append(Recorder().watch(made))
+        made.train()
+    late, plain = ([name for step in recorder.steps for name, _ in step] for recorder in recorders)
+    assert late[0] == plain[0]
+    assert ">" in late[1]
+    assert late[1].endswith(f">{plain[1]}")
+    assert torch.equal(recorders[0].steps[0][0][1]["labels"], recorders[1].steps[0][0][1]["labels"])
 
 
 def test_a_killed_run_goes_on_with_the_same_hand_overs(tmp_path):
@@ -266,6 +307,17 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "checkpointing, the default": ({"activation_checkpointing": None}, "set activation_checkpointing=False"),
     "router": ({"router_targets": {"a": 0.5}, "router_steps": 1}, "does not work with a router"),
     "token alone": ({"handover_probability": 0.0, "handover_token": "A"}, "handover_token='A' would be ignored"),
+    "start": ({"handover_start": 1.5}, "handover_start=1.5 must be a share of the steps"),
+    "start alone": ({"handover_probability": 0.0, "handover_start": 0.5}, "handover_start=0.5 would be ignored"),
+    "start too late": (
+        {"handover_start": 2, "max_steps": 2},
+        "the run has 2 steps, none of which would be a hand-over",
+    ),
+    "start after the stages": (
+        {"handover_start": 3, "stages": [{"steps": 2}], "max_steps": -1},
+        "the run has 2 steps, none of which",
+    ),
+    "share of epochs": ({"handover_start": 0.5, "max_steps": -1}, "how many the run has is not known"),
     "token": ({"handover_token": "AB"}, "handover_token='AB' must be one token"),
     "pair": (
         {"budget_probabilities": {"small": 1.0}},

@@ -19,7 +19,7 @@ from hf_elastic.hub.trainer_cards import run_facts
 from hf_elastic.quantization.codec import global_scale_of, rounded
 from hf_elastic.quantization.recipes import resolve_recipe
 from hf_elastic.trainers import ElasticDistillationConfig
-from hf_elastic.trainers.quantizing import first_step
+from hf_elastic.trainers.curriculum import first_step
 from hf_elastic.trainers.resuming import check_training, training_state
 
 MIXED = {"experts": "nvfp4", "shared_experts": "fp8", "mlp": "nvfp4", "mamba": "fp8", "attention": "nvfp4"}

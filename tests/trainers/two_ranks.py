@@ -129,8 +129,15 @@ def route(folder: Path, ranks: int) -> dict[str, Any]:
 
 def shard(name: str, rank: int, ranks: int) -> dict[str, Any]:
     """The trainer's loss on `fully_shard`, which accelerate does not apply on a CPU: every rank has its share of six rows."""
-    from hf_elastic.trainers.forward import forward_as, head_of, last_hidden, last_hidden_through, states_after
-    from hf_elastic.trainers.handover import handed_over, split_rows
+    from hf_elastic.trainers.forward import (
+        forward_as,
+        head_now,
+        head_of,
+        last_hidden,
+        last_hidden_through,
+        states_after,
+    )
+    from hf_elastic.trainers.handover import beginning, go_on, split_rows
     from hf_elastic.trainers.lora import as_teacher, base_of, whole_head_of
     from hf_elastic.trainers.losses import chunked_divergence, summed_hidden_distance
     from hf_elastic.trainers.teacher import shard_teacher
@@ -194,11 +201,22 @@ def shard(name: str, rank: int, ranks: int) -> dict[str, Any]:
                 if source:  # everything after the first five tokens
                     cut = torch.full((len(input_ids),), 5)
                     behind = torch.arange(input_ids.shape[1]) >= 5
-                    first, rest, _ = split_rows({"input_ids": input_ids}, everywhere, cut)
-                    read = {**rest, "past_key_values": handed_over(base, source, first), "use_cache": True}
-                    states = last_hidden(model, read).flatten(0, 1)
-                    chosen = target.unflatten(0, (len(input_ids), -1))[:, behind].flatten(0, 1)
-                    return chunked_divergence(states, chosen, head_of(base), whole_head_of(teaching), chunk_size=10)
+                    first, rest, *_ = split_rows({"input_ids": input_ids}, everywhere, cut)
+                    wanted_of = target.unflatten(0, (len(input_ids), -1))
+                    heads = []
+                    with beginning(base, source) as cache:
+                        given = base.submodel
+                        states = last_hidden(model, {**first, "past_key_values": cache, "use_cache": True})
+                        heads.append((states, wanted_of[:, ~behind], head_now(base)))
+                    read = {**rest, "past_key_values": go_on(base, given, cache, first), "use_cache": True}
+                    heads.append((last_hidden(model, read), wanted_of[:, behind], head_now(base)))
+                    parts = [
+                        chunked_divergence(
+                            h.flatten(0, 1), w.flatten(0, 1), head, whole_head_of(teaching), chunk_size=10
+                        )
+                        for h, w, head in heads
+                    ]
+                    return torch.stack(parts).sum()
                 with states_after([base.model.layers[i] for i in layers], everywhere) as found:
                     states = last_hidden(model, {"input_ids": input_ids}).flatten(0, 1)
                 loss = chunked_divergence(states, target, head_of(base), whole_head_of(teaching), chunk_size=10)
