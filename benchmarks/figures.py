@@ -27,7 +27,7 @@ def draw_phases(results: Path, folder: Path) -> None:
         return
     found = by_name(result)
     for task in phase_tasks(found):
-        plans = [entry for name, entry in found.items() if name.startswith(f"{task}: ") and "thinking" in entry]
+        plans = [entry for name, entry in found.items() if name.startswith(f"{task}: ") and "escalate_to" in entry]
         points = [{**entry, "seconds": entry["median"]} for entry in plans]
         about = {"task": f"whole answers, {task}", "by": "seconds", "front": pareto_front(points, "seconds")}
         draw_pareto({**about, "points": points}, folder / f"phases_{task}.png")

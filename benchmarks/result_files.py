@@ -36,4 +36,4 @@ def by_name(result: Result) -> dict[str, Any]:
 
 def phase_tasks(found: Mapping[str, Any]) -> list[str]:
     """Tasks that phase plans were measured on."""
-    return list(dict.fromkeys(name.partition(":")[0] for name, entry in found.items() if "thinking" in entry))
+    return list(dict.fromkeys(name.partition(":")[0] for name, entry in found.items() if "escalate_to" in entry))
