@@ -54,7 +54,10 @@ def _phases_of(task: str, found: Mapping[str, Any], points: Sequence[Result]) ->
         rows = []
         for size in dict.fromkeys(size for size, _, _ in told):
             entries = [entry for of, _, entry in told if of == size]
-            cells = ["" if entry["wrong"] < 5 else f"{entry['median']:.2f}" for entry in entries]
+            cells = [
+                "" if not 5 <= entry["wrong"] <= entry["problems"] - 5 else f"{entry['median']:.2f}"
+                for entry in entries
+            ]
             rows.append([f"{size} ({entries[0]['wrong']} of {entries[0]['problems']} wrong)", *cells])
         parts.append(table(["right told from wrong by", *(f"`{name}`" for name in names)], rows))
     parts.append(" ".join(_gains(task, kind, found) for kind in ("two sizes", "per prompt")))

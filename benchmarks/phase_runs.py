@@ -210,8 +210,6 @@ def auroc(values: Sequence[float], right: Sequence[bool]) -> float:
     """How well a confidence tells right answers from wrong ones: the chance that a right one has the higher value; 0.5 is a guess."""
     good = [value for value, is_right in zip(values, right, strict=True) if is_right]
     bad = [value for value, is_right in zip(values, right, strict=True) if not is_right]
-    if not good or not bad:
-        return float("nan")
     return statistics.fmean((g > b) + 0.5 * (g == b) for g in good for b in bad)
 
 

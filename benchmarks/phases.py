@@ -204,8 +204,8 @@ def describe(report: Report, runs: KeptRuns, lab: Lab, points: Sequence[Point]) 
         report.measure(f"{lab.name}: {p['label']}: time", "s", p["times"], **about)
     whole = {(p["thinking"], p["answering"]): p for p in points if not (p["max_thinking_tokens"] or p["escalate_to"])}
     for size, signal in product(lab.sizes[1:], SIGNALS):
-        if (size, size) in whole:
-            right = whole[size, size]["right"]
+        right = whole[size, size]["right"] if (size, size) in whole else []
+        if True in right and False in right:
             values = confidences(runs, lab, size, size, signal, len(right))
             what = f"{lab.name}: {size}: {signal} tells right answers from wrong ones"
             report.measure(what, "AUROC", [auroc(values, right)], problems=len(right), wrong=right.count(False))
