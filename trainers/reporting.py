@@ -130,7 +130,7 @@ class ReportingMixin(SFTTrainer):
         budgets = [name for name in self._elastic.elastic_config.family() if name in budgets]
         self.verdict = judge(self.progress, budgets, steps, evaluated, FULL if self._own_teacher else None)
         if self.verdict and self.args.should_save:
-            save(self.verdict, Path(self.args.output_dir or "."))
+            save(self.verdict, steps, Path(self.args.output_dir or "."))
         if self.verdict:
             logger.info("after %d steps:\n%s", steps, render(self.verdict))
 

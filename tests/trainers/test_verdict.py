@@ -14,7 +14,7 @@ from runs import family, rows, trainer
 
 from hf_elastic.trainers import Verdict
 from hf_elastic.trainers.progress import SPANS, Progress
-from hf_elastic.trainers.verdict import VERDICT_FILE, judge
+from hf_elastic.trainers.verdict import judge
 
 
 @pytest.fixture(autouse=True)
@@ -144,7 +144,8 @@ def test_a_run_ends_with_its_verdict(tmp_path):
     made.train()
     budgets = list(made.model.elastic_config.family())
     assert [entry.budget for entry in made.verdict] == budgets
-    assert json.loads((tmp_path / VERDICT_FILE).read_text()) == [vars(entry) for entry in made.verdict]
+    saved = json.loads((tmp_path / "training_verdict.json").read_text())
+    assert saved == {"steps": 12, "budgets": [vars(entry) for entry in made.verdict]}
     logged = [entry for entry in made.state.log_history if "loss" in entry]
     for entry in made.verdict:
         kls = [log[f"{entry.budget}/kl"] for log in logged if f"{entry.budget}/kl" in log]
