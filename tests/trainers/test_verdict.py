@@ -139,9 +139,10 @@ def test_what_was_saved_goes_on_as_if_nothing_was(tmp_path):
     assert second.to_dict() == straight.to_dict()
 
 
-def test_a_run_ends_with_its_verdict(tmp_path):
+def test_a_run_ends_with_its_verdict(tmp_path, capsys):
     made = trainer(tmp_path, max_steps=12, seed=3, learning_rate=1e-3)
     made.train()
+    assert capsys.readouterr().out.endswith("".join(f"\n- {entry.sentence}" for entry in made.verdict) + "\n")
     budgets = list(made.model.elastic_config.family())
     assert [entry.budget for entry in made.verdict] == budgets
     saved = json.loads((tmp_path / "training_verdict.json").read_text())
