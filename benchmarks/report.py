@@ -16,6 +16,7 @@ from statistics import fmean
 from typing import Any
 
 from baseline_report import baselines
+from phase_report import phases
 from result_files import RESULTS, ROOT, SIZES, WAYS, Result, by_name, load
 from tables import conditions as _conditions
 from tables import spread as _spread
@@ -78,8 +79,6 @@ NUMBERS = (
     ),
 )
 """The README's numbers: what is asked, the result file, and the claim in it."""
-
-RATES = (("exact", "whole answers"), ("code", "symbols"))
 
 
 def render(name: str, results: Path = RESULTS) -> str:
@@ -227,46 +226,6 @@ def _text(result: Result) -> str:
     )
     table = _table(["bits per byte (parameters)", *ways.values()], rows)
     return f"{table}\n\n{about}\n\n{_conditions(result)}"
-
-
-def phases(results: Path) -> str:
-    """Whole answers by who thinks and who answers, without a cap, and what plans of two sizes gain."""
-    if (result := load(results / "phases.json")) is None:
-        return "Not measured yet.\n"
-    found = by_name(result)
-    parts = []
-    for way, what in (("", "everything is read again"), ("by cache: ", "trained hand-over, by cache")):
-        rows = []
-        for thinker in SIZES[:4]:
-            names = [f"{way}{thinker} thinks, {answerer} answers, cap None" for answerer in SIZES[:4]]
-            times = [f"{found[f'{name}: modelled time']['median']:.2f} s" for name in names]
-            cells = [
-                f"{found[f'{name}: exact']['mean']:.3f} · {time}" for name, time in zip(names, times, strict=True)
-            ]
-            rows.append([f"{thinker} thinks", *cells])
-        text = _table([what, *(f"{size} answers" for size in SIZES[:4])], rows)
-        parts.append(f"{text}\n\n{' '.join(_gains(found, way, *rate) for rate in RATES)}")
-    return "\n\n".join([*parts, _conditions(result)]) + "\n"
-
-
-def _gains(found: Mapping[str, Any], way: str, rate: str, name: str) -> str:
-    gained = found[f"{way}{rate}: gained at no more time"]
-    saved = found[f"{way}{rate}: time of one size / of a plan as accurate"]
-    best = found[f"{way}{rate}: plans of two sizes among the best"]
-    return (
-        f"By {name}, {best['median']:.0f} of the {best['of']} best plans (those that no other is as right as in less time) have two sizes; at no more time than one size they gain up to "
-        f"{gained['median']:.3f} ({_plan(gained)}), and what one size reaches they reach up to {saved['median']:.2f} times as fast "
-        f"({_plan(saved)})."
-    )
-
-
-def _plan(entry: Mapping[str, Any]) -> str:
-    """A plan such as `quarter -> half, cap None` in words."""
-    thinker, _, rest = (entry["plan"] or "").partition(" -> ")
-    answerer, _, cap = rest.partition(", cap ")
-    if not rest:
-        return "none"
-    return f"{thinker} thinks, {answerer} answers, {'no cap' if cap == 'None' else f'at most {cap} thinking tokens'}"
 
 
 def handover(results: Path) -> str:

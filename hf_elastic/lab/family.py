@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from ..architectures.cost import CostModel
 from ..elastification.elastify import elastify
 from ..modeling_elastic import ElasticForCausalLM
+from .book_model import FAMILY as FAMILY
 from .exercises import ASSETS, LabTask
 from .tasks import TASKS, get_task
 

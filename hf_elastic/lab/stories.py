@@ -159,8 +159,11 @@ def problems(split: str, people: int | tuple[int, int], seed: int) -> Iterator[P
     >>> from hf_elastic.lab.stories import problems
     >>> problem = next(problems("heldout", people=2, seed=0))
     >>> problem.prompt
+    'Jon has 2 coins. Ida has 3 more than Jon. All go to the book shop. What can Jon and Ida buy?'
     >>> problem.thinking
+    'Jon owns 2. Ida has 2 + 3 = 5, so Ida owns 5.'
     >>> problem.answer
+    'Jon owns 2 coins, at the book shop that buys a pen. Ida owns 5 coins, at the book shop that buys a songbook.'
     ```
     """
     if split not in SPLITS:
