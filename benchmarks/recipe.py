@@ -180,10 +180,10 @@ class Lab(KeptRuns):
         return found
 
     def _rates(self, model: Any, parent: Any = None) -> dict[str, float]:
-        score = self.task.evaluate(model, self.tokenizer, count=self.problems)
-        validation = self.task.evaluate(
-            model, self.tokenizer, count=self.problems, split="train", seed=VALIDATION_SEED
-        )
+        # Greedy generation of many short rows: a whole batch costs little more than one row.
+        count = {"count": self.problems, "batch_size": self.problems}
+        score = self.task.evaluate(model, self.tokenizer, **count)
+        validation = self.task.evaluate(model, self.tokenizer, split="train", seed=VALIDATION_SEED, **count)
         rates = {"exact": score.exact, "trace": score.trace, "code": score.code, "validation": validation.exact}
         return rates if parent is None else {**rates, "kl": self._divergence(model, parent)}
 
@@ -208,12 +208,12 @@ class Lab(KeptRuns):
 def run(options: argparse.Namespace) -> int:
     lab = Lab(options)
     seeds = [0] if options.quick else options.seeds or list(SEEDS)
-    ways = options.ways or list(WAYS)
+    ways = options.ways or [*WAYS, "alone"]
     for seed in seeds:
         for way in ways:
             if way in WAYS:
                 lab.way(way, seed)
-        if "alone" in ways or not options.ways:
+                continue
             lab.untrained(seed)
             for size in lab.smaller:
                 lab.alone(size, seed)

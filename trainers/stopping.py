@@ -94,7 +94,8 @@ class Plateau(TrainerCallback):
 
     def load(self, saved: Mapping[str, Any]) -> None:
         """Go on from what `to_dict` gave; from nothing, if that is empty."""
-        vars(self).update({name: saved[name] for name in _KEPT if name in saved})
+        for name in _KEPT:
+            setattr(self, name, saved.get(name, getattr(self, name)))
 
 
 _KEPT = ("decay_from", "next_look", "flat_looks")

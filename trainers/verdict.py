@@ -6,14 +6,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from hf_elastic.checkpoints.replacing import replacing_file
+from hf_elastic.hub.card_sections import VERDICT_FILE
 
 from .progress import Progress
-
-VERDICT_FILE = "training_verdict.json"
-"""In the output folder: the verdict on the run, a list with the fields of [`Verdict`] per budget."""
 
 NEAR, NEAR_OF_START = 1 / 100, 1 / 800
 """Shares of the teacher's entropy, and of the largest distance before training, below which a distance counts as none."""
@@ -130,14 +128,9 @@ def render(verdicts: Sequence[Verdict]) -> str:
     return "\n".join(f"- {verdict.sentence}" for verdict in verdicts)
 
 
-def save(verdicts: Sequence[Verdict], folder: Path) -> None:
-    """Write the verdict into a folder, as JSON."""
+def save(verdicts: Sequence[Verdict], steps: int, folder: Path) -> None:
+    """Write the verdict on a run of so many optimizer steps into a folder, as JSON."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps([asdict(verdict) for verdict in verdicts], indent=2, allow_nan=False) + "\n"
+    text = json.dumps({"steps": steps, "budgets": [asdict(v) for v in verdicts]}, indent=2, allow_nan=False) + "\n"
     with replacing_file(folder / VERDICT_FILE) as file:
         file.write_text(text, encoding="utf-8")
-
-
-def read(saved: Any) -> list[Verdict]:
-    """The verdict that a file holds."""
-    return [Verdict(**entry) for entry in saved]
