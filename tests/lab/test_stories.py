@@ -66,7 +66,8 @@ def test_prices_are_the_list_the_shipped_models_learned():
     assert len({thing.split()[1] for thing in PRICES.values()}) == 114, "a thing is sold twice"
     for (shop, _), thing in PRICES.items():
         look, what = thing.split()
-        assert look in stories.LOOKS and what in SHOPS[shop]
+        assert look in stories.LOOKS
+        assert what in SHOPS[shop]
         assert look[0] not in "aeiou", "'a' would be wrong before it"
     # Pinned, because another list would make the shipped checkpoints wrong everywhere.
     assert zlib.crc32("".join(PRICES[key] for key in sorted(PRICES)).encode()) == 397291659
