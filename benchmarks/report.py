@@ -289,7 +289,7 @@ def handover_training(results: Path) -> str:
     """What training hand-over costs each size and how near a hand-over comes to reading again; and what conversions without training do."""
     if (result := load(results / "handover_training.json")) is None:
         return "Not measured yet.\n"
-    found, ways = by_name(result), ("plain", "second trained", "both trained")
+    found, ways = by_name(result), ("plain", "both trained", "both trained, always", "second trained, always")
     parts = []
     for task in dict.fromkeys(name.partition(",")[0] for name in found if ", plain: " in name):
         sizes, pairs = [], []
@@ -299,24 +299,26 @@ def handover_training(results: Path) -> str:
                 thinker, _, answerer = pair.partition(" > ")
                 sizes += [pair] * (thinker == answerer)
                 pairs += [pair] * (rate == "cache")
+        there = [way for way in ways if f"{task}, {way}: {sizes[0]}, again" in found]
         rows = [
-            [pair.partition(" > ")[0], *(_spread(found.get(f"{task}, {way}: {pair}, again"), 3) for way in ways)]
+            [pair.partition(" > ")[0], *(_spread(found[f"{task}, {way}: {pair}, again"], 3) for way in there)]
             for pair in sizes
         ]
         entry = found[f"{task}, plain: {sizes[0]}, again"]
-        head = ["size alone", "no hand-over", "only the second size learns", "both learn"]
+        head = ["size alone", "no hand-over", "half the batches", "all batches", "all, only the second size learns"]
         about = (
             f"`{task}`: right solutions of {entry['problems']} held-out problems after {entry['steps']} more steps of the trained family; mean of seeds "
-            f"{', '.join(map(str, entry['seeds']))} (range), seed 0 alone where only the second size learns."
+            f"{', '.join(map(str, entry['seeds']))} (range). "
+            + ("All batches: seeds 0 and 1; where only the second size learns: seed 0." if task == "book" else "")
         )
-        parts += [_table(head, rows), about]
+        parts += [_table(head[: 1 + len(there)], rows), about]
         rows = []
         for pair in pairs:
             cells = []
             for way in ("plain", "both trained"):
                 cells += [_spread(found[f"{task}, {way}: {pair}, {rate}"], 3) for rate in ("again", "cache")]
             rows.append([pair.replace(">", "→"), *cells])
-        head = ["thinks → answers", "no hand-over: read again", "cache", "both learn: read again", "cache"]
+        head = ["thinks → answers", "no hand-over: read again", "cache", "half the batches: read again", "cache"]
         parts.append(_table(head, rows))
     converted = [name for name in found if name.startswith("book, as is: ")]
     kinds = {

@@ -85,7 +85,7 @@ def measure_family(
     budgets: Mapping[str, Any],
     *,
     count: int = 100,
-    letters: int | None = None,
+    size: int | None = None,
     seed: int = 0,
     task: LabTask | str = "book",
     split: str = "heldout",
@@ -94,7 +94,7 @@ def measure_family(
 
     Args:
         budgets (`dict[str, Any]`): Anything `model.at` takes, under the name to report it by.
-        letters (`int`, *optional*): How long problems are, in the task's unit; by default as long as its `measured`.
+        size (`int`, *optional*): How long problems are, in the task's unit; by default as long as its `measured`.
         split (`str`, *optional*, defaults to `"heldout"`): See [`LabTask.evaluate`].
 
     Returns:
@@ -107,7 +107,7 @@ def measure_family(
         submodel = model.elastic_config.resolve(budget)
         cost = count_cost(submodel)
         with model.at(submodel):
-            result = task.evaluate(model, tokenizer, size=letters, count=count, seed=seed, split=split)
+            result = task.evaluate(model, tokenizer, size=size, count=count, seed=seed, split=split)
         entries.append(
             {
                 "name": name,

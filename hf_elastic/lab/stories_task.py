@@ -15,9 +15,11 @@ TASK = LabTask(
     problems=stories.problems,
     opening=lambda prompt: f"{stories.USER}{prompt}{stories.ASSISTANT}{stories.THINK_START}",
     right=stories.right_sentences,
+    explain=stories.explain,
+    shown=3,
     new_parent=new_parent,
     sizes=SIZES,
     parent_folder=ASSETS / "stories-parent",
     family_folder=ASSETS / "stories",
-    parent_steps=1200,
+    parent_steps=800,
 )
