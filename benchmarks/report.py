@@ -47,6 +47,9 @@ GROUPS = {
         "lab_family",
         "baselines_book",
         "baselines_stories",
+        "recipe_cup",
+        "recipe_book",
+        "recipe_stories",
         "byte_lm",
         "text_lm",
         "text_lm_gpu",
@@ -172,6 +175,33 @@ def ablations(results: Path) -> str:
                 head, [[size, *(c for way in ways for c in _rates(found, f"{way}: {size}"))] for size in sizes]
             )
         parts.append(text)
+    return "\n\n".join(parts) + "\n" if parts else "Not measured yet.\n"
+
+
+def recipes(results: Path) -> str:
+    """Whole answers and divergence of every size by the recipe that all of them were trained with, a table per task."""
+    parts = []
+    for path in sorted(results.glob("recipe_*.json")):
+        result = load(path) or {}
+        found = by_name(result)
+        names = [name.removesuffix(", exact").rpartition(": ")[::2] for name in found if name.endswith(", exact")]
+        ways, sizes = (list(dict.fromkeys(column)) for column in zip(*names, strict=True))
+        about = found["parent: full, exact"]
+        rows = []
+        for way in ways:
+            taken = found.get(f"{way}: steps")
+            cells = [_spread(found.get(f"{way}: {size}, exact")) for size in sizes]
+            kls = [found.get(f"{way}: {size}, kl") for size in sizes]
+            cells = [f"{cell} · {kl['mean']:.3f}" if kl else cell for cell, kl in zip(cells, kls, strict=True)]
+            steps = f"{about['alone_steps']} each" if way == "alone" else taken and f"{taken['median']:.0f}"
+            rows.append([way, steps or "", *cells])
+        text = _table([f"`{path.stem.removeprefix('recipe_')}`", "steps", *sizes], rows)
+        seeds = (
+            f"mean of seeds {', '.join(map(str, about['seeds']))} (range)" if len(about["seeds"]) > 1 else "one seed"
+        )
+        parts.append(
+            f"{text}\n\n200 held-out problems, whole answer right · nats per token from the parent; {seeds}.\n\n{_conditions(result)}"
+        )
     return "\n\n".join(parts) + "\n" if parts else "Not measured yet.\n"
 
 
@@ -364,6 +394,7 @@ _BLOCKS: Mapping[str, Callable[[Path], str]] = {
     "family": family,
     "ablations": ablations,
     "baselines": baselines,
+    "recipes": recipes,
     "bytes": byte_lm,
     "text": text_lm,
     "phases": phases,
