@@ -18,9 +18,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from harness import in_turns
-from synthetic import nano_like
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Lfm2Config
 
 from hf_elastic import ElasticConfig, ElasticForCausalLM, Phase, PhasePlan
 from hf_elastic.evaluation.plans import Task, planned
@@ -120,14 +118,14 @@ class Lab:
     # -- time ----------------------------------------------------------------------------------------------------------
 
     def times(
-        self, plans: Mapping[str, tuple[PhasePlan, Sequence[Sequence[Answer]]]], count: int, rounds: int
-    ) -> dict[str, list[float]]:
-        """Seconds per problem of every plan, all in turns; those of a plan that is chosen per prompt weigh both ways by how often they went.
+        self, plans: Mapping[str, tuple[PhasePlan, Sequence[Sequence[Answer]]]], count: int, turn: int
+    ) -> dict[str, float]:
+        """Seconds per problem of every plan, one after the other; those of a plan that is chosen per prompt weigh both ways by how often they went.
 
         Args:
             plans: By a name, every plan with its answers to the held-out problems of every seed.
             count (`int`): How many problems are timed, of each way; those of seed 0 that are the first to go it.
-            rounds (`int`): How often.
+            turn (`int`): Every second turn goes through the plans from the last to the first.
         """
         actions, shares = {}, {}
         for name, (plan, answers) in plans.items():
@@ -138,12 +136,12 @@ class Lab:
                     actions[name, way] = lambda todo=todo: statistics.fmean(_seconds(one) for one in todo)
                     shares[name, way] = statistics.fmean(a["escalated"] is way for seed in answers for a in seed)
         next(iter(actions.values()))()  # what is loaded on first use
-        runs = in_turns(actions, rounds)
-        found: dict[str, list[float]] = {}
+        runs = {which: actions[which]() for which in list(actions)[:: -1 if turn % 2 else 1]}
+        found: dict[str, float] = {}
         for name in plans:
             ways = [(shares[name, way], runs[name, way]) for way in (False, True) if (name, way) in actions]
             whole = sum(share for share, _ in ways)  # less than 1 if a way was gone with another seed alone
-            found[name] = [sum(share * times[i] for share, times in ways) / whole for i in range(rounds)]
+            found[name] = sum(share * seconds for share, seconds in ways) / whole
         return found
 
     def _one(self, plan: PhasePlan, answers: Sequence[Answer], i: int) -> Callable[[], None]:
@@ -169,23 +167,31 @@ def _seconds(action: Callable[[], None]) -> float:
     return time.process_time() - start
 
 
-SHARES = {"half": (5 / 7, 0.5), "third": (4 / 7, 0.3), "quarter": (3 / 7, 0.25)}
+SHARES = {"half": (0.75, 0.68), "third": (0.6, 0.58), "quarter": (0.5, 0.46)}
 """Of hidden and of FFN widths, which give the stand-in about the shares of active parameters of the `book` family."""
 
 
 def random_family(sizes: Sequence[str], quick: bool) -> ElasticForCausalLM:
-    """Half of Nemotron Nano v3's widths, its first layers, fewer experts, and sizes with the lab's shares of active parameters."""
-    parent = nano_like(
-        torch.bfloat16, scale=8 if quick else 2, experts=16, layers="MEM*E", vocab_size=1024 if quick else 8192
+    """A dense hybrid of short convolutions and attention with random weights, wide enough for size to decide on one thread."""
+    width = 128 if quick else 640
+    layers = (
+        ["conv", "full_attention"] if quick else ["conv", "conv", "full_attention", "conv", "full_attention", "conv"]
     )
-    budgets = {}
-    for size in sizes[1:]:
-        hidden, ffn = SHARES[size]
-        budgets[size] = {
-            "hidden": int(parent.hidden_size * hidden) // 8 * 8,
-            "expert_ffn": int(parent.moe_intermediate_size * ffn) // 8 * 8,
-            "shared_expert_ffn": int(parent.moe_shared_expert_intermediate_size * ffn) // 8 * 8,
-        }
+    parent = Lfm2Config(
+        vocab_size=1024,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        block_auto_adjust_ff_dim=False,
+        num_hidden_layers=len(layers),
+        layer_types=layers,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=256,
+    )
+    budgets = {
+        size: {"hidden": int(width * SHARES[size][0]) // 8 * 8, "ffn": int(4 * width * SHARES[size][1]) // 8 * 8}
+        for size in sizes[1:]
+    }
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(ElasticConfig.from_parent(parent, budgets)).eval()
 

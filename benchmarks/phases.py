@@ -68,7 +68,7 @@ def measured(runs: KeptRuns, lab: Lab, quick: bool) -> list[Point]:
         found[label] = _answers(runs, lab, label, plan, seeds, count, checks)
     timed = {label: (plan, found[label]["heldout"]) for label, plan in fixed.items()}
     problems, rounds = (1, 1) if quick else (1 if lab.name in STAND_IN else 6, 3)
-    times = runs.run(f"plans-{lab.key}-times", lambda: lab.times(timed, problems, rounds))
+    times = timed_in_turns(runs, lab, "times", timed, problems, rounds)
     points = [point(label, fixed[label], found[label], times[label]) for label in fixed]
     chosen = choose(candidates(runs, lab, points, checks), points)
     for label, plan in chosen.items():
@@ -78,9 +78,20 @@ def measured(runs: KeptRuns, lab: Lab, quick: bool) -> list[Point]:
     best = [some[i]["label"] for some in (points, single) for i in pareto_front(some, "seconds")]
     plans = {**{label: fixed[label] for label in best}, **chosen}
     timed = {label: (plan, found[label]["heldout"]) for label, plan in plans.items()}
-    again = runs.run(f"plans-{lab.key}-times-best", lambda: lab.times(timed, problems, rounds))
+    again = timed_in_turns(runs, lab, "times-best", timed, problems, rounds)
     points = [p | {"seconds": median(again.get(p["label"], p["times"]))} for p in points]
     return points + [point(label, plan, found[label], again[label]) for label, plan in chosen.items()]
+
+
+def timed_in_turns(
+    runs: KeptRuns, lab: Lab, name: str, plans: Mapping[str, Any], problems: int, rounds: int
+) -> dict[str, list[float]]:
+    """The time of every plan in every round; a round is kept when it is done."""
+    turns = [
+        runs.run(f"plans-{lab.key}-{name}-{turn}", lambda turn=turn: lab.times(plans, problems, turn))
+        for turn in range(rounds)
+    ]
+    return {label: [turn[label] for turn in turns] for label in plans}
 
 
 def _answers(

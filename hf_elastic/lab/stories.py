@@ -13,7 +13,7 @@ Nearly every word is one token, and so is every number; any other text is read b
 
 import random
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,24 +118,34 @@ def make_problem(rng: random.Random, people: int) -> Problem:
     names = _some(rng, list(NAMES), people)
     shop = rng.choices(list(SHOPS))[0]
     coins = [rng.choices(range(LEAST_COINS, MOST_COINS + 1))[0]]
-    story = [f"{names[0]} has {coins[0]} coins."]
-    thinking = [f"{names[0]} owns {coins[0]}."]
-    for before, name in zip(names, names[1:], strict=False):
+    for _ in names[1:]:
         had = coins[-1]
         changes = [
             k for k in range(-MOST_DIFFERENCE, MOST_DIFFERENCE + 1) if k and LEAST_COINS <= had + k <= MOST_COINS
         ]
-        change = rng.choices(changes)[0]
-        coins.append(had + change)
-        story.append(f"{name} has {abs(change)} {'more' if change > 0 else 'fewer'} than {before}.")
-        sign = "+" if change > 0 else "-"
+        coins.append(had + rng.choices(changes)[0])
+    return tell(names, coins, shop)
+
+
+def tell(names: Sequence[str], coins: Sequence[int], shop: str) -> Problem:
+    """The story of these people in this shop, with its thinking and its answer.
+
+    Args:
+        names (`Sequence[str]`): Of [`NAMES`], each once.
+        coins (`Sequence[int]`): How many each of them has, from 2 to 20, at most 5 more or fewer than the one before.
+        shop (`str`): Of [`SHOPS`].
+    """
+    story = [f"{names[0]} has {coins[0]} coins."]
+    thinking = [f"{names[0]} owns {coins[0]}."]
+    for before, name, had, has in zip(names, names[1:], coins, coins[1:], strict=False):
+        story.append(f"{name} has {abs(has - had)} {'more' if has > had else 'fewer'} than {before}.")
+        sign = "+" if has > had else "-"
         # What the answer looks up is said in the words of the answer, and in no others: "Max owns" is followed by one number only.
-        thinking.append(f"{name} has {had} {sign} {abs(change)} = {coins[-1]}, so {name} owns {coins[-1]}.")
-    asked = range(people)[
-        -2:
-    ]  # of anybody, the model would have to look up whose number is whose, which it does not learn in time
+        thinking.append(f"{name} has {had} {sign} {abs(has - had)} = {has}, so {name} owns {has}.")
+    # Of anybody, the model would have to look up whose number is whose, which it does not learn in time.
+    asked = range(len(names))[-2:]
     who = " and ".join(names[i] for i in asked)
-    story.append(f"{'All go' if people > 1 else names[0] + ' goes'} to the {shop}. What can {who} buy?")
+    story.append(f"{'All go' if len(names) > 1 else names[0] + ' goes'} to the {shop}. What can {who} buy?")
     answer = [f"{names[i]} owns {coins[i]} coins, at the {shop} that buys a {PRICES[shop, coins[i]]}." for i in asked]
     return Problem(" ".join(story), " ".join(thinking), " ".join(answer))
 
