@@ -3,8 +3,9 @@
 **Second run** (three seeds of its rows and draws, every task of the lab): the trained family goes on for a seventh of its steps
 
 - *plain*: as before, without hand-overs, which is what the others are compared with at equal steps;
-- *second trained*: every micro-batch is a hand-over, and only the size that goes on is compared with the teacher, from the cut on (one seed);
-- *both trained*: the same, and the size that began is compared on what it read, as the trainer does it.
+- *both trained*: every second micro-batch is a hand-over, and both sizes are compared with the teacher, each on what it reads;
+- *both trained, always*: every micro-batch is one (two seeds);
+- *second trained, always*: the same, and only the size that goes on is compared, from the cut on (one seed).
 
 **Conversions** (`book`, one seed; pairs with the whole parent) leave the weights as they are. What a size kept is multiplied, per layer
 and kind of state, by
@@ -53,11 +54,19 @@ TASKS = ("book", "stories")
 TRAINED = {"handover_token": THINK_END}
 SECOND: dict[str, dict[str, Any]] = {
     "plain": {},
-    "second trained": {"handover_probability": 1.0, **TRAINED},
-    "both trained": {"handover_probability": 1.0, **TRAINED},
+    "both trained": {"handover_probability": 0.5, **TRAINED},
+    "both trained, always": {"handover_probability": 1.0, **TRAINED},
+    "second trained, always": {"handover_probability": 1.0, **TRAINED},
 }
 """Of the second run."""
-SECOND_SEEDS = {"plain": SEEDS, "second trained": SEEDS[:1], "both trained": SEEDS}
+SECOND_SEEDS = {
+    "plain": SEEDS,
+    "both trained": SEEDS,
+    "both trained, always": SEEDS[:2],
+    "second trained, always": SEEDS[:1],
+}
+ABLATED = "book"
+"""The task of the ways that are not run with every seed, and of the conversions."""
 SECOND_STEPS = 150
 SECOND_RATE = 3e-3
 """Half of what the family is trained with."""
@@ -228,7 +237,7 @@ class Study:
 
         def action() -> dict[str, Any]:
             family, started = load_family(self.task)[0], time.process_time()
-            as_said = second_alone() if way == "second trained" else nullcontext()
+            as_said = second_alone() if way.startswith("second trained") else nullcontext()
             given = {"per_device_train_batch_size": self.runs.rows, "progress": False, **options, **SECOND[way]}
             with tempfile.TemporaryDirectory(prefix="hf-elastic-lab-") as scratch, as_said:
                 train_family(family, self.tokenizer, Path(scratch), task=self.task, steps=steps, seed=seed, **given)
@@ -236,7 +245,7 @@ class Study:
             return {"pairs": self.measure(family), "seconds": seconds}
 
         name = "" if self.task.name == "book" else f"{self.task.name}-"
-        return self.runs.run(f"handover-training-{name}second-{way.replace(' ', '-')}-{seed}", action)
+        return self.runs.run(f"handover-training-{name}second-{way.replace(',', '').replace(' ', '-')}-{seed}", action)
 
     def conversions(self, seed: int, quick: bool) -> dict[str, dict[str, float]]:
         """Per conversion and pair the share of right solutions, and `again: pair`."""
@@ -289,12 +298,13 @@ def run(options: argparse.Namespace) -> int:
     seeds = [0] if options.quick else options.seeds or list(SEEDS)
     parts = options.only or ["second", "conversions"]
     for name, study in studies.items() if "second" in parts else ():
-        done = {way: [study.second(way, seed) for seed in seeds if seed in SECOND_SEEDS[way]] for way in SECOND}
+        ways = [way for way in SECOND if name == ABLATED or SECOND_SEEDS[way] == SEEDS]
+        done = {way: [study.second(way, seed) for seed in seeds if seed in SECOND_SEEDS[way]] for way in ways}
         steps = min(SECOND_STEPS, runs.steps)
         record(report, name, done, steps=steps, problems=runs.problems)
         settle(report, name, done)
     if "conversions" in parts and not options.seeds:
-        found = studies["book"].conversions(0, options.quick)
+        found = studies[ABLATED].conversions(0, options.quick)
         for way, pair in itertools.product(found, found["again"]):
             report.measure(f"book, {way}: {pair}", "share", [found[way][pair]], seeds=[0], problems=runs.problems)
     runs.say_commits(report)

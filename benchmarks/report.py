@@ -47,6 +47,9 @@ GROUPS = {
         "lab_family",
         "baselines_book",
         "baselines_stories",
+        "recipe_cup",
+        "recipe_book",
+        "recipe_stories",
         "byte_lm",
         "text_lm",
         "text_lm_gpu",
@@ -175,6 +178,33 @@ def ablations(results: Path) -> str:
     return "\n\n".join(parts) + "\n" if parts else "Not measured yet.\n"
 
 
+def recipes(results: Path) -> str:
+    """Whole answers and divergence of every size by the recipe that all of them were trained with, a table per task."""
+    parts = []
+    for path in sorted(results.glob("recipe_*.json")):
+        result = load(path) or {}
+        found = by_name(result)
+        names = [name.removesuffix(", exact").rpartition(": ")[::2] for name in found if name.endswith(", exact")]
+        ways, sizes = (list(dict.fromkeys(column)) for column in zip(*names, strict=True))
+        about = found["parent: full, exact"]
+        rows = []
+        for way in ways:
+            taken = found.get(f"{way}: steps")
+            cells = [_spread(found.get(f"{way}: {size}, exact")) for size in sizes]
+            kls = [found.get(f"{way}: {size}, kl") for size in sizes]
+            cells = [f"{cell} · {kl['mean']:.3f}" if kl else cell for cell, kl in zip(cells, kls, strict=True)]
+            steps = f"{about['alone_steps']} each" if way == "alone" else taken and f"{taken['median']:.0f}"
+            rows.append([way, steps or "", *cells])
+        text = _table([f"`{path.stem.removeprefix('recipe_')}`", "steps", *sizes], rows)
+        seeds = (
+            f"mean of seeds {', '.join(map(str, about['seeds']))} (range)" if len(about["seeds"]) > 1 else "one seed"
+        )
+        parts.append(
+            f"{text}\n\n200 held-out problems, whole answer right · nats per token from the parent; {seeds}.\n\n{_conditions(result)}"
+        )
+    return "\n\n".join(parts) + "\n" if parts else "Not measured yet.\n"
+
+
 def byte_lm(results: Path) -> str:
     """Bits and perplexity per byte of real text."""
     if (result := load(results / "byte_lm.json")) is None:
@@ -259,7 +289,7 @@ def handover_training(results: Path) -> str:
     """What training hand-over costs each size and how near a hand-over comes to reading again; and what conversions without training do."""
     if (result := load(results / "handover_training.json")) is None:
         return "Not measured yet.\n"
-    found, ways = by_name(result), ("plain", "second trained", "both trained")
+    found, ways = by_name(result), ("plain", "both trained", "both trained, always", "second trained, always")
     parts = []
     for task in dict.fromkeys(name.partition(",")[0] for name in found if ", plain: " in name):
         sizes, pairs = [], []
@@ -269,24 +299,26 @@ def handover_training(results: Path) -> str:
                 thinker, _, answerer = pair.partition(" > ")
                 sizes += [pair] * (thinker == answerer)
                 pairs += [pair] * (rate == "cache")
+        there = [way for way in ways if f"{task}, {way}: {sizes[0]}, again" in found]
         rows = [
-            [pair.partition(" > ")[0], *(_spread(found.get(f"{task}, {way}: {pair}, again"), 3) for way in ways)]
+            [pair.partition(" > ")[0], *(_spread(found[f"{task}, {way}: {pair}, again"], 3) for way in there)]
             for pair in sizes
         ]
         entry = found[f"{task}, plain: {sizes[0]}, again"]
-        head = ["size alone", "no hand-over", "only the second size learns", "both learn"]
+        head = ["size alone", "no hand-over", "half the batches", "all batches", "all, only the second size learns"]
         about = (
             f"`{task}`: right solutions of {entry['problems']} held-out problems after {entry['steps']} more steps of the trained family; mean of seeds "
-            f"{', '.join(map(str, entry['seeds']))} (range), seed 0 alone where only the second size learns."
+            f"{', '.join(map(str, entry['seeds']))} (range). "
+            + ("All batches: seeds 0 and 1; where only the second size learns: seed 0." if task == "book" else "")
         )
-        parts += [_table(head, rows), about]
+        parts += [_table(head[: 1 + len(there)], rows), about]
         rows = []
         for pair in pairs:
             cells = []
             for way in ("plain", "both trained"):
                 cells += [_spread(found[f"{task}, {way}: {pair}, {rate}"], 3) for rate in ("again", "cache")]
             rows.append([pair.replace(">", "→"), *cells])
-        head = ["thinks → answers", "no hand-over: read again", "cache", "both learn: read again", "cache"]
+        head = ["thinks → answers", "no hand-over: read again", "cache", "half the batches: read again", "cache"]
         parts.append(_table(head, rows))
     converted = [name for name in found if name.startswith("book, as is: ")]
     kinds = {
@@ -362,6 +394,7 @@ _BLOCKS: Mapping[str, Callable[[Path], str]] = {
     "family": family,
     "ablations": ablations,
     "baselines": baselines,
+    "recipes": recipes,
     "bytes": byte_lm,
     "text": text_lm,
     "phases": phases,
