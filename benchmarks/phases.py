@@ -67,7 +67,7 @@ def measured(runs: KeptRuns, lab: Lab, quick: bool) -> list[Point]:
     for label, plan in fixed.items():
         found[label] = _answers(runs, lab, label, plan, seeds, count, checks)
     timed = {label: (plan, found[label]["heldout"]) for label, plan in fixed.items()}
-    problems, rounds = (1, 1) if quick else (1 if lab.name in STAND_IN else 4, 3)
+    problems, rounds = (1, 1) if quick else (1 if lab.name in STAND_IN else 2, 3)
     times = timed_in_turns(runs, lab, "times", timed, problems, rounds)
     points = [point(label, fixed[label], found[label], times[label]) for label in fixed]
     chosen = choose(candidates(runs, lab, points, checks), points)
