@@ -200,6 +200,10 @@ def _measure_plans(args: argparse.Namespace) -> None:
         "signals": args.signal or ["answer_min"],
     }
     plans = plan_matrix(args.thinking or names, args.answering or names, caps, **options, **markers(args))
+    if args.escalate_to is not None and all(plan.phases[-1].escalate_to is None for plan in plans):
+        raise PhasePlanError(
+            f"--escalate-to {args.escalate_to} is the only one of --answering, so nobody escalates to it; add a smaller size."
+        )
     plans = [plan.with_markers(tokenizer) for plan in plans]
     if isinstance(task, LmEvalTask):
         task.think_end_token = plans[0].phases[0].end
