@@ -61,14 +61,17 @@ def train(
     steps: int,
     batch_size: int,
     learning_rate: float = 3e-3,
+    constant: float = 0.5,
     bfloat16: bool = False,
     state: Path | None = None,
     clock: Clock | None = None,
 ) -> Any:
-    """Trains a stock model on rows: AdamW without weight decay, warm-up, constant to the middle, linear to 2 %.
+    """Trains a stock model on rows: AdamW without weight decay, warm-up, constant, linear to 2 %.
 
     Args:
         rows (`Iterator[torch.Tensor]`): Of [`draw`], from its beginning: a run that goes on skips what it has read.
+        constant (`float`, *optional*, defaults to 0.5): Share of the steps after which the learning rate falls, in [0, 1). A run that was cut off before may go on with
+            another number of steps.
         bfloat16 (`bool`, *optional*, defaults to `False`): Whether to multiply matrices in bfloat16; weights stay as they are.
         state (`Path`, *optional*): File that the run goes on from if it is there, and that is written every two minutes and when the time is over.
         clock ([`Clock`], *optional*): Ends the script when its time is over.
@@ -85,7 +88,8 @@ def train(
     saved = time.monotonic()
     for step in range(first, steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * min(1.0, (step + 1) / WARMUP_STEPS, max(LAST_FACTOR, 2 * (1 - step / steps)))
+            fall = max(LAST_FACTOR, (1 - step / steps) / (1 - constant))
+            group["lr"] = learning_rate * min(1.0, (step + 1) / WARMUP_STEPS, fall)
         batch = torch.stack([next(rows) for _ in range(batch_size)]).to(device)
         with torch.autocast(device.type, torch.bfloat16) if bfloat16 else contextlib.nullcontext():
             loss = model(input_ids=batch, labels=batch, use_cache=False).loss

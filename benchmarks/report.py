@@ -16,6 +16,7 @@ from statistics import fmean
 from typing import Any
 
 from baseline_report import baselines
+from phase_report import phases
 from result_files import RESULTS, ROOT, SIZES, WAYS, Result, by_name, load
 from tables import conditions as _conditions
 from tables import spread as _spread
@@ -46,6 +47,9 @@ GROUPS = {
         "lab_family",
         "baselines_book",
         "baselines_stories",
+        "recipe_cup",
+        "recipe_book",
+        "recipe_stories",
         "byte_lm",
         "text_lm",
         "text_lm_gpu",
@@ -78,8 +82,6 @@ NUMBERS = (
     ),
 )
 """The README's numbers: what is asked, the result file, and the claim in it."""
-
-RATES = (("exact", "whole answers"), ("code", "symbols"))
 
 
 def render(name: str, results: Path = RESULTS) -> str:
@@ -176,6 +178,33 @@ def ablations(results: Path) -> str:
     return "\n\n".join(parts) + "\n" if parts else "Not measured yet.\n"
 
 
+def recipes(results: Path) -> str:
+    """Whole answers and divergence of every size by the recipe that all of them were trained with, a table per task."""
+    parts = []
+    for path in sorted(results.glob("recipe_*.json")):
+        result = load(path) or {}
+        found = by_name(result)
+        names = [name.removesuffix(", exact").rpartition(": ")[::2] for name in found if name.endswith(", exact")]
+        ways, sizes = (list(dict.fromkeys(column)) for column in zip(*names, strict=True))
+        about = found["parent: full, exact"]
+        rows = []
+        for way in ways:
+            taken = found.get(f"{way}: steps")
+            cells = [_spread(found.get(f"{way}: {size}, exact")) for size in sizes]
+            kls = [found.get(f"{way}: {size}, kl") for size in sizes]
+            cells = [f"{cell} · {kl['mean']:.3f}" if kl else cell for cell, kl in zip(cells, kls, strict=True)]
+            steps = f"{about['alone_steps']} each" if way == "alone" else taken and f"{taken['median']:.0f}"
+            rows.append([way, steps or "", *cells])
+        text = _table([f"`{path.stem.removeprefix('recipe_')}`", "steps", *sizes], rows)
+        seeds = (
+            f"mean of seeds {', '.join(map(str, about['seeds']))} (range)" if len(about["seeds"]) > 1 else "one seed"
+        )
+        parts.append(
+            f"{text}\n\n200 held-out problems, whole answer right · nats per token from the parent; {seeds}.\n\n{_conditions(result)}"
+        )
+    return "\n\n".join(parts) + "\n" if parts else "Not measured yet.\n"
+
+
 def byte_lm(results: Path) -> str:
     """Bits and perplexity per byte of real text."""
     if (result := load(results / "byte_lm.json")) is None:
@@ -227,46 +256,6 @@ def _text(result: Result) -> str:
     )
     table = _table(["bits per byte (parameters)", *ways.values()], rows)
     return f"{table}\n\n{about}\n\n{_conditions(result)}"
-
-
-def phases(results: Path) -> str:
-    """Whole answers by who thinks and who answers, without a cap, and what plans of two sizes gain."""
-    if (result := load(results / "phases.json")) is None:
-        return "Not measured yet.\n"
-    found = by_name(result)
-    parts = []
-    for way, what in (("", "everything is read again"), ("by cache: ", "trained hand-over, by cache")):
-        rows = []
-        for thinker in SIZES[:4]:
-            names = [f"{way}{thinker} thinks, {answerer} answers, cap None" for answerer in SIZES[:4]]
-            times = [f"{found[f'{name}: modelled time']['median']:.2f} s" for name in names]
-            cells = [
-                f"{found[f'{name}: exact']['mean']:.3f} · {time}" for name, time in zip(names, times, strict=True)
-            ]
-            rows.append([f"{thinker} thinks", *cells])
-        text = _table([what, *(f"{size} answers" for size in SIZES[:4])], rows)
-        parts.append(f"{text}\n\n{' '.join(_gains(found, way, *rate) for rate in RATES)}")
-    return "\n\n".join([*parts, _conditions(result)]) + "\n"
-
-
-def _gains(found: Mapping[str, Any], way: str, rate: str, name: str) -> str:
-    gained = found[f"{way}{rate}: gained at no more time"]
-    saved = found[f"{way}{rate}: time of one size / of a plan as accurate"]
-    best = found[f"{way}{rate}: plans of two sizes among the best"]
-    return (
-        f"By {name}, {best['median']:.0f} of the {best['of']} best plans (those that no other is as right as in less time) have two sizes; at no more time than one size they gain up to "
-        f"{gained['median']:.3f} ({_plan(gained)}), and what one size reaches they reach up to {saved['median']:.2f} times as fast "
-        f"({_plan(saved)})."
-    )
-
-
-def _plan(entry: Mapping[str, Any]) -> str:
-    """A plan such as `quarter -> half, cap None` in words."""
-    thinker, _, rest = (entry["plan"] or "").partition(" -> ")
-    answerer, _, cap = rest.partition(", cap ")
-    if not rest:
-        return "none"
-    return f"{thinker} thinks, {answerer} answers, {'no cap' if cap == 'None' else f'at most {cap} thinking tokens'}"
 
 
 def handover(results: Path) -> str:
@@ -405,6 +394,7 @@ _BLOCKS: Mapping[str, Callable[[Path], str]] = {
     "family": family,
     "ablations": ablations,
     "baselines": baselines,
+    "recipes": recipes,
     "bytes": byte_lm,
     "text": text_lm,
     "phases": phases,

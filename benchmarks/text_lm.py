@@ -20,6 +20,7 @@ import math
 import statistics
 import sys
 import tempfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -106,11 +107,11 @@ SCALES = {
         text_bytes=16_000_000,
         row=192,
         batch=4,
-        steps=1000,
-        family_steps=400,
+        steps=540,
+        family_steps=150,
         learning_rate=2e-3,
         family_learning_rate=2e-3,
-        measured_rows=192,
+        measured_rows=128,
     ),
     "100m": Scale(
         hidden=768,
@@ -232,9 +233,7 @@ class Study:
         self.corpus: Corpus = collect(self.scale.text_bytes)
         self.tokenizer = self._tokenizer()
         self.lengths = token_bytes(self.tokenizer)
-        self.train, self.held_out = (
-            encode(self.tokenizer, texts) for texts in (self.corpus.train, self.corpus.held_out)
-        )
+        self.train, self.held_out = self._tokens(self.corpus.train), self._tokens(self.corpus.held_out)
         self.rows = windows(self.held_out, self.scale.row, self.scale.measured_rows)
         self.budgets = {"full": None, **{name: name for name in self.scale.budgets}}
 
@@ -243,6 +242,13 @@ class Study:
         if not folder.exists():
             train_tokenizer(self.corpus.train[:TOKENIZER_FILES], self.scale.vocabulary).save_pretrained(folder)
         return AutoTokenizer.from_pretrained(folder)
+
+    def _tokens(self, texts: list[str]) -> torch.Tensor:
+        """Kept under the checksum of the texts, since a large text takes a while."""
+        file = self.runs.path(f"text-{self.size}-{zlib.crc32(END.join(texts).encode()):08x}.pt")
+        if not file.exists():
+            torch.save(encode(self.tokenizer, texts), file)
+        return torch.load(file, weights_only=True)
 
     def parent(self) -> Lfm2ForCausalLM:
         """Trained if it was not yet; from scratch, on the training text."""
@@ -255,6 +261,7 @@ class Study:
                 steps=scale.steps,
                 batch_size=scale.batch,
                 learning_rate=scale.learning_rate,
+                constant=0.8,
                 bfloat16=scale.bfloat16,
                 state=self.runs.path(f"text-{self.size}-parent.pt"),
                 clock=self.clock,
