@@ -80,6 +80,7 @@ class LabTask:
         sizes (`dict`): Budgets of its family.
         parent_folder, family_folder (`Path`): Where the package has them, trained.
         parent_steps, family_steps (`int`): Optimizer steps that they take.
+        learning_rate (`float`): Of the family.
     """
 
     name: str
@@ -98,6 +99,7 @@ class LabTask:
     family_folder: Path
     parent_steps: int = 1000
     family_steps: int = 1000
+    learning_rate: float = 6e-3
 
     def training_batches(
         self, tokenizer: PreTrainedTokenizerFast, seed: int, batch_size: int = 32

@@ -127,8 +127,8 @@ def train_family(
     tokenizer: PreTrainedTokenizerBase,
     output: Path,
     *,
-    steps: int = 1000,
-    learning_rate: float = 6e-3,
+    steps: int | None = None,
+    learning_rate: float | None = None,
     seed: int = 0,
     progress: bool = True,
     callback: TrainerCallback | None = None,
@@ -144,8 +144,8 @@ def train_family(
     Args:
         family ([`ElasticForCausalLM`]): From [`make_family`].
         output (`Path`): Folder of the trainer.
-        steps (`int`, *optional*, defaults to 1000): Optimizer steps.
-        learning_rate (`float`, *optional*, defaults to 6e-3): Of AdamW; half of it leaves the smallest size behind.
+        steps (`int`, *optional*): Optimizer steps, by default those of the task.
+        learning_rate (`float`, *optional*): Of AdamW, by default the task's; half of it leaves the smallest size of `book` behind.
         seed (`int`, *optional*, defaults to 0): Of problems and budgets; the problems are others than the parent was trained on.
         rows (`datasets.IterableDataset`, *optional*):
             Other data than the problems of `task`, with `input_ids` and `labels`. By default the stream of another seed than the parent saw.
@@ -161,6 +161,8 @@ def train_family(
     from ..trainers import ElasticDistillationConfig, ElasticDistillationTrainer
 
     task = get_task(task) if isinstance(task, str) else task
+    steps = task.family_steps if steps is None else steps
+    learning_rate = task.learning_rate if learning_rate is None else learning_rate
     defaults = {
         "max_steps": steps,
         "learning_rate": learning_rate,

@@ -22,4 +22,6 @@ TASK = LabTask(
     parent_folder=ASSETS / "stories-parent",
     family_folder=ASSETS / "stories",
     parent_steps=800,
+    family_steps=700,
+    learning_rate=5e-3,
 )
