@@ -55,7 +55,7 @@ def _phases_of(task: str, found: Mapping[str, Any], points: Sequence[Result]) ->
         for size in dict.fromkeys(size for size, _, _ in told):
             entries = [entry for of, _, entry in told if of == size]
             cells = [
-                "" if not 5 <= entry["wrong"] <= entry["problems"] - 5 else f"{entry['median']:.2f}"
+                "" if not 3 <= entry["wrong"] <= entry["problems"] - 3 else f"{entry['median']:.2f}"
                 for entry in entries
             ]
             rows.append([f"{size} ({entries[0]['wrong']} of {entries[0]['problems']} wrong)", *cells])
