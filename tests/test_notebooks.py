@@ -71,13 +71,14 @@ def test_make_and_train(tmp_path):
     assert found["change"] < 1e-3
     assert found["steps"] == 60
     assert before["full"] == {"divergence": 0, "right": 1.0}
+    assert before["half"]["right"] < 0.2
     for name in ("large", "half"):  # the text says: a cut does not get far, and both come close
-        assert before[name]["right"] < 0.2
+        assert before[name]["right"] < 0.6
         assert after[name]["divergence"] < before[name]["divergence"] / 4
     assert after["large"]["right"] > 0.8
     assert after["full"]["right"] > 0.8
     assert after["full"]["divergence"] < after["half"]["divergence"]
-    assert (found["exit"], found["large"]) == (0, 99_320)
+    assert (found["exit"], found["large"]) == (0, 287_768)
     rows = [json.loads(line) for line in (tmp_path / "made/train.jsonl").read_text().splitlines()]
     assert len(rows) == 960
     assert [message["role"] for message in rows[0]["messages"]] == ["user", "assistant"]
