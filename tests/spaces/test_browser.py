@@ -256,7 +256,7 @@ def test_the_first_screen_explains_and_one_press_shows_the_idea(visitor, served_
     page.locator("#msg textarea").fill(own)
     expect(page.locator("#prices h2")).to_contain_text("pet shop")
     ask(page, own)
-    expect(page.locator("#chat")).to_contain_text("Ben: 6 + 3 = 9 coins")
+    expect(page.locator("#chat")).to_contain_text("Ben owns 9 coins, at the pet shop that buys a")
     page.get_by_text("More: token limits").click()
     page.get_by_label("number input for Thinking tokens, at most").fill("3")
     page.get_by_label("number input for Thinking tokens, at most").press("Tab")
