@@ -317,6 +317,8 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
         teacher_head = whole_head_of(student) if teacher is None else head_of(self.accelerator.unwrap_model(teacher))
 
         def compare(i: int, compared: torch.Tensor, read: Callable[[], torch.Tensor]) -> list[torch.Tensor]:
+            # The first size of a hand-over is no longer active in backward, where logits are made again.
+            head = head_now(student) if i + 1 < len(parts) else head_of(student)
             hidden_taught, states_taught = taught[i]
             with states_after(self._layers(model, self._compared(parts[i])), compared) as states:
                 hidden = read()[:, : compared.shape[1]][compared]
@@ -326,7 +328,7 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
             divergence = chunked_divergence(
                 hidden,
                 hidden_taught,
-                head_now(student),
+                head,
                 teacher_head,
                 beta=self.args.beta,
                 temperature=self.args.temperature,
