@@ -51,7 +51,9 @@ def read(prompt: str) -> Problem:
     for sentence in people:
         name, has = _next(sentence, names, coins) if names else _first(sentence)
         if not LEAST_COINS <= has <= MOST_COINS:
-            raise ValueError(f"{_said(sentence)}: {name} would have {has} coins; from {LEAST_COINS} to {MOST_COINS} can be spent.")
+            raise ValueError(
+                f"{_said(sentence)}: {name} would have {has} coins; from {LEAST_COINS} to {MOST_COINS} can be spent."
+            )
         names.append(name)
         coins.append(has)
     shop = _shop(going, names)
