@@ -138,11 +138,21 @@ def right(problem: Problem, answer: str) -> tuple[int, int]:
     return sum(a == b for a, b in zip(answer[1::2], problem.answer[1::2], strict=False)), 3
 
 
+def explain(problem: Problem) -> str:
+    """The task in words."""
+    return (
+        "Eight players meet in matches 1 to 4, the winners of 1 and 2 in match 5, those of 3 and 4 in match 6, and the winners of these in match 7. "
+        "A line of the thinking is a match: its number, both players, who wins. The answer says where the winners of the last three live."
+    )
+
+
 TASK = LabTask(
     name="cup",
     unit="matches",
     trained=(7, 7),
     measured=7,
+    shown=7,
+    explain=explain,
     build_tokenizer=build_tokenizer,
     problems=problems,
     opening=lambda prompt: prompt + THINK_START,

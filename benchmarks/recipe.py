@@ -10,23 +10,24 @@ The goal is largest >= parent - 0.01, and every smaller size >= alone - 0.02. A 
 seed that nothing is trained on. What is published is `exact`, on held-out problems.
 
 `--task` takes any task of the lab, or `cup`, see `cup.py`. `--seeds 1 --ways longer` does only these runs and writes no result, so that a
-benchmark of hours can be done in parts; runs are kept, see `kept_runs`.
+benchmark of hours can be done in parts; runs are kept, see `kept_runs`. `--kept` writes the result of those that there are.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from harness import Claim, Report
 from kept_runs import KeptRuns, run_arguments
-from lab_runs import SEEDS, mean
+from lab_runs import SEEDS, Entry, mean
 
 from hf_elastic.lab.exercises import EOS, THINK_START, LabTask
 from hf_elastic.lab.family import make_family, train_family
@@ -134,21 +135,31 @@ class Lab(KeptRuns):
             name, lambda: train_parent(self.task, seed=seed, steps=steps, batch_size=self.rows, progress=False)[0]
         )
 
+    def steps_of(self, way: str) -> int:
+        """Steps of the one run for all sizes."""
+        return self.steps if way == "standard" else round(SHARE * len(self.smaller) * self.steps)
+
+    def name(self, what: str, seed: int) -> str:
+        """Under which a run is kept."""
+        return f"recipe-{self.task.name}-{what.replace(' ', '-').replace(',', '')}-{self.steps}-{seed}"
+
+    def is_kept(self, name: str) -> bool:
+        return self.path(f"{name}.json").exists()
+
     def way(self, way: str, seed: int) -> dict[str, Any]:
         """One run for all sizes."""
-        steps = self.steps if way == "standard" else int(SHARE * len(self.smaller) * self.steps)
+        steps = self.steps_of(way)
         options = WAYS[way](["full", *self.smaller], steps, self.rows)
-        name = f"recipe-{self.task.name}-{way.replace(' ', '-').replace(',', '')}-{steps}-{seed}"
-        return self.run(name, lambda: self._train(seed, self.task.sizes, steps, options))
+        return self.run(self.name(way, seed), lambda: self._train(seed, self.task.sizes, steps, options))
 
     def alone(self, size: str, seed: int) -> dict[str, Any]:
         """One run for one size."""
         options = {"budget_probabilities": {size: 1.0}}
-        name = f"recipe-{self.task.name}-alone-{size}-{self.steps}-{seed}"
-        return self.run(name, lambda: self._train(seed, {size: self.task.sizes[size]}, self.steps, options))
+        sizes = {size: self.task.sizes[size]}
+        return self.run(self.name(f"alone-{size}", seed), lambda: self._train(seed, sizes, self.steps, options))
 
     def untrained(self, seed: int) -> dict[str, Any]:
-        return self.run(f"recipe-{self.task.name}-parent-{seed}", lambda: {"full": self._rates(self.parent(seed))})
+        return self.run(self.name("parent", seed), lambda: {"full": self._rates(self.parent(seed))})
 
     def _train(self, seed: int, sizes: Mapping[str, Any], steps: int, options: dict[str, Any]) -> dict[str, Any]:
         parent = self.parent(seed)
@@ -170,13 +181,12 @@ class Lab(KeptRuns):
             )
         found: dict[str, Any] = {"cpu_seconds": time.process_time() - started, "steps": steps}
         found["history"] = [{k: round(v, 5) for k, v in e.items() if k == "step" or k.endswith("kl")} for e in history]
-        for budget in ("full", *sizes):
+        measured = ["full", *sizes] if len(sizes) > 1 else list(sizes)
+        for budget in measured:
             with family.at(budget):
                 found[budget] = self._rates(family, parent)
-        print(
-            {b: (found[b]["validation"], found[b]["exact"], round(found[b]["kl"], 4)) for b in ("full", *sizes)},
-            flush=True,
-        )
+        said = {budget: (found[budget]["validation"], round(found[budget]["kl"], 4)) for budget in measured}
+        print(f"{said} {found['cpu_seconds']:.0f} s", flush=True)
         return found
 
     def _rates(self, model: Any, parent: Any = None) -> dict[str, float]:
@@ -209,55 +219,65 @@ def run(options: argparse.Namespace) -> int:
     lab = Lab(options)
     seeds = [0] if options.quick else options.seeds or list(SEEDS)
     ways = options.ways or [*WAYS, "alone"]
-    for seed in seeds:
-        for way in ways:
-            if way in WAYS:
-                lab.way(way, seed)
-                continue
-            lab.untrained(seed)
-            for size in lab.smaller:
-                lab.alone(size, seed)
-    if (options.ways or options.seeds) and not options.publish:
+    for seed, way in [] if options.kept else itertools.product(seeds, ways):
+        if way in WAYS:
+            lab.way(way, seed)
+            continue
+        lab.untrained(seed)
+        for size in lab.smaller:
+            lab.alone(size, seed)
+    if (options.ways or options.seeds) and not (options.kept or options.quick):
         return 0
     return publish(lab, [way for way in ways if way in WAYS], seeds, options)
 
 
-def publish(lab: Lab, ways: list[str], seeds: list[int], options: argparse.Namespace) -> int:
-    """Write the result: the last way of `ways` is the one whose claims are settled."""
-    chosen = ways[-1]
-    claims = [Claim(f"{chosen}: full - parent, exact", -0.01, ">=")]
-    claims += [Claim(f"{chosen} - alone: {size}, exact", -0.02, ">=") for size in lab.smaller]
-    report = Report(f"recipe_{lab.task.name}", claims)
-    exact: dict[tuple[str, str], float] = {}
-    table: dict[str, dict[str, list[dict[str, Any]]]] = {"parent": {"full": [lab.untrained(s)["full"] for s in seeds]}}
-    table["alone"] = {size: [lab.alone(size, s)[size] for s in seeds] for size in lab.smaller}
-    for way in ways:
-        runs = [lab.way(way, s) for s in seeds]
-        table[way] = {size: [run[size] for run in runs] for size in ("full", *lab.smaller)}
-        report.measure(f"{way}: steps", "steps", [run["steps"] for run in runs])
-    for way, sizes in table.items():
-        for size, entries in sizes.items():
-            for rate in [name for name in ("exact", "validation", "kl") if name in entries[0]]:
+def publish(lab: Lab, ways: Sequence[str], seeds: Sequence[int], options: argparse.Namespace) -> int:
+    """Write the result: every way with the seeds that it was run with, and the claims of the last one, on the seeds that both sides have."""
+    table: dict[tuple[str, str], dict[int, Entry]] = {("parent", "full"): {}}
+    for seed in seeds:
+        if lab.is_kept(lab.name("parent", seed)):
+            table["parent", "full"][seed] = lab.untrained(seed)["full"]
+        for size in lab.smaller:
+            if lab.is_kept(lab.name(f"alone-{size}", seed)):
+                table.setdefault(("alone", size), {})[seed] = lab.alone(size, seed)[size]
+        for way in [way for way in ways if lab.is_kept(lab.name(way, seed))]:
+            for size in ("full", *lab.smaller):
+                table.setdefault((way, size), {})[seed] = lab.way(way, seed)[size]
+    chosen = [way for way in ways if (way, "full") in table][-1]
+    against = {f"{chosen} - parent: full, exact": (("parent", "full"), "full", -0.01)}
+    against |= {f"{chosen} - alone: {size}, exact": (("alone", size), size, -0.02) for size in lab.smaller}
+    gaps = {}
+    for claim, (other, size, _) in against.items():
+        both = [seed for seed in table.get(other, {}) if seed in table[chosen, size]]
+        if both:
+            gaps[claim] = mean([table[chosen, size][seed]["exact"] - table[other][seed]["exact"] for seed in both])
+    report = Report(f"recipe_{lab.task.name}", [Claim(claim, against[claim][2], ">=") for claim in gaps])
+    for (way, size), entries in table.items():
+        about = {"seeds": list(entries), "steps": lab.steps if way in ("parent", "alone") else lab.steps_of(way)}
+        for rate in [
+            name for name in ("exact", "validation", "kl") if all(name in entry for entry in entries.values())
+        ]:
+            values = [entry[rate] for entry in entries.values()]
+            if values:
                 unit = "nats per token" if rate == "kl" else "share"
-                values = [entry[rate] for entry in entries]
-                report.measure(
-                    f"{way}: {size}, {rate}", unit, values, mean=mean(values), seeds=seeds, alone_steps=lab.steps
-                )
-            exact[way, size] = mean([entry["exact"] for entry in entries])
-    report.settle(claims[0].name, exact[chosen, "full"] - exact["parent", "full"])
-    for claim, size in zip(claims[1:], lab.smaller, strict=True):
-        report.settle(claim.name, exact[chosen, size] - exact["alone", size])
+                report.measure(f"{way}: {size}, {rate}", unit, values, mean=mean(values), **about)
+    for claim, gap in gaps.items():
+        report.settle(claim, gap)
     lab.say_commits(report)
     return report.finish(options)
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = run_arguments(__doc__)
     parser.add_argument("--task", default="cup", help="task of the lab, or cup (default: cup)")
     parser.add_argument("--steps", type=int, help="steps of a size alone (default: those of the task's family)")
     parser.add_argument("--seeds", type=int, nargs="+", help="only these seeds")
     parser.add_argument(
-        "--ways", nargs="+", choices=[*WAYS, "alone"], help="only these ways; the last one is what is claimed"
+        "--ways", nargs="+", choices=[*WAYS, "alone"], help="only these ways; claims are of the last one"
     )
-    parser.add_argument("--publish", action="store_true", help="write a result also with --seeds or --ways")
-    sys.exit(run(parser.parse_args()))
+    parser.add_argument("--kept", action="store_true", help="run nothing: write the result of the runs that are kept")
+    return run(parser.parse_args(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -186,22 +186,16 @@ def recipes(results: Path) -> str:
         found = by_name(result)
         names = [name.removesuffix(", exact").rpartition(": ")[::2] for name in found if name.endswith(", exact")]
         ways, sizes = (list(dict.fromkeys(column)) for column in zip(*names, strict=True))
-        about = found["parent: full, exact"]
         rows = []
         for way in ways:
-            taken = found.get(f"{way}: steps")
             cells = [_spread(found.get(f"{way}: {size}, exact")) for size in sizes]
             kls = [found.get(f"{way}: {size}, kl") for size in sizes]
             cells = [f"{cell} · {kl['mean']:.3f}" if kl else cell for cell, kl in zip(cells, kls, strict=True)]
-            steps = f"{about['alone_steps']} each" if way == "alone" else taken and f"{taken['median']:.0f}"
-            rows.append([way, steps or "", *cells])
-        text = _table([f"`{path.stem.removeprefix('recipe_')}`", "steps", *sizes], rows)
-        seeds = (
-            f"mean of seeds {', '.join(map(str, about['seeds']))} (range)" if len(about["seeds"]) > 1 else "one seed"
-        )
-        parts.append(
-            f"{text}\n\n200 held-out problems, whole answer right · nats per token from the parent; {seeds}.\n\n{_conditions(result)}"
-        )
+            about = next(found[f"{way}: {size}, exact"] for size in sizes if f"{way}: {size}, exact" in found)
+            steps = "" if way == "parent" else f"{about['steps']}{' each' if way == 'alone' else ''}"
+            rows.append([way, steps, *cells, str(len(about["seeds"]))])
+        text = _table([f"`{path.stem.removeprefix('recipe_')}`", "steps", *sizes, "seeds"], rows)
+        parts.append(f"{text}\n\n{_conditions(result)}")
     return "\n\n".join(parts) + "\n" if parts else "Not measured yet.\n"
 
 

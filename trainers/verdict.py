@@ -54,7 +54,8 @@ def near(progress: Progress, distance: float) -> bool:
 
     Neither scale needs tuning. The entropy says how uncertain the data are: a distance of a hundredth of it raises the student's
     cross-entropy by 1 %. Where a teacher is certain of nearly everything, as of solutions that are worked out, there is little entropy, and what
-    it cost to cut deepest says what is a lot. (On the lab's tasks sizes at 1/800 are within 0.01 of the accuracy of their teacher, at 1/300 they are not.)
+    it cost to cut deepest says what is a lot. (On the lab's `book`, sizes at 1/1000 were within 0.01 of the accuracy of their
+    teacher, one at 1/570 was 0.06 below.)
     """
     deepest = max(progress.first.values(), default=0.0)
     return distance <= max(NEAR * progress.teacher_entropy, NEAR_OF_START * deepest)

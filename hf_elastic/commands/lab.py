@@ -371,11 +371,15 @@ def _solved(example: dict[str, Any]) -> list[str]:
     for line in example["lines"]:
         said += [
             f"  {line['who']}: {word[line['right']]}, at {line['cost']:.0%} of the cost",
-            f"    thinks   {line['thinking']}",
-            f"    answers  {line['answer']}",
+            f"    thinks   {_short(line['thinking'])}",
+            f"    answers  {_short(line['answer'])}",
             "",
         ]
     return [*said, _COST]
+
+
+def _short(text: str, most: int = 110) -> str:
+    return f"{text[:most]} ..." if len(text) > most + 30 else text or "nothing"
 
 
 _COST = "cost: active parameters x tokens written, against the whole model alone."

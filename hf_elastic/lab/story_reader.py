@@ -47,7 +47,8 @@ def read(prompt: str) -> Problem:
             f"this has {len(sentences)}."
         )
     *people, going, question = sentences
-    names, coins = [], []
+    names: list[str] = []
+    coins: list[int] = []
     for sentence in people:
         name, has = _next(sentence, names, coins) if names else _first(sentence)
         if not LEAST_COINS <= has <= MOST_COINS:

@@ -101,8 +101,8 @@ def test_the_example_is_shown_as_it_was_solved_and_what_it_cost(runs, name):
         assert line["right"] == (line["answer"] == example["answer"])
         after = text[text.index(example["prompt"], text.index("4/4")) :]
         assert line["who"] in after
-        assert line["thinking"] in after
-        assert line["answer"] in after
+        assert line["thinking"][:110] in after
+        assert line["answer"][:110] in after
     full, small, both, _ = (line["cost"] for line in example["lines"])
     costs = load_family(name)[0].elastic_config.costs()
     share = list(costs.values())[-1].active_params / costs["full"].active_params
