@@ -102,7 +102,7 @@ class Bench:
     def measure(self, family: ElasticForCausalLM, budgets: Mapping[str, Any]) -> list[Entry]:
         """Costs, rates on held-out problems by generation, and `kl`, the divergence from the parent in nats per token of held-out solutions."""
         entries = measure_family(
-            family, self.tokenizer, budgets, task=self.task, count=self.runs.problems, letters=self.length
+            family, self.tokenizer, budgets, task=self.task, count=self.runs.problems, size=self.length
         )
         for entry, budget in zip(entries, budgets.values(), strict=True):
             with family.at(budget):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from result_files import RESULTS, ROOT, SIZES, WAYS, Result, by_name, load
+from result_files import RESULTS, ROOT, SIZES, WAYS, Result, by_name, load, phase_tasks
 
 ASSETS = ROOT / "docs" / "assets"
 
@@ -15,25 +15,22 @@ ASSETS = ROOT / "docs" / "assets"
 def draw(results: Path = RESULTS, folder: Path = ASSETS) -> None:
     """All charts of the docs."""
     draw_family(results, folder / "lab_family.png")
-    draw_phases(results, folder / "phases.png")
+    draw_phases(results, folder)
 
 
-def draw_phases(results: Path, path: Path) -> None:
-    """Symbols of answers against the modelled time of every plan."""
+def draw_phases(results: Path, folder: Path) -> None:
+    """Whole answers right against the time of every plan, a chart per task."""
     from hf_elastic.evaluation.pareto_chart import draw_pareto
     from hf_elastic.evaluation.plans import pareto_front
 
     if (result := load(results / "phases.json")) is None:
         return
-    timed = [entry for entry in result["measurements"] if entry["name"].endswith(": modelled time")]
-    timed = [entry for entry in timed if not entry["name"].startswith("by cache: ")]
-    points = [{**entry, "seconds": entry["median"], "accuracy": entry["code"]} for entry in timed]
-    task = "symbols of answers, book, three seeds"
-    draw_pareto(
-        {"task": task, "by": "seconds", "points": points, "front": pareto_front(points, "seconds")},
-        path,
-        timed="modelled",
-    )
+    found = by_name(result)
+    for task in phase_tasks(found):
+        plans = [entry for name, entry in found.items() if name.startswith(f"{task}: ") and "escalate_to" in entry]
+        points = [{**entry, "seconds": entry["median"]} for entry in plans]
+        about = {"task": f"whole answers, {task}", "by": "seconds", "front": pareto_front(points, "seconds")}
+        draw_pareto({**about, "points": points}, folder / f"phases_{task}.png")
 
 
 def draw_family(results: Path, path: Path) -> None:

@@ -14,12 +14,6 @@ from torch.nn import functional as F
 
 from hf_elastic.generation.caches import PER_TOKEN, States
 
-WAYS = (
-    "as is",
-    "formula",
-    *(f"least squares, {kind}" for kind in ("head", "channel", "matrix")),
-    *(f"fitted, {kind}" for kind in ("channel", "matrix")),
-)
 Convert = Callable[[States], States]
 
 
@@ -54,11 +48,6 @@ def multiplied(states: States, factors: Any) -> States:
             layer[key] = of_rows(key, rows @ by if by.dim() == 2 else rows * by, tensor).contiguous()
         made.append(layer)
     return made
-
-
-def formula(held: Any, source: str, target: str) -> States:
-    """As generation converts it."""
-    return held.converted(source, target)
 
 
 @torch.no_grad()

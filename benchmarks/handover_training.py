@@ -3,10 +3,11 @@
 **Second run** (three seeds of its rows and draws, every task of the lab): the trained family goes on for a seventh of its steps
 
 - *plain*: as before, without hand-overs, which is what the others are compared with at equal steps;
-- *second trained*: every micro-batch is a hand-over, and only the size that goes on is compared with the teacher, from the cut on (one seed);
-- *both trained*: the same, and the size that began is compared on what it read, as the trainer does it.
+- *both trained*: every second micro-batch is a hand-over, and both sizes are compared with the teacher, each on what it reads;
+- *both trained, always*: every micro-batch is one (two seeds);
+- *second trained, always*: the same, and only the size that goes on is compared, from the cut on (one seed).
 
-**Conversions** (`book`, one seed; pairs with the whole parent) leave the weights as they are. What a size kept is multiplied, per layer
+**Conversions** (`book`, one seed; the whole parent and the smaller half of the sizes) leave the weights as they are. What a size kept is multiplied, per layer
 and kind of state, by
 
 - *formula*: the square root of the ratio of widths, or the ratio, as generation does it for every family;
@@ -35,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from handover_conversions import WAYS, fitted, formula, least_squares
+from handover_conversions import fitted, least_squares
 from harness import Claim, Report
 from lab_runs import SEEDS, Runs, lab_arguments, mean
 from transformers import DynamicCache, PreTrainedTokenizerBase
@@ -53,11 +54,19 @@ TASKS = ("book", "stories")
 TRAINED = {"handover_token": THINK_END}
 SECOND: dict[str, dict[str, Any]] = {
     "plain": {},
-    "second trained": {"handover_probability": 1.0, **TRAINED},
-    "both trained": {"handover_probability": 1.0, **TRAINED},
+    "both trained": {"handover_probability": 0.5, **TRAINED},
+    "both trained, always": {"handover_probability": 1.0, **TRAINED},
+    "second trained, always": {"handover_probability": 1.0, **TRAINED},
 }
 """Of the second run."""
-SECOND_SEEDS = {"plain": SEEDS, "second trained": SEEDS[:1], "both trained": SEEDS}
+SECOND_SEEDS = {
+    "plain": SEEDS,
+    "both trained": SEEDS,
+    "both trained, always": SEEDS[:2],
+    "second trained, always": SEEDS[:1],
+}
+ABLATED = "book"
+"""The task of the ways that are not run with every seed, and of the conversions."""
 SECOND_STEPS = 150
 SECOND_RATE = 3e-3
 """Half of what the family is trained with."""
@@ -228,7 +237,7 @@ class Study:
 
         def action() -> dict[str, Any]:
             family, started = load_family(self.task)[0], time.process_time()
-            as_said = second_alone() if way == "second trained" else nullcontext()
+            as_said = second_alone() if way.startswith("second trained") else nullcontext()
             given = {"per_device_train_batch_size": self.runs.rows, "progress": False, **options, **SECOND[way]}
             with tempfile.TemporaryDirectory(prefix="hf-elastic-lab-") as scratch, as_said:
                 train_family(family, self.tokenizer, Path(scratch), task=self.task, steps=steps, seed=seed, **given)
@@ -236,33 +245,34 @@ class Study:
             return {"pairs": self.measure(family), "seconds": seconds}
 
         name = "" if self.task.name == "book" else f"{self.task.name}-"
-        return self.runs.run(f"handover-training-{name}second-{way.replace(' ', '-')}-{seed}", action)
+        return self.runs.run(f"handover-training-{name}second-{way.replace(',', '').replace(' ', '-')}-{seed}", action)
 
     def conversions(self, seed: int, quick: bool) -> dict[str, dict[str, float]]:
-        """Per conversion and pair the share of right solutions, and `again: pair`."""
-        return self.runs.run(f"handover-conversions-{seed}", lambda: self._conversions(seed, quick))
+        """Per pair and conversion the share of right solutions, and `again`."""
+        whole, *others = load_family(self.task)[0].elastic_config.family()
+        others = others[:1] if quick else others[len(others) // 3 :]
+        pairs = [pair for other in others for pair in ((other, whole), (whole, other))]
+        return {
+            f"{source} > {target}": self.runs.run(
+                f"handover-conversions-{seed}-{source}-{target}",
+                lambda source=source, target=target: self._converted(source, target, seed, quick),
+            )
+            for source, target in pairs
+        }
 
-    def _conversions(self, seed: int, quick: bool) -> dict[str, dict[str, float]]:
+    def _converted(self, source: str, target: str, seed: int, quick: bool) -> dict[str, float]:
         model = load_family(self.task)[0].requires_grad_(False)
-        names = list(model.elastic_config.family())[: 2 if quick else None]
-        held = Readings(model, self.heldout(), names)
-        drawn = self.calibration(model, names, seed, 2 if quick else 18)
-        found: dict[str, dict[str, float]] = {way: {} for way in ("again", *WAYS)}
-        for source, target in held.pairs():
-            if names[0] not in (source, target):
-                continue
-            pair = f"{source} > {target}"
-            found["again"][pair] = held.again(source, target)
-            found["as is"][pair] = held.after(source, target, held.converted(source, target, scale=False))
-            found["formula"][pair] = held.after(source, target, formula(held, source, target))
-            for kind in ("head", "channel", "matrix"):
-                made = least_squares(drawn, source, target, kind)(held.converted(source, target, scale=False))
-                found[f"least squares, {kind}"][pair] = held.after(source, target, made)
-            for kind in ("channel", "matrix"):
-                convert = fitted(drawn, source, target, kind, steps=2 if quick else 150)
-                made = convert(held.converted(source, target, scale=False))
-                found[f"fitted, {kind}"][pair] = held.after(source, target, made)
-            print("   ", pair, {way: round(found[way][pair], 3) for way in found}, flush=True)
+        held = Readings(model, self.heldout(), [source, target])
+        drawn = self.calibration(model, [source, target], seed, 2 if quick else 18)
+        plain = held.converted(source, target, scale=False)
+        found = {"again": held.again(source, target), "as is": held.after(source, target, plain)}
+        found["formula"] = held.after(source, target, held.converted(source, target))
+        for kind in ("head", "channel", "matrix"):
+            convert = least_squares(drawn, source, target, kind)
+            found[f"least squares, {kind}"] = held.after(source, target, convert(plain))
+        for kind in ("channel", "matrix"):
+            convert = fitted(drawn, source, target, kind, steps=2 if quick else 100)
+            found[f"fitted, {kind}"] = held.after(source, target, convert(plain))
         return found
 
     def calibration(self, model: ElasticForCausalLM, names: Sequence[str], seed: int, groups: int) -> list[Readings]:
@@ -289,14 +299,15 @@ def run(options: argparse.Namespace) -> int:
     seeds = [0] if options.quick else options.seeds or list(SEEDS)
     parts = options.only or ["second", "conversions"]
     for name, study in studies.items() if "second" in parts else ():
-        done = {way: [study.second(way, seed) for seed in seeds if seed in SECOND_SEEDS[way]] for way in SECOND}
+        ways = [way for way in SECOND if name == ABLATED or SECOND_SEEDS[way] == SEEDS]
+        done = {way: [study.second(way, seed) for seed in seeds if seed in SECOND_SEEDS[way]] for way in ways}
         steps = min(SECOND_STEPS, runs.steps)
         record(report, name, done, steps=steps, problems=runs.problems)
         settle(report, name, done)
     if "conversions" in parts and not options.seeds:
-        found = studies["book"].conversions(0, options.quick)
-        for way, pair in itertools.product(found, found["again"]):
-            report.measure(f"book, {way}: {pair}", "share", [found[way][pair]], seeds=[0], problems=runs.problems)
+        for pair, rates in studies[ABLATED].conversions(0, options.quick).items():
+            for way, rate in rates.items():
+                report.measure(f"{ABLATED}, {way}: {pair}", "share", [rate], seeds=[0], problems=runs.problems)
     runs.say_commits(report)
     return 0 if options.only or options.seeds or options.tasks else report.finish(options)
 

@@ -155,7 +155,7 @@ class Runs(KeptRuns):
 
     def measure(self, family: ElasticForCausalLM, parent: Any, budgets: Mapping[str, Any]) -> list[Entry]:
         """Rates by generation on held-out problems, as `measure_family`, and `kl`, the divergence from the parent in nats per token."""
-        entries = measure_family(family, self.tokenizer, budgets, count=self.problems, letters=self.letters)
+        entries = measure_family(family, self.tokenizer, budgets, count=self.problems, size=self.letters)
         source = problems("heldout", self.letters, 1)
         texts = [next(source).text + EOS for _ in range(min(self.problems, 64))]
         ids = torch.tensor(self.tokenizer(texts)["input_ids"])

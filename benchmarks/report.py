@@ -16,6 +16,7 @@ from statistics import fmean
 from typing import Any
 
 from baseline_report import baselines
+from phase_report import phases
 from result_files import RESULTS, ROOT, SIZES, WAYS, Result, by_name, load
 from tables import conditions as _conditions
 from tables import spread as _spread
@@ -46,6 +47,9 @@ GROUPS = {
         "lab_family",
         "baselines_book",
         "baselines_stories",
+        "recipe_cup",
+        "recipe_book",
+        "recipe_stories",
         "byte_lm",
         "text_lm",
         "text_lm_gpu",
@@ -78,8 +82,6 @@ NUMBERS = (
     ),
 )
 """The README's numbers: what is asked, the result file, and the claim in it."""
-
-RATES = (("exact", "whole answers"), ("code", "symbols"))
 
 
 def render(name: str, results: Path = RESULTS) -> str:
@@ -176,6 +178,27 @@ def ablations(results: Path) -> str:
     return "\n\n".join(parts) + "\n" if parts else "Not measured yet.\n"
 
 
+def recipes(results: Path) -> str:
+    """Whole answers and divergence of every size by the recipe that all of them were trained with, a table per task."""
+    parts = []
+    for path in sorted(results.glob("recipe_*.json")):
+        result = load(path) or {}
+        found = by_name(result)
+        names = [name.removesuffix(", exact").rpartition(": ")[::2] for name in found if name.endswith(", exact")]
+        ways, sizes = (list(dict.fromkeys(column)) for column in zip(*names, strict=True))
+        rows = []
+        for way in ways:
+            cells = [_spread(found.get(f"{way}: {size}, exact")) for size in sizes]
+            kls = [found.get(f"{way}: {size}, kl") for size in sizes]
+            cells = [f"{cell} · {kl['mean']:.3f}" if kl else cell for cell, kl in zip(cells, kls, strict=True)]
+            about = next(found[f"{way}: {size}, exact"] for size in sizes if f"{way}: {size}, exact" in found)
+            steps = "" if way == "parent" else f"{about['steps']}{' each' if way == 'alone' else ''}"
+            rows.append([way, steps, *cells, str(len(about["seeds"]))])
+        text = _table([f"`{path.stem.removeprefix('recipe_')}`", "steps", *sizes, "seeds"], rows)
+        parts.append(f"{text}\n\n{_conditions(result)}")
+    return "\n\n".join(parts) + "\n" if parts else "Not measured yet.\n"
+
+
 def byte_lm(results: Path) -> str:
     """Bits and perplexity per byte of real text."""
     if (result := load(results / "byte_lm.json")) is None:
@@ -229,46 +252,6 @@ def _text(result: Result) -> str:
     return f"{table}\n\n{about}\n\n{_conditions(result)}"
 
 
-def phases(results: Path) -> str:
-    """Whole answers by who thinks and who answers, without a cap, and what plans of two sizes gain."""
-    if (result := load(results / "phases.json")) is None:
-        return "Not measured yet.\n"
-    found = by_name(result)
-    parts = []
-    for way, what in (("", "everything is read again"), ("by cache: ", "trained hand-over, by cache")):
-        rows = []
-        for thinker in SIZES[:4]:
-            names = [f"{way}{thinker} thinks, {answerer} answers, cap None" for answerer in SIZES[:4]]
-            times = [f"{found[f'{name}: modelled time']['median']:.2f} s" for name in names]
-            cells = [
-                f"{found[f'{name}: exact']['mean']:.3f} · {time}" for name, time in zip(names, times, strict=True)
-            ]
-            rows.append([f"{thinker} thinks", *cells])
-        text = _table([what, *(f"{size} answers" for size in SIZES[:4])], rows)
-        parts.append(f"{text}\n\n{' '.join(_gains(found, way, *rate) for rate in RATES)}")
-    return "\n\n".join([*parts, _conditions(result)]) + "\n"
-
-
-def _gains(found: Mapping[str, Any], way: str, rate: str, name: str) -> str:
-    gained = found[f"{way}{rate}: gained at no more time"]
-    saved = found[f"{way}{rate}: time of one size / of a plan as accurate"]
-    best = found[f"{way}{rate}: plans of two sizes among the best"]
-    return (
-        f"By {name}, {best['median']:.0f} of the {best['of']} best plans (those that no other is as right as in less time) have two sizes; at no more time than one size they gain up to "
-        f"{gained['median']:.3f} ({_plan(gained)}), and what one size reaches they reach up to {saved['median']:.2f} times as fast "
-        f"({_plan(saved)})."
-    )
-
-
-def _plan(entry: Mapping[str, Any]) -> str:
-    """A plan such as `quarter -> half, cap None` in words."""
-    thinker, _, rest = (entry["plan"] or "").partition(" -> ")
-    answerer, _, cap = rest.partition(", cap ")
-    if not rest:
-        return "none"
-    return f"{thinker} thinks, {answerer} answers, {'no cap' if cap == 'None' else f'at most {cap} thinking tokens'}"
-
-
 def handover(results: Path) -> str:
     """Whole answers of every pair of sizes by how the second took over, and the time until its first token."""
     if (result := load(results / "handover.json")) is None:
@@ -300,7 +283,7 @@ def handover_training(results: Path) -> str:
     """What training hand-over costs each size and how near a hand-over comes to reading again; and what conversions without training do."""
     if (result := load(results / "handover_training.json")) is None:
         return "Not measured yet.\n"
-    found, ways = by_name(result), ("plain", "second trained", "both trained")
+    found, ways = by_name(result), ("plain", "both trained", "both trained, always", "second trained, always")
     parts = []
     for task in dict.fromkeys(name.partition(",")[0] for name in found if ", plain: " in name):
         sizes, pairs = [], []
@@ -310,24 +293,26 @@ def handover_training(results: Path) -> str:
                 thinker, _, answerer = pair.partition(" > ")
                 sizes += [pair] * (thinker == answerer)
                 pairs += [pair] * (rate == "cache")
+        there = [way for way in ways if f"{task}, {way}: {sizes[0]}, again" in found]
         rows = [
-            [pair.partition(" > ")[0], *(_spread(found.get(f"{task}, {way}: {pair}, again"), 3) for way in ways)]
+            [pair.partition(" > ")[0], *(_spread(found[f"{task}, {way}: {pair}, again"], 3) for way in there)]
             for pair in sizes
         ]
         entry = found[f"{task}, plain: {sizes[0]}, again"]
-        head = ["size alone", "no hand-over", "only the second size learns", "both learn"]
+        head = ["size alone", "no hand-over", "half the batches", "all batches", "all, only the second size learns"]
         about = (
             f"`{task}`: right solutions of {entry['problems']} held-out problems after {entry['steps']} more steps of the trained family; mean of seeds "
-            f"{', '.join(map(str, entry['seeds']))} (range), seed 0 alone where only the second size learns."
+            f"{', '.join(map(str, entry['seeds']))} (range). "
+            + ("All batches: seeds 0 and 1; where only the second size learns: seed 0." if task == "book" else "")
         )
-        parts += [_table(head, rows), about]
+        parts += [_table(head[: 1 + len(there)], rows), about]
         rows = []
         for pair in pairs:
             cells = []
             for way in ("plain", "both trained"):
                 cells += [_spread(found[f"{task}, {way}: {pair}, {rate}"], 3) for rate in ("again", "cache")]
             rows.append([pair.replace(">", "→"), *cells])
-        head = ["thinks → answers", "no hand-over: read again", "cache", "both learn: read again", "cache"]
+        head = ["thinks → answers", "no hand-over: read again", "cache", "half the batches: read again", "cache"]
         parts.append(_table(head, rows))
     converted = [name for name in found if name.startswith("book, as is: ")]
     kinds = {
@@ -403,6 +388,7 @@ _BLOCKS: Mapping[str, Callable[[Path], str]] = {
     "family": family,
     "ablations": ablations,
     "baselines": baselines,
+    "recipes": recipes,
     "bytes": byte_lm,
     "text": text_lm,
     "phases": phases,

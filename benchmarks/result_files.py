@@ -32,3 +32,8 @@ def load(path: Path) -> Any:
 def by_name(result: Result) -> dict[str, Any]:
     """Its measurements."""
     return {entry["name"]: entry for entry in result.get("measurements", ())}
+
+
+def phase_tasks(found: Mapping[str, Any]) -> list[str]:
+    """Tasks that phase plans were measured on."""
+    return list(dict.fromkeys(name.partition(":")[0] for name, entry in found.items() if "escalate_to" in entry))

@@ -84,6 +84,8 @@ __all__ = [
 
 _ELSEWHERE = {
     "BookTask": "lab.book_task",
+    "StoriesTask": "lab.book_task",
+    "Verdict": "trainers",
     "BudgetRouter": "routing.router",
     "Curriculum": "trainers",
     "ElasticDistillationConfig": "trainers",

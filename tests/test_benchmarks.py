@@ -326,3 +326,35 @@ def test_only_the_text_between_markers_changes(harness: Any, monkeypatch: pytest
     monkeypatch.setattr(report, "_BLOCKS", {"family": lambda results: "new\n"})
     text = "a\n<!-- family:begin -->\nold\n<!-- family:end -->\nb <!-- bytes:begin -->\nkept\n<!-- bytes:end -->\n"
     assert report.written(text) == text.replace("old", "new")
+
+
+def test_plans_are_chosen_on_other_problems_than_they_are_reported_on(
+    harness: Any, capsys: pytest.CaptureFixture
+) -> None:
+    """The gain is that of the plan that validation problems prefer, on held-out ones, where another plan happens to be better."""
+    import phases
+
+    def plan(label: str, who: str, seconds: float, validation: float, accuracy: float) -> dict[str, Any]:
+        thinking, answering, *larger = who.split()
+        rates = {"validation": validation, "accuracy": accuracy, "seconds": seconds}
+        return {"label": label, "thinking": thinking, "answering": answering, "escalate_to": "".join(larger), **rates}
+
+    points = [
+        plan("small", "s s", 1.0, 0.40, 0.38),
+        plan("large", "l l", 3.0, 0.90, 0.91),
+        plan("two", "s l", 2.0, 0.80, 0.70),
+        plan("other two", "l s", 2.5, 0.70, 0.90),
+        plan("chosen", "s s l", 1.5, 0.90, 0.905),
+    ]
+    report = harness.Report("demo", [harness.Claim(phases.GOAL.format("t"), 1.0, ">=")])
+    phases.goal(report, "t", points)
+    found = {entry["name"]: entry for entry in report.measurements}
+    two = found["t: two sizes: more answers right at no more time"]
+    assert (two["plan"], two["median"]) == ("two", pytest.approx(0.70 - 0.38))
+    assert two["validation"] == pytest.approx(0.80 - 0.40)
+    saved = found["t: per prompt: time of one size / time, as often right"]
+    assert (saved["plan"], saved["one_size"], saved["median"]) == ("chosen", "large", 2.0)
+    assert saved["holds"]  # 0.005 less is none
+    assert found["t: two sizes: time of one size / time, as often right"]["plan"] == "two"  # half as fast as `small`
+    assert report.values[phases.GOAL.format("t")] == pytest.approx(max((0.905 - 0.38) / 0.1, 2.0 / 1.5))
+    assert phases.auroc([0.9, 0.5, 0.5, 0.1], [True, True, False, False]) == pytest.approx((1 + 1 + 0.5 + 1) / 4)

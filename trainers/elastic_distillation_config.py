@@ -245,7 +245,8 @@ class ElasticDistillationConfig(SFTConfig):
     def _check_plateau(self) -> None:
         if not self.stop_on_plateau:
             return
-        chosen = str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type))
+        upstream: Any = self
+        chosen = str(getattr(upstream.lr_scheduler_type, "value", upstream.lr_scheduler_type))
         if chosen not in ("linear", "constant_with_warmup") or self.lr_scheduler_kwargs:
             raise ElasticConfigError(
                 f"stop_on_plateau has a schedule of its own (warm-up, constant, falling), which lr_scheduler_type={chosen!r} with "
@@ -258,7 +259,7 @@ class ElasticDistillationConfig(SFTConfig):
         if self.quantization_start or self.freeze_model:
             what = f"quantization_start={self.quantization_start}" if self.quantization_start else "freeze_model=True"
             raise ElasticConfigError(f"{what} does not work with stop_on_plateau, which may end the run at any step.")
-        self.lr_scheduler_type = SchedulerType.CONSTANT_WITH_WARMUP
+        upstream.lr_scheduler_type = SchedulerType.CONSTANT_WITH_WARMUP
 
     @property
     def trains_handover(self) -> bool:

@@ -16,7 +16,6 @@ from trl import SFTTrainer
 
 from hf_elastic import ElasticForCausalLM
 from hf_elastic.checkpoints.origin import refuse_loss
-from hf_elastic.configuration.budgets import FULL
 from hf_elastic.errors import ElasticConfigError, HFElasticError
 from hf_elastic.generation.texts import readable
 
@@ -138,8 +137,7 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
             warnings.warn(f"the whole parent ({names[0]!r}) is never drawn: nothing keeps it as it is.", stacklevel=2)
         self._init_reporting(known_budgets(args.eval_budgets, names) if args.eval_budgets else names)
         self._own_teacher = teacher_model is None
-        own = FULL if self._own_teacher else None
-        self.plateau = Plateau(self.progress, [n for n in names if n in drawn], own) if args.stop_on_plateau else None
+        self.plateau = Plateau(self.progress, [n for n in names if n in drawn]) if args.stop_on_plateau else None
         self._adapted = peft_config is not None or given is not model
         if self._adapted and args.freeze_model:
             raise ElasticConfigError("freeze_model=True trains the router alone: leave out the adapters.")
@@ -319,6 +317,8 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
         teacher_head = whole_head_of(student) if teacher is None else head_of(self.accelerator.unwrap_model(teacher))
 
         def compare(i: int, compared: torch.Tensor, read: Callable[[], torch.Tensor]) -> list[torch.Tensor]:
+            # The first size of a hand-over is no longer active in backward, where logits are made again.
+            head = head_now(student) if i + 1 < len(parts) else head_of(student)
             hidden_taught, states_taught = taught[i]
             with states_after(self._layers(model, self._compared(parts[i])), compared) as states:
                 hidden = read()[:, : compared.shape[1]][compared]
@@ -328,7 +328,7 @@ class ElasticDistillationTrainer(OptimizingMixin, ReportingMixin, CheckpointsMix
             divergence = chunked_divergence(
                 hidden,
                 hidden_taught,
-                head_now(student),
+                head,
                 teacher_head,
                 beta=self.args.beta,
                 temperature=self.args.temperature,

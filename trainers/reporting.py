@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
@@ -25,6 +26,10 @@ from .quantizing import Quantizing
 from .verdict import Verdict, judge, render, save
 
 logger = logging.getLogger(__name__)
+
+
+_SHOWN = (ProgressCallback, PrinterCallback)
+"""Callbacks that show a run; where there is none, it is meant to be quiet, and its verdict goes into the log."""
 
 
 class EvaluateAtTheEnd(TrainerCallback):
@@ -130,8 +135,11 @@ class ReportingMixin(SFTTrainer):
         budgets = [name for name in self._elastic.elastic_config.family() if name in budgets]
         self.verdict = judge(self.progress, budgets, steps, evaluated, FULL if self._own_teacher else None)
         if self.verdict and self.args.should_save:
-            save(self.verdict, Path(self.args.output_dir or "."))
-        if self.verdict:
+            save(self.verdict, steps, Path(self.args.output_dir or "."))
+        if self.verdict and any(isinstance(shown, _SHOWN) for shown in self.callback_handler.callbacks):
+            if self.is_world_process_zero():
+                tqdm.write(f"after {steps} steps:\n{render(self.verdict)}")
+        elif self.verdict:
             logger.info("after %d steps:\n%s", steps, render(self.verdict))
 
     def _means(self, mode: str) -> dict[str, dict[str, float]]:

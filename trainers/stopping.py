@@ -33,11 +33,10 @@ class Plateau(TrainerCallback):
     Args:
         progress ([`Progress`]): Of the run.
         budgets (`Sequence[str]`): Those that are drawn.
-        own (`str`, *optional*): The budget that began as the teacher itself.
     """
 
-    def __init__(self, progress: Progress, budgets: Sequence[str], own: str | None = None):
-        self.progress, self.budgets, self.own = progress, list(budgets), own
+    def __init__(self, progress: Progress, budgets: Sequence[str]):
+        self.progress, self.budgets = progress, list(budgets)
         self.limit: int | None = None
         """Steps that the run has at most; known when the schedule is made."""
         self.decay_from: int | None = None
@@ -81,7 +80,7 @@ class Plateau(TrainerCallback):
         distance, gain = self.progress.last(budget, steps), self.progress.gain(budget, steps)
         if distance is None or gain is None:
             return True  # too early to tell
-        return gain > WORTHWHILE and not near(self.progress, budget, distance, self.own)
+        return gain > WORTHWHILE and not near(self.progress, distance)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         self.look(state.global_step)
@@ -95,7 +94,8 @@ class Plateau(TrainerCallback):
 
     def load(self, saved: Mapping[str, Any]) -> None:
         """Go on from what `to_dict` gave; from nothing, if that is empty."""
-        vars(self).update({name: saved[name] for name in _KEPT if name in saved})
+        for name in _KEPT:
+            setattr(self, name, saved.get(name, getattr(self, name)))
 
 
 _KEPT = ("decay_from", "next_look", "flat_looks")

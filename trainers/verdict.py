@@ -6,17 +6,15 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from hf_elastic.checkpoints.replacing import replacing_file
+from hf_elastic.hub.card_sections import VERDICT_FILE
 
 from .progress import Progress
 
-VERDICT_FILE = "training_verdict.json"
-"""In the output folder: the verdict on the run, a list with the fields of [`Verdict`] per budget."""
-
-NEAR = 0.02
-"""Share of the teacher's entropy, or of the distance before training, below which a distance counts as none."""
+NEAR, NEAR_OF_START = 1 / 100, 1 / 800
+"""Shares of the teacher's entropy, and of the largest distance before training, below which a distance counts as none."""
 WORTHWHILE = 0.2
 """What twice the steps would have to take off a distance for a longer run to be advised."""
 
@@ -51,17 +49,16 @@ class Verdict:
     sentence: str
 
 
-def near(progress: Progress, budget: str, distance: float, own: str | None = None) -> bool:
-    """Whether a distance counts as none.
+def near(progress: Progress, distance: float) -> bool:
+    """Whether a distance counts as none: below a hundredth of the teacher's entropy, or 1/800 of the largest distance before training.
 
-    There are two scales for it that need no tuning. The teacher's entropy says how uncertain the data are: a distance of 2 % of it raises the
-    student's cross-entropy by 2 %. Where a teacher is certain of everything, as of solutions that are worked out, its entropy is about
-    zero; there the distance before training says what is a lot. For a budget that began as the teacher itself that is the least distance
-    that another budget began with: what the gentlest cut had cost.
+    Neither scale needs tuning. The entropy says how uncertain the data are: a distance of a hundredth of it raises the student's
+    cross-entropy by 1 %. Where a teacher is certain of nearly everything, as of solutions that are worked out, there is little entropy, and what
+    it cost to cut deepest says what is a lot. (On the lab's `book`, sizes at 1/1000 were within 0.01 of the accuracy of their
+    teacher, one at 1/570 was 0.06 below.)
     """
-    starts = [start for name, start in progress.first.items() if name != own]
-    scale = min(starts, default=0.0) if budget == own else progress.first.get(budget, 0.0)
-    return distance <= NEAR * max(progress.teacher_entropy, scale / 10)
+    deepest = max(progress.first.values(), default=0.0)
+    return distance <= max(NEAR * progress.teacher_entropy, NEAR_OF_START * deepest)
 
 
 def judge(
@@ -93,7 +90,7 @@ def _judge(progress: Progress, budget: str, steps: int, evaluated: float | None,
     state: State = "settled"
     if trained is None:
         state = "untrained"
-    elif distance is not None and near(progress, budget, distance, own):
+    elif distance is not None and near(progress, distance):
         state = "done"
     elif budget == own:
         state = "away"
@@ -132,14 +129,9 @@ def render(verdicts: Sequence[Verdict]) -> str:
     return "\n".join(f"- {verdict.sentence}" for verdict in verdicts)
 
 
-def save(verdicts: Sequence[Verdict], folder: Path) -> None:
-    """Write the verdict into a folder, as JSON."""
+def save(verdicts: Sequence[Verdict], steps: int, folder: Path) -> None:
+    """Write the verdict on a run of so many optimizer steps into a folder, as JSON."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps([asdict(verdict) for verdict in verdicts], indent=2, allow_nan=False) + "\n"
+    text = json.dumps({"steps": steps, "budgets": [asdict(v) for v in verdicts]}, indent=2, allow_nan=False) + "\n"
     with replacing_file(folder / VERDICT_FILE) as file:
         file.write_text(text, encoding="utf-8")
-
-
-def read(saved: Any) -> list[Verdict]:
-    """The verdict that a file holds."""
-    return [Verdict(**entry) for entry in saved]

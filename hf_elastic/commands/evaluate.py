@@ -5,12 +5,12 @@ from those of the whole model (0 is the same), `agreement` how often both hold t
 tells whether the sizes have learned.
 
 With --task, for models that think: accuracy, tokens, time and modelled cost. Every thinker is tried with every answerer under every cap.
-OUTPUT gets plans.json, with the plans that no other one beats, and plans.png. Tasks are those of lm-eval that generate text, and `book`,
-that of the lab's own model.
+OUTPUT gets plans.json, with the plans that no other one beats, and plans.png. Tasks are those of lm-eval that generate text, and `stories`
+and `book`, those of the lab's own models.
 
   hf-elastic evaluate family --data heldout.jsonl
   hf-elastic evaluate family --task gsm8k --thinking half --answering half --answering full --max-thinking-tokens 512 --output results
-  hf-elastic evaluate hf-elastic-lab/elastic --task book --max-thinking-tokens 34 --max-thinking-tokens none --output results
+  hf-elastic evaluate hf-elastic-lab/elastic --task stories --max-thinking-tokens 34 --max-thinking-tokens none --output results
   hf-elastic evaluate family --task gsm8k --escalate-to full --confidence 0.8 --confidence 0.95       # and plans that are chosen per prompt
 """
 
@@ -21,6 +21,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..lab.tasks import TASKS as LAB_TASKS
 from .common import (
     add_choice,
     add_device,
@@ -35,7 +36,7 @@ from .common import (
 )
 from .elastify import load_calibration
 
-_DEFAULTS = {"split": "test", "handover": "auto", "letters": 12, "by": "cost"}
+_DEFAULTS = {"split": "test", "handover": "auto", "by": "cost"}
 """Not in the parser, which then could not tell what was given."""
 _OF_TASKS: tuple[str, ...] = (
     *("task", "include_path", "thinking", "answering", "max_thinking_tokens", "max_answer_tokens", "handover"),
@@ -46,7 +47,7 @@ _OF_TASKS: tuple[str, ...] = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("repo", metavar="REPO", help="Hub repository or folder of an elastic checkpoint")
     parser.add_argument(
-        "--task", help="any generating task of lm-eval, or book, which is that of the lab's model (its default)"
+        "--task", help="any generating task of lm-eval, or stories or book, those of the lab's models (default: book)"
     )
     parser.add_argument(
         "--data",
@@ -77,13 +78,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--count", type=int, default=100, help="problems, or rows of --data (default: 100)")
     parser.add_argument(
         "--metric",
-        help="which rate is the accuracy: code (symbols) or exact (answers) for book, or one of lm-eval's, such as exact_match,none",
+        help="which rate is the accuracy: code (parts of answers) or exact (whole answers) for tasks of the lab, or one of lm-eval's, such as exact_match,none",
     )
-    parser.add_argument("--letters", type=int, help="letters of a book problem (default: 12)")
+    parser.add_argument(
+        "--size",
+        "--letters",
+        dest="letters",
+        type=int,
+        help="letters of a book problem (default: 12), or people of a story (5)",
+    )
     parser.add_argument(
         "--batch-size",
         type=int,
-        help="book problems that are generated together, or rows that are read together (default: 50, or 4)",
+        help="problems of the lab that are generated together, or rows that are read together (default: 50, or 4)",
     )
     parser.add_argument("--by", choices=("cost", "seconds"), help="what the front counts as the price (default: cost)")
     parser.add_argument(
@@ -117,8 +124,8 @@ def _refuse_stray(args: argparse.Namespace) -> None:
     others: tuple[str, ...]
     if args.data is not None:
         why, others = "--data reads rows and prints what it finds", _OF_TASKS
-    elif args.task in (None, "book"):
-        why, others = "the book task makes its own problems", ("split", "include_path")
+    elif args.task in (None, *LAB_TASKS):
+        why, others = f"the {args.task or 'book'} task makes its own problems", ("split", "include_path")
     else:
         why, others = f"--task {args.task} is one of lm-eval", ("split", "letters", "batch_size")
     if given := [f"--{name.replace('_', '-')}" for name in others if getattr(args, name) is not None]:
@@ -163,7 +170,7 @@ def _measure_plans(args: argparse.Namespace) -> None:
     from ..errors import ElasticConfigError, PhasePlanError
     from ..evaluation.lm_eval import LmEvalTask
     from ..evaluation.plans import PREFILL_SPEED, measure_plan, plan_matrix, results_file
-    from ..lab.book_task import BookTask, check_reads_book
+    from ..lab.book_task import LabScore, check_reads_lab
     from ..modeling_elastic import ElasticForCausalLM
 
     caps = [_cap(text) for text in args.max_thinking_tokens or ["none"]]
@@ -182,8 +189,8 @@ def _measure_plans(args: argparse.Namespace) -> None:
         raise ElasticConfigError(f"--output={args.output} is a file; give a folder.")
     task = _task(args)
     tokenizer = load_tokenizer(args.repo)
-    if isinstance(task, BookTask):
-        check_reads_book(tokenizer, args.repo)
+    if isinstance(task, LabScore):
+        check_reads_lab(task.name, tokenizer, args.repo)
     model = ElasticForCausalLM.from_pretrained(args.repo, dtype=args.dtype).to(device)
     names = list(model.elastic_config.family())
     options: dict[str, Any] = {"max_answer_tokens": args.max_answer_tokens, "handover": args.handover}
@@ -193,6 +200,10 @@ def _measure_plans(args: argparse.Namespace) -> None:
         "signals": args.signal or ["answer_min"],
     }
     plans = plan_matrix(args.thinking or names, args.answering or names, caps, **options, **markers(args))
+    if args.escalate_to is not None and all(plan.phases[-1].escalate_to is None for plan in plans):
+        raise PhasePlanError(
+            f"--escalate-to {args.escalate_to} is the only one of --answering, so nobody escalates to it; add a smaller size."
+        )
     plans = [plan.with_markers(tokenizer) for plan in plans]
     if isinstance(task, LmEvalTask):
         task.think_end_token = plans[0].phases[0].end
@@ -224,13 +235,15 @@ def _cap(text: str) -> int | None:
 
 def _task(args: argparse.Namespace) -> Any:
     from ..errors import ElasticConfigError
-    from ..lab.book_task import BookTask
+    from ..lab.book_task import BookTask, StoriesTask
 
-    if args.task in (None, "book"):
-        metric = args.metric or "code"
+    if args.task in (None, *LAB_TASKS):
+        name, metric = args.task or "book", args.metric or "code"
         if metric not in ("code", "exact"):
-            raise ElasticConfigError(f"--metric={metric!r} must be code or exact for the book task.")
-        return BookTask(letters=args.letters, count=args.count, batch_size=args.batch_size, metric=metric)
+            raise ElasticConfigError(f"--metric={metric!r} must be code or exact for the {name} task.")
+        kind, unit = (BookTask, "letters") if name == "book" else (StoriesTask, "people")
+        size = {} if args.letters is None else {unit: args.letters}
+        return kind(count=args.count, batch_size=args.batch_size, metric=metric, **size)
     from ..evaluation.lm_eval import LmEvalTask, find_tasks
 
     find_tasks([args.task], args.include_path)  # before anything is loaded

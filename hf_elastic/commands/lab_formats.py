@@ -1,4 +1,4 @@
-"""What `hf-elastic lab --quantize` does: all sizes in 8 and in 4 bits, measured side by side."""
+"""What `hf-elastic lab --task book --quantize` does: all sizes in 8 and in 4 bits, measured side by side."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def quantize_sizes(trained: Any, tokenizer: Any, output: Path, args: argparse.Na
     )
 
     start, folder, quiet = time.perf_counter(), output / "quantized", args.json
-    options: dict[str, Any] = {"count": args.problems, "letters": args.letters, "seed": args.seed}
+    options: dict[str, Any] = {"count": args.problems, "letters": args.size, "seed": args.seed}
     say(
         "\nIn few bits: a family whose every cut is at a multiple of 16, as NVFP4 has a scale for 16 elements of a row ..."
     )
@@ -53,7 +53,7 @@ def quantize_sizes(trained: Any, tokenizer: Any, output: Path, args: argparse.Na
             train_quantized(distilled[_DISTILLED], tokenizer, Path(scratch), **run)
     folder.mkdir(parents=True, exist_ok=True)
     found = compare_formats(family, tokenizer, folder, formats, distilled=distilled, say=say, **options)
-    about = {"letters": args.letters, "problems": args.problems, "seed": args.seed}
+    about = {"letters": args.size, "problems": args.problems, "seed": args.seed}
     results = write_formats(folder, found, [name for name in formats if name != "float32"], **about)
     say(render_formats(found, folder, time.perf_counter() - start))
     return results

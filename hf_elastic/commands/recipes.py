@@ -103,7 +103,6 @@ def tell_after(trainer: Any, output: str, merged: bool) -> str:
                 rows.append([name, f"{found[0]:.4f}", f"{found[-1]:.4f}"])
                 break
     said = [table(rows, frozenset({1, 2}))] if len(rows) > 1 else []
-    said += [verdict.sentence for verdict in trainer.verdict or ()]
     folder = f"{output}/merged" if merged else output
     if trainer._adapted and not merged:
         said.append(

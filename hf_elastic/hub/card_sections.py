@@ -24,6 +24,7 @@ from ..configuration.quantized import QUANTIZATION
 from ..configuration_elastic import ElasticConfig
 from ..errors import ElasticConfigError
 from ..quantization.layouts import coded_in
+from ..storage.json_files import read_json
 from .card_results import Results, table
 
 DOWNLOADS = {
@@ -154,6 +155,27 @@ def cut_words(origin: Mapping[str, Any]) -> str:
     return f"{at} from [{family}](https://huggingface.co/{family}){commit}"
 
 
+VERDICT_FILE = "training_verdict.json"
+"""In the folder that a run saved: its steps, and per budget how far it ended from its teacher, in numbers and in a sentence."""
+
+
+def verdict_words(folder: Any, elastic: ElasticConfig) -> str | None:
+    """What the run that saved a folder said of the sizes at its end, as a list below a point; `None` if it said nothing."""
+    if folder is None or not (file := Path(folder) / VERDICT_FILE).is_file():
+        return None
+    said, family = read_json(file), elastic.family()
+    entries = said.get("budgets")
+    known = (
+        [e for e in entries if isinstance(e, dict) and e.get("budget") in family] if isinstance(entries, list) else []
+    )
+    sentences = [f"  - {sentence}" for e in known if isinstance(sentence := e.get("sentence"), str)]
+    return (
+        "\n".join([f"- What the run said at its end, after {said.get('steps')} steps:", *sentences])
+        if sentences
+        else None
+    )
+
+
 def made(
     source: Any,
     elastic: ElasticConfig,
@@ -161,6 +183,7 @@ def made(
     origin: Mapping[str, Any] | None,
     recipe: str | os.PathLike[str] | None,
     run: str | None = None,
+    verdict: str | None = None,
 ) -> str:
     """What the files know of it: the origin, axes, the router's targets, the run, versions, and the recipe word for word."""
     lines = [f"- Cut {cut_words(origin)}."] if origin else []
@@ -174,8 +197,7 @@ def made(
         lines.append(
             f"- {len(elastic.interpolated)} more sizes without a name lie between the budgets; limits such as `budget=9e9` select them."
         )
-    if run is not None:
-        lines.append(run)
+    lines += [said for said in (run, verdict) if said is not None]
     written = getattr(source, "transformers_version", None) or getattr(elastic, "transformers_version", None)
     lines.append(f"- Card by hf_elastic {__version__}{f'; config.json by transformers {written}' if written else ''}.")
     if recipe is not None:

@@ -33,6 +33,7 @@ from .card_sections import (
     made,
     sizes_table,
     stored_words,
+    verdict_words,
 )
 from .trainer_cards import run_facts
 
@@ -145,7 +146,15 @@ def render_card(
         if plain
         else load_code(elastic, costs, repo_id or "REPO", source),
         "results": "\n\n".join(text for entry in read for text in entry.tables),
-        "made": made(source, elastic, base_model, origin, recipe, run_facts(run)),
+        "made": made(
+            source,
+            elastic,
+            base_model,
+            origin,
+            recipe,
+            run_facts(run),
+            None if plain else verdict_words(folder, elastic),
+        ),
         "limits": limits(source, elastic, read, plain, base_model),
     }
     text = _template("slice.md" if plain else "family.md").render(filled)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_elastic.lab.book_model import FAMILY, new_parent
 from hf_elastic.lab.exercises import ASSETS, LabTask
+from hf_elastic.lab.explained import explain
 from hf_elastic.lab.task import (
     BOOK,
     EOS,
@@ -83,6 +84,8 @@ TASK = LabTask(
     problems=problems,
     opening=lambda prompt: prompt + THINK_START,
     right=right_codes,
+    explain=explain,
+    shown=5,
     new_parent=new_parent,
     sizes=FAMILY,
     parent_folder=ASSETS / "parent",

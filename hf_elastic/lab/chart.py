@@ -27,11 +27,11 @@ def accuracy_chart(results: Mapping[str, Any], path: Path) -> None:
     lines: list[Line] = [
         ("whole answer right", "o-", results["budgets"], "exact"),
         ("thinking right", "s--", results["budgets"], "trace"),
-        ("code symbols right", "^:", results["budgets"], "code"),
+        ("parts of answers right", "^:", results["budgets"], "code"),
         ("whole answer right, only cut", "x", [results["untrained"]], "exact"),
     ]
     task = results["task"]
-    label = f"share of {task['problems']} held-out problems, n = {task['letters']}"
+    label = f"share of {task['problems']} held-out problems, {_length(task)}"
     draw_lines(lines, "One checkpoint, all sizes trained at once", label, path)
 
 
@@ -50,8 +50,14 @@ def family_chart(results: Mapping[str, Any], path: Path) -> None:
         ("cut without training", "^:", results["untrained"], "exact"),
     ]
     task = results["task"]
-    label = f"whole answers right, {task['problems']} held-out problems, n = {task['letters']}"
+    label = f"whole answers right, {task['problems']} held-out problems, {_length(task)}"
     draw_lines(lines, "One checkpoint, all sizes trained at once", label, path)
+
+
+def _length(task: Mapping[str, Any]) -> str:
+    """`5 people`: what a record of a task says beside its name, its problems and its seed."""
+    [(unit, size)] = [(key, value) for key, value in task.items() if key not in ("name", "problems", "seed")]
+    return f"{size} {unit}"
 
 
 def draw_lines(lines: Sequence[Line], title: str, label: str, path: Path) -> None:

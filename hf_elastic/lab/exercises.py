@@ -74,10 +74,13 @@ class LabTask:
         problems (`Callable`): Of a split, a size and a seed, problems without end.
         opening (`Callable`): Of a prompt, the text that a model goes on from, which ends with `<think>`.
         right (`Callable`): Of a problem and a written answer, how many parts of the answer are right, and how many it has.
+        explain (`Callable`): Of a problem, the task in words, for somebody who sees it for the first time and wants to check an answer.
+        shown (`int`): How long the problem is that serves as example.
         new_parent (`Callable`): Of a seed (and sizes), an untrained parent.
         sizes (`dict`): Budgets of its family.
         parent_folder, family_folder (`Path`): Where the package has them, trained.
         parent_steps, family_steps (`int`): Optimizer steps that they take.
+        learning_rate (`float`): Of the family.
     """
 
     name: str
@@ -88,12 +91,15 @@ class LabTask:
     problems: Callable[[str, Sizes, int], Iterator[Any]]
     opening: Callable[[str], str]
     right: Callable[[Any, str], tuple[int, int]]
+    explain: Callable[[Any], str]
+    shown: int
     new_parent: Callable[..., PreTrainedModel]
     sizes: Mapping[str, Mapping[str, Any]]
     parent_folder: Path
     family_folder: Path
     parent_steps: int = 1000
     family_steps: int = 1000
+    learning_rate: float = 6e-3
 
     def training_batches(
         self, tokenizer: PreTrainedTokenizerFast, seed: int, batch_size: int = 32
@@ -243,6 +249,16 @@ class LabTask:
         """Compares a completion, up to `<eos>`, with a problem: answer right, thinking right, parts right, parts there are."""
         trace, _, answer = completion.partition(THINK_END) if thinking else ("", "", completion)
         return answer == problem.answer, trace == problem.thinking, *self.right(problem, answer)
+
+    def verdict(self, problem: Any, written: str) -> Mapping[str, str | bool]:
+        """What a model wrote after the opening of a problem, in parts.
+
+        Returns:
+            `dict`: `thinking`, `answer` (texts) and `right`, whether the whole answer is and ends where it should.
+        """
+        thinking, _, answer = written.removeprefix(THINK_START).partition(THINK_END)
+        right = answer == problem.answer + EOS
+        return {"thinking": thinking, "answer": answer.removesuffix(EOS), "right": right}
 
     def complete(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, batch: list[Any], thinking: bool = True

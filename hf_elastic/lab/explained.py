@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 
-from .task import BOOK, DIGITS, EOS, LETTERS, OPERANDS, OPERATIONS, THINK_END, THINK_START, Problem
+from .task import BOOK, DIGITS, LETTERS, OPERANDS, OPERATIONS, Problem
 
 _STEP = re.compile(rf"([{LETTERS}])([{OPERATIONS}])([{OPERANDS}])")
 
@@ -48,17 +47,3 @@ def _in_words(problem: Problem) -> str:
     start, *lines = re.findall(r"[a-t]\d(?:[+-]\d=\d)?", problem.thinking)
     steps = [f"{line[0]} = {line[1]} {line[2]} {line[3]} = {line[5]}" for line in lines]
     return "; ".join([f"{start[0]} is {start[1]}", *steps])
-
-
-def verdict(problem: Problem, written: str) -> Mapping[str, str | bool]:
-    """What a model wrote after the prompt, in parts.
-
-    Returns:
-        `dict`: `thinking`, `answer` (texts) and `right`, whether the whole answer is and ends where it should.
-    """
-    thinking, _, answer = written.removeprefix(THINK_START).partition(THINK_END)
-    return {
-        "thinking": thinking,
-        "answer": answer.removesuffix(EOS),
-        "right": answer == problem.answer + EOS,
-    }

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from ..architectures.cost import CostModel
 from ..elastification.elastify import elastify
 from ..modeling_elastic import ElasticForCausalLM
+from .book_model import FAMILY as FAMILY
 from .exercises import ASSETS, LabTask
 from .tasks import TASKS, get_task
 
@@ -84,7 +85,7 @@ def measure_family(
     budgets: Mapping[str, Any],
     *,
     count: int = 100,
-    letters: int | None = None,
+    size: int | None = None,
     seed: int = 0,
     task: LabTask | str = "book",
     split: str = "heldout",
@@ -93,7 +94,7 @@ def measure_family(
 
     Args:
         budgets (`dict[str, Any]`): Anything `model.at` takes, under the name to report it by.
-        letters (`int`, *optional*): How long problems are, in the task's unit; by default as long as its `measured`.
+        size (`int`, *optional*): How long problems are, in the task's unit; by default as long as its `measured`.
         split (`str`, *optional*, defaults to `"heldout"`): See [`LabTask.evaluate`].
 
     Returns:
@@ -106,7 +107,7 @@ def measure_family(
         submodel = model.elastic_config.resolve(budget)
         cost = count_cost(submodel)
         with model.at(submodel):
-            result = task.evaluate(model, tokenizer, size=letters, count=count, seed=seed, split=split)
+            result = task.evaluate(model, tokenizer, size=size, count=count, seed=seed, split=split)
         entries.append(
             {
                 "name": name,
@@ -126,8 +127,8 @@ def train_family(
     tokenizer: PreTrainedTokenizerBase,
     output: Path,
     *,
-    steps: int = 1000,
-    learning_rate: float = 6e-3,
+    steps: int | None = None,
+    learning_rate: float | None = None,
     seed: int = 0,
     progress: bool = True,
     callback: TrainerCallback | None = None,
@@ -143,8 +144,8 @@ def train_family(
     Args:
         family ([`ElasticForCausalLM`]): From [`make_family`].
         output (`Path`): Folder of the trainer.
-        steps (`int`, *optional*, defaults to 1000): Optimizer steps.
-        learning_rate (`float`, *optional*, defaults to 6e-3): Of AdamW; half of it leaves the smallest size behind.
+        steps (`int`, *optional*): Optimizer steps, by default those of the task.
+        learning_rate (`float`, *optional*): Of AdamW, by default the task's; half of it leaves the smallest size of `book` behind.
         seed (`int`, *optional*, defaults to 0): Of problems and budgets; the problems are others than the parent was trained on.
         rows (`datasets.IterableDataset`, *optional*):
             Other data than the problems of `task`, with `input_ids` and `labels`. By default the stream of another seed than the parent saw.
@@ -160,6 +161,8 @@ def train_family(
     from ..trainers import ElasticDistillationConfig, ElasticDistillationTrainer
 
     task = get_task(task) if isinstance(task, str) else task
+    steps = task.family_steps if steps is None else steps
+    learning_rate = task.learning_rate if learning_rate is None else learning_rate
     defaults = {
         "max_steps": steps,
         "learning_rate": learning_rate,

@@ -206,7 +206,8 @@ def main(arguments: list[str] | None = None) -> None:
     for size in (low, (low + high) // 2, high):
         for thinking in (True, False):
             rates = task.evaluate(model, tokenizer, size=size, count=_EVALUATED_PROBLEMS, thinking=thinking)
-            evaluation.append({"thinking": thinking} | asdict(rates))
+            found = asdict(rates)
+            evaluation.append({"thinking": thinking, task.unit: found.pop("size"), **found})
             logger.info("%s", evaluation[-1])
 
     kept = [entry for entry in history if entry["step"] == 1 or entry["step"] % 10 == 0]

@@ -1,7 +1,7 @@
 """The third chapter of the lab: all sizes of the `book` model in one checkpoint of 8 or 4 bits, calibrated or distilled while rounded.
 
 NVFP4 has a scale for every 16 elements of a row, so no size may cut a block. A trained family of such sizes ships with the package, see
-[`load_block_family`]; `python -m hf_elastic.lab.quantized --output DIR` trains it again, and `hf-elastic lab --quantize` quantises it.
+[`load_block_family`]; `python -m hf_elastic.lab.quantized --output DIR` trains it again, and `hf-elastic lab --task book --quantize` quantises it.
 """
 
 from __future__ import annotations

@@ -4,16 +4,16 @@ A problem is a short story: one person has some coins, every other one has more 
 The thinking works out who has how many coins. The answer says what the last two of them can buy: every shop sells one thing for every
 number of coins, [`PRICES`], a list that the model has to know by heart. With `people = 3`:
 
-    Ida has 9 coins. Max has 7 more than Ida. Ana has 9 fewer than Max. All go to the toy shop. What can Max and Ana buy?
-    <think>Ida owns 9. Max has 9 + 7 = 16, so Max owns 16. Ana has 16 - 9 = 7, so Ana owns 7.</think>
-    Max owns 16 coins, at the toy shop that buys a drum. Ana owns 7 coins, at the toy shop that buys a whistle.
+    Ida has 11 coins. Max has 5 more than Ida. Ana has 2 fewer than Max. All go to the toy shop. What can Max and Ana buy?
+    <think>Ida owns 11. Max has 11 + 5 = 16, so Max owns 16. Ana has 16 - 2 = 14, so Ana owns 14.</think>
+    Max owns 16 coins, at the toy shop that buys a big plane. Ana owns 14 coins, at the toy shop that buys a big doll.
 
 Nearly every word is one token, and so is every number; any other text is read byte by byte.
 """
 
 import random
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,10 +32,11 @@ _GOODS = {
     "wheelbarrow",
     "clothes shop": "hat scarf belt shirt coat sock glove dress sweater cap jacket skirt boot tie vest robe shoe ribbon button mitten",
 }
+LOOKS = ("red", "blue", "green", "white", "black", "small", "big", "new")
 SHOPS = {shop: tuple(goods.split()) for shop, goods in _GOODS.items()}
 TRAINED_PEOPLE = (1, 5)
-MOST_COINS = 20
-MOST_DIFFERENCE = 9
+LEAST_COINS, MOST_COINS = 2, 20
+MOST_DIFFERENCE = 5
 
 PAD, EOS, USER, ASSISTANT = "<pad>", "<eos>", "<|user|>", "<|assistant|>"
 THINK_START, THINK_END = "<think>", "</think>"
@@ -56,9 +57,9 @@ _CHAT_TEMPLATE = (
 def _make_prices(seed: int) -> dict[tuple[str, int], str]:
     rng = random.Random(seed)
     return {
-        (shop, coins): thing
+        (shop, coins): f"{rng.choices(LOOKS)[0]} {thing}"
         for shop, things in SHOPS.items()
-        for coins, thing in enumerate(_some(rng, list(things), MOST_COINS), start=1)
+        for coins, thing in enumerate(_some(rng, list(things), MOST_COINS + 1 - LEAST_COINS), start=LEAST_COINS)
     }
 
 
@@ -68,7 +69,7 @@ def _some(rng: random.Random, things: list[Any], count: int) -> list[Any]:
 
 
 PRICES = _make_prices(seed=0)
-"""`PRICES[shop, coins]` is what a shop sells for so many coins: 6 shops x 20 amounts, 120 entries."""
+"""`PRICES[shop, coins]` is what a shop sells for so many coins: 6 shops x 19 amounts, 114 entries."""
 
 
 @dataclass(frozen=True)
@@ -116,23 +117,35 @@ def make_problem(rng: random.Random, people: int) -> Problem:
     _people_range(people)
     names = _some(rng, list(NAMES), people)
     shop = rng.choices(list(SHOPS))[0]
-    coins = [rng.choices(range(1, MOST_COINS + 1))[0]]
+    coins = [rng.choices(range(LEAST_COINS, MOST_COINS + 1))[0]]
+    for _ in names[1:]:
+        had = coins[-1]
+        changes = [
+            k for k in range(-MOST_DIFFERENCE, MOST_DIFFERENCE + 1) if k and LEAST_COINS <= had + k <= MOST_COINS
+        ]
+        coins.append(had + rng.choices(changes)[0])
+    return tell(names, coins, shop)
+
+
+def tell(names: Sequence[str], coins: Sequence[int], shop: str) -> Problem:
+    """The story of these people in this shop, with its thinking and its answer.
+
+    Args:
+        names (`Sequence[str]`): Of [`NAMES`], each once.
+        coins (`Sequence[int]`): How many each of them has, from 2 to 20, at most 5 more or fewer than the one before.
+        shop (`str`): Of [`SHOPS`].
+    """
     story = [f"{names[0]} has {coins[0]} coins."]
     thinking = [f"{names[0]} owns {coins[0]}."]
-    for before, name in zip(names, names[1:], strict=False):
-        had = coins[-1]
-        changes = [k for k in range(-MOST_DIFFERENCE, MOST_DIFFERENCE + 1) if k and 1 <= had + k <= MOST_COINS]
-        change = rng.choices(changes)[0]
-        coins.append(had + change)
-        story.append(f"{name} has {abs(change)} {'more' if change > 0 else 'fewer'} than {before}.")
-        sign = "+" if change > 0 else "-"
+    for before, name, had, has in zip(names, names[1:], coins, coins[1:], strict=False):
+        story.append(f"{name} has {abs(has - had)} {'more' if has > had else 'fewer'} than {before}.")
+        sign = "+" if has > had else "-"
         # What the answer looks up is said in the words of the answer, and in no others: "Max owns" is followed by one number only.
-        thinking.append(f"{name} has {had} {sign} {abs(change)} = {coins[-1]}, so {name} owns {coins[-1]}.")
-    asked = range(people)[
-        -2:
-    ]  # of anybody, the model would have to look up whose number is whose, which it does not learn in time
+        thinking.append(f"{name} has {had} {sign} {abs(has - had)} = {has}, so {name} owns {has}.")
+    # Of anybody, the model would have to look up whose number is whose, which it does not learn in time.
+    asked = range(len(names))[-2:]
     who = " and ".join(names[i] for i in asked)
-    story.append(f"{'All go' if people > 1 else names[0] + ' goes'} to the {shop}. What can {who} buy?")
+    story.append(f"{'All go' if len(names) > 1 else names[0] + ' goes'} to the {shop}. What can {who} buy?")
     answer = [f"{names[i]} owns {coins[i]} coins, at the {shop} that buys a {PRICES[shop, coins[i]]}." for i in asked]
     return Problem(" ".join(story), " ".join(thinking), " ".join(answer))
 
@@ -159,8 +172,11 @@ def problems(split: str, people: int | tuple[int, int], seed: int) -> Iterator[P
     >>> from hf_elastic.lab.stories import problems
     >>> problem = next(problems("heldout", people=2, seed=0))
     >>> problem.prompt
+    'Amy has 19 coins. Ben has 1 fewer than Amy. All go to the garden shop. What can Amy and Ben buy?'
     >>> problem.thinking
+    'Amy owns 19. Ben has 19 - 1 = 18, so Ben owns 18.'
     >>> problem.answer
+    'Amy owns 19 coins, at the garden shop that buys a green rose. Ben owns 18 coins, at the garden shop that buys a blue swing.'
     ```
     """
     if split not in SPLITS:
@@ -185,7 +201,38 @@ def right_sentences(problem: Problem, answer: str) -> tuple[int, int]:
 
 def price_list(shop: str) -> list[tuple[int, str]]:
     """What a shop sells: numbers of coins, each with its thing."""
-    return [(coins, PRICES[shop, coins]) for coins in range(1, MOST_COINS + 1)]
+    return [(coins, PRICES[shop, coins]) for coins in range(LEAST_COINS, MOST_COINS + 1)]
+
+
+def explain(problem: Problem) -> str:
+    """The task on one example, with the price list of its shop: enough to check the answer by hand.
+
+    Args:
+        problem ([`Problem`]): The example; short ones are easier to follow.
+
+    Returns:
+        `str`: Several lines.
+    """
+    shop = next(shop for shop in SHOPS if f"the {shop}." in problem.prompt)
+    goods = [f"{coins:>2} {thing}" for coins, thing in price_list(shop)]
+    width = max(map(len, goods)) + 3
+    rows = ["".join(f"{entry:<{width}}" for entry in goods[i : i + 5]).rstrip() for i in range(0, len(goods), 5)]
+    return "\n".join(
+        [
+            "The task: short stories about people who go shopping. For example",
+            "",
+            f"  question  {problem.prompt}",
+            f"  thinking  {problem.thinking}",
+            f"  answer    {problem.answer}",
+            "",
+            f"In the {shop} every number of coins buys one thing:",
+            "",
+            *(f"  {row}" for row in rows),
+            "",
+            f"There are {len(SHOPS)} shops, each with a list of its own. The model is not shown them; it learned them by heart. So it has to count in its",
+            "thinking and to remember in its answer. An answer is right if all of it is.",
+        ]
+    )
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -231,6 +278,6 @@ def _all_words() -> str:
     """Every word of the stories twice, as pairs that are seen once are not merged: names also as a text begins, without a space."""
     things = [thing for things in SHOPS.values() for thing in things]
     said = "has coins more fewer than owns so All go goes to the What can and buy at that buys a + - =".split(" ")  # noqa: SIM905
-    words = [*NAMES, *SHOPS, *things, *said, *map(str, range(1, MOST_COINS + 1))]
+    words = [*NAMES, *SHOPS, *things, *LOOKS, *said, *map(str, range(1, MOST_COINS + 1))]
     text = "".join(f" {word}" for word in words)
     return 2 * text + "".join(f"\n{name}." for name in 2 * NAMES)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from ..errors import ElasticConfigError, did_you_mean
-from .exercises import LabTask
+
+if TYPE_CHECKING:  # the command line has the names without torch
+    from .exercises import LabTask
 
 TASKS = ("stories", "book")
 """Names of the tasks."""

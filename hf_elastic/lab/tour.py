@@ -24,9 +24,10 @@ from ..checkpoints.replacing import replacing
 from ..errors import HFElasticError
 from ..generation import PhasePlan
 from ..modeling_elastic import ElasticForCausalLM
-from .book import evaluate, problems
-from .explained import verdict
+from .clock import time_plans
+from .exercises import EOS, THINK_END, LabTask
 from .family import measure_family
+from .tasks import get_task
 
 EXPORTED = "half"
 CONTRAST = "half"
@@ -66,27 +67,29 @@ def run_tour(
     tokenizer: PreTrainedTokenizerBase,
     output: Path,
     *,
+    task: LabTask | str = "book",
     count: int = 100,
-    letters: int = 12,
+    size: int | None = None,
     seed: int = 0,
     say: Say = lambda text: None,
 ) -> dict[str, Any]:
     """Save, slice, evaluate, switch, export and check.
 
     Args:
-        parent (`PreTrainedModel`): A `book` parent.
+        parent (`PreTrainedModel`): A parent of the task.
         untrained ([`ElasticForCausalLM`]): The parent sorted, with sizes that are only cut ([`~hf_elastic.lab.family.make_family`]).
         family ([`ElasticForCausalLM`]): The same after training.
         tokenizer: Of all of them.
         output (`Path`): Folder for `elastic/` (the trained family), `parent/` (what it is made from), `export/` and `results.json`.
+        task ([`LabTask`] or `str`, *optional*, defaults to `"book"`): What they solve.
         count (`int`, *optional*, defaults to 100): Held-out problems per size.
-        letters (`int`, *optional*, defaults to 12): Lines per problem.
+        size (`int`, *optional*): How long problems are, in the task's unit; by default as its accuracy is measured on.
         seed (`int`, *optional*, defaults to 0): Of the problems.
         say (`Callable[[str], None]`, *optional*): Is told what happens.
 
     Returns:
         `dict`: what `results.json` holds: `budgets` (counts, sizes, accuracies, differences), `untrained` (the same of one size that is
-            only cut), `example` (one problem as several sizes solve it), `export`, `versions`.
+            only cut), `example` (one problem as several sizes solve it), `clock` (what a plan with two sizes saves), `export`, `versions`.
 
     Raises:
         `HFElasticError`: two ways to the same submodel disagree.
@@ -96,8 +99,10 @@ def run_tour(
         with replacing(output / name) as folder:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-    ids = _sample_ids(tokenizer, letters, seed)
-    options: dict[str, Any] = {"count": count, "letters": letters, "seed": seed}
+    task = get_task(task) if isinstance(task, str) else task
+    size = task.measured if size is None else size
+    ids = _sample_ids(task, tokenizer, seed)
+    options: dict[str, Any] = {"count": count, "size": size, "seed": seed}
     budgets = []
     for name, cost in family.elastic_config.costs().items():
         started = time.perf_counter()
@@ -107,18 +112,19 @@ def run_tour(
                 "total_params": cost.total_params,
                 "active_params": cost.active_params,
                 "sizes": family.elastic_config.submodel(name).to_dict(),
-                **_measure(family, tokenizer, output / "elastic", name, ids, options),
+                **_measure(task, family, tokenizer, output / "elastic", name, ids, options),
             }
         )
         right = round(budgets[-1]["exact"] * count)
         say(f"     {name}: {right} of {count} answers right ({time.perf_counter() - started:.0f} s)")
-    [contrast] = measure_family(untrained, tokenizer, {CONTRAST: CONTRAST}, **options)
+    [contrast] = measure_family(untrained, tokenizer, {CONTRAST: CONTRAST}, task=task, **options)
     say(f"     {CONTRAST}, only cut from the model, without training: {round(contrast['exact'] * count)} of {count}")
     results = {
-        "task": {"letters": letters, "problems": count, "seed": seed},
+        "task": {"name": task.name, task.unit: size, "problems": count, "seed": seed},
         "budgets": budgets,
         "untrained": contrast,
-        "example": solved(family, untrained, tokenizer, seed),
+        "example": solved(family, untrained, tokenizer, seed, task),
+        "clock": timed(family, tokenizer, seed, task, size),
         "sorted_parent_difference": _difference(_logits(untrained, ids), _logits(parent, ids)),
         "export": {
             "budget": EXPORTED,
@@ -137,12 +143,16 @@ def run_tour(
 
 
 def solved(
-    family: ElasticForCausalLM, untrained: ElasticForCausalLM, tokenizer: PreTrainedTokenizerBase, seed: int
+    family: ElasticForCausalLM,
+    untrained: ElasticForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    task: LabTask,
 ) -> dict[str, Any]:
     """One short held-out problem, as the largest and the smallest size solve it, both together, and one that is only cut."""
-    problem = next(problems("heldout", 5, seed))
+    problem = next(task.problems("heldout", task.shown, seed))
     largest, *_, smallest = family.elastic_config.family()
-    inputs = tokenizer(f"{problem.prompt}<think>", return_tensors="pt")
+    inputs = tokenizer(task.opening(problem.prompt), return_tensors="pt")
     both = PhasePlan(smallest, largest)
     runs: list[tuple[str, ElasticForCausalLM, Any, dict[str, Any]]] = [
         (largest, family, largest, {}),
@@ -151,19 +161,42 @@ def solved(
             f"{smallest} thinks, {largest} answers",
             family,
             None,
-            {"phase_plan": both, "tokenizer": tokenizer, "max_new_tokens": 100},
+            {"phase_plan": both, "tokenizer": tokenizer},
         ),
         (f"{CONTRAST}, only cut", untrained, CONTRAST, {}),
     ]
+    costs = {name: cost.active_params for name, cost in family.elastic_config.costs().items()}
+    sizes = {
+        largest: (largest, largest),
+        smallest: (smallest, smallest),
+        f"{CONTRAST}, only cut": (CONTRAST, CONTRAST),
+    }
+    whole = len(tokenizer(problem.thinking + THINK_END + problem.answer + EOS)["input_ids"]) * costs[largest]
     lines = []
     for who, model, budget, options in runs:
         with model.at(budget):
-            ids = model.generate(**inputs, **({"max_new_tokens": 60} | options))[0, inputs["input_ids"].shape[1] :]
-        lines.append({"who": who, **verdict(problem, tokenizer.decode(ids))})
+            ids = model.generate(**inputs, **({"max_new_tokens": 100} | options))[0, inputs["input_ids"].shape[1] :]
+        found = task.verdict(problem, tokenizer.decode(ids))
+        thinking, answering = sizes.get(who, (smallest, largest))
+        thought = len(tokenizer(f"{found['thinking']}{THINK_END}")["input_ids"])
+        cost = thought * costs[thinking] + max(0, len(ids) - thought) * costs[answering]
+        lines.append({"who": who, **found, "cost": cost / whole})
     return {"prompt": problem.prompt, "answer": problem.answer, "lines": lines}
 
 
+def timed(
+    family: ElasticForCausalLM, tokenizer: PreTrainedTokenizerBase, seed: int, task: LabTask, size: int
+) -> dict[str, Any]:
+    """What it takes on this machine that the smallest size thinks for the largest, beside the largest alone."""
+    largest, *_, smallest = family.elastic_config.family()
+    stream = task.problems("heldout", size, seed)
+    texts = [task.opening(next(stream).prompt) for _ in range(4)]
+    alone, plan = time_plans(family, tokenizer, texts, [(largest, largest), (smallest, largest)])
+    return {"alone": largest, "thinking": smallest, "answering": largest, "alone_seconds": alone, "plan_seconds": plan}
+
+
 def _measure(
+    task: LabTask,
     family: ElasticForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     directory: Path,
@@ -173,9 +206,9 @@ def _measure(
 ) -> dict[str, Any]:
     """Accuracy of the slice read from disk, and that the live family computes and generates the same at this budget."""
     loaded = AutoModelForCausalLM.from_pretrained(directory, budget=name)
-    result = evaluate(loaded, tokenizer, **options)
+    result = task.evaluate(loaded, tokenizer, **options)
     with family.at(name):
-        live = evaluate(family, tokenizer, **options)
+        live = task.evaluate(family, tokenizer, **options)
         difference = _difference(_logits(family, ids), _logits(loaded, ids))
         weights = loaded.state_dict()
         same = all(torch.equal(weights[key], tensor) for key, tensor in family.state_dict().items())
@@ -210,9 +243,11 @@ def check_export(
         return _difference(_logits(family, ids), theirs)
 
 
-def _sample_ids(tokenizer: PreTrainedTokenizerBase, letters: int, seed: int) -> torch.Tensor:
-    stream = problems("heldout", letters, seed)
-    return tokenizer([next(stream).text for _ in range(4)], return_tensors="pt")["input_ids"]
+def _sample_ids(task: LabTask, tokenizer: PreTrainedTokenizerBase, seed: int) -> torch.Tensor:
+    """Four problems of the greatest length, cut to the shortest of them, so that none is padded."""
+    stream = task.problems("heldout", task.trained[1], seed)
+    ids = tokenizer([task.solved(next(stream)) for _ in range(4)])["input_ids"]
+    return torch.tensor([row[: min(map(len, ids))] for row in ids])
 
 
 @torch.no_grad()

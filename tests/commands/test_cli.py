@@ -314,7 +314,13 @@ ELASTIFY = ["elastify", "{plain}", "{tmp}/out", "--axis", "expert_ffn", "--budge
             "there is no such folder",
         ),
         (["plan", "{elastic}", "--size", "layers=4"], "layers=4 is a number.*list the layers to keep"),
-        (["lab", "--output", "{tmp}/out", "--letters", "13"], "--letters=13 in 4..12|must be at least 1 and"),
+        (["lab", "--output", "{tmp}/out", "--size", "6"], "--size=6 must be in 1..5, the people"),
+        (
+            ["lab", "--output", "{tmp}/out", "--task", "book", "--letters", "13"],
+            "--size=13 must be in 4..12, the letters",
+        ),
+        (["lab", "--output", "{tmp}/out", "--quantize"], "--quantize is for --task book"),
+        (["lab", "--output", "{tmp}/out", "--problems", "0"], "--problems=0 must be at least 1"),
         (["lab", "--output", "{text}"], "text.jsonl is a file; give a folder"),
         *(
             ([command, "{elastic}", *more, "--dtype", name], f"--dtype='{name}' must be auto or a floating-point type")

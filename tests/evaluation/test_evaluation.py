@@ -232,6 +232,10 @@ def test_a_task_of_lm_eval(lab, tmp_path, capsys, monkeypatch):
         (["--thinking", "fnn"], "fnn"),
         (["--confidence", "0.9"], "--escalate-to BUDGET and --confidence THRESHOLD need each other"),
         (["--escalate-to", "full", "--confidence", "2"], "confidence=2.0 must be a number from 0"),
+        (
+            ["--answering", "full", "--escalate-to", "full", "--confidence", "0.9"],
+            "--escalate-to full is the only one of --answering",
+        ),
         (["--count", "0"], "--count=0 must be at least 1"),
         (["--prefill-speed", "-1"], "--prefill-speed=-1.0 must be a positive number"),
     ],

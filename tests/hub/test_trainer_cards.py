@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
 from huggingface_hub import ModelCard
 from trl.trainer.utils import generate_model_card
 
-from hf_elastic import ElasticConfigError, ElasticForCausalLM
+from hf_elastic import CheckpointError, ElasticConfigError, ElasticForCausalLM
 from hf_elastic.cli import main
 from hf_elastic.hub.cards import MARKER
 from hf_elastic.hub.publishing import CardArguments, prepare_upload
@@ -94,6 +95,19 @@ def test_push_writes_the_card_and_keeps_the_facts(trained, local_hub, monkeypatc
     pushed = ModelCard(repository.commits[repository.refs["main"]]["README.md"].decode())
     assert pushed.data.license == "apache-2.0"
     assert "https://wandb.ai/me/run" in pushed.text
+
+
+def test_the_card_says_what_the_run_said_of_its_sizes(trained, local_hub):
+    before = prepare_upload(trained, "org/mine").card.text
+    assert "What the run said" not in before
+    budgets = [{"budget": "full", "sentence": "full is near: done."}, {"budget": "gone", "sentence": "gone is far."}]
+    (trained / "training_verdict.json").write_text(json.dumps({"steps": 70, "budgets": budgets}), encoding="utf-8")
+    card = prepare_upload(trained, "org/mine").card.text
+    assert "- What the run said at its end, after 70 steps:\n  - full is near: done.\n" in card
+    assert "gone" not in card, "the family has no such size"
+    (trained / "training_verdict.json").write_text("[", encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"training_verdict\.json"):
+        prepare_upload(trained, "org/mine")
 
 
 def test_what_the_run_says_of_base_and_data_is_taken(trained, local_hub):

@@ -90,7 +90,7 @@ def test_a_few_steps_bring_every_budget_nearer_to_the_parent(parent, tmp_path):
 def test_measures_are_those_of_the_slice(parent):
     model, tokenizer = parent
     family = make_family(model, tokenizer)
-    entries = measure_family(family, tokenizer, {"full": None, "custom": {"expert_ffn": 24}}, count=6, letters=5)
+    entries = measure_family(family, tokenizer, {"full": None, "custom": {"expert_ffn": 24}}, count=6, size=5)
     assert [entry["name"] for entry in entries] == ["full", "custom"]
     whole = evaluate(family, tokenizer, letters=5, count=6)
     assert (entries[0]["exact"], entries[0]["code"]) == (whole.exact, whole.code)
@@ -108,7 +108,7 @@ def export_unchecked(monkeypatch):
 
 @pytest.mark.slow
 def test_the_command_trains_saves_and_tells(export_unchecked, tmp_path, capsys):
-    arguments = ["lab", "--train", "--steps", "4", "--problems", "2", "--letters", "4", "--json"]
+    arguments = ["lab", "--task", "book", "--train", "--steps", "4", "--problems", "2", "--letters", "4", "--json"]
     capsys.readouterr()
     assert main([*arguments, "--output", str(tmp_path)]) == 0
     printed = json.loads(capsys.readouterr().out)
@@ -128,7 +128,19 @@ def test_the_command_trains_saves_and_tells(export_unchecked, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_command_learns_the_sizes_and_keeps_the_router(export_unchecked, tmp_path, capsys):
-    arguments = ["lab", "--train", "--learn-sizes", "--steps", "4", "--problems", "2", "--letters", "4"]
+    arguments = [
+        "lab",
+        "--task",
+        "book",
+        "--train",
+        "--learn-sizes",
+        "--steps",
+        "4",
+        "--problems",
+        "2",
+        "--letters",
+        "4",
+    ]
     assert main([*arguments, "--output", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     saved = json.loads((tmp_path / "learned.json").read_text())
@@ -159,7 +171,7 @@ def test_a_model_from_scratch_needs_a_family_of_its_own(tmp_path, monkeypatch, c
 
 
 def test_sizes_are_learned_in_training(tmp_path, capsys):
-    assert main(["lab", "--learn-sizes", "--output", str(tmp_path)]) != 0
+    assert main(["lab", "--task", "book", "--learn-sizes", "--output", str(tmp_path)]) != 0
     assert "--learn-sizes needs --train" in capsys.readouterr().err
 
 

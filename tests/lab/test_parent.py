@@ -205,14 +205,12 @@ def test_training_needs_a_step():
 
 
 def test_command_saves_a_checkpoint_and_its_record(tmp_path, monkeypatch):
-    monkeypatch.setattr(parent_module, "_EVALUATED_LETTERS", (2,))
     monkeypatch.setattr(parent_module, "_EVALUATED_PROBLEMS", 3)
     parent_module.main(["--output", str(tmp_path), "--seed", "5", "--steps", "1"])
     record = json.loads((tmp_path / "training.json").read_text())
     assert (record["seed"], record["steps"], record["num_parameters"]) == (5, 1, 141_856)
     assert [(row["letters"], row["thinking"], row["count"]) for row in record["evaluation"]] == [
-        (2, True, 3),
-        (2, False, 3),
+        (letters, thinking, 3) for letters in (4, 8, 12) for thinking in (True, False)
     ]
     assert [entry["step"] for entry in record["history"]] == [1]
     saved = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
@@ -264,7 +262,7 @@ def test_shipped_files_are_small():
     assert sum(file.stat().st_size for file in PARENT_DIR.iterdir()) < 2_000_000
 
 
-@pytest.mark.parametrize("name", ["task", "book", "parent"])
+@pytest.mark.parametrize("name", ["task", "book", "parent", "stories"])
 def test_docstring_examples(name):
     module = importlib.import_module(f"hf_elastic.lab.{name}")
     runner = doctest.DocTestRunner()

@@ -126,7 +126,7 @@ def test_the_card_has_a_column_per_format(blocks, tmp_path):
 @pytest.mark.slow
 def test_the_command_writes_every_format(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("hf_elastic.lab.tour.check_export", lambda *args: 0.0)
-    arguments = ["lab", "--quantize", "--steps", "4", "--problems", "1", "--letters", "4"]
+    arguments = ["lab", "--task", "book", "--quantize", "--steps", "4", "--problems", "1", "--letters", "4"]
     assert main([*arguments, "--output", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     results = json.loads((tmp_path / "quantized" / "formats.json").read_text())

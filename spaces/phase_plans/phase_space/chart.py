@@ -19,7 +19,7 @@ Point = Mapping[str, Any]
 HEIGHT, TOP, BOTTOM = 400, 24, 28
 AXES = {
     "cost": "work per problem, counted in tokens of the largest size",
-    "seconds": "seconds per problem, in batches",
+    "seconds": "seconds per problem",
 }
 NARROW = 300
 """Width of the smallest plot in pixels, which a phone shows; what can be read there can be read everywhere."""

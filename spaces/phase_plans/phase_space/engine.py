@@ -16,7 +16,7 @@ from hf_elastic.generation import PhaseEvent
 from hf_elastic.generation.texts import check_text
 
 from .asking import Ask, RequestError, Size, TextEvent
-from .tasks import BOOK_TASK, Task
+from .tasks import STORIES_TASK, Task
 
 BUSY_SECONDS = 30.0
 
@@ -80,8 +80,8 @@ class ElasticEngine:
         from hf_elastic.lab.family import load_family
 
         torch.set_num_threads(1)  # the model is so small that a second thread waits more than it works
-        model, tokenizer = load_family()
-        return cls(model, tokenizer, "book family (embedded lab)", BOOK_TASK)
+        model, tokenizer = load_family("stories")
+        return cls(model, tokenizer, "stories family (embedded lab)", STORIES_TASK)
 
     @classmethod
     def from_repo(cls, repo: str) -> ElasticEngine:
@@ -121,7 +121,9 @@ class ElasticEngine:
             self._lock.release()
 
     def _encode(self, ask: Ask) -> dict[str, torch.Tensor]:
-        messages = ask.messages if self.task is None else ask.messages[-1:]  # problems do not build on each other
+        messages = ask.messages
+        if self.task is not None:  # problems do not build on each other
+            messages = (("user", self.task.solve(messages[-1][1]).prompt),)
         if self.tokenizer.chat_template:
             said = [{"role": role, "content": text} for role, text in messages]
             kwargs = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}

@@ -102,12 +102,12 @@ def _correction(trace: Trace, solution: Solution | None) -> list[str]:
     answer, thinking = trace.text("answering"), trace.text("thinking")
     worked = "\n".join(f"- {line}" for line in solution.worked)
     if answer == solution.answer:
-        return [f"`{solution.answer}` is right:\n\n{worked}"]
-    right = f"{solution.right_parts(answer)} of {len(solution.parts)} codes are right. Right is `{solution.answer}`:\n\n{worked}"
+        return [f"It is right:\n\n{worked}"]
+    right = f"{solution.right_parts(answer)} of {len(solution.parts)} sentences are right. Right is: {solution.answer}\n\n{worked}"
     if thinking == solution.thinking:
         return [right, "The thinking was right, so the answer went wrong on its own."]
     so_far = "right as far as it went, and not finished" if solution.thinking.startswith(thinking) else "wrong already"
-    return [right, f"The thinking was {so_far}. Right is `{solution.thinking}`."]
+    return [right, f"The thinking was {so_far}. Right is: {solution.thinking}"]
 
 
 def is_right(trace: Trace, solution: Solution | None) -> bool | None:

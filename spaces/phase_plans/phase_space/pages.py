@@ -66,8 +66,9 @@ Either it goes on with what the first size kept in memory (“kept as it is”),
 - **Weights in use** are those of the size that runs. The whole model stays in memory. Only a program that loads one size alone
   (`from_pretrained(repo, budget="{escape(small)}")`) saves the difference.
 - **Memory of the text**: what the model keeps of this conversation at its length.
+- **Work**: parameters used times tokens written, over both phases.
 - **First token after**: changing size, reading, and writing one token. **Speed**: the tokens after that. Both are of this request on this machine.
-  With a very small model a step takes about as long in every size; what a small size saves shows in larger models.
+  In a model as small as the embedded one a step takes the longer the more layers a size has, however wide they are; in large models the width counts, too.
 - The tab **Chart** shows plans that were measured beforehand, and nothing else; the line under it says on what.
 
 {task}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, Literal
 
-from .asking import TextEvent
+from .asking import Size, TextEvent
 
 State = Literal["idle", "running", "done", "stopped"]
 
@@ -131,6 +131,14 @@ class Trace:
     def seconds(self) -> float:
         """From the beginning to the newest event."""
         return self.parts[-1].ended if self.parts else 0.0
+
+
+def compute(trace: Trace, sizes: Sequence[Size]) -> int:
+    """Active parameters times tokens written, over all phases; 0 if a size is not known."""
+    active = {size.name: size.active_params for size in sizes}
+    if any(part.budget not in active for part in trace.parts):
+        return 0
+    return sum(active[part.budget] * part.generated for part in trace.parts)
 
 
 def follow(

@@ -72,6 +72,7 @@ def build(engine: Engine, measurements: Measurements | None = None, stream: Stre
                         _examples(space)[0][0], label="Question", show_label=False, placeholder="Your question", elem_id="msg",
                         submit_btn=True, lines=1, max_lines=6,
                     )  # fmt: skip
+                    prices = [gr.HTML(_prices(space), elem_id="prices", visible=engine.task is not None)]
                     fresh = gr.Button("New problem", size="sm", elem_id="fresh", visible=engine.task is not None)
                     with gr.Accordion("What does the problem mean?", open=False, visible=engine.task is not None, elem_id="meaning"):  # fmt: skip
                         gr.Markdown(engine.task.intro if engine.task else "")
@@ -92,6 +93,7 @@ def build(engine: Engine, measurements: Measurements | None = None, stream: Stre
                 question = gr.Textbox(
                     label="One question for both plans", elem_id="question", value=_examples(space)[0][0]
                 )
+                prices.append(gr.HTML(_prices(space), elem_id="prices-compare", visible=engine.task is not None))
                 plans = (("A", space.small, space.large), ("B", space.large, space.large))
                 choices, shown = [], []
                 with gr.Row():
@@ -130,6 +132,9 @@ def build(engine: Engine, measurements: Measurements | None = None, stream: Stre
         run.then(lambda: gr.Textbox(submit_btn=True, stop_btn=False), None, box, **FAST)
         box.stop(space.stop, None, box, **FAST)
         fresh.click(space.problem if engine.task else None, None, box, **FAST)
+        for written, sheet in zip((box, question), prices, strict=True):
+            if engine.task:
+                written.change(space.prices, written, sheet, **FAST)
         bot.clear(space.planned, [think, answer], panel, **FAST)
         for radio in (think, answer):
             radio.input(space.planned, [think, answer], panel, **FAST)
@@ -228,9 +233,14 @@ def _examples(space: Space) -> list[list[str]]:
     return [[prompt, *plan] for prompt, plan in zip(prompts, plans, strict=True)]
 
 
+def _prices(space: Space) -> str:
+    """Of the question that is there at first."""
+    return str(space.prices(_examples(space)[0][0])) if space.engine.task else ""
+
+
 def _labels(space: Space) -> list[str]:
     names = ("small thinks, large answers", "small does both", "large does both")
     return [
-        f"{prompt if len(prompt) < 24 else prompt[:22] + '…'} ({name})"
+        f"{prompt if len(prompt) < 42 else prompt[:40] + '…'} ({name})"
         for (prompt, *_), name in zip(_examples(space), names, strict=True)
     ]

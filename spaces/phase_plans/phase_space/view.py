@@ -8,7 +8,8 @@ from html import escape
 from hf_elastic.configuration.budgets import format_bytes, format_count
 
 from .asking import Size
-from .trace import Part, Trace
+from .tasks import Sheet
+from .trace import Part, Trace, compute
 
 TITLES = {"thinking": "Thinking", "answering": "Answer"}
 REASONS = {
@@ -35,7 +36,25 @@ def panel(trace: Trace | None, sizes: Sequence[Size], plan: Mapping[str, str]) -
     held = format_bytes(sizes[-1].weight_bytes)
     note = f"All sizes are parts of one model, which takes <b>{held}</b> of memory whichever size runs. "
     note += "Speed, time and memory here are those of this request on this machine."
-    return f'<div class="pp-panel">{ribbon(trace, sizes, plan)}<div class="pp-cards">{cards}</div><p class="pp-note">{note}</p></div>'
+    return f'<div class="pp-panel">{ribbon(trace, sizes, plan)}<div class="pp-cards">{cards}</div>{_total(trace, sizes)}<p class="pp-note">{note}</p></div>'
+
+
+def _total(trace: Trace | None, sizes: Sequence[Size]) -> str:
+    """What a finished run took in all."""
+    if not trace or not trace.parts or any(part.state != "done" for part in trace.parts):
+        return ""
+    said = f"In all: <b>{_seconds(trace.seconds)}</b>, {trace.tokens} tokens"
+    if done := compute(trace, sizes):
+        said += f", <b>{format_count(done)}</b> of work (parameters used × tokens written)"
+    if done < (whole := sizes[-1].active_params * trace.tokens):
+        said += f", {done / whole:.0%} of what {escape(sizes[-1].name)} alone does for as many tokens" if done else ""
+    return f'<p class="pp-total">{said}.</p>'
+
+
+def price_list(sheet: Sheet) -> str:
+    """What is needed to check an answer by hand."""
+    entries = "".join(f"<li><b>{number}</b> {escape(what)}</li>" for number, what in sheet.entries)
+    return f'<section class="pp-sheet"><h2>{escape(sheet.title)}</h2><ul>{entries}</ul></section>'
 
 
 def _card(name: str, budget: str, part: Part | None, sizes: Sequence[Size]) -> str:
