@@ -181,7 +181,7 @@ def test_evaluate_without_a_task_is_for_models_of_the_lab(reasoning, capsys):
         tokenizer.save_pretrained(reasoning)
         assert main(["evaluate", str(reasoning)]) == 2
         error = capsys.readouterr().err
-        assert "book is the task of the embedded lab" in error
+        assert "book is a task of the embedded lab" in error
         assert "Give --data FILE" in error
         assert "or --task NAME" in error
 

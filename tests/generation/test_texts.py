@@ -199,4 +199,4 @@ def test_commands_say_so(plain_family, tmp_path, capsys):
     words().save_pretrained(plain_family)
     AutoModelForCausalLM.from_pretrained(plain_family)
     assert main(["evaluate", plain_family, "--task", "book", "--count", "1"]) == 2
-    assert "book is the task of the embedded lab" in capsys.readouterr().err
+    assert "book is a task of the embedded lab" in capsys.readouterr().err

@@ -349,7 +349,7 @@ def test_a_checkpoint_of_the_same_number_is_replaced(straight, tmp_path):
     (tmp_path / "checkpoint-4" / "old").touch()
     trainer(tmp_path, **{**RUN, "stages": None, "max_steps": 4, "save_steps": 4}).train()
     assert not (tmp_path / "checkpoint-4" / "old").exists()
-    assert {path.name for path in tmp_path.iterdir()} == {"README.md", "checkpoint-4"}
+    assert {path.name for path in tmp_path.iterdir()} == {"README.md", "checkpoint-4", "training_verdict.json"}
     ours, theirs = (ElasticForCausalLM.from_pretrained(f / "checkpoint-4") for f in (tmp_path, straight[2]))
     assert any(not torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
 
