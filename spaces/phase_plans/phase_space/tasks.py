@@ -139,8 +139,8 @@ makes a story that it has not seen in training.
 
 {_intro(_EXAMPLES[0])}
 It was trained on stories of up to {TRAINED_PEOPLE[1]} people. There are {len(SHOPS)} shops: {", ".join(SHOPS)}. Each sells one thing for every number of
-coins, so there are {sum(len(price_list(shop)) for shop in SHOPS)} prices to remember. Counting is easy, the prices are hard: so a small size can do the
-thinking for a large one. An answer is right only if all of it is.
+coins, so there are {sum(len(price_list(shop)) for shop in SHOPS)} prices to remember. Most of what is written is thinking, so a small size that
+thinks saves the most. An answer is right only if all of it is.
 """,
     max_thinking_tokens=128,
     max_answer_tokens=64,
