@@ -242,13 +242,17 @@ def experts(bench: Bench, seed: int) -> Outcome:
 def one_shot(bench: Bench, seed: int) -> Outcome:
     """Nothing is trained: sizes and fewer experts of the parent sorted by importance (experts by REAP), at random, and as it is."""
     outcome: Outcome = {"trained": [], "importance": [], "random": [], "unsorted": [], "tokens": 0}
-    for budgets in filter(None, (bench.task.sizes, fewer_experts(bench.task))):
-        for order, family in {
-            "importance": bench.cut(bench.parent, budgets, seed),
-            "random": in_random_order(bench, seed, budgets),
-            "unsorted": elastify(bench.parent, budgets=budgets, sort=False),
-        }.items():
-            outcome[order] += bench.measure(family, {name: name for name in budgets})
+    for what, budgets in {"sizes": bench.task.sizes, "experts": fewer_experts(bench.task)}.items():
+        orders: dict[str, Callable[[Any], ElasticForCausalLM]] = {
+            "importance": lambda budgets: bench.cut(bench.parent, budgets, seed),
+            "random": lambda budgets: in_random_order(bench, seed, budgets),
+            "unsorted": lambda budgets: elastify(bench.parent, budgets=budgets, sort=False),
+        }
+        for order, cut in orders.items() if budgets else ():
+            part = bench.name(f"one-shot-{what}-{order}", seed)
+            outcome[order] += bench.runs.run(
+                part, lambda cut=cut, budgets=budgets: bench.measure(cut(budgets), {name: name for name in budgets})
+            )
     return outcome
 
 

@@ -18,7 +18,7 @@ and kind of state, by
 Sizes are compared by the share of held-out solutions that they would write to the last token by greedy decoding, which one forward pass over the
 right solution tells: the thinking by one size, the end of thinking and the answer by the other.
 
-Runs are kept, see `lab_runs`. `--seeds 1` does only those of that seed, and `--only` only one part; both write no result.
+Runs are kept, see `lab_runs`. `--seeds`, `--tasks` and `--only` do a part of them, and write a result only where `--output` says.
 """
 
 from __future__ import annotations
@@ -77,7 +77,6 @@ NEAR = 0.01
 
 COST = "both trained: accuracy of any size below plain, mean of seeds, largest"
 GAP = "both trained: cache below reading again, mean of seeds, largest of any pair"
-CLAIMS = [Claim(f"{task}: {name}", limit) for task in TASKS for name, limit in ((COST, WORTH), (GAP, NEAR))]
 
 
 @dataclass
@@ -294,10 +293,11 @@ def differences(runs: Sequence[Any], pairs: Sequence[str]) -> dict[str, float]:
 
 
 def run(options: argparse.Namespace) -> int:
-    report, runs = Report("handover_training", CLAIMS), Runs(options)
-    studies = {name: Study(runs, get_task(name)) for name in options.tasks or TASKS}
+    tasks, parts = options.tasks or TASKS, options.only or ["second", "conversions"]
+    claims = [Claim(f"{task}: {name}", limit) for task in tasks for name, limit in ((COST, WORTH), (GAP, NEAR))]
+    report, runs = Report("handover_training", claims if "second" in parts else []), Runs(options)
+    studies = {name: Study(runs, get_task(name)) for name in tasks}
     seeds = [0] if options.quick else options.seeds or list(SEEDS)
-    parts = options.only or ["second", "conversions"]
     for name, study in studies.items() if "second" in parts else ():
         ways = [way for way in SECOND if name == ABLATED or SECOND_SEEDS[way] == SEEDS]
         done = {way: [study.second(way, seed) for seed in seeds if seed in SECOND_SEEDS[way]] for way in ways}
@@ -309,7 +309,8 @@ def run(options: argparse.Namespace) -> int:
             for way, rate in rates.items():
                 report.measure(f"{ABLATED}, {way}: {pair}", "share", [rate], seeds=[0], problems=runs.problems)
     runs.say_commits(report)
-    return 0 if options.only or options.seeds or options.tasks else report.finish(options)
+    partial = options.only or options.seeds or options.tasks
+    return 0 if partial and not options.output else report.finish(options)
 
 
 def record(report: Report, name: str, ways: Mapping[str, Sequence[Any]], **about: Any) -> None:
@@ -339,12 +340,12 @@ def settle(report: Report, name: str, second: Mapping[str, Sequence[Any]]) -> No
 
 if __name__ == "__main__":
     parser = lab_arguments(__doc__)
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, help="do only these tasks, and write no result")
-    parser.add_argument("--seeds", type=int, nargs="+", help="do only the runs of these seeds, and write no result")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, help="do only these tasks")
+    parser.add_argument("--seeds", type=int, nargs="+", help="do only the runs of these seeds")
     parser.add_argument(
         "--only",
         nargs="+",
         choices=("second", "conversions"),
-        help="do only these parts, and write no result",
+        help="do only these parts",
     )
     sys.exit(run(parser.parse_args()))

@@ -230,6 +230,8 @@ def text_lm(results: Path) -> str:
 def _text(result: Result) -> str:
     found = by_name(result)
     ways = {"family": "one run", "split": "alone, as many steps in all", "untrained": "not trained"}
+    if "split: half, bits per byte" not in found:
+        del ways["split"]
     whole = found["family: full, bits per byte"]
     rows = []
     for size in SIZES[:4]:
@@ -241,12 +243,17 @@ def _text(result: Result) -> str:
     train, held_out = found["text to train on"], found["text held out, measured"]
     scale, seeds = train["scale"], whole["seeds"]
     packages = ", ".join(f"{name.partition(':')[2] or name} {version}" for name, version in train["packages"].items())
-    xz = found["xz of all held-out files in one, bits per byte"]["median"]
+    alone = (
+        f"{whole['alone_steps']} for each of the three sizes alone"
+        if "split" in ways
+        else "no runs of sizes alone yet"
+    )
+    gzip, xz = (found[f"{name} of all held-out files in one, bits per byte"]["median"] for name in ("gzip -9", "xz"))
     about = (
         f"{len(seeds)} seed{'s' * (len(seeds) > 1)}. Steps have {scale['batch'] * scale['row']:,} tokens: {scale['steps']} for the parent (from scratch), "
-        f"{scale['family_steps']} for the family, {whole['alone_steps']} for each of the three sizes alone. Measured on {held_out['median']:,} bytes of "
-        f"{held_out['files']:,} held-out files, in rows of {scale['row']} tokens of a vocabulary of {scale['vocabulary']:,}; `xz` packs these files to {xz:.2f} bits per byte. "
-        f"Trained on {train['median'] / 1e6:.0f} MB in {train['files']:,} files of {packages}."
+        f"{scale['family_steps']} for the family, {alone}. Measured on {held_out['median']:,} bytes of "
+        f"{held_out['files']:,} held-out files, in rows of {scale['row']} tokens of a vocabulary of {scale['vocabulary']:,}; `gzip -9` packs these files to {gzip:.2f} bits per byte, `xz` to {xz:.2f}. "
+        f"Training rows are drawn from {train['median'] / 1e6:.0f} MB in {train['files']:,} files of {packages}."
     )
     table = _table(["bits per byte (parameters)", *ways.values()], rows)
     return f"{table}\n\n{about}\n\n{_conditions(result)}"

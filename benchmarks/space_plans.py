@@ -2,7 +2,7 @@
 
 - Accuracy: whole answers right of 100 held-out problems of 5 people (seed 0), by greedy generation. Nothing is chosen by it but where the
   sliders of the Space stand at first.
-- Time: of the first 5 of these problems, one at a time on one thread, all plans in turns, medians of rounds; what the thread computes, which
+- Time: of the first 2 of these problems, one at a time on one thread, all plans in turns, means of two rounds; what the thread computes, which
   is wall time on a machine that does nothing else.
 
 The file is what `hf-elastic evaluate` writes as `plans.json`, with machine, versions and commit as all benchmarks have them.
@@ -18,7 +18,8 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from harness import ROOT, arguments, commit, machine, versions
+from harness import ROOT, commit, machine, versions
+from kept_runs import KeptRuns, run_arguments
 from phase_runs import Answer, Lab
 
 from hf_elastic import PhasePlan
@@ -29,12 +30,21 @@ TASK, SEED = "stories", 0
 
 
 def run(options: argparse.Namespace) -> int:
-    problems, timed, rounds = (4, 1, 1) if options.quick else (100, 5, 3)
+    problems, timed, rounds = (4, 1, 1) if options.quick else (100, 2, 2)
     lab = Lab(TASK, options.quick)
     plans = {f"{a} - {b}": PhasePlan(a, b) for a, b in product(lab.sizes, lab.sizes)}
-    answers = {name: lab.solve(plan, "heldout", SEED, problems) for name, plan in plans.items()}
+    runs = KeptRuns(options, steps=0)
+    answers = {
+        name: runs.run(
+            f"space-{lab.key}-{name}".replace(" ", ""), lambda plan=plan: lab.solve(plan, "heldout", SEED, problems)
+        )
+        for name, plan in plans.items()
+    }
     todo = {name: (plan, [answers[name]]) for name, plan in plans.items()}
-    times = [lab.times(todo, timed, turn) for turn in range(rounds)]
+    times = [
+        runs.run(f"space-{lab.key}-turn-{turn}", lambda turn=turn: lab.times(todo, timed, turn))
+        for turn in range(rounds)
+    ]
     points = [point(lab, plans[name], answers[name], [turn[name] for turn in times]) for name in plans]
     about = {"machine": machine(), "versions": versions(), "commit": commit(), "seed": SEED, "timed_problems": timed}
     for p in points:
@@ -78,4 +88,4 @@ def point(lab: Lab, plan: PhasePlan, answers: list[Answer], times: list[float]) 
 
 
 if __name__ == "__main__":
-    sys.exit(run(arguments(__doc__).parse_args()))
+    sys.exit(run(run_arguments(__doc__).parse_args()))

@@ -15,8 +15,7 @@ import hf_elastic
 from hf_elastic import errors, trainers
 from hf_elastic.architectures import ARCHITECTURES, Architecture, Axis
 from hf_elastic.architectures.axes import TensorRule
-from hf_elastic.lab.family import FAMILY_DIR
-from hf_elastic.lab.parent import PARENT_DIR
+from hf_elastic.lab.tasks import get_task
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "tools"))
@@ -30,9 +29,12 @@ LANGUAGES = {"python", "sh", "yaml", "json", "jsonl", "toml", "text", "mermaid",
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """What every page finds: `demo/elastic`, the lab's trained family, and `demo/parent`, the plain model it was made from."""
-    shutil.copytree(FAMILY_DIR, tmp_path / "demo/elastic")
-    shutil.copytree(PARENT_DIR, tmp_path / "demo/parent", ignore=shutil.ignore_patterns("training.json"))
+    """What every page finds: `demo` and `book`, as the lab writes them for its tasks: the trained family, and the plain model it was made from."""
+    for task, folder in (("stories", "demo"), ("book", "book")):
+        found = get_task(task)
+        shutil.copytree(found.family_folder, tmp_path / folder / "elastic")
+        ignored = shutil.ignore_patterns("training.json")
+        shutil.copytree(found.parent_folder, tmp_path / folder / "parent", ignore=ignored)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # nobody waits for a Hub that is not there
     monkeypatch.chdir(tmp_path)
     for found in ("_places", "_loaded"):  # what a page registers is gone afterwards

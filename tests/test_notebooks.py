@@ -16,6 +16,9 @@ sys.path.append(str(ROOT / "tools"))
 
 from notebooks import EXAMPLES, VARIES, execute, printed  # noqa: E402 - the folder is on the path only now
 
+from hf_elastic.lab.stories import tell  # noqa: E402
+from hf_elastic.lab.tasks import get_task  # noqa: E402
+
 NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
 
 
@@ -31,23 +34,30 @@ def run(name: str, folder: Path, probe: str) -> dict[str, Any]:
 @pytest.mark.slow
 def test_load_switch_plan(tmp_path):
     probe = (
-        "{'third': third.num_parameters(), 'names': list(config.family()), 'whole': family.num_parameters(),"
-        " 'text': write(family), 'small text': write(third), 'error': str(typo),"
+        "{'quarter': quarter.num_parameters(), 'names': list(config.family()), 'whole': family.num_parameters(), 'prompt': STORY,"
+        " 'text': write(family), 'small text': write(quarter), 'error': str(typo),"
         " 'phases': [[p.name, p.budget, p.generated[0]] for p in output.phases],"
         " 'plain': [type(plain).__module__, plain.num_parameters()],"
-        " 'live': float((live - third(ids).logits).detach().abs().max())}"
+        " 'live': float((live - quarter(ids).logits).detach().abs().max())}"
     )
     found = run("load_switch_plan.ipynb", tmp_path, probe)
-    assert found["names"] == ["full", "half", "third", "quarter"]
-    assert (found["third"], found["whole"]) == (37_288, 141_856)
+    task = get_task("stories")
+    problem = tell(["Leo", "Amy"], [18, 14], "pet shop")
+    assert found["names"] == ["full", *task.sizes]
+    record = json.loads((task.family_folder / "training.json").read_text(encoding="utf-8"))
+    sizes = {entry["name"]: entry["total_params"] for entry in record["evaluation"]["budgets"]}
+    assert (found["quarter"], found["whole"]) == (sizes["quarter"], sizes["full"])
     assert found["live"] < 1e-4
-    solved = "^a6b-1c-5d-4><think>a6b6-1=5c5-5=0d0-4=6</think>bLcLdJ<eos>"
+    assert found["prompt"] == problem.prompt
+    solved = f"{problem.thinking}</think>{problem.answer}<eos>"
     assert (found["text"], found["small text"]) == (solved, solved)
-    assert found["phases"] == [["thinking", "third", 21], ["answering", "full", 7]]
-    assert found["plain"] == ["transformers.models.nemotron_h.modeling_nemotron_h", 37_288]
-    assert "'thrid'" in found["error"]
-    assert "Did you mean 'third'" in found["error"]
-    assert json.loads((tmp_path / "made/third/config.json").read_text())["model_type"] == "nemotron_h"
+    tokenizer = task.build_tokenizer()
+    written = [len(tokenizer(text)["input_ids"]) for text in solved.partition("</think>")[::2]]
+    assert found["phases"] == [["thinking", "quarter", written[0] + 1], ["answering", "full", written[1]]]
+    assert found["plain"] == ["transformers.models.lfm2.modeling_lfm2", found["quarter"]]
+    assert "'quater'" in found["error"]
+    assert "Did you mean 'quarter'" in found["error"]
+    assert json.loads((tmp_path / "made/quarter/config.json").read_text())["model_type"] == "lfm2"
 
 
 @pytest.mark.slow
@@ -61,13 +71,14 @@ def test_make_and_train(tmp_path):
     assert found["change"] < 1e-3
     assert found["steps"] == 60
     assert before["full"] == {"divergence": 0, "right": 1.0}
+    assert before["half"]["right"] < 0.2
     for name in ("large", "half"):  # the text says: a cut does not get far, and both come close
-        assert before[name]["right"] < 0.2
+        assert before[name]["right"] < 0.6
         assert after[name]["divergence"] < before[name]["divergence"] / 4
     assert after["large"]["right"] > 0.8
     assert after["full"]["right"] > 0.8
     assert after["full"]["divergence"] < after["half"]["divergence"]
-    assert (found["exit"], found["large"]) == (0, 99_320)
+    assert (found["exit"], found["large"]) == (0, 287_768)
     rows = [json.loads(line) for line in (tmp_path / "made/train.jsonl").read_text().splitlines()]
     assert len(rows) == 960
     assert [message["role"] for message in rows[0]["messages"]] == ["user", "assistant"]

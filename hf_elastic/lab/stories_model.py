@@ -43,7 +43,7 @@ def parent_config(**overrides: Any) -> Lfm2Config:
         "conv_L_cache": 3,
         # With the usual 0.02 so narrow a model learns much more slowly.
         "initializer_range": 0.08,
-        # A story of 12 people has 201 tokens.
+        # A story of 10 people with its solution fits; those of the training have 5.
         "max_position_embeddings": 256,
     }
     return Lfm2Config(**(fields | overrides))
@@ -55,6 +55,6 @@ def new_parent(seed: int, overrides: Mapping[str, Any] = MappingProxyType({})) -
         torch.manual_seed(seed)
         model = Lfm2ForCausalLM(parent_config(**overrides))
     model.generation_config.do_sample = False
-    # A story of 12 people takes 109 new tokens; without a value generation would stop after 20.
+    # A story of 5 people takes 88 new tokens; without a value generation would stop after 20.
     model.generation_config.max_new_tokens = 128
     return model

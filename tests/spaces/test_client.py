@@ -9,7 +9,7 @@ import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
-from space_tools import SPACE, wait_until
+from space_tools import SPACE, made_up_points, wait_until
 
 pytest.importorskip("gradio")
 pytest.importorskip("mcp")
@@ -18,12 +18,13 @@ from gradio_client import Client
 from gradio_client.exceptions import AppError
 from gradio_client.utils import QueueError
 
-from hf_elastic.lab.book import problems
-from hf_elastic.lab.family import FAMILY_DIR
+from hf_elastic.lab.stories import PRICES, SHOPS, problems
+from hf_elastic.lab.tasks import get_task
 from phase_space import messages
 from phase_space.asking import Ask
 from phase_space.engine import ElasticEngine, load_engine
 from phase_space.fake import FakeEngine
+from phase_space.measurements import Measurements
 from phase_space.visits import FAILED, Space
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -157,8 +158,8 @@ def test_mcp_answers(served):
 def test_the_chat_on_the_real_engine():
     """A turn, an error, the next turn; the thought closes and the answer is the solution."""
     space = Space(ElasticEngine.lab())
-    problem = next(problems("heldout", 5, 1))
-    settings = ("third", "full", 64, 32, 0.0, 0)
+    problem = next(problems("heldout", 3, 1))
+    settings = ("half", "full", 64, 64, 0.0, 0)
     *growing, (history, panel) = space.chat([messages.question(problem.prompt)], *settings)
     assert [message["role"] for message in history] == ["user", "assistant", "assistant", "assistant"]
     assert (history[1]["content"], history[2]["content"]) == (problem.thinking, problem.answer)
@@ -166,17 +167,56 @@ def test_the_chat_on_the_real_engine():
     assert panel.count('data-state="done"') == 2
     assert growing
     *_, (refused, _) = space.chat([*history, messages.question("<b>hi</b>")], *settings)
-    assert "does not know" in refused[-1]["content"]
+    assert "cannot read that" in refused[-1]["content"]
     *_, (history, _) = space.chat([*refused, messages.question(problem.prompt)], *settings)
     assert history[-2]["content"] == problem.answer
     assert space.arm(" \n", refused, 3)[2] == 3  # nothing to run
     assert len(space.flags) == 0
-    *_, (a, _, b, _, line) = space.compare(problem.prompt, "quarter", "full", "full", "full", 64, 32, 0.0, 0)
+    *_, (a, _, b, _, line) = space.compare(problem.prompt, "half", "full", "full", "full", 64, 64, 0.0, 0)
     assert a[-2]["content"] == b[-2]["content"] == problem.answer
     assert "Both answers are right." in line
-    *_, (a, _, _, _, line) = space.compare(" hi ", "quarter", "full", "full", "full", 64, 32, 0.0, 0)
+    assert "The shortest of 3 runs each, in turns." in line
+    *_, (a, _, _, _, line) = space.compare(" hi ", "half", "full", "full", "full", 64, 64, 0.0, 0)
     assert "This small model cannot read that" in a[-1]["content"]
     assert 'data-state="idle"' in line
+
+
+def test_short_runs_are_timed_again_in_turns_and_long_ones_are_not(monkeypatch):
+    """Two more of each, and the order alternates; a stop ends it."""
+    space, asked = Space(FakeEngine(sleep=0)), []
+    stream = space.stream
+    space.stream = lambda ask: (asked.append(ask.thinking), stream(ask))[1]
+    plans = ("XS", "L", "L", "L")
+    *_, (*_, before), (*_, line) = space.compare("why is it", *plans, 8, 8, 0.0, 0)
+    assert 'data-state="timing"' in before
+    assert "The shortest of 3 runs each" in line
+    assert asked == ["XS", "L", "L", "XS", "XS", "L"]
+    monkeypatch.setattr("phase_space.visits.SHORT", 0.0)
+    *_, (*_, line) = space.compare("why is it", *plans, 8, 8, 0.0, 0)
+    assert len(asked) == 8
+    assert "One run each" in line
+
+
+def test_the_size_that_thinks_at_first_is_the_least_that_leaves_answers_right():
+    """By the measurements; without those of the largest alone it is the smallest."""
+    engine = FakeEngine(sleep=0)
+    assert Space(engine).small == "XS"
+    [point] = [p for p in made_up_points() if p["answering"] == "L"]
+    points = [point | {"thinking": name, "accuracy": accuracy, "cost": cost}
+              for name, accuracy, cost in (("XS", 0.90, 1), ("S", 0.96, 2), ("M", 0.97, 3), ("L", 0.965, 4))]  # fmt: skip
+    assert Space(engine, Measurements(points)).small == "S"
+    assert Space(engine, Measurements(points[:3])).small == "XS"
+
+
+def test_the_price_list_follows_the_question():
+    """Of the shop that is written; where none is, the list that is there stays."""
+    space = Space(ElasticEngine.lab())
+    for shop in SHOPS:
+        html = space.prices(f"They go to the {shop}")
+        assert f"What the {shop} sells" in html
+        assert html.count("<li>") == 19
+        assert f"<b>20</b> {PRICES[shop, 20]}</li>" in html
+    assert not isinstance(space.prices("Mia has 7"), str)
 
 
 def test_a_stop_that_comes_too_late_stops_no_other_run():
@@ -206,7 +246,7 @@ def test_a_bug_is_not_shown_to_visitors(caplog):
 
     space = Space(engine, stream=broken)
     with caplog.at_level(logging.ERROR):
-        *_, (history, _) = space.chat([messages.question("^a6b-1>")], "full", "full", 8, 8, 0.0, 0)
+        *_, (history, _) = space.chat([messages.question(engine.task.examples[0])], "full", "full", 8, 8, 0.0, 0)
     assert history[-1]["content"] == FAILED
     assert "secret detail" in caplog.text
 
@@ -258,19 +298,22 @@ def test_app_runs_where_a_folder_passes_for_the_package(monkeypatch):
 def test_any_elastic_repository_is_served(monkeypatch):
     """With its chat template, what was said before, and caps within its context."""
     monkeypatch.delenv("PHASE_ENGINE", raising=False)
-    monkeypatch.setenv("PHASE_REPO", str(FAMILY_DIR))
+    monkeypatch.setenv("PHASE_REPO", str(get_task("stories").family_folder))
     engine = load_engine()
     space = Space(engine)
     assert (engine.task, space.caps) == (None, (256, 256))
-    problem = next(problems("heldout", 5, 1))
+    problem = next(problems("heldout", 2, 1))
     history = [messages.question(problem.prompt)]
     for _ in range(2):
-        *_, (history, _) = space.chat(history, "third", "full", *space.caps, 0.0, 0)
+        *_, (history, _) = space.chat(history, "half", "full", *space.caps, 0.0, 0)
         history.append(messages.question(problem.prompt))
     assert history[2]["content"] == problem.answer
-    asked = Ask(messages.said(history[:5]), "third", "full")
+    asked = Ask(messages.said(history[:5]), "half", "full")
     text = engine.tokenizer.decode(engine._encode(asked)["input_ids"][0])
-    assert text == f"{problem.prompt}{problem.answer}<eos>{problem.prompt}<think>"
+    assert (
+        text
+        == f"<|user|>{problem.prompt}<|assistant|>{problem.answer}<eos><|user|>{problem.prompt}<|assistant|><think>"
+    )
 
 
 def test_no_file_hides_the_package():

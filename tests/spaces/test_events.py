@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -11,14 +12,17 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from hf_elastic import HFElasticError, PhasePlan
-from hf_elastic.lab.book import problems, split_of
+from hf_elastic.lab.family import load_family
+from hf_elastic.lab.stories import problems, split_of
+from hf_elastic.lab.tasks import get_task
 from phase_space.asking import Ask, RequestError
 from phase_space.engine import Decoder, ElasticEngine, seconds_needed
 from phase_space.fake import FakeEngine
-from phase_space.tasks import BOOK_TASK
+from phase_space.tasks import STORIES_TASK
 from phase_space.trace import Trace, follow
 
-PROBLEM = next(problems("heldout", 6, 3))
+PROBLEM = next(problems("heldout", 3, 3))
+OPENING = get_task("stories").opening(PROBLEM.prompt)
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +73,10 @@ def test_events_of_every_engine_have_the_same_form(engine, cap):
 
 def test_the_lab_streams_what_generate_gives(lab):
     """Against `generate` at once, in one piece, and against the problem's own solution."""
-    plan = PhasePlan("third", "full", max_thinking_tokens=64, max_answer_tokens=32)
-    ids = lab.tokenizer(PROBLEM.prompt + "<think>", return_tensors="pt")
+    plan = PhasePlan("half", "full", max_thinking_tokens=64, max_answer_tokens=64)
+    ids = lab.tokenizer(OPENING, return_tensors="pt")
     output = lab.model.generate(**ids, phase_plan=plan, tokenizer=lab.tokenizer, return_dict_in_generate=True)
-    trace = list(follow(lab.stream(ask(lab, thinking="third", max_answer_tokens=32))))[-1]
+    trace = list(follow(lab.stream(ask(lab, thinking="half", max_answer_tokens=64))))[-1]
     assert (trace.text("thinking"), trace.text("answering")) == (PROBLEM.thinking, PROBLEM.answer)
     assert [part.generated for part in trace.parts] == [record.generated[0] for record in output.phases]
     assert [part.handover for part in trace.parts] == [record.handover for record in output.phases]
@@ -107,7 +111,7 @@ def test_two_at_once_are_never_mixed(lab, monkeypatch):
     first = lab.stream(ask(lab))
     begun = list(islice(first, 3))
     with pytest.raises(RequestError, match="busy"):
-        next(lab.stream(ask(lab, thinking="half")))
+        next(lab.stream(ask(lab, thinking="full")))
     texts = "".join(e.text for e in [*begun, *first])
     assert texts == PROBLEM.thinking + PROBLEM.answer
 
@@ -123,27 +127,29 @@ BAD = {
     "not a text": ({"prompt": 5}, "empty"),
     "no prompt": ({"prompt": ""}, "empty"),
     "blank prompt": ({"prompt": " \n "}, "empty"),
-    "control characters": ({"prompt": "^a6\x07b-1\x1b[31m>"}, r"control characters \(U\+0007, U\+001B\)"),
+    "control characters": ({"prompt": "Mia\x07 has \x1b[31m7"}, r"control characters \(U\+0007, U\+001B\)"),
     "endless prompt": ({"prompt": "a" * 100_001}, "100,001 characters"),
-    "past the thinking": ({"prompt": "^a6b-1><think>a6</think>"}, "past the thinking already"),
+    "past the thinking": ({"prompt": "why<think>a6</think>"}, "past the thinking already"),
     "too hot": ({"temperature": 3.0}, "temperature"),
     "not a temperature": ({"temperature": float("nan")}, "temperature"),
     "seed out of range": ({"seed": -1}, "seed"),
     "no seed": ({"seed": None}, "seed"),
 }
 BAD_FOR_THE_LAB = {
-    "html": ({"prompt": "<b>hello</b>"}, "does not know"),
-    "a beginning only": (
-        {"prompt": "^a6b-1"},
-        r"after \^a6b-1 comes c with a sign and a digit from 1 to 5, or >, not nothing",
+    "html": (
+        {"prompt": "<b>hello</b>"},
+        "This small model cannot read that: .* It reads stories of one form only, such as: Mia has 7 coins",
     ),
-    "no step": ({"prompt": "^a6>"}, r"after \^a6 comes b with a sign and a digit from 1 to 5, not “>”"),
-    "a letter left out": ({"prompt": "^a6b-1d+2>"}, r"after \^a6b-1 comes c .* not “d\+2>”"),
-    "a digit too high": ({"prompt": "^a6b-7>"}, "after .a6 comes b .* not “b-7>”"),
-    "no start": ({"prompt": "a6b-1>"}, r"a problem begins with \^a and a digit"),
-    "more after the end": ({"prompt": "^a6b-1>>"}, "not “>>”"),
-    "letters only": ({"prompt": "hi"}, r"such as \^a6b-1c-5d-4> : \^, the letter a with a digit"),
-    "a thought begun": ({"prompt": "^a6b-1><think>a6"}, "does not know '<'"),
+    "a beginning only": ({"prompt": "Mia has 7 coins."}, "3 at least.*this has 1"),
+    "somebody else": (
+        {"prompt": PROBLEM.prompt.replace("has", "owns", 1)},
+        "must be a sentence like “Mia has 7 coins.”",
+    ),
+    "too many people": (
+        {"prompt": next(problems("heldout", 11, 0)).prompt},
+        "has 11 people, and the model has room for 10",
+    ),
+    "a thought begun": ({"prompt": PROBLEM.prompt + "<think>Mia"}, "must be a sentence like “What can"),
 }
 
 
@@ -160,7 +166,7 @@ def test_bad_requests_are_explained_and_the_next_is_served(case, lab):
 
 def test_a_start_that_the_prompt_holds_is_not_an_end(lab):
     """A prompt may open the thinking itself and write its beginning."""
-    begun = f"{PROBLEM.prompt}<think>{PROBLEM.thinking[:8]}"
+    begun = OPENING + PROBLEM.thinking.partition(".")[0] + "."
     lab_without_template = ElasticEngine(lab.model, _without_template(lab.tokenizer), "lab")
     trace = list(follow(lab_without_template.stream(ask(lab, begun))))[-1]
     assert PROBLEM.thinking.endswith(trace.text("thinking"))
@@ -173,13 +179,16 @@ def test_markers_of_the_model_are_not_shown_and_not_asked(lab):
     for old, new in (("<think>", "[THINK]"), ("</think>", "[/THINK]")):
         renamed = renamed.replace(old, new)
     backend = Tokenizer.from_str(renamed)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token=lab.tokenizer.eos_token)
-    engine = ElasticEngine(lab.model, tokenizer, "lab", BOOK_TASK)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token=lab.tokenizer.eos_token,
+        chat_template=lab.tokenizer.chat_template.replace("<think>", "[THINK]"),
+    )  # fmt: skip
+    engine = ElasticEngine(lab.model, tokenizer, "lab", STORIES_TASK)
     trace = list(follow(engine.stream(ask(lab))))[-1]
     assert (trace.text("thinking"), trace.text("answering")) == (PROBLEM.thinking, PROBLEM.answer)
     with pytest.raises(RequestError, match=r"it holds \[/THINK\], the end marker"):
-        Ask((("user", "a [/THINK] b"),), "third", "full").check(4096, tokenizer)
-    Ask((("user", "a </think> b"),), "third", "full").check(4096, tokenizer)
+        Ask((("user", "a [/THINK] b"),), "half", "full").check(4096, tokenizer)
+    Ask((("user", "a </think> b"),), "half", "full").check(4096, tokenizer)
 
 
 def test_an_end_marker_that_the_tokenizer_splits_is_refused(lab):
@@ -188,25 +197,34 @@ def test_an_end_marker_that_the_tokenizer_splits_is_refused(lab):
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.Split(Regex("."), behavior="isolated"), decoders.Fuse()
     engine = ElasticEngine(lab.model, PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>"), "split")
     with pytest.raises(HFElasticError, match="has to be one token"):
-        list(engine.stream(ask(lab)))
+        list(engine.stream(ask(lab, "ask")))
     assert list(lab.stream(ask(lab)))[-1].kind == "end"
 
 
 def test_a_prompt_that_the_tokenizer_cannot_read_is_refused_before_anything_runs(lab):
-    engine = ElasticEngine(lab.model, lab.tokenizer, "any chat model")
+    model, tokenizer = load_family("book")
+    engine = ElasticEngine(model, tokenizer, "any chat model")
     with pytest.raises(
         HFElasticError, match=r"The prompt: the tokenizer has no tokens for '\?', 'W', 'y'. Take it out"
     ):
         engine.check(ask(engine, "Why?"))
     with pytest.raises(HFElasticError, match="no tokens for"):
         next(engine.stream(ask(engine, "Why?")))
-    assert list(engine.stream(ask(engine)))[-1].kind == "end"
+    assert list(engine.stream(ask(engine, "^a6b-1>")))[-1].kind == "end"
 
 
 def test_a_prompt_longer_than_the_context_is_refused(lab):
     engine = ElasticEngine(lab.model, lab.tokenizer, "any chat model")
     with pytest.raises(HFElasticError, match="context of the model ends at 256"):
-        list(engine.stream(ask(engine, "^" + "a1b+2" * 60 + ">")))
+        list(engine.stream(ask(engine, "Mia has 7 coins. " * 60)))
+
+
+def test_a_problem_is_put_to_the_model_as_it_was_trained_on_it(lab):
+    """Whatever the white space, and without what was said before."""
+    spaced = ask(lab, "\n" + PROBLEM.prompt.replace(" ", "  \n"))
+    said = (("user", "before"), ("assistant", "that"), *spaced.messages)
+    ids = lab._encode(replace(spaced, messages=said))["input_ids"][0]
+    assert lab.tokenizer.decode(ids) == OPENING
 
 
 def _without_template(tokenizer):
@@ -248,18 +266,19 @@ def test_a_request_travels_and_has_an_upper_time():
 
 def test_new_problems_are_held_out_and_readable(lab):
     for seed in range(20):
-        assert split_of(BOOK_TASK.new(seed)) == "heldout"
-        assert BOOK_TASK.solve(BOOK_TASK.new(seed))
-    longest = next(problems("heldout", 12, 0))
-    assert len(longest.thinking) + 1 <= BOOK_TASK.max_thinking_tokens
-    assert len(longest.answer) + 1 <= BOOK_TASK.max_answer_tokens
+        assert split_of(STORIES_TASK.new(seed)) == "heldout"
+        assert STORIES_TASK.solve(STORIES_TASK.new(seed))
+    for longest in islice(problems("heldout", 10, 0), 20):
+        thinking, answer = (len(lab.tokenizer(text)["input_ids"]) for text in (longest.thinking, longest.answer))
+        assert thinking + 1 <= STORIES_TASK.max_thinking_tokens
+        assert answer + 1 <= STORIES_TASK.max_answer_tokens
 
 
 def test_costs_shown_are_those_of_the_model(lab):
     """Of the largest size against the tensors themselves."""
-    held = sum(tensor.nbytes for tensor in {id(t): t for t in lab.model.state_dict().values()}.values())
+    held = sum(tensor.nbytes for tensor in {t.data_ptr(): t for t in lab.model.state_dict().values()}.values())
     assert lab.sizes[-1].weight_bytes == held
-    assert [size.name for size in lab.sizes] == ["quarter", "third", "half", "full"]
+    assert [size.name for size in lab.sizes] == ["quarter", "half", "full"]
     output = lab.model(torch.tensor([[5, 6, 7]]), use_cache=True)
     cache = output.past_key_values
     kv = sum(

@@ -8,18 +8,21 @@ from itertools import islice
 import pytest
 import space_tools  # noqa: F401  (the path of the Space)
 
-from hf_elastic.lab.book import problems
-from hf_elastic.lab.task import BOOK
+from hf_elastic.lab.stories import PRICES, problems
 from phase_space import comparison, messages
 from phase_space.asking import Ask
 from phase_space.engine import ElasticEngine
 from phase_space.fake import FakeEngine
-from phase_space.tasks import BOOK_TASK
+from phase_space.tasks import STORIES_TASK
 from phase_space.trace import Part, Trace, follow
 
 ENGINE = FakeEngine(sleep=0)
 PLAN = {"thinking": "XS", "answering": "L"}
-SOLUTION = BOOK_TASK.solve("^a6b-1c-5d-4>")
+SOLUTION = STORIES_TASK.solve(
+    "Mia has 7 coins. Tom has 4 more than Mia. All go to the toy shop. What can Mia and Tom buy?"
+)
+FIRST, SECOND = SOLUTION.parts
+WRONG_SECOND = f"{FIRST} {SECOND.replace('11', '12')}"
 
 
 def run(until: int | None = None, **what) -> Trace:
@@ -76,6 +79,7 @@ def test_a_chat_is_read_back_without_thoughts_and_notices():
 def test_a_question_can_be_copied_as_it_was_written():
     """Only what would be HTML or a quotation is escaped: a copied problem can be pasted back."""
     assert messages.question("^a6b-1c-5d-4>")["content"] == "^a6b-1c-5d-4>"
+    assert messages.question(SOLUTION.prompt)["content"] == SOLUTION.prompt
     assert messages.question("> a\n  >b<i>&lt;")["content"] == "&gt; a\n  &gt;b&lt;i>&amp;lt;"
 
 
@@ -91,12 +95,12 @@ def test_every_turn_says_which_sizes_wrote_it():
 @pytest.mark.parametrize(
     ("texts", "title", "said"),
     [
-        ((SOLUTION.thinking, "bLcLdJ"), "✓ Right. Answer by L", "`bLcLdJ` is right:\n\n- b: 6 − 1 = 5; the code of “−1 gives 5” is L"),
-        ((SOLUTION.thinking, "bLcLdK"), "✗ Wrong. Answer by L", "2 of 3 codes are right. Right is `bLcLdJ`"),
-        ((SOLUTION.thinking, "bLcLdK"), "✗ Wrong. Answer by L", "The thinking was right, so the answer went wrong on its own."),
-        (("a6b6-1=4", "bKcLdJ"), "✗ Wrong. Answer by L", "The thinking was wrong already. Right is `a6b6-1=5c5-5=0d0-4=6`"),
-        (("a6b6-1=5", "bL"), "✗ Wrong. Answer by L", "1 of 3 codes are right"),
-        (("a6b6-1=5", "bL"), "✗ Wrong. Answer by L", "right as far as it went, and not finished"),
+        ((SOLUTION.thinking, SOLUTION.answer), "✓ Right. Answer by L", f"It is right:\n\n- {SOLUTION.worked[0]}"),
+        ((SOLUTION.thinking, WRONG_SECOND), "✗ Wrong. Answer by L", f"1 of 2 sentences are right. Right is: {SOLUTION.answer}"),
+        ((SOLUTION.thinking, WRONG_SECOND), "✗ Wrong. Answer by L", "The thinking was right, so the answer went wrong on its own."),
+        (("Mia owns 8.", WRONG_SECOND), "✗ Wrong. Answer by L", f"The thinking was wrong already. Right is: {SOLUTION.thinking}"),
+        (("Mia owns 7.", SECOND), "✗ Wrong. Answer by L", "0 of 2 sentences are right"),
+        (("Mia owns 7.", FIRST), "✗ Wrong. Answer by L", "right as far as it went, and not finished"),
     ],
 )  # fmt: skip
 def test_right_or_wrong_is_said_where_it_is_known(texts, title, said):
@@ -127,9 +131,9 @@ def test_the_real_engine_is_judged():
     lab = ElasticEngine.lab()
     small, large = lab.sizes[0].name, lab.sizes[-1].name
     for cap, right in ((128, True), (3, False)):
-        ask = Ask((("user", BOOK_TASK.examples[0]),), small, large, max_thinking_tokens=cap)
+        ask = Ask((("user", STORIES_TASK.examples[0]),), small, large, max_thinking_tokens=cap)
         trace = list(follow(lab.stream(ask)))[-1]
-        assert messages.is_right(trace, BOOK_TASK.solve(BOOK_TASK.examples[0])) is right
+        assert messages.is_right(trace, STORIES_TASK.solve(STORIES_TASK.examples[0])) is right
         assert bool(messages.cut_notice(trace.parts[0])) is not right
 
 
@@ -137,18 +141,33 @@ def test_the_real_engine_is_judged():
 
 
 def test_the_solution_is_the_labs():
-    for problem in islice(problems("train", (2, 20), 1), 50):
-        solution = BOOK_TASK.solve(problem.prompt)
-        assert (solution.thinking, solution.answer) == (problem.thinking, problem.answer)
-        assert solution.right_parts(problem.answer) == len(solution.worked)
+    for problem in islice(problems("train", (1, 10), 1), 50):
+        solution = STORIES_TASK.solve(problem.prompt)
+        assert (solution.prompt, solution.thinking, solution.answer) == (
+            problem.prompt,
+            problem.thinking,
+            problem.answer,
+        )
+        assert solution.right_parts(problem.answer) == len(solution.parts) == min(2, len(solution.worked))
+        sums = [
+            re.fullmatch(r"\w+: (?:(\d+) ([+-]) (\d+) = )?(\d+) coins.*", line).groups() for line in solution.worked
+        ]
+        for (*_, before), (had, sign, change, has) in zip(sums, sums[1:], strict=False):
+            assert had == before
+            assert int(has) == int(had) + int(sign + change)
 
 
 def test_the_example_can_be_checked_by_hand():
-    """What the first screen says about it, against the table."""
-    assert "- d: 0 − 4 = −4, and ten more is 6; the code of “−4 gives 6” is J" in BOOK_TASK.intro
-    assert BOOK["-", "4"][6] == "J"
-    assert "`bLcLdJ` is right" in BOOK_TASK.intro
-    assert "and ten less is 2; " in BOOK_TASK.solve("^a7b+5>").worked[0]
+    """What the first screen says about it, against the price list beside it."""
+    assert SOLUTION.worked[1] == f"Tom: 7 + 4 = 11 coins; in the toy shop that buys a {PRICES['toy shop', 11]}"
+    assert (11, PRICES["toy shop", 11]) in STORIES_TASK.sheet(SOLUTION.prompt).entries
+    for prompt in STORIES_TASK.examples:
+        entries = dict(STORIES_TASK.sheet(prompt).entries)
+        for line in STORIES_TASK.solve(prompt).worked[-2:]:
+            coins, thing = re.search(r"(\d+) coins; in the .* that buys a (.*)", line).groups()
+            assert entries[int(coins)] == thing
+    assert all(line in STORIES_TASK.intro for line in STORIES_TASK.solve(STORIES_TASK.examples[0]).worked)
+    assert STORIES_TASK.sheet("Mia has 7") is None
 
 
 # -- comparison ----------------------------------------------------------------------------------------------------------
@@ -169,7 +188,7 @@ def test_the_difference_counts_compute():
     assert 'data-state="idle"' in comparison.difference(None, None, [])
 
 
-RIGHT, WRONG = SOLUTION.answer, "bLcLdK"
+RIGHT, WRONG = SOLUTION.answer, WRONG_SECOND
 SMALL, LARGE = ("XS", "L"), ("L", "L")
 
 
@@ -203,6 +222,16 @@ def test_where_nothing_is_known_to_be_right_the_visitor_judges():
     html = comparison.difference(written("t", "one"), written("t", "two", LARGE, 2.0), ENGINE.sizes)
     assert "A was faster with less work; whether its answer is as good is for you to say." in html
     assert "A took 1.00 s and wrote 20 tokens, B 2.00 s and 20." in html
+
+
+def test_the_clock_is_the_shortest_of_all_runs():
+    """A's one slow run does not count against it; with one run each that is said."""
+    a, b = written(SOLUTION.thinking, RIGHT, SMALL, 9.0), written(SOLUTION.thinking, RIGHT, LARGE, 2.0)
+    assert "<b>B, the larger plan, was faster" in comparison.difference(a, b, ENGINE.sizes, SOLUTION)
+    again = comparison.difference(a, b, ENGINE.sizes, SOLUTION, [[1.0, 5.0], [2.5, 3.0]])
+    assert "<b>A gained: the same answer, faster and with less work." in again
+    assert "A took 1.00 s and wrote 20 tokens, B 2.00 s and 20." in again
+    assert "The shortest of 3 runs each, in turns." in again
 
 
 def test_a_stopped_comparison_is_none():

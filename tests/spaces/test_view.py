@@ -166,7 +166,7 @@ def test_the_shipped_measurements_are_of_the_shipped_model(tmp_path):
         assert 0 <= point["accuracy"] <= 1
         if point["max_thinking_tokens"]:
             assert point["thinking_tokens"] <= point["max_thinking_tokens"]
-    assert "task book" in measured.about
+    assert "task stories" in measured.about
     only = read_measurements(file, ["quarter"]).points
     assert only == [p for p in measured.points if p["thinking"] == p["answering"] == "quarter"]
     damaged = tmp_path / "m.json"

@@ -85,6 +85,7 @@ def _story(people: int | tuple[int, int], seed: int) -> str:
 
 
 _EXAMPLES = tuple(_story(people, seed=0) for people in (2, 3, 5))
+_MOST_PEOPLE = 10  # whose story fits into the context of the model
 _FORM = f"It reads stories of one form only, such as: {EXAMPLE} Take an example, or press “New problem”."
 
 
@@ -94,10 +95,14 @@ def _solve(prompt: str) -> Solution:
         story = read(prompt)
     except ValueError as error:
         raise TaskError(f"This small model cannot read that: {error} {_FORM}") from None
+    owned = re.findall(r"(\w+) owns (\d+)", story.thinking)
+    if len(owned) > _MOST_PEOPLE:
+        raise TaskError(
+            f"This story has {len(owned)} people, and the model has room for {_MOST_PEOPLE}. Leave some of them out."
+        )
     shop = _shop(story.prompt)
     assert shop is not None
     sums = ["", *re.findall(r"(\d+ [+-] \d+ = )\d+", story.thinking)]
-    owned = re.findall(r"(\w+) owns (\d+)", story.thinking)
     worked = [f"{name}: {sum_}{coins} coins" for sum_, (name, coins) in zip(sums, owned, strict=True)]
     for i in range(len(owned))[-2:]:
         worked[i] += f"; in the {shop} that buys a {PRICES[shop, int(owned[i][1])]}"
@@ -134,8 +139,8 @@ makes a story that it has not seen in training.
 
 {_intro(_EXAMPLES[0])}
 It was trained on stories of up to {TRAINED_PEOPLE[1]} people. There are {len(SHOPS)} shops: {", ".join(SHOPS)}. Each sells one thing for every number of
-coins, so there are {sum(len(price_list(shop)) for shop in SHOPS)} prices to remember. Counting is easy, the prices are hard: so a small size can do the
-thinking for a large one. An answer is right only if all of it is.
+coins, so there are {sum(len(price_list(shop)) for shop in SHOPS)} prices to remember. Most of what is written is thinking, so a small size that
+thinks saves the most. An answer is right only if all of it is.
 """,
     max_thinking_tokens=128,
     max_answer_tokens=64,
