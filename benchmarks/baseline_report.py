@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from markdown_tables import conditions, spread, table
 from result_files import by_name, load
-from tables import conditions, spread, table
 
 NOT_COMPARED = ("one-shot", "experts", "offered", "between")
 """Ways whose sizes are others: they have tables of their own."""

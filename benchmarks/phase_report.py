@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from markdown_tables import conditions, table
 from result_files import Result, by_name, load, phase_tasks
-from tables import conditions, table
 
 
 def phases(results: Path) -> str:

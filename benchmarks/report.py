@@ -16,11 +16,11 @@ from statistics import fmean
 from typing import Any
 
 from baseline_report import baselines
+from markdown_tables import conditions as _conditions
+from markdown_tables import spread as _spread
+from markdown_tables import table as _table
 from phase_report import phases
 from result_files import RESULTS, ROOT, SIZES, WAYS, Result, by_name, load
-from tables import conditions as _conditions
-from tables import spread as _spread
-from tables import table as _table
 
 DOCUMENTS = (
     ROOT / "README.md",
