@@ -111,3 +111,9 @@ def test_only_listed_imports_of_functions_may_go_upward(sketch, monkeypatch):
 def test_circles_of_types_and_of_functions_are_found(sketch):
     assert house.circles(sketch({})) == [["hf_elastic.hub.cards", "hf_elastic.hub.pushing"]]
     assert house.circles(sketch({"hub/pushing": "import json"})) == []
+
+
+def test_scripts_that_tests_import_have_names_of_their_own():
+    """Tests put both folders on the path: of two modules of one name the second would be hidden."""
+    names = [path.stem for folder in ("tools", "benchmarks") for path in (ROOT / folder).glob("*.py")]
+    assert len(names) == len(set(names)), sorted(name for name in names if names.count(name) > 1)
