@@ -1,10 +1,10 @@
 """See the whole method on this machine, in about a minute: no Hub, no GPU.
 
-A small hybrid model that has learned word problems in plain English, and its family of three sizes in one checkpoint, ship with the package.
-The lab explains the task, makes the model elastic, lets every size solve problems that were not in training, shows one problem as the sizes
-solve it, lets a small size think for the large one against the clock, switches sizes while the model runs, exports one, and loads the export
-in a process without this package. OUTPUT gets the family (elastic/), the plain model that it is made from (parent/), the export (export/),
-results.json and a chart.
+A small hybrid model that has learned word problems in plain English, and its family of three sizes in one checkpoint, ship with the
+package. The lab explains the task, makes the model elastic, lets every size solve problems that were not in training, shows one problem as
+the sizes solve it, lets a small size think for the large one against the clock, switches sizes while the model runs, exports one, and
+loads the export in a process without this package. OUTPUT gets the family (elastic/), the plain model that it is made from (parent/), the
+export (export/), results.json and a chart.
 
 With --train it learns the family here instead of taking the one in the package; --from-scratch first trains the model that it is made from,
 too: about 15 minutes on one CPU core for both.

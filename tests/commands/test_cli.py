@@ -276,7 +276,7 @@ ELASTIFY = ["elastify", "{plain}", "{tmp}/out", "--axis", "expert_ffn", "--budge
         (["generate", "{elastic}", "^", "--escalate-to", "full"], "--escalate-to needs --thinking or --answering"),
         (
             ["generate", "{elastic}", "^", "--thinking", "full", "--escalate-to", "full", "--confidence", "2"],
-            "confidence=2.0 must be a number from 0 (never) to 1",
+            r"confidence=2.0 must be a number from 0 \(never\) to 1",
         ),
         (
             ["generate", "{elastic}", "^", "--budget", "1M", "--thinking", "full"],
