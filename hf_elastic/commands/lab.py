@@ -9,11 +9,11 @@ export (export/), results.json and a chart.
 With --train it learns the family here instead of taking the one in the package; --from-scratch first trains the model that it is made from,
 too: about 15 minutes on one CPU core for both.
 
---task book is a second task, in signs instead of words, for a hybrid of Mamba, attention and mixture-of-experts layers, in four sizes. Two options are
-for it alone. With --learn-sizes a second run learns which sizes to have: a router decides them under targets of active parameters. With --quantize, all
-sizes of a second family, whose cuts NVFP4 can hold, are stored in 8 and in 4 bits and measured again: in FP8 by calibration alone, in NVFP4
-(the default) also after distilling it while its weights are rounded, which takes about 3 minutes more. OUTPUT/quantized gets a checkpoint per
-format, each with a card that compares them.
+--task book is a second task, in signs instead of words, for a hybrid of Mamba, attention and mixture-of-experts layers, in four sizes. Two
+options are for it alone. With --learn-sizes a second run learns which sizes to have: a router decides them under targets of active
+parameters. With --quantize, all sizes of a second family, whose cuts NVFP4 can hold, are stored in 8 and in 4 bits and measured again: in
+FP8 by calibration alone, in NVFP4 (the default) also after distilling it while its weights are rounded, which takes about 3 minutes more.
+OUTPUT/quantized gets a checkpoint per format, each with a card that compares them.
 
   hf-elastic lab
   hf-elastic lab --train
