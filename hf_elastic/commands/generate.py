@@ -5,7 +5,7 @@ A prompt of - is read from standard input. With a chat template the prompt is a 
   hf-elastic generate family "Why is the sky blue?" --budget half
   hf-elastic generate family "Why is the sky blue?" --draft-budget half                                   # half drafts, full checks
   hf-elastic generate family "Why is the sky blue?" --thinking half --answering full --max-thinking-tokens 256   # for models that think
-  hf-elastic generate family "Why is the sky blue?" --thinking half --answering half --escalate-to full --confidence 0.9   # full where half is not sure
+  hf-elastic generate family "Why is the sky blue?" --thinking half --answering half --escalate-to full --confidence 0.9    # a cascade
 """
 
 from __future__ import annotations
