@@ -7,6 +7,7 @@ else is the same for all of them, and is here.
 from __future__ import annotations
 
 import random
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -29,6 +30,39 @@ _MIXTURE = {"full": 0.8, "direct": 0.1, "truncated": 0.1}
 _POOL_BATCHES = 8
 
 Sizes = int | tuple[int, int]
+
+SPLITS = ("train", "heldout")
+
+# One prompt in this many is held out.
+_HELDOUT_EVERY = 10
+
+
+def split_of(prompt: str) -> str:
+    """Tells the split of a prompt, `"train"` or `"heldout"`, from a checksum of its text.
+
+    The checksum is the same in every process and on every platform, which Python's own `hash` is not.
+    """
+    return "heldout" if zlib.crc32(prompt.encode()) % _HELDOUT_EVERY == 0 else "train"
+
+
+def draw_problems(
+    make: Callable[[random.Random, int], Any], split: str, sizes: tuple[int, int], seed: int
+) -> Iterator[Any]:
+    """Draws problems of one split without end, as long as is drawn uniformly from an inclusive range.
+
+    Raises:
+        `ValueError`: If `split` is unknown.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"`split` must be one of {', '.join(map(repr, SPLITS))}, got {split!r}.")
+    return _drawn(make, split, range(sizes[0], sizes[1] + 1), random.Random(seed))
+
+
+def _drawn(make: Callable[[random.Random, int], Any], split: str, sizes: range, rng: random.Random) -> Iterator[Any]:
+    while True:
+        problem = make(rng, rng.choices(sizes)[0])
+        if split_of(problem.prompt) == split:
+            yield problem
 
 
 class Problem(Protocol):

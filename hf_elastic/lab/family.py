@@ -57,7 +57,7 @@ def make_family(
 ) -> ElasticForCausalLM:
     """The sorted parent of a task with untrained budgets, by default the task's; `sort=False` leaves the parent's order, to see what
     sorting is worth."""
-    task = get_task(task) if isinstance(task, str) else task
+    task = get_task(task)
     budgets = task.sizes if budgets is None else budgets
     if not sort:
         return elastify(parent, budgets=budgets, sort=False)
@@ -100,7 +100,7 @@ def measure_family(
     Returns:
         `list[dict]`: `name`, `total_params`, `active_params`, `sizes`, `exact`, `trace`, `code` per budget.
     """
-    task = get_task(task) if isinstance(task, str) else task
+    task = get_task(task)
     count_cost = CostModel(model.elastic_config.parent_config)
     entries = []
     for name, budget in budgets.items():
@@ -160,7 +160,7 @@ def train_family(
     """
     from ..trainers import ElasticDistillationConfig, ElasticDistillationTrainer
 
-    task = get_task(task) if isinstance(task, str) else task
+    task = get_task(task)
     steps = task.family_steps if steps is None else steps
     learning_rate = task.learning_rate if learning_rate is None else learning_rate
     defaults = {
@@ -235,7 +235,7 @@ def load_family(task: LabTask | str = "book") -> tuple[ElasticForCausalLM, PreTr
     '^a6b-1c-5d-4><think>a6b6-1=5c5-5=0d0-4=6</think>bLcLdJ<eos>'
     ```
     """
-    folder = (get_task(task) if isinstance(task, str) else task).family_folder
+    folder = get_task(task).family_folder
     return ElasticForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
 
 

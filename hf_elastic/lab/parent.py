@@ -107,7 +107,7 @@ def train_parent(
     """
     if steps < 1:
         raise ValueError(f"`steps` must be at least 1, got {steps!r}.")
-    task = get_task(task) if isinstance(task, str) else task
+    task = get_task(task)
     model: Any = task.new_parent(seed, overrides)
     model = model.to(device).train()
     optimizers = _optimizers(model)
@@ -153,7 +153,7 @@ def load_parent(task: LabTask | str = "book") -> tuple[Any, PreTrainedTokenizerF
     '^a6b-1c-5d-4><think>a6b6-1=5c5-5=0d0-4=6</think>bLcLdJ<eos>'
     ```
     """
-    task = get_task(task) if isinstance(task, str) else task
+    task = get_task(task)
     return load_stock(task.parent_folder, dtype=torch.float32), AutoTokenizer.from_pretrained(task.parent_folder)
 
 

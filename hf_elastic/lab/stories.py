@@ -12,13 +12,15 @@ Nearly every word is one token, and so is every number; any other text is read b
 """
 
 import random
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from hf_elastic.lab.exercises import EOS, THINK_END, THINK_START, draw_problems
+from hf_elastic.lab.exercises import split_of as split_of
 
 NAMES = ("Mia", "Tom", "Ana", "Ben", "Eva", "Leo", "Zoe", "Max", "Ida", "Sam", "Amy", "Jon")
 # All begin with a consonant, so that "a" is right before them.
@@ -38,12 +40,8 @@ TRAINED_PEOPLE = (1, 5)
 LEAST_COINS, MOST_COINS = 2, 20
 MOST_DIFFERENCE = 5
 
-PAD, EOS, USER, ASSISTANT = "<pad>", "<eos>", "<|user|>", "<|assistant|>"
-THINK_START, THINK_END = "<think>", "</think>"
-SPLITS = ("train", "heldout")
+PAD, USER, ASSISTANT = "<pad>", "<|user|>", "<|assistant|>"
 
-# One story in this many is held out.
-_HELDOUT_EVERY = 10
 _VOCABULARY = 1024  # more than it takes until every word is one token
 
 _CHAT_TEMPLATE = (
@@ -89,7 +87,12 @@ class Problem:
     @property
     def text(self) -> str:
         """`str`: Prompt, thinking and answer as the model reads them, without the end-of-sequence token."""
-        return f"{USER}{self.prompt}{ASSISTANT}{THINK_START}{self.thinking}{THINK_END}{self.answer}"
+        return f"{opening(self.prompt)}{self.thinking}{THINK_END}{self.answer}"
+
+
+def opening(prompt: str) -> str:
+    """What a model goes on from: the story as the chat template puts it, with an open `<think>`."""
+    return f"{USER}{prompt}{ASSISTANT}{THINK_START}"
 
 
 def _people_range(people: int | tuple[int, int]) -> tuple[int, int]:
@@ -150,11 +153,6 @@ def tell(names: Sequence[str], coins: Sequence[int], shop: str) -> Problem:
     return Problem(" ".join(story), " ".join(thinking), " ".join(answer))
 
 
-def split_of(prompt: str) -> str:
-    """Tells the split of a story, `"train"` or `"heldout"`, from a checksum of its text, the same in every process."""
-    return "heldout" if zlib.crc32(prompt.encode()) % _HELDOUT_EVERY == 0 else "train"
-
-
 def problems(split: str, people: int | tuple[int, int], seed: int) -> Iterator[Problem]:
     """Draws stories of one split without end.
 
@@ -179,17 +177,7 @@ def problems(split: str, people: int | tuple[int, int], seed: int) -> Iterator[P
     'Amy owns 19 coins, at the garden shop that buys a green rose. Ben owns 18 coins, at the garden shop that buys a blue swing.'
     ```
     """
-    if split not in SPLITS:
-        raise ValueError(f"`split` must be one of {', '.join(map(repr, SPLITS))}, got {split!r}.")
-    low, high = _people_range(people)
-    return _draw_problems(split, range(low, high + 1), random.Random(seed))
-
-
-def _draw_problems(split: str, sizes: range, rng: random.Random) -> Iterator[Problem]:
-    while True:
-        problem = make_problem(rng, rng.choices(sizes)[0])
-        if split_of(problem.prompt) == split:
-            yield problem
+    return draw_problems(make_problem, split, _people_range(people), seed)
 
 
 def right_sentences(problem: Problem, answer: str) -> tuple[int, int]:

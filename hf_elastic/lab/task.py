@@ -11,12 +11,14 @@ thinking 6n - 4 (n = 4: 20) and the answer 2n - 2, the end-of-sequence token not
 """
 
 import random
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from hf_elastic.lab.exercises import EOS, THINK_END, THINK_START, draw_problems
+from hf_elastic.lab.exercises import split_of as split_of
 
 LETTERS = "abcdefghijklmnopqrst"
 DIGITS = "0123456789"
@@ -24,13 +26,8 @@ OPERATIONS = "+-"
 OPERANDS = "12345"
 CODES = "ABCDEFGHIJKL"
 PROMPT_START, PROMPT_END = "^", ">"
-THINK_START, THINK_END = "<think>", "</think>"
-PAD, EOS = "<pad>", "<eos>"
+PAD = "<pad>"
 
-SPLITS = ("train", "heldout")
-
-# One prompt in this many is held out.
-_HELDOUT_EVERY = 10
 
 _CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }}"
@@ -114,14 +111,6 @@ def make_problem(rng: random.Random, letters: int) -> Problem:
     return Problem(f"{PROMPT_START}{prompt}{PROMPT_END}", thinking, answer)
 
 
-def split_of(prompt: str) -> str:
-    """Tells the split of a prompt, `"train"` or `"heldout"`, from a checksum of its text.
-
-    The checksum is the same in every process and on every platform, which Python's own `hash` is not.
-    """
-    return "heldout" if zlib.crc32(prompt.encode()) % _HELDOUT_EVERY == 0 else "train"
-
-
 def problems(split: str, letters: int | tuple[int, int], seed: int) -> Iterator[Problem]:
     """Draws problems of one split without end.
 
@@ -146,17 +135,7 @@ def problems(split: str, letters: int | tuple[int, int], seed: int) -> Iterator[
     ('^a7b+2c-3>', 'a7b7+2=9c9-3=6', 'bKcJ')
     ```
     """
-    if split not in SPLITS:
-        raise ValueError(f"`split` must be one of {', '.join(map(repr, SPLITS))}, got {split!r}.")
-    low, high = _letter_range(letters)
-    return _draw_problems(split, range(low, high + 1), random.Random(seed))
-
-
-def _draw_problems(split: str, lengths: range, rng: random.Random) -> Iterator[Problem]:
-    while True:
-        problem = make_problem(rng, rng.choices(lengths)[0])
-        if split_of(problem.prompt) == split:
-            yield problem
+    return draw_problems(make_problem, split, _letter_range(letters), seed)
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

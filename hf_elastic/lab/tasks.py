@@ -13,11 +13,11 @@ TASKS = ("stories", "book")
 """Names of the tasks."""
 
 
-def get_task(name: str) -> LabTask:
+def get_task(name: LabTask | str) -> LabTask:
     """A task of the lab.
 
     Args:
-        name (`str`): `"stories"` or `"book"`.
+        name (`str`): `"stories"` or `"book"`. A task is given back as it is.
 
     Returns:
         [`~hf_elastic.lab.exercises.LabTask`]
@@ -25,6 +25,8 @@ def get_task(name: str) -> LabTask:
     Raises:
         `ElasticConfigError`: there is no such task.
     """
+    if not isinstance(name, str):
+        return name
     if name not in TASKS:
         raise ElasticConfigError(
             f"task {name!r} is unknown; the lab has {', '.join(TASKS)}.{did_you_mean(name, TASKS)}"

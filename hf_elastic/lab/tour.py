@@ -99,7 +99,7 @@ def run_tour(
         with replacing(output / name) as folder:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-    task = get_task(task) if isinstance(task, str) else task
+    task = get_task(task)
     size = task.measured if size is None else size
     ids = _sample_ids(task, tokenizer, seed)
     options: dict[str, Any] = {"count": count, "size": size, "seed": seed}
@@ -154,30 +154,25 @@ def solved(
     largest, *_, smallest = family.elastic_config.family()
     inputs = tokenizer(task.opening(problem.prompt), return_tensors="pt")
     both = PhasePlan(smallest, largest)
-    runs: list[tuple[str, ElasticForCausalLM, Any, dict[str, Any]]] = [
-        (largest, family, largest, {}),
-        (smallest, family, smallest, {}),
+    runs: list[tuple[str, ElasticForCausalLM, str, str, dict[str, Any]]] = [
+        (largest, family, largest, largest, {}),
+        (smallest, family, smallest, smallest, {}),
         (
             f"{smallest} thinks, {largest} answers",
             family,
-            None,
+            smallest,
+            largest,
             {"phase_plan": both, "tokenizer": tokenizer},
         ),
-        (f"{CONTRAST}, only cut", untrained, CONTRAST, {}),
+        (f"{CONTRAST}, only cut", untrained, CONTRAST, CONTRAST, {}),
     ]
     costs = {name: cost.active_params for name, cost in family.elastic_config.costs().items()}
-    sizes = {
-        largest: (largest, largest),
-        smallest: (smallest, smallest),
-        f"{CONTRAST}, only cut": (CONTRAST, CONTRAST),
-    }
     whole = len(tokenizer(problem.thinking + THINK_END + problem.answer + EOS)["input_ids"]) * costs[largest]
     lines = []
-    for who, model, budget, options in runs:
-        with model.at(budget):
+    for who, model, thinking, answering, options in runs:
+        with model.at(thinking if thinking == answering else None):
             ids = model.generate(**inputs, **({"max_new_tokens": 100} | options))[0, inputs["input_ids"].shape[1] :]
         found = task.verdict(problem, tokenizer.decode(ids))
-        thinking, answering = sizes.get(who, (smallest, largest))
         thought = len(tokenizer(f"{found['thinking']}{THINK_END}")["input_ids"])
         cost = thought * costs[thinking] + max(0, len(ids) - thought) * costs[answering]
         lines.append({"who": who, **found, "cost": cost / whole})
